@@ -1,0 +1,206 @@
+"""The only two loops over batches: an epoch, with gradients, and a sweep, without."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from covcli.activations import Granularity, Point, Recorder, capture
+from covcli.errors import CovcliError
+from covcli.images import Augmentation, ImageSet, augment, batches
+from covcli.models import Classifier
+from covcli.progress import Progress
+
+SWEEP_BATCH = 250
+
+
+@dataclass(frozen=True)
+class Swept:
+    """One batch of a sweep.
+
+    Attributes
+    ----------
+    rows
+        Which images of the set, shape (B,).
+    logits
+        Shape (B, classes).
+    neurons
+        Shape (B, N), on the network's device like the logits.
+    """
+
+    rows: Tensor
+    logits: Tensor
+    neurons: Tensor
+
+
+def to_network(images: Tensor, device: torch.device) -> Tensor:
+    """Turn uint8 images (B, C, H, W) to floats in [0, 1] on a device, in the fast memory layout."""
+    moved = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    return moved.float().div_(255)
+
+
+def forward(model: Classifier, recorder: Recorder, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the network; return logits and neurons, or a CovcliError where they are not finite."""
+    logits = model(images)
+    neurons = recorder.take()
+    if not bool(neurons.isfinite().all() & logits.isfinite().all()):
+        raise CovcliError(_where_not_finite(recorder.points, neurons), where="the network")
+    return logits, neurons
+
+
+def _where_not_finite(points: Sequence[Point], neurons: Tensor) -> str:
+    parts = neurons.split([point.neurons for point in points], 1)
+    for point, part in zip(points, parts, strict=True):
+        if not bool(part.isfinite().all()):
+            return f"activations at coverage point {point.name!r} are NaN or infinite"
+    return "logits are NaN or infinite"
+
+
+def sweep(
+    model: Classifier,
+    images: ImageSet,
+    points: Sequence[Point],
+    granularity: Granularity,
+    progress: Progress,
+    title: str,
+) -> Iterator[Swept]:
+    """Run a network over a set in its order, and yield logits and neurons batch by batch.
+
+    Raises
+    ------
+    CovcliError
+        If an activation or a logit is NaN or infinite.
+    """
+    device = model.mean.device
+    model.eval()
+    parts = torch.arange(len(images)).split(SWEEP_BATCH)
+    progress.start(title, len(images))
+    with capture(model.network, points, granularity) as recorder:
+        for rows, pixels in batches(images, parts, model.spec.shape):
+            with torch.inference_mode():
+                logits, neurons = forward(model, recorder, to_network(pixels, device))
+            yield Swept(rows, logits, neurons)
+            progress.advance(len(rows))
+
+
+@dataclass(frozen=True)
+class EpochSums:
+    """Means over the images of one epoch of training.
+
+    Attributes
+    ----------
+    loss, cross_entropy, penalty
+        The loss, and its two parts; the penalty before its weight.
+    accuracy
+        Share of images classified correctly.
+    confident_accuracy
+        The same among confident images; None where there was none.
+    confident
+        Share of images with a softmax confidence of at least the threshold.
+    learning_rate
+        Of the last step.
+    """
+
+    loss: float
+    cross_entropy: float
+    penalty: float
+    accuracy: float
+    confident_accuracy: float | None
+    confident: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What one epoch of training needs beside the data.
+
+    Attributes
+    ----------
+    model, optimizer, schedule
+        The network and how it learns; the schedule is stepped once a batch.
+    penalty
+        Maps neurons (B, N) and labels (B,) to the penalty, a scalar; None to go without.
+    weight
+        The penalty's weight.
+    points, granularity
+        Where the penalty looks.
+    confidence_threshold
+        From which softmax confidence on an image counts as confident.
+    autocast
+        Whether to compute in bfloat16 where that is safe.
+    """
+
+    model: Classifier
+    optimizer: Optimizer
+    schedule: LRScheduler
+    penalty: Callable[[Tensor, Tensor], Tensor] | None
+    weight: float
+    points: Sequence[Point]
+    granularity: Granularity
+    confidence_threshold: float
+    autocast: bool
+
+
+def epoch(
+    trainer: Trainer,
+    images: ImageSet,
+    labels: Tensor,
+    parts: Sequence[Tensor],
+    how: Augmentation,
+    generator: torch.Generator,
+    progress: Progress,
+    title: str,
+) -> EpochSums:
+    """Train for one epoch over the batches in `parts`, each a tensor of rows.
+
+    Raises
+    ------
+    CovcliError
+        If the loss is no longer finite.
+    """
+    model, device = trainer.model, trainer.model.mean.device
+    model.train()
+    totals = torch.zeros(6, dtype=torch.float64, device=device)
+    progress.start(title, len(images))
+    watched = trainer.points if trainer.penalty is not None else []
+    with capture(model.network, watched, trainer.granularity) as recorder:
+        for rows, pixels in batches(images, parts, model.spec.shape):
+            pixels = to_network(augment(pixels, how, generator), device)
+            targets = labels[rows].to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=trainer.autocast):
+                logits = model(pixels)
+            logits = logits.float()
+            cross_entropy = torch.nn.functional.cross_entropy(logits, targets)
+            penalty = torch.zeros((), device=device)
+            if trainer.penalty is not None:
+                penalty = trainer.penalty(recorder.take().float(), targets)
+            loss = cross_entropy + trainer.weight * penalty
+            trainer.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            trainer.optimizer.step()
+            trainer.schedule.step()
+            with torch.no_grad():
+                sure, predicted = logits.softmax(1).max(1)
+                right = predicted == targets
+                confident = sure >= trainer.confidence_threshold
+                totals += torch.stack([
+                    loss * len(rows), cross_entropy * len(rows), penalty * len(rows),
+                    right.sum(), (right & confident).sum(), confident.sum(),
+                ])  # fmt: skip
+            progress.advance(len(rows))
+    loss_sum, ce_sum, penalty_sum, right_sum, both_sum, confident_sum = totals.tolist()
+    if not loss_sum < float("inf"):
+        raise CovcliError("the loss is no longer finite", fix="lower --learning-rate")
+    n = len(images)
+    return EpochSums(
+        loss=loss_sum / n,
+        cross_entropy=ce_sum / n,
+        penalty=penalty_sum / n,
+        accuracy=right_sum / n,
+        confident_accuracy=both_sum / confident_sum if confident_sum else None,
+        confident=confident_sum / n,
+        learning_rate=trainer.schedule.get_last_lr()[0],
+    )

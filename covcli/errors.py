@@ -1,0 +1,26 @@
+"""The one kind of error that a user is meant to read."""
+
+
+class CovcliError(Exception):
+    """Bad usage, bad input or a bad file: one line, exit code 2.
+
+    Parameters
+    ----------
+    what
+        What is wrong.
+    where
+        The file, option or value that it is wrong with.
+    fix
+        What the user can do about it.
+    """
+
+    def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
+        parts = [str(where)] if where is not None else []
+        message = ": ".join([*parts, what])
+        super().__init__(one_line(f"{message}; {fix}" if fix else message))
+
+
+def one_line(text: str) -> str:
+    """Fold white space and spell out control characters, so that no name reaches a terminal raw."""
+    folded = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in folded)

@@ -1,0 +1,151 @@
+"""Range coverage: which neurons left the values that trusted images of the class gave them.
+
+Rossolini, Biondi and Buttazzo, "Increasing the Confidence of Deep Neural Networks by Coverage
+Analysis", IEEE TSE 2022 (arXiv 2101.12100), section IV: single-range and multi-range coverage.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from covcli.methods.base import METHODS, Method, State
+
+
+@METHODS.add("src")
+@dataclass(frozen=True)
+class SingleRange(Method):
+    """Single-range coverage: the cost is 1 where a neuron is outside its class's range, else 0.
+
+    The range of class k and neuron j is [min, max] of its activation over the trusted images of
+    class k. Ends belong to it. A class without trusted images has an empty range.
+    """
+
+    name: ClassVar[str] = "src"
+
+    def begin(self, classes: int, neurons: int) -> State:
+        """Return empty ranges, (+inf, -inf), and counts of 0."""
+        state = State()
+        state.declare("low", torch.full((classes, neurons), torch.inf), "min")
+        state.declare("high", torch.full((classes, neurons), -torch.inf), "max")
+        state.declare("count", torch.zeros(classes, dtype=torch.int64), "sum")
+        return state
+
+    def observe(self, state: State, neurons: Tensor, labels: Tensor) -> None:
+        """Widen the ranges to what the batch shows."""
+        for k in labels.unique().tolist():
+            mine = neurons[labels == k]
+            torch.minimum(state["low"][k], mine.amin(0), out=state["low"][k])
+            torch.maximum(state["high"][k], mine.amax(0), out=state["high"][k])
+            state["count"][k] += len(mine)
+
+    def costs(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return 1 outside the range, 0 inside."""
+        return (~self.inside(state, neurons, classes)).float()
+
+    def inside(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return which neurons lie in the closed range of their class."""
+        return (neurons >= state["low"][classes]) & (neurons <= state["high"][classes])
+
+    def expected(
+        self, classes: int, neurons: int
+    ) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return what a complete state holds."""
+        return {
+            "low": (torch.float32, (classes, neurons)),
+            "high": (torch.float32, (classes, neurons)),
+            "count": (torch.int64, (classes,)),
+        }
+
+
+@METHODS.add("mrc")
+@dataclass(frozen=True)
+class MultiRange(SingleRange):
+    """Multi-range coverage: the range is cut into sections, and rare sections cost more.
+
+    With c the number of trusted images of the class (n in all) whose activation lies in the same
+    one of Q equal sections, the cost is
+
+    - "share", the paper's: 1 − c/n inside the range, 1 outside;
+    - "surprisal": −log((c + ½)/(n + Q/2)), with c = 0 outside; the Krichevsky-Trofimov estimate,
+      which tells apart what the paper's cost lumps together near 1.
+
+    Parameters
+    ----------
+    sections
+        Q.
+    cost
+        "surprisal" or "share".
+    """
+
+    name: ClassVar[str] = "mrc"
+    sections: int = 10
+    cost: str = "surprisal"
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        if self.cost not in ("surprisal", "share"):
+            raise ValueError(f"cost={self.cost!r} is unknown; known: surprisal, share")
+
+    def proceed(self, state: State) -> State | None:
+        """Settle the ranges after the first pass, and count sections in a second."""
+        if "sections" in state.tensors:
+            return None
+        classes, neurons = state["low"].shape
+        device = state["low"].device
+        counting = State()
+        counting.declare("low", state["low"], "same")
+        counting.declare("high", state["high"], "same")
+        counting.declare("count", torch.zeros_like(state["count"]), "sum")
+        counting.declare(
+            "sections",
+            torch.zeros((classes, neurons, self.sections), dtype=torch.int32, device=device),
+            "sum",
+        )
+        return counting
+
+    def observe(self, state: State, neurons: Tensor, labels: Tensor) -> None:
+        """Widen the ranges in the first pass; count sections in the second."""
+        if "sections" not in state.tensors:
+            super().observe(state, neurons, labels)
+            return
+        cells = self._cells(state, neurons, labels).flatten()
+        counts = state["sections"].view(-1)
+        counts.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
+        count = state["count"]
+        count += torch.bincount(labels, minlength=len(count))
+
+    def costs(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the cost of the section that each neuron lies in."""
+        n = state["count"][classes, None].float()
+        found = state["sections"].view(-1)[self._cells(state, neurons, classes)].float()
+        found = torch.where(self.inside(state, neurons, classes), found, 0.0)
+        if self.cost == "share":
+            return 1 - found / n.clamp_min(1)
+        return -torch.log((found + 0.5) / (n + self.sections / 2))
+
+    def section(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the section that each neuron lies in, 0 to Q−1; the nearest if outside.
+
+        A range of no width has one section, number 0. Computed in double precision: float32
+        differences are then exact, and no width is too small or too large to divide by.
+        """
+        low = state["low"][classes].double()
+        width = state["high"][classes].double() - low
+        place = (neurons.double() - low) / width * self.sections
+        return torch.where(width > 0, place, 0.0).clamp(0, self.sections - 1).long()
+
+    def _cells(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the index of each neuron's section in the flattened counts."""
+        _, width, sections = state["sections"].shape
+        rows = classes[:, None] * width + torch.arange(width, device=neurons.device)
+        return rows * sections + self.section(state, neurons, classes)
+
+    def expected(
+        self, classes: int, neurons: int
+    ) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return what a complete state holds."""
+        shape = (classes, neurons, self.sections)
+        return {**super().expected(classes, neurons), "sections": (torch.int32, shape)}

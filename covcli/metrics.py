@@ -1,0 +1,223 @@
+"""How well a score tells trusted from untrusted, and a confidence right from wrong.
+
+Untrusted is the positive class, and a larger score means less trusted. The curves are computed
+here rather than by scikit-learn because a thousand bootstrap samples of them are needed: the
+scores are sorted once, and a sample is a vector of counts. The tests hold them to scikit-learn.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+BOOTSTRAP_SAMPLES = 1000
+BIN_EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
+THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with a 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well a score tells untrusted inputs from trusted ones.
+
+    Attributes
+    ----------
+    auroc
+        Area under the ROC curve: the chance that an untrusted input scores higher (ties half).
+    aupr_out, aupr_in
+        Average precision with the untrusted, and with the trusted, as the positive class.
+    fpr95
+        Share of trusted inputs flagged at the threshold that catches 95% of the untrusted.
+    detection_rate
+        Share of untrusted inputs above the calibrated threshold; None where there is none.
+    """
+
+    auroc: Estimate
+    aupr_out: Estimate
+    aupr_in: Estimate
+    fpr95: Estimate
+    detection_rate: Estimate | None
+
+
+class Curves:
+    """The curves of two samples of scores, from counts at their distinct values.
+
+    Parameters
+    ----------
+    trusted, untrusted
+        Scores, shapes (n,) and (m,), finite, not empty.
+    """
+
+    def __init__(self, trusted: Floats, untrusted: Floats) -> None:
+        values = np.unique(np.concatenate([trusted, untrusted]))[::-1]  # descending
+        self._places = [
+            len(values) - 1 - np.searchsorted(values[::-1], scores)
+            for scores in (trusted, untrusted)
+        ]
+        self._distinct = len(values)
+        self.thresholds = values
+        self.negatives, self.positives = (
+            np.bincount(places, minlength=self._distinct) for places in self._places
+        )
+
+    def resample(self, generator: np.random.Generator) -> "Curves":
+        """Draw as many scores again from each sample, with replacement."""
+        again = object.__new__(Curves)
+        again._places, again._distinct, again.thresholds = (
+            self._places, self._distinct, self.thresholds
+        )  # fmt: skip
+        drawn = [places[generator.integers(0, len(places), len(places))] for places in self._places]
+        again.negatives, again.positives = (
+            np.bincount(places, minlength=self._distinct) for places in drawn
+        )
+        return again
+
+    def roc(self) -> tuple[Floats, Floats]:
+        """Return false and true positive rates at descending thresholds, from (0, 0) on."""
+        false = np.concatenate([[0], np.cumsum(self.negatives)])
+        true = np.concatenate([[0], np.cumsum(self.positives)])
+        return false / false[-1], true / true[-1]
+
+    def auroc(self) -> float:
+        """Return the area under the ROC curve, by trapezoids."""
+        false, true = self.roc()
+        return float(np.trapezoid(true, false))
+
+    def aupr_out(self) -> float:
+        """Return the average precision Σ (recall step)·precision of the untrusted."""
+        return _average_precision(self.positives, self.negatives)
+
+    def aupr_in(self) -> float:
+        """Return the average precision of the trusted, ranked by ascending score."""
+        return _average_precision(self.negatives[::-1], self.positives[::-1])
+
+    def fpr95(self) -> float:
+        """Return the false positive rate at the first threshold that catches 95%."""
+        false, true = self.roc()
+        return float(false[np.argmax(true >= 0.95)])
+
+    def rate_above(self, threshold: float) -> float:
+        """Return the share of untrusted scores above a threshold."""
+        return float(self.positives[self.thresholds > threshold].sum() / self.positives.sum())
+
+
+def _average_precision(hits: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> float:
+    found = np.cumsum(hits)
+    flagged = found + np.cumsum(others)
+    used = hits > 0
+    return float((hits[used] * found[used] / flagged[used]).sum() / found[-1])
+
+
+def detection(
+    trusted: Floats,
+    untrusted: Floats,
+    threshold: float | None,
+    seed: int = 0,
+    samples: int = BOOTSTRAP_SAMPLES,
+) -> Detection:
+    """Measure how well a score separates, each figure with a 95% bootstrap interval.
+
+    The interval speaks of the draw of the tested images; network, signature and calibration are
+    taken as they are.
+
+    Parameters
+    ----------
+    trusted, untrusted
+        Scores, shapes (n,) and (m,); larger means less trusted.
+    threshold
+        The calibrated threshold, or None.
+    seed
+        Of the bootstrap.
+    samples
+        How many bootstrap samples to draw.
+    """
+    whole = Curves(trusted, untrusted)
+    figures: dict[str, Callable[[Curves], float]] = {
+        "auroc": Curves.auroc,
+        "aupr_out": Curves.aupr_out,
+        "aupr_in": Curves.aupr_in,
+        "fpr95": Curves.fpr95,
+    }
+    if threshold is not None:
+        figures["detection_rate"] = lambda curves: curves.rate_above(threshold)
+    generator = np.random.default_rng(seed)
+    drawn: dict[str, list[float]] = {name: [] for name in figures}
+    for _ in range(samples):
+        sample = whole.resample(generator)
+        for name, figure in figures.items():
+            drawn[name].append(figure(sample))
+    estimates = {
+        name: _estimate(figure(whole), np.array(drawn[name])) for name, figure in figures.items()
+    }
+    return Detection(
+        auroc=estimates["auroc"],
+        aupr_out=estimates["aupr_out"],
+        aupr_in=estimates["aupr_in"],
+        fpr95=estimates["fpr95"],
+        detection_rate=estimates.get("detection_rate"),
+    )
+
+
+def share(
+    flags: npt.NDArray[np.bool_], seed: int = 0, samples: int = BOOTSTRAP_SAMPLES
+) -> Estimate:
+    """Return the share of true values, with a 95% bootstrap interval."""
+    value = float(flags.mean())
+    drawn = np.random.default_rng(seed).binomial(len(flags), value, samples) / len(flags)
+    return _estimate(value, drawn)
+
+
+def _estimate(value: float, drawn: Floats) -> Estimate:
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return Estimate(value, float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Accuracy among images whose confidence lies in [low, high), or [low, 1] in the last bin."""
+
+    low: float
+    high: float
+    images: int
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Share and accuracy of the images whose confidence reaches a threshold."""
+
+    threshold: float
+    kept: float
+    accuracy: float | None
+
+
+def confidence_bins(confidence: Floats, correct: npt.NDArray[np.bool_]) -> list[Bin]:
+    """Return the accuracy by bin of confidence; edges 0, 0.2, 0.4, 0.6, 0.8, 0.9 and 1."""
+    places = np.clip(
+        np.searchsorted(BIN_EDGES, confidence, side="right") - 1, 0, len(BIN_EDGES) - 2
+    )
+    return [
+        Bin(low, high, int((places == i).sum()), _mean(correct[places == i]))
+        for i, (low, high) in enumerate(pairwise(BIN_EDGES))
+    ]
+
+
+def confidence_thresholds(confidence: Floats, correct: npt.NDArray[np.bool_]) -> list[Kept]:
+    """Return how many images a threshold keeps, and how accurate the network is on those."""
+    kept = [(threshold, confidence >= threshold) for threshold in THRESHOLDS]
+    return [Kept(t, float(mask.mean()), _mean(correct[mask])) for t, mask in kept]
+
+
+def _mean(values: npt.NDArray[np.bool_]) -> float | None:
+    return float(values.mean()) if len(values) else None

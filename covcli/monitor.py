@@ -1,0 +1,149 @@
+"""Monitor: a network that says, beside its answer, whether the answer can be trusted."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from covcli import checkpoint as checkpoints
+from covcli import engine, runtime, signature
+from covcli.activations import capture
+from covcli.calibration import Calibration
+from covcli.errors import CovcliError
+from covcli.images import adapt
+from covcli.models import Classifier
+from covcli.signature import Signature
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What a monitor says of each image of a batch.
+
+    Attributes
+    ----------
+    logits
+        float32 of shape (B, classes).
+    predicted
+        The most probable class, int64 of shape (B,).
+    score
+        Distance from the trusted pattern of that class, float64 of shape (B,); larger is less
+        trusted.
+    p_value
+        Share of trusted images that would score as high, float64 of shape (B,), in (0, 1].
+    confidence
+        float64 of shape (B,), in [0, 1]; below one half where `untrusted`.
+    untrusted
+        The verdict at the monitor's α, bool of shape (B,).
+    """
+
+    logits: Tensor
+    predicted: Tensor
+    score: Tensor
+    p_value: Tensor
+    confidence: Tensor
+    untrusted: Tensor
+
+
+class Monitor:
+    """A network and its signature.
+
+    Parameters
+    ----------
+    model
+        The network.
+    made
+        Its signature.
+    calibration
+        The signature's calibration.
+    alpha
+        The false-alarm rate to stay below on images like the calibration images.
+
+    Raises
+    ------
+    CovcliError
+        If the calibration has too few images for `alpha`.
+    """
+
+    def __init__(
+        self, model: Classifier, made: Signature, calibration: Calibration, alpha: float = 0.05
+    ) -> None:
+        calibration.rank(alpha)
+        self.model = model.eval()
+        self.signature = made
+        self.calibration = calibration
+        self.alpha = alpha
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        signature_file: str | Path,
+        *,
+        alpha: float = 0.05,
+        device: str = "cpu",
+    ) -> Self:
+        """Read a checkpoint (or the bare weights a signature was built from) and its signature.
+
+        Raises
+        ------
+        CovcliError
+            If a file is missing, damaged or of another kind, or the two do not belong together.
+        """
+        made, calibration, _ = signature.load(Path(signature_file))
+        model = checkpoints.load(Path(checkpoint), made.model).model
+        made.check_model(model, signature_file)
+        place = runtime.choose_device(device)
+        moved = model.to(place, memory_format=torch.channels_last)
+        return cls(moved, made.to(place), calibration, alpha)
+
+    def __call__(self, images: Tensor) -> Verdicts:
+        """Classify a batch of images and judge each.
+
+        Parameters
+        ----------
+        images
+            uint8 of shape (B, C, H, W), of any size and 1 to 4 channels; or floats in [0, 1] of
+            the network's own shape.
+
+        Raises
+        ------
+        CovcliError
+            If the images have another shape or type, or activations are not finite.
+        """
+        device = self.model.mean.device
+        inputs = self._inputs(images, device)
+        made = self.signature
+        with (
+            torch.inference_mode(),
+            capture(self.model.network, made.points, made.granularity) as recorder,
+        ):
+            logits, neurons = engine.forward(self.model, recorder, inputs)
+            predicted = logits.argmax(1)
+            costs = made.point_costs(neurons, predicted).cpu()
+        scores = self.calibration.score(costs)
+        return Verdicts(
+            logits=logits,
+            predicted=predicted,
+            score=scores,
+            p_value=self.calibration.p_value(scores),
+            confidence=self.calibration.confidence(scores, self.alpha),
+            untrusted=scores > self.calibration.threshold(self.alpha),
+        )
+
+    def _inputs(self, images: Tensor, device: torch.device) -> Tensor:
+        shape = self.model.spec.shape
+        if images.ndim != 4 or len(images) == 0:
+            raise CovcliError(
+                f"expected images of shape (B, C, H, W), got {tuple(images.shape)}", where="Monitor"
+            )
+        if images.dtype == torch.uint8:
+            return engine.to_network(adapt(images, shape), device)
+        if not images.is_floating_point() or tuple(images.shape[1:]) != shape:
+            raise CovcliError(
+                f"got {images.dtype} of shape {tuple(images.shape)}",
+                where="Monitor",
+                fix=f"pass uint8 images, or floats in [0, 1] of shape (B, *{shape})",
+            )
+        return images.to(device, torch.float32, memory_format=torch.channels_last)

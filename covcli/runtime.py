@@ -1,0 +1,88 @@
+"""Where and how a run computes: device, threads, seed, and the record of all that."""
+
+import platform
+import random
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+import covcli
+from covcli.errors import CovcliError
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises
+    ------
+    CovcliError
+        If torch does not know the name, or the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise CovcliError(reason, where=f"--device {name}", fix="try --device cpu") from None
+    return device
+
+
+def configure(seed: int, threads: int) -> None:
+    """Seed every generator, set the number of threads (0 leaves it), ask for repeatable kernels."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - libraries draw from the global generator
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run a block that draws from torch's global generator, from a seed, and restore it after."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def provenance(device: torch.device, seed: int) -> dict[str, Any]:
+    """Return what a result must say of its making: versions, command line, machine, seed, time."""
+    return {
+        "covcli": covcli.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": shlex.join(sys.argv),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def bfloat16_pays(model: torch.nn.Module, shape: tuple[int, int, int]) -> bool:
+    """Measure whether a training step is faster in bfloat16 on the device that a model is on."""
+    device = next(model.parameters()).device
+    images = torch.zeros(16, *shape, device=device).to(memory_format=torch.channels_last)
+    times = {}
+    with torch.random.fork_rng():
+        for enabled in (False, True, False, True):
+            began = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+                output = model.eval()(images)
+            torch.autograd.grad(output.float().sum(), list(model.parameters()), allow_unused=True)
+            times[enabled] = time.perf_counter() - began  # the second time counts: warm
+    return times[True] < times[False]

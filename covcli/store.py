@@ -1,0 +1,254 @@
+"""Files: whole or not at all, versioned, checked when read, never unpickled."""
+
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from covcli.errors import CovcliError
+
+SCHEMA = 1
+CHECKPOINT = "covcli checkpoint"
+CHECKPOINT_FIELDS = {"model", "state", "classes", "trusted", "calibration_rows", "training"}
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path` that takes its name once it is whole and on disk.
+
+    Raises
+    ------
+    CovcliError
+        If the file cannot be written; what stood at `path` before is untouched.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise CovcliError(f"cannot be written ({error.strerror})", where=path) from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a result has the permissions of any new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise CovcliError(f"cannot be written ({error.strerror})", where=path) from None
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    with atomic(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document atomically; a NaN or infinity in it is a ValueError."""
+    write_bytes(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_pickle(path: Path, document: Any) -> None:
+    """Write plain Python objects (numbers, strings, lists, dictionaries) as a pickle."""
+    write_bytes(path, pickle.dumps(document, protocol=4))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document; a missing or broken one is a CovcliError."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise CovcliError(f"cannot be read ({error.strerror})", where=path) from None
+    except (ValueError, RecursionError):
+        raise CovcliError("is not a JSON document", where=path) from None
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of named tensors, in hexadecimal: equal for equal bits, shapes and names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint: `content` has the keys of CHECKPOINT_FIELDS, of plain types."""
+    document = {
+        "format": CHECKPOINT,
+        "schema": SCHEMA,
+        "fingerprint": fingerprint(content["state"]),
+        **content,
+    }
+    with atomic(path) as file:
+        torch.save(document, file)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, or a bare state dict as `{"state": ...}`, without unpickling objects.
+
+    Raises
+    ------
+    CovcliError
+        If the file is missing, of another kind, damaged, or holds NaN or infinite weights.
+    """
+    content = _load_weights_only(path)
+    if content.get("format") == CHECKPOINT:
+        if content.get("schema") != SCHEMA:
+            raise CovcliError(
+                f"has schema {content.get('schema')!r}, this covcli reads {SCHEMA}", where=path
+            )
+        if missing := CHECKPOINT_FIELDS - content.keys():
+            raise CovcliError(f"lacks {', '.join(sorted(missing))}", where=path)
+    else:
+        content = {"state": content.get("state_dict", content)}
+    state = content["state"]
+    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise CovcliError("is neither a checkpoint nor a state dict", where=path)
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CovcliError(f"weights {name!r} hold NaN or infinity", where=path)
+    if "fingerprint" in content and fingerprint(state) != content["fingerprint"]:
+        raise CovcliError("is damaged: its weights do not match its fingerprint", where=path)
+    return content
+
+
+def _load_weights_only(path: Path) -> dict[str, Any]:
+    wrong = CovcliError(
+        "is not a PyTorch checkpoint that loads without running code",
+        where=path,
+        fix="expected a file from `covcli train` or a state dict saved by torch.save",
+    )
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CovcliError("no such file", where=path) from None
+    except OSError as error:
+        raise CovcliError(f"cannot be read ({error.strerror})", where=path) from None
+    except Exception:  # torch.load raises a dozen kinds of errors on hostile or broken files
+        raise wrong from None
+    if not isinstance(content, dict):
+        raise wrong
+    return content
+
+
+def save_signature(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a signature: named tensors and a JSON document about them, with a checksum."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    document = {"schema": SCHEMA, "checksum": fingerprint(stored), **metadata}
+    text = json.dumps(document, allow_nan=False, sort_keys=True)
+    write_bytes(path, safetensors.torch.save(stored, {"covcli": text}))
+
+
+def load_signature(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a signature's tensors and its document.
+
+    Raises
+    ------
+    CovcliError
+        If the file is missing, of another kind or version, damaged, or not finite.
+    """
+    if not path.is_file():
+        raise CovcliError("no such signature", where=path, fix="make one with build-signature")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})["covcli"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
+        raise CovcliError("is not a covcli signature", where=path) from None
+    if not isinstance(metadata, dict) or metadata.get("schema") != SCHEMA:
+        raise CovcliError(f"has another schema, this covcli reads {SCHEMA}", where=path)
+    if metadata.get("checksum") != fingerprint(tensors):
+        raise CovcliError("is damaged: its tensors do not match its checksum", where=path)
+    return tensors, metadata
+
+
+def new_run(runs: Path, name: str | None, stem: str) -> Path:
+    """Make a run folder, `runs/<name>` or `runs/<stem>-<timestamp>`; it must not exist."""
+    folder = runs / (name or f"{stem}-{timestamp()}")
+    if name and (name in (".", "..", "latest") or Path(name).name != name):
+        raise CovcliError("is not a name for a run", where=f"--name {name!r}")
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise CovcliError("this run exists", where=folder, fix="choose another --name") from None
+    except OSError as error:
+        raise CovcliError(f"cannot be made ({error.strerror})", where=folder) from None
+    return folder
+
+
+def mark_latest(folder: Path) -> None:
+    """Point `runs/latest` at a run folder, atomically."""
+    link = folder.parent / "latest"
+    if link.exists() and not link.is_symlink():
+        raise CovcliError("is in the way of the link to the newest run", where=link)
+    temporary = folder.parent / f".latest.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.name)
+    temporary.replace(link)
+
+
+def newest_run(runs: Path) -> Path:
+    """Return the folder that `runs/latest` points at; without one it is a CovcliError."""
+    folder = runs / "latest"
+    if not folder.is_dir():
+        raise CovcliError(
+            "no run yet", where=runs, fix="run `covcli train`, or name a --checkpoint"
+        )
+    return folder.resolve()
+
+
+def timestamp() -> str:
+    """Return the local time as it stands in file names, to the microsecond."""
+    return datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+
+
+def plain(value: Any) -> Any:
+    """Turn NumPy numbers and arrays, paths and tuples into what JSON knows; a NaN into None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray | Tensor):
+        return plain(value.tolist())
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def digest_file(path: Path, make: Callable[[], Any] = hashlib.sha256) -> str:
+    """Return the digest of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return str(hashlib.file_digest(file, make).hexdigest())

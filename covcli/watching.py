@@ -1,0 +1,107 @@
+"""What a running signature says during training: coverage, trusted against untrusted."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from covcli import attacks, data
+from covcli.engine import sweep
+from covcli.images import ImageSet
+from covcli.methods import Method
+from covcli.models import Classifier
+from covcli.progress import Silent
+from covcli.signature import Signature
+from covcli.signing import fit_signature
+from covcli.specs import parse
+
+
+@dataclass(frozen=True)
+class WatchedSet:
+    """What the network does on one set.
+
+    Attributes
+    ----------
+    name
+        "trusted", or the specification of an untrusted set.
+    images
+        How many images were read.
+    mean_confidence
+        Mean softmax confidence.
+    mean_coverage
+        Mean over the coverage points of `coverage`.
+    coverage
+        Share of each point's neurons inside the range of the predicted class.
+    """
+
+    name: str
+    images: int
+    mean_confidence: float
+    mean_coverage: float
+    coverage: list[float]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """One look at a network in training: the coverage points' names, and each set's figures."""
+
+    points: list[str]
+    sets: list[WatchedSet]
+
+
+def watch(
+    model: Classifier,
+    method: Method,
+    training: ImageSet,
+    held_out: ImageSet,
+    untrusted: tuple[str, ...],
+    most: int,
+    threshold: float,
+    data_dir: Path | None,
+) -> Watch:
+    """Build a signature from training images, and measure coverage on held-out and untrusted ones.
+
+    Parameters
+    ----------
+    training
+        Trusted images for the ranges.
+    held_out
+        Trusted images that are not in `training`.
+    untrusted
+        Data specifications; attacks start from `held_out`.
+    most
+        How many images to read of each set, evenly spread.
+    threshold
+        The softmax confidence from which a training image is trusted.
+    data_dir
+        Where downloaded sets live.
+    """
+    names = tuple(str(k) for k in range(model.spec.classes))
+    made, _, _ = fit_signature(model, training, names, method, "channel", threshold, Silent())
+    sets = [_look(model, made, "trusted", _spread(held_out, most))]
+    for text in untrusted:
+        spec = parse(text)
+        if attacks.is_attack(spec):
+            few = held_out.select(attacks.attacked_rows(spec, held_out)[: most // 4])
+            images = attacks.run_attack(spec, model, few, few.known_labels(), Silent())
+        else:
+            images = _spread(data.load(text, "test", data_dir), most)
+        sets.append(_look(model, made, text, images))
+    return Watch([point.name for point in made.points], sets)
+
+
+def _spread(images: ImageSet, most: int) -> ImageSet:
+    return images.select(torch.arange(0, len(images), -(-len(images) // most)))
+
+
+def _look(model: Classifier, made: Signature, name: str, images: ImageSet) -> WatchedSet:
+    coverage = torch.zeros(len(made.points), dtype=torch.float64)
+    confidence = 0.0
+    for batch in sweep(model, images, made.points, made.granularity, Silent(), ""):
+        sure, predicted = batch.logits.softmax(1).max(1)
+        coverage += made.coverage(batch.neurons, predicted).sum(0).cpu()
+        confidence += float(sure.double().sum())
+    shares = (coverage / len(images)).tolist()
+    return WatchedSet(
+        name, len(images), confidence / len(images), sum(shares) / len(shares), shares
+    )
