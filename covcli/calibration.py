@@ -34,6 +34,9 @@ class Calibration:
         The lowest combined score of the images that the scale was fitted on.
     scores
         Scores of the other calibration images, ascending, float64 of shape (n,).
+    softmax
+        The same images' softmax scores (one minus the highest probability), ascending: the
+        baseline gets a threshold by the same rule.
     """
 
     neurons: Tensor
@@ -41,6 +44,7 @@ class Calibration:
     scale: Tensor
     floor: float
     scores: Tensor
+    softmax: Tensor
 
     def score(self, point_costs: Tensor) -> Tensor:
         """Combine the costs of the coverage points into one score; larger is less trusted.
@@ -95,6 +99,10 @@ class Calibration:
         """Return τ: a score above it has a p-value of at most α, and only such a score."""
         return float(self.scores[len(self.scores) - self.rank(alpha)])
 
+    def softmax_threshold(self, alpha: float) -> float:
+        """Return the baseline's threshold, by the same rule as `threshold`."""
+        return float(self.softmax[len(self.softmax) - self.rank(alpha)])
+
     def confidence(self, scores: Tensor, alpha: float) -> Tensor:
         """Return 2^(−s/τ), 1 for s ≤ 0: below one half exactly where the verdict is "untrusted".
 
@@ -119,7 +127,16 @@ class Calibration:
         return float(law.ppf(0.025)) / images, float(law.ppf(0.975)) / images
 
 
-def calibrate(point_costs: Tensor, neurons: list[int]) -> Calibration:
+def softmax_score(logits: Tensor) -> Tensor:
+    """Return one minus the highest softmax probability of logits (B, C), float64 of shape (B,).
+
+    Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples
+    in Neural Networks", ICLR 2017; computed so that no two saturated images are rounded together.
+    """
+    return -torch.expm1(logits.double().log_softmax(1).amax(1))
+
+
+def calibrate(point_costs: Tensor, neurons: list[int], softmax_scores: Tensor) -> Calibration:
     """Fit the scale of the points on every fourth image, and rank the scores of the others.
 
     Parameters
@@ -128,6 +145,8 @@ def calibrate(point_costs: Tensor, neurons: list[int]) -> Calibration:
         Mean cost over each point's neurons, of calibration images, float64 of shape (n, L).
     neurons
         How many neurons each point has.
+    softmax_scores
+        The same images' softmax scores, float64 of shape (n,).
 
     Raises
     ------
@@ -149,7 +168,8 @@ def calibrate(point_costs: Tensor, neurons: list[int]) -> Calibration:
     scale = logs.std(0).clamp_min(least)
     floor = float(_combine(point_costs[fitting], sizes, center, scale).min())
     scores = _combine(point_costs[~fitting], sizes, center, scale) - floor
-    return Calibration(sizes, center, scale, floor, scores.sort().values)
+    softmax = softmax_scores[~fitting].sort().values
+    return Calibration(sizes, center, scale, floor, scores.sort().values, softmax)
 
 
 def _log_costs(point_costs: Tensor, neurons: Tensor) -> Tensor:

@@ -312,3 +312,25 @@ def pixel_statistics(images: ImageSet, shape: Shape) -> tuple[Statistics, Statis
     mean = total / len(rows)
     deviation = (squares / len(rows) - mean.square()).clamp_min(1e-4).sqrt()
     return tuple(mean.tolist()), tuple(deviation.tolist())
+
+
+def read_statistics(
+    mean: str | None, deviation: str | None
+) -> tuple[Statistics, Statistics] | None:
+    """Read `--mean` and `--std`, three numbers each with commas between; both or neither.
+
+    Raises
+    ------
+    CovcliError
+        If one is missing or is not three numbers, or a deviation is not above 0.
+    """
+    if mean is None and deviation is None:
+        return None
+    try:
+        means = tuple(float(part) for part in (mean or "").split(","))
+        deviations = tuple(float(part) for part in (deviation or "").split(","))
+    except ValueError:
+        means = deviations = ()
+    if not (len(means) == len(deviations) == 3 and min(deviations) > 0):
+        raise CovcliError("expected three numbers each, as 0.49,0.48,0.45", where="--mean, --std")
+    return means, deviations

@@ -14,7 +14,7 @@ from covcli.errors import CovcliError
 from covcli.methods import Method, State, make_method
 from covcli.models import Classifier, ModelSpec
 
-CALIBRATION = ("neurons", "center", "scale", "scores")
+CALIBRATION = ("neurons", "center", "scale", "scores", "softmax")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,9 @@ def _check(signature: Signature, calibration: Calibration) -> None:
     if calibration.neurons.tolist() != [float(size) for size in signature.sizes]:
         raise ValueError("a calibration of other points")
     scores = calibration.scores
-    if scores.ndim != 1 or len(scores) < 1 or bool((scores.diff() < 0).any()):
+    if scores.ndim != 1 or len(scores) < 1 or scores.shape != calibration.softmax.shape:
+        raise ValueError("calibration scores of other shapes")
+    if bool((scores.diff() < 0).any() | (calibration.softmax.diff() < 0).any()):
         raise ValueError("calibration scores out of order")
     numbers = [getattr(calibration, name) for name in CALIBRATION]
     if not all(t.dtype == torch.float64 and bool(t.isfinite().all()) for t in numbers):

@@ -16,7 +16,7 @@ from torch import Tensor
 from covcli import checkpoint as checkpoints
 from covcli import data, runtime, signature, store
 from covcli.activations import Granularity, Point
-from covcli.calibration import Calibration, calibrate
+from covcli.calibration import Calibration, calibrate, softmax_score
 from covcli.checkpoint import Checkpoint, DataRecord
 from covcli.engine import Swept, sweep
 from covcli.errors import CovcliError
@@ -193,12 +193,13 @@ def fit_calibration(
     model: Classifier, made: Signature, images: ImageSet, progress: Progress
 ) -> Calibration:
     """Score calibration images against their predicted classes, and calibrate on them."""
-    costs = []
+    costs, softmax = [], []
     for batch in sweep(
         model, images, made.points, made.granularity, progress, "reading calibration images"
     ):
         costs.append(made.point_costs(batch.neurons, batch.logits.argmax(1)).cpu())
-    return calibrate(torch.cat(costs), made.sizes)
+        softmax.append(softmax_score(batch.logits.cpu()))
+    return calibrate(torch.cat(costs), made.sizes, torch.cat(softmax))
 
 
 @dataclass(frozen=True)

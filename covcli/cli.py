@@ -1,0 +1,351 @@
+"""The command line: it parses, calls one library function a command, prints, and maps errors.
+
+Nothing heavy is imported before a command runs, so that `covcli --help` answers at once.
+
+Exit codes: 0 done; 1 a gate failed; 2 bad usage, bad input or a bad file; 3 an internal error;
+130 and 143 interrupted.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal, TypeAlias
+
+import typer
+
+import covcli
+from covcli.errors import CovcliError, one_line
+
+app = typer.Typer(
+    name="covcli",
+    help="Tell which answers of an image classifier can be trusted, by coverage analysis.",
+    epilog="Exit codes: 0 done, 1 a gate failed, 2 bad usage or input, 3 internal error, "
+    "130 or 143 interrupted.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Runs = Annotated[Path, typer.Option(help="Folder of the run folders.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="COVCLI_DATA_DIR", help="Folder of downloaded sets; default: the user's cache."
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads on the CPU; 0 leaves it to torch.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of every random choice.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print nothing to stderr but errors.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite earlier results.")]
+Plugin = Annotated[
+    list[Path] | None,
+    typer.Option(help="Python file to run first: it can register models, datasets and methods."),
+]
+Granularity: TypeAlias = Literal["channel", "unit"]
+Augment: TypeAlias = Literal["auto", "none", "crop", "crop-flip"]
+Amp: TypeAlias = Literal["off", "bf16", "auto"]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"covcli {covcli.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Tell which answers of an image classifier can be trusted, by coverage analysis."""
+
+
+def _prepare(seed: int, threads: int, plugins: list[Path] | None) -> None:
+    import runpy
+
+    from covcli import runtime
+
+    runtime.configure(seed, threads)
+    for plugin in plugins or []:
+        if not plugin.is_file():
+            raise CovcliError("no such file", where=f"--plugin {plugin}")
+        runpy.run_path(str(plugin))
+
+
+@app.command()
+def train(
+    method: Annotated[str, typer.Option(help="src, mrc or mrc?sections=10&cost=share.")] = "mrc",
+    trusted: Annotated[str, typer.Option(help="Images to learn.")] = "cifar10",
+    untrusted: Annotated[
+        list[str] | None, typer.Option(help="Images to watch beside; may repeat.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="vgg19, vgg11, resnet18 or torchvision:NAME.")
+    ] = "vgg19",
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Start from torchvision's ImageNet weights.")
+    ] = False,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the one-cycle schedule.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option(help="On weight matrices and kernels.")] = 5e-4,
+    confidence_threshold: Annotated[
+        float, typer.Option(help="Softmax confidence from which a correct answer is trusted.")
+    ] = 0.9,
+    confidence_weight: Annotated[
+        float, typer.Option(help="Weight of the penalty on untrusted activations; 0: none.")
+    ] = 0.1,
+    signature_every: Annotated[
+        int, typer.Option(help="Epochs between two refreshes of the running signature.")
+    ] = 5,
+    calibration_split: Annotated[
+        float, typer.Option(help="Share of the training images held out to calibrate.")
+    ] = 0.1,
+    augment: Annotated[Augment, typer.Option(help="Of training images.")] = "auto",
+    amp: Annotated[Amp, typer.Option(help="bfloat16 in training; auto measures first.")] = "off",
+    name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
+    runs: Runs = Path("runs"),
+    data_dir: DataDir = None,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    seed: Seed = 0,
+    plugin: Plugin = None,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Train a network with the ConfidenceLoss; print the checkpoint's path."""
+    from covcli import render, training
+    from covcli.store import plain
+
+    _prepare(seed, threads, plugin)
+    config = training.TrainConfig(
+        method=method, trusted=trusted, untrusted=tuple(untrusted or ()), model=model,
+        pretrained=pretrained, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+        weight_decay=weight_decay, confidence_threshold=confidence_threshold,
+        confidence_weight=confidence_weight, signature_every=signature_every,
+        calibration_split=calibration_split, augment=augment, seed=seed, device=device, amp=amp,
+        name=name, runs=runs, data_dir=data_dir,
+    )  # fmt: skip
+    with render.reporter(quiet) as progress:
+        result = training.train(config, progress)
+    if not quiet:
+        render.describe_training(result)
+    if json:
+        render.print_json(plain(render.document(result)))
+    else:
+        render.print_line(result.checkpoint)
+
+
+@app.command("build-signature")
+def build_signature(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or a bare state dict.")],
+    method: Annotated[
+        str | None, typer.Option(help="src, mrc or mrc?sections=10; default: as trained.")
+    ] = None,
+    granularity: Annotated[
+        Granularity, typer.Option(help="channel: mean and maximum; unit: every position.")
+    ] = "channel",
+    trusted: Annotated[
+        str | None, typer.Option(help="Images to build from; default: the training images.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Held-out trusted images; default: the recorded split.")
+    ] = None,
+    confidence_threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Default: as trained, or 0.9.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="For a bare state dict: its model.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="For a bare state dict: pixel means, as 0.49,0.48,0.45.")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="For a bare state dict: pixel deviations, alike.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Signature file; default: beside the checkpoint.")
+    ] = None,
+    force: Force = False,
+    runs: Runs = Path("runs"),
+    data_dir: DataDir = None,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    seed: Seed = 0,
+    plugin: Plugin = None,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Record what the neurons do on trusted images; print the signature's path."""
+    from covcli import render, signing
+    from covcli.models import read_statistics
+    from covcli.store import plain
+
+    _prepare(seed, threads, plugin)
+    config = signing.SignatureConfig(
+        checkpoint=checkpoint, method=method, granularity=granularity, trusted=trusted,
+        calibration=calibration, confidence_threshold=confidence_threshold, model=model,
+        statistics=read_statistics(mean, std), runs=runs, data_dir=data_dir, output=output,
+        force=force, device=device, seed=seed,
+    )  # fmt: skip
+    with render.reporter(quiet) as progress:
+        result = signing.build_signature(config, progress)
+    if not quiet:
+        render.describe_signature(result)
+    if json:
+        render.print_json(plain(render.document(result)))
+    else:
+        render.print_line(result.path)
+
+
+@app.command()
+def evaluate(
+    untrusted: Annotated[
+        list[str], typer.Option(help="Untrusted images: data, noise:… or attack:…; may repeat.")
+    ],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Default: the newest run's, or the signature's neighbour.")
+    ] = None,
+    signature: Annotated[
+        Path | None, typer.Option(help="Default: the newest beside the checkpoint.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Take the newest signature of this method.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="For bare weights; the signature knows it already.")
+    ] = None,
+    trusted: Annotated[
+        str | None, typer.Option(help="Trusted test images; default: the trained set's test split.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="False-alarm rate to stay below.")] = 0.05,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(help="auroc=0.95 and so on: exit 1 if any set falls short; may repeat."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results; default: the signature's.")
+    ] = None,
+    force: Force = False,
+    runs: Runs = Path("runs"),
+    data_dir: DataDir = None,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    seed: Seed = 0,
+    plugin: Plugin = None,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Measure how well a signature tells untrusted images from trusted ones."""
+    from covcli import evaluation, gates, render
+    from covcli.store import plain
+
+    _prepare(seed, threads, plugin)
+    wanted = [gates.parse_gate(text) for text in fail_under or []]
+    config = evaluation.EvaluationConfig(
+        untrusted=tuple(untrusted), checkpoint=checkpoint, signature=signature, method=method,
+        trusted=trusted, alpha=alpha, model=model, runs=runs, data_dir=data_dir, output=output,
+        force=force, device=device, seed=seed,
+    )  # fmt: skip
+    with render.reporter(quiet) as progress:
+        result = evaluation.evaluate(config, progress)
+    if json:
+        render.print_json(plain(render.document(result)))
+    else:
+        render.show_evaluation(result)
+    short = gates.failures(result, wanted)
+    for failure in short:
+        sys.stderr.write(
+            f"gate failed: {failure.gate.metric}={failure.gate.value:g}, "
+            f"{one_line(failure.name)} has {failure.found:.4f}\n"
+        )
+    if short:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    run: Annotated[
+        Path | None, typer.Argument(help="Run folder with an evaluation; default: the newest.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default: the run's.")] = None,
+    force: Force = False,
+    runs: Runs = Path("runs"),
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Write report.html and report.md; print the path of the first."""
+    from covcli import render, reporting
+    from covcli.store import newest_run, plain
+
+    result = reporting.report(run or newest_run(runs), output, force)
+    if json:
+        render.print_json(plain(render.document(result)))
+    else:
+        render.print_line(result.html)
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with the documented code; every error ends here."""
+    signal.signal(signal.SIGTERM, _on_terminate)
+    args = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in args
+    code = _run(args, debug)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader left early (`| head -1`): its choice, not an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _run(args: list[str], debug: bool) -> int:
+    try:
+        returned = app(args=args, prog_name="covcli", standalone_mode=False)
+        return returned if isinstance(returned, int) else 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130, debug)
+    except _Terminated:
+        return _fail("terminated", 143, debug)
+    except CovcliError as error:
+        return _fail(f"error: {error}", 2, debug)
+    except Exception as error:
+        return _fail(*_describe(error), debug)
+
+
+def _describe(error: Any) -> tuple[str, int]:
+    """Tell bad usage, which Typer reports, from an error of our own."""
+    if hasattr(error, "format_message") and getattr(error, "exit_code", None) == 2:
+        if not str(error.format_message()).strip():  # a bare `covcli` has shown the help
+            return "error: name a command; see covcli --help", 2
+        return f"error: {one_line(error.format_message())}; see covcli --help", 2
+    kind = type(error).__name__
+    return f"internal error: {kind}: {one_line(str(error))}; run again with --debug", 3
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(message + "\n")
+    return code

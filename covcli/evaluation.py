@@ -1,0 +1,413 @@
+"""evaluate: how well a signature tells untrusted images from trusted ones."""
+
+import gzip
+import io
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from covcli import attacks, data, metrics, runtime, signature, store
+from covcli import checkpoint as checkpoints
+from covcli.calibration import Calibration, softmax_score
+from covcli.checkpoint import DataRecord
+from covcli.engine import sweep
+from covcli.errors import CovcliError
+from covcli.images import ImageSet
+from covcli.metrics import Detection, Estimate
+from covcli.models import Classifier
+from covcli.progress import Progress
+from covcli.signature import Signature
+from covcli.specs import parse
+
+log = logging.getLogger(__name__)
+SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What `evaluate` is told; `None` takes the newest run's, or the signature's own."""
+
+    untrusted: tuple[str, ...]
+    checkpoint: Path | None = None
+    signature: Path | None = None
+    method: str | None = None
+    trusted: str | None = None
+    alpha: float = 0.05
+    model: str | None = None
+    runs: Path = Path("runs")
+    data_dir: Path | None = None
+    output: Path | None = None
+    force: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the network and the signature say of each image of a set, in the set's order.
+
+    Attributes
+    ----------
+    predicted, label
+        Class numbers, shape (N,); label is None where unknown.
+    scores
+        "coverage" and "softmax": larger is less trusted, float64 of shape (N,).
+    p_value, confidence, softmax_confidence
+        float64 of shape (N,).
+    untrusted
+        The verdict, bool of shape (N,).
+    coverage
+        Share of each point's neurons inside the range, mean over the images, shape (L,).
+    """
+
+    predicted: Tensor
+    label: Tensor | None
+    scores: dict[str, np.ndarray]
+    p_value: np.ndarray
+    confidence: np.ndarray
+    softmax_confidence: np.ndarray
+    untrusted: np.ndarray
+    coverage: list[float]
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Which images are classified correctly; the labels must be known."""
+        assert self.label is not None
+        return (self.predicted == self.label).numpy()
+
+
+@dataclass(frozen=True)
+class FalseAlarms:
+    """Share of trusted test images flagged at α, and where calibration promises it with 95%."""
+
+    alpha: float
+    value: float
+    low: float
+    high: float
+    promised_low: float
+    promised_high: float
+
+
+@dataclass(frozen=True)
+class TrustedSet:
+    """The trusted test images."""
+
+    name: str
+    images: int
+    fingerprint: str
+    accuracy: float
+    false_alarm_rate: FalseAlarms
+    mean_confidence: dict[str, float]
+
+
+@dataclass(frozen=True)
+class UntrustedSet:
+    """One untrusted set: each score's figures, and for an attack how often it deceived."""
+
+    name: str
+    images: int
+    fingerprint: str
+    scores: dict[str, Detection]
+    mean_confidence: dict[str, float]
+    success_rate: Estimate | None
+
+
+@dataclass(frozen=True)
+class PointCoverage:
+    """Share of a point's neurons inside the range, by set."""
+
+    name: str
+    neurons: int
+    coverage: dict[str, float]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What `evaluate` found; the fields are the keys of evaluation.json.
+
+    Attributes
+    ----------
+    schema
+        Version of the document.
+    provenance
+        Versions, command line, device, seed, time.
+    signature
+        Method, files, fingerprints and calibration of what was evaluated.
+    trusted, untrusted, points
+        The figures.
+    confidence_bins, confidence_thresholds
+        Accuracy on the trusted images by "coverage" and by "softmax" confidence.
+    files
+        Paths of what was written.
+    warnings
+        What a reader of the figures must know.
+    """
+
+    schema: int
+    provenance: dict[str, Any]
+    signature: dict[str, Any]
+    trusted: TrustedSet
+    untrusted: list[UntrustedSet]
+    points: list[PointCoverage]
+    confidence_bins: dict[str, list[metrics.Bin]]
+    confidence_thresholds: dict[str, list[metrics.Kept]]
+    files: dict[str, str]
+    warnings: list[str]
+
+
+def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
+    """Score trusted test images and untrusted ones, and write evaluation.json and the scores.
+
+    Raises
+    ------
+    CovcliError
+        If a file, a name or the data is bad, or results exist already.
+    """
+    if not config.untrusted:
+        raise CovcliError("name at least one --untrusted set")
+    if repeated := {t for t in config.untrusted if config.untrusted.count(t) > 1}:
+        raise CovcliError("is named twice", where=f"--untrusted {repeated.pop()}")
+    device = runtime.choose_device(config.device)
+    checkpoint_path, signature_path = find_files(config)
+    output = config.output or signature_path.resolve().parent
+    files = {name: output / name for name in ("evaluation.json", "scores.csv.gz", "samples.npz")}
+    for path in files.values():
+        if path.exists() and not config.force:
+            raise CovcliError("exists", where=path, fix="pass --force, or another --output")
+    made, calibration, record = signature.load(signature_path)
+    calibration.rank(config.alpha)
+    source = checkpoints.load(checkpoint_path, made.model)
+    made.check_model(source.model, signature_path)
+    model = source.model.to(device, memory_format=torch.channels_last)
+    made = made.to(device)
+    trusted, warnings = _trusted(config, record, made.model.classes)
+    openers = {text: _opener(text, config, model, trusted) for text in config.untrusted}
+    measured = {"trusted": measure(model, made, calibration, trusted, config.alpha, progress)}
+    images = {"trusted": trusted}
+    for text, open_set in openers.items():
+        images[text] = open_set(progress)
+        measured[text] = measure(model, made, calibration, images[text], config.alpha, progress)
+    result = EvaluationResult(
+        schema=store.SCHEMA,
+        provenance=runtime.provenance(device, config.seed),
+        signature={
+            "method": made.method.name,
+            "parameters": made.method.spec(),
+            "granularity": made.granularity,
+            "path": str(signature_path),
+            "checkpoint": str(checkpoint_path),
+            "checkpoint_fingerprint": made.fingerprint,
+            "signature_fingerprint": store.digest_file(signature_path),
+            "trusted": record["trusted"],
+            "calibration": record["calibration"],
+            "calibration_scores": len(calibration.scores),
+            "threshold": calibration.threshold(config.alpha),
+        },
+        trusted=_trusted_figures(config, trusted, measured["trusted"], calibration),
+        untrusted=[
+            _untrusted_figures(config, images[t], measured["trusted"], measured[t], calibration)
+            for t in config.untrusted
+        ],
+        points=[
+            PointCoverage(p.name, p.neurons, {t: m.coverage[i] for t, m in measured.items()})
+            for i, p in enumerate(made.points)
+        ],
+        confidence_bins={
+            name: metrics.confidence_bins(values, measured["trusted"].correct)
+            for name, values in _confidences(measured["trusted"]).items()
+        },
+        confidence_thresholds={
+            name: metrics.confidence_thresholds(values, measured["trusted"].correct)
+            for name, values in _confidences(measured["trusted"]).items()
+        },
+        files={name: str(path) for name, path in files.items()},
+        warnings=warnings,
+    )
+    store.write_bytes(files["scores.csv.gz"], _table(measured))
+    store.write_bytes(files["samples.npz"], _samples(images, measured, model.spec.shape))
+    store.write_json(files["evaluation.json"], store.plain(asdict(result)))
+    return result
+
+
+def find_files(config: EvaluationConfig) -> tuple[Path, Path]:
+    """Return the checkpoint and the signature: those named, or the newest of the newest run."""
+    folder = None
+    if config.checkpoint is None:
+        beside = config.signature and config.signature.resolve().parent / "checkpoint.pt"
+        folder = beside.parent if beside and beside.is_file() else store.newest_run(config.runs)
+    checkpoint_path = config.checkpoint or (folder / "checkpoint.pt" if folder else Path())
+    if config.signature is not None:
+        return checkpoint_path, config.signature
+    where = checkpoint_path.resolve().parent
+    name = parse(config.method).name if config.method else "*"
+    found = sorted(where.glob(f"signature-{name}.safetensors"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise CovcliError(
+            "holds no signature", where=where, fix=f"run `covcli build-signature {checkpoint_path}`"
+        )
+    return checkpoint_path, found[-1]
+
+
+def _trusted(
+    config: EvaluationConfig, record: dict[str, Any], classes: int
+) -> tuple[ImageSet, list[str]]:
+    """Load the trusted test images, leaving out those that calibrated; return warnings too."""
+    warnings = []
+    text = config.trusted or str(record["trusted"]["spec"]).partition("?")[0]
+    images = data.load(text, "test", config.data_dir)
+    data.check_labels(images, classes)
+    source = images.source.fingerprint()
+    if source == record["calibration"]["source"]:
+        calibrated = torch.tensor(record["calibration_rows"])
+        fresh = torch.nonzero(~torch.isin(images.rows, calibrated))[:, 0]
+        if len(fresh) < len(images):
+            warnings.append(
+                f"{len(images) - len(fresh)} images of {text} calibrated the signature: left out"
+            )
+        images = images.select(fresh)
+    if len(images) == 0:
+        raise CovcliError("every image calibrated the signature", where=text)
+    if source == record["trusted"]["source"]:
+        warnings.append(f"{text} also built the signature: the false-alarm rate is too low there")
+    for warning in warnings:
+        log.warning("%s", warning)
+    return images, warnings
+
+
+def _opener(
+    text: str, config: EvaluationConfig, model: Classifier, trusted: ImageSet
+) -> Callable[[Progress], ImageSet]:
+    """Check an untrusted specification now; return what gives its images when its turn comes."""
+    spec = parse(text)
+    if not attacks.is_attack(spec):
+        images = data.load(text, "test", config.data_dir)
+        return lambda _progress: images
+    attacks.make_attack(spec)
+    start = trusted.select(attacks.attacked_rows(spec, trusted))
+    return lambda progress: attacks.run_attack(spec, model, start, start.known_labels(), progress)
+
+
+def measure(
+    model: Classifier,
+    made: Signature,
+    calibration: Calibration,
+    images: ImageSet,
+    alpha: float,
+    progress: Progress,
+) -> Measured:
+    """Run a set through the network and the signature."""
+    predicted, costs, softmax = [], [], []
+    coverage = torch.zeros(len(made.points), dtype=torch.float64)
+    title = f"reading {images.name}"
+    for batch in sweep(model, images, made.points, made.granularity, progress, title):
+        best = batch.logits.argmax(1)
+        predicted.append(best.cpu())
+        costs.append(made.point_costs(batch.neurons, best).cpu())
+        coverage += made.coverage(batch.neurons, best).sum(0).cpu()
+        softmax.append(softmax_score(batch.logits.cpu()))
+    scores = calibration.score(torch.cat(costs))
+    doubt = torch.cat(softmax).numpy()
+    return Measured(
+        predicted=torch.cat(predicted),
+        label=images.labels,
+        scores={"coverage": scores.numpy(), "softmax": doubt},
+        p_value=calibration.p_value(scores).numpy(),
+        confidence=calibration.confidence(scores, alpha).numpy(),
+        softmax_confidence=1 - doubt,
+        untrusted=(scores > calibration.threshold(alpha)).numpy(),
+        coverage=(coverage / len(images)).tolist(),
+    )
+
+
+def _confidences(measured: Measured) -> dict[str, np.ndarray]:
+    return {"coverage": measured.confidence, "softmax": measured.softmax_confidence}
+
+
+def _trusted_figures(
+    config: EvaluationConfig, images: ImageSet, measured: Measured, calibration: Calibration
+) -> TrustedSet:
+    alarms = metrics.share(measured.untrusted, config.seed)
+    low, high = calibration.promise(config.alpha, len(images))
+    return TrustedSet(
+        name=images.name,
+        images=len(images),
+        fingerprint=DataRecord.of(images).images,
+        accuracy=float(measured.correct.mean()),
+        false_alarm_rate=FalseAlarms(
+            config.alpha, **asdict(alarms), promised_low=low, promised_high=high
+        ),
+        mean_confidence={k: float(v.mean()) for k, v in _confidences(measured).items()},
+    )
+
+
+def _untrusted_figures(
+    config: EvaluationConfig,
+    images: ImageSet,
+    trusted: Measured,
+    measured: Measured,
+    calibration: Calibration,
+) -> UntrustedSet:
+    thresholds = {
+        "coverage": calibration.threshold(config.alpha),
+        "softmax": calibration.softmax_threshold(config.alpha),
+    }
+    attacked = attacks.is_attack(parse(images.name))
+    return UntrustedSet(
+        name=images.name,
+        images=len(images),
+        fingerprint=DataRecord.of(images).images,
+        scores={
+            name: metrics.detection(trusted.scores[name], scores, thresholds[name], config.seed)
+            for name, scores in measured.scores.items()
+        },
+        mean_confidence={k: float(v.mean()) for k, v in _confidences(measured).items()},
+        success_rate=metrics.share(~measured.correct, config.seed) if attacked else None,
+    )
+
+
+def _table(measured: dict[str, Measured]) -> bytes:
+    """Return one row an image, as gzipped CSV; the same figures give the same bytes."""
+    parts = []
+    for name, m in measured.items():
+        parts.append(
+            pd.DataFrame(
+                {
+                    "set": name,
+                    "index": np.arange(len(m.predicted)),
+                    "label": -1 if m.label is None else m.label.numpy(),
+                    "predicted": m.predicted.numpy(),
+                    "score": m.scores["coverage"],
+                    "p_value": m.p_value,
+                    "confidence": m.confidence,
+                    "untrusted": m.untrusted.astype(int),
+                    "softmax_confidence": m.softmax_confidence,
+                }
+            )
+        )
+    text = pd.concat(parts).to_csv(index=False)
+    return gzip.compress(text.encode(), mtime=0)
+
+
+def _samples(
+    images: dict[str, ImageSet], measured: dict[str, Measured], shape: tuple[int, int, int]
+) -> bytes:
+    """Return, as an NPZ, each set's most suspicious flagged images and least suspicious others."""
+    arrays = {}
+    for i, (name, m) in enumerate(measured.items()):
+        order = torch.from_numpy(np.argsort(m.scores["coverage"], kind="stable"))
+        flags = torch.from_numpy(m.untrusted)[order]
+        chosen = {"flagged": order[flags].flip(0)[:SAMPLES], "passed": order[~flags][:SAMPLES]}
+        for kind, rows in chosen.items():
+            if len(rows):
+                arrays[f"{i}_{kind}"] = images[name].batch(rows, shape).numpy()
+                arrays[f"{i}_{kind}_rows"] = rows.numpy()
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()

@@ -1,0 +1,257 @@
+"""Results as tables or JSON on stdout, progress as a bar or sparse lines on stderr."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from covcli.errors import one_line
+
+if TYPE_CHECKING:
+    from covcli.evaluation import EvaluationResult
+    from covcli.metrics import Estimate
+    from covcli.signing import SignatureResult
+    from covcli.training import TrainResult
+
+LINE_EVERY_SECONDS = 30.0
+SCORE_COLUMNS = ["AUROC", "AUPR-out", "AUPR-in", "FPR95", "detected at α"]
+
+
+class _Throughput(ProgressColumn):
+    """Images a second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the speed, or nothing before it is known."""
+        return Text(f"{task.speed:.0f} images/s" if task.speed else "")
+
+
+class Bar:
+    """Progress on a terminal: one bar for the work at hand."""
+
+    def __init__(self, console: Console) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Throughput(),
+            TimeRemainingColumn(), console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=None)
+
+    def start(self, title: str, total: int) -> None:
+        """Begin a piece of work."""
+        self._bar.reset(self._task, description=one_line(title), total=total)
+        self._bar.start()
+
+    def advance(self, images: int) -> None:
+        """Move the bar."""
+        self._bar.advance(self._task, images)
+
+    def note(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bar.console.print(Text(one_line(line)))
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+
+class Lines:
+    """Progress in a log: a line every half minute at most, and notes."""
+
+    def __init__(self) -> None:
+        self._title, self._total, self._done = "", 0, 0
+        self._began = self._last = time.monotonic()
+
+    def start(self, title: str, total: int) -> None:
+        """Begin a piece of work."""
+        self._title, self._total, self._done = one_line(title), total, 0
+        self._began = self._last = time.monotonic()
+
+    def advance(self, images: int) -> None:
+        """Count, and say so now and then."""
+        self._done += images
+        now = time.monotonic()
+        if now - self._last < LINE_EVERY_SECONDS:
+            return
+        self._last = now
+        speed = self._done / (now - self._began)
+        left = (self._total - self._done) / speed
+        self.note(
+            f"{self._title}: {self._done}/{self._total}, {speed:.0f} images/s, {left:.0f} s left"
+        )
+
+    def note(self, line: str) -> None:
+        """Print a line."""
+        sys.stderr.write(one_line(line) + "\n")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Quiet(Lines):
+    """Only errors are printed."""
+
+    def note(self, line: str) -> None:
+        """Do nothing."""
+
+
+@contextmanager
+def reporter(quiet: bool) -> Iterator[Bar | Lines]:
+    """Yield what shows progress on stderr, and let the library's log lines through it."""
+    console = Console(stderr=True, highlight=False)
+    shown = Quiet() if quiet else Bar(console) if console.is_terminal else Lines()
+    logger = logging.getLogger("covcli")
+    handler: logging.Handler
+    if isinstance(shown, Bar):
+        handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(message)s"))
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield shown
+    finally:
+        logger.removeHandler(handler)
+        shown.close()
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Keep names from reaching the terminal raw."""
+        text = one_line(record.getMessage())
+        return f"{record.levelname.lower()}: {text}" if record.levelno > logging.INFO else text
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document to stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def print_line(text: object) -> None:
+    """Print one line to stdout."""
+    sys.stdout.write(f"{text}\n")
+
+
+def describe_training(result: "TrainResult") -> None:
+    """Tell a person on stderr what training did; the path alone goes to stdout."""
+    last = result.epochs[-1]
+    _say(
+        f"trained on {result.training_images} images for {len(result.epochs)} epochs: held-out "
+        f"accuracy {last.held_out_accuracy:.1%} on {result.calibration_images} calibration images"
+    )
+
+
+def describe_signature(result: "SignatureResult") -> None:
+    """Tell a person on stderr what build-signature did; the path alone goes to stdout."""
+    _say(
+        f"{result.method}: {sum(result.trusted.values())} trusted of {result.images} images "
+        f"(accuracy {result.accuracy:.1%}), {result.points} coverage points, {result.neurons} "
+        f"neurons, {result.calibration_images} calibration images, {result.bytes / 1e6:.1f} MB"
+    )
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(one_line(text) + "\n")
+
+
+def _console() -> Console:
+    """Return a console for stdout; a pipe has no width, so its tables are not squeezed."""
+    wide = None if sys.stdout.isatty() else 160
+    return Console(highlight=False, width=wide)
+
+
+def _cell(estimate: "Estimate | None") -> str:
+    if estimate is None:
+        return "–"
+    return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
+
+
+def show_evaluation(result: "EvaluationResult") -> None:
+    """Print an evaluation as tables to stdout."""
+    console = _console()
+    trusted, alarms = result.trusted, result.trusted.false_alarm_rate
+    console.print(
+        Text(
+            f"Signature {result.signature['parameters']}, trusted {one_line(trusted.name)}: "
+            f"{trusted.images} images, accuracy {trusted.accuracy:.1%}"
+        )
+    )
+    console.print(
+        Text(
+            f"False-alarm rate at α = {alarms.alpha:g}: {alarms.value:.2%} "
+            f"[{alarms.low:.2%}, {alarms.high:.2%}]; calibration on "
+            f"{result.signature['calibration_scores']} scores promises "
+            f"{alarms.promised_low:.2%} to {alarms.promised_high:.2%}"
+        )
+    )
+    table = Table("untrusted", "images", "score", *SCORE_COLUMNS, title="Detection, 95% intervals")
+    for entry in result.untrusted:
+        for name, d in entry.scores.items():
+            cells = [_cell(e) for e in (d.auroc, d.aupr_out, d.aupr_in, d.fpr95, d.detection_rate)]
+            table.add_row(Text(one_line(entry.name)), str(entry.images), name, *cells)
+    console.print(table)
+    console.print(
+        "FPR95: share of trusted images flagged at the threshold that catches 95% of the untrusted."
+    )
+    for entry in result.untrusted:
+        if entry.success_rate is not None:
+            console.print(
+                Text(f"{one_line(entry.name)} deceives the network on {_cell(entry.success_rate)}")
+            )
+    names = list(result.points[0].coverage)
+    coverage = Table("point", "neurons", *[Text(one_line(n)) for n in names], title="Coverage")
+    for point in result.points:
+        shares = [f"{point.coverage[name]:.2%}" for name in names]
+        coverage.add_row(point.name, str(point.neurons), *shares)
+    console.print(coverage)
+    _show_confidence(console, result)
+    console.print(
+        "These rates hold for images exchangeable with the calibration images, and no further."
+    )
+
+
+def _show_confidence(console: Console, result: "EvaluationResult") -> None:
+    bins = Table(title="Accuracy on trusted images by confidence bin (images)")
+    bins.add_column("confidence")
+    thresholds = Table(title="Accuracy on trusted images by confidence threshold (share kept)")
+    thresholds.add_column("at least")
+    for name in result.confidence_bins:
+        bins.add_column(name)
+        thresholds.add_column(name)
+    for row in zip(*result.confidence_bins.values(), strict=True):
+        bins.add_row(
+            f"{row[0].low:g}–{row[0].high:g}", *[f"{_rate(b.accuracy)} ({b.images})" for b in row]
+        )
+    for kept in zip(*result.confidence_thresholds.values(), strict=True):
+        thresholds.add_row(
+            f"{kept[0].threshold:g}", *[f"{_rate(k.accuracy)} ({k.kept:.1%})" for k in kept]
+        )
+    console.print(bins)
+    console.print(thresholds)
+
+
+def _rate(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def document(result: Any) -> dict[str, Any]:
+    """Return a result's fields as a dictionary, paths and tuples included."""
+    return asdict(result)
