@@ -156,8 +156,8 @@ class EvaluationResult:
     trusted: TrustedSet
     untrusted: list[UntrustedSet]
     points: list[PointCoverage]
-    confidence_bins: dict[str, list[metrics.Bin]]
-    confidence_thresholds: dict[str, list[metrics.Kept]]
+    confidence_bins: list[metrics.Bin]
+    confidence_thresholds: list[metrics.Kept]
     files: dict[str, str]
     warnings: list[str]
 
@@ -219,14 +219,16 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
             PointCoverage(p.name, p.neurons, {t: m.coverage[i] for t, m in measured.items()})
             for i, p in enumerate(made.points)
         ],
-        confidence_bins={
-            name: metrics.confidence_bins(values, measured["trusted"].correct)
+        confidence_bins=[
+            entry
             for name, values in _confidences(measured["trusted"]).items()
-        },
-        confidence_thresholds={
-            name: metrics.confidence_thresholds(values, measured["trusted"].correct)
+            for entry in metrics.confidence_bins(name, values, measured["trusted"].correct)
+        ],
+        confidence_thresholds=[
+            entry
             for name, values in _confidences(measured["trusted"]).items()
-        },
+            for entry in metrics.confidence_thresholds(name, values, measured["trusted"].correct)
+        ],
         files={name: str(path) for name, path in files.items()},
         warnings=warnings,
     )

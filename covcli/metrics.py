@@ -187,6 +187,7 @@ def _estimate(value: float, drawn: Floats) -> Estimate:
 class Bin:
     """Accuracy among images whose confidence lies in [low, high), or [low, 1] in the last bin."""
 
+    confidence: str
     low: float
     high: float
     images: int
@@ -197,26 +198,41 @@ class Bin:
 class Kept:
     """Share and accuracy of the images whose confidence reaches a threshold."""
 
+    confidence: str
     threshold: float
     kept: float
     accuracy: float | None
 
 
-def confidence_bins(confidence: Floats, correct: npt.NDArray[np.bool_]) -> list[Bin]:
-    """Return the accuracy by bin of confidence; edges 0, 0.2, 0.4, 0.6, 0.8, 0.9 and 1."""
-    places = np.clip(
-        np.searchsorted(BIN_EDGES, confidence, side="right") - 1, 0, len(BIN_EDGES) - 2
-    )
+def confidence_bins(name: str, confidence: Floats, correct: npt.NDArray[np.bool_]) -> list[Bin]:
+    """Return the accuracy by bin of confidence; edges 0, 0.2, 0.4, 0.6, 0.8, 0.9 and 1.
+
+    Parameters
+    ----------
+    name
+        Which confidence it is, for the entries.
+    confidence
+        Shape (n,), in [0, 1].
+    correct
+        Which images are classified correctly, shape (n,).
+    """
+    inner = len(BIN_EDGES) - 2
+    places = np.clip(np.searchsorted(BIN_EDGES, confidence, side="right") - 1, 0, inner)
     return [
-        Bin(low, high, int((places == i).sum()), _mean(correct[places == i]))
+        Bin(name, low, high, int((places == i).sum()), _mean(correct[places == i]))
         for i, (low, high) in enumerate(pairwise(BIN_EDGES))
     ]
 
 
-def confidence_thresholds(confidence: Floats, correct: npt.NDArray[np.bool_]) -> list[Kept]:
-    """Return how many images a threshold keeps, and how accurate the network is on those."""
+def confidence_thresholds(
+    name: str, confidence: Floats, correct: npt.NDArray[np.bool_]
+) -> list[Kept]:
+    """Return how many images a threshold keeps, and how accurate the network is on those.
+
+    The parameters are those of `confidence_bins`.
+    """
     kept = [(threshold, confidence >= threshold) for threshold in THRESHOLDS]
-    return [Kept(t, float(mask.mean()), _mean(correct[mask])) for t, mask in kept]
+    return [Kept(name, t, float(mask.mean()), _mean(correct[mask])) for t, mask in kept]
 
 
 def _mean(values: npt.NDArray[np.bool_]) -> float | None:

@@ -181,7 +181,8 @@ def _console() -> Console:
 def _cell(estimate: "Estimate | None") -> str:
     if estimate is None:
         return "–"
-    return f"{estimate.value:.1%} [{estimate.low:.1%}, {estimate.high:.1%}]"
+    value, low, high = (100 * v for v in (estimate.value, estimate.low, estimate.high))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def show_evaluation(result: "EvaluationResult") -> None:
@@ -202,7 +203,13 @@ def show_evaluation(result: "EvaluationResult") -> None:
             f"{alarms.promised_low:.2%} to {alarms.promised_high:.2%}"
         )
     )
-    table = Table("untrusted", "images", "score", *SCORE_COLUMNS, title="Detection, 95% intervals")
+    table = Table(
+        "untrusted",
+        "images",
+        "score",
+        *SCORE_COLUMNS,
+        title="Detection in per cent, with 95% intervals",
+    )
     for entry in result.untrusted:
         for name, d in entry.scores.items():
             cells = [_cell(e) for e in (d.auroc, d.aupr_out, d.aupr_in, d.fpr95, d.detection_rate)]
@@ -214,10 +221,14 @@ def show_evaluation(result: "EvaluationResult") -> None:
     for entry in result.untrusted:
         if entry.success_rate is not None:
             console.print(
-                Text(f"{one_line(entry.name)} deceives the network on {_cell(entry.success_rate)}")
+                Text(
+                    f"{one_line(entry.name)} deceives the network on {_cell(entry.success_rate)} per cent"
+                )
             )
     names = list(result.points[0].coverage)
-    coverage = Table("point", "neurons", *[Text(one_line(n)) for n in names], title="Coverage")
+    coverage = Table("point", "neurons", title="Coverage: share of neurons inside their range")
+    for name in names:
+        coverage.add_column(Text(one_line(name)))
     for point in result.points:
         shares = [f"{point.coverage[name]:.2%}" for name in names]
         coverage.add_row(point.name, str(point.neurons), *shares)
@@ -229,21 +240,12 @@ def show_evaluation(result: "EvaluationResult") -> None:
 
 
 def _show_confidence(console: Console, result: "EvaluationResult") -> None:
-    bins = Table(title="Accuracy on trusted images by confidence bin (images)")
-    bins.add_column("confidence")
-    thresholds = Table(title="Accuracy on trusted images by confidence threshold (share kept)")
-    thresholds.add_column("at least")
-    for name in result.confidence_bins:
-        bins.add_column(name)
-        thresholds.add_column(name)
-    for row in zip(*result.confidence_bins.values(), strict=True):
-        bins.add_row(
-            f"{row[0].low:g}–{row[0].high:g}", *[f"{_rate(b.accuracy)} ({b.images})" for b in row]
-        )
-    for kept in zip(*result.confidence_thresholds.values(), strict=True):
-        thresholds.add_row(
-            f"{kept[0].threshold:g}", *[f"{_rate(k.accuracy)} ({k.kept:.1%})" for k in kept]
-        )
+    bins = Table("confidence", "bin", "images", "accuracy", title="Accuracy by confidence")
+    for b in result.confidence_bins:
+        bins.add_row(b.confidence, f"{b.low:g}–{b.high:g}", str(b.images), _rate(b.accuracy))
+    thresholds = Table("confidence", "at least", "share kept", "accuracy", title="Accuracy kept")
+    for k in result.confidence_thresholds:
+        thresholds.add_row(k.confidence, f"{k.threshold:g}", f"{k.kept:.1%}", _rate(k.accuracy))
     console.print(bins)
     console.print(thresholds)
 
