@@ -131,9 +131,12 @@ def softmax_score(logits: Tensor) -> Tensor:
     """Return one minus the highest softmax probability of logits (B, C), float64 of shape (B,).
 
     Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples
-    in Neural Networks", ICLR 2017; computed so that no two saturated images are rounded together.
+    in Neural Networks", ICLR 2017; summed over the other classes, so that saturated images, whose
+    highest probability rounds to 1, still differ.
     """
-    return -torch.expm1(logits.double().log_softmax(1).amax(1))
+    exact = logits.double()
+    others = exact.scatter(1, exact.argmax(1, keepdim=True), -torch.inf)
+    return torch.exp(torch.logsumexp(others, 1) - torch.logsumexp(exact, 1))
 
 
 def calibrate(point_costs: Tensor, neurons: list[int], softmax_scores: Tensor) -> Calibration:

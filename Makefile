@@ -1,0 +1,40 @@
+# Two commands for a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS ?=
+DEMO := runs/demo
+UNTRUSTED := --untrusted photos --untrusted noise:gaussian --untrusted noise:uniform --untrusted attack:pgd
+
+.PHONY: install demo test check format clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	touch $@
+
+# The four stages on data that comes with scikit-learn: no network is needed after `install`.
+demo: install
+	rm -rf $(DEMO)
+	$(BIN)/covcli train --method mrc --trusted digits --untrusted photos --model vgg11 --epochs 8 --calibration-split 0.25 --name demo
+	$(BIN)/covcli build-signature $(DEMO)/checkpoint.pt
+	$(BIN)/covcli evaluate $(UNTRUSTED)
+	@echo "The report: $$($(BIN)/covcli report)"
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,57 @@
+"""A small network that trains in seconds, and a run of it that many tests read."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from covcli import runtime
+from covcli.progress import Silent
+from covcli.signing import SignatureConfig, SignatureResult, build_signature
+from covcli.training import TrainConfig, TrainResult, train
+
+PLUGIN = Path(__file__).parent / "tiny_model.py"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tiny_model() -> None:
+    import runpy
+
+    runpy.run_path(str(PLUGIN))
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    runtime.configure(0, 0)
+
+
+def tiny_config(runs: Path, **changes: object) -> TrainConfig:
+    settings = {
+        "trusted": "digits", "model": "tiny", "epochs": 4, "batch_size": 32, "runs": runs,
+        "learning_rate": 0.1, "calibration_split": 0.25, "signature_every": 1, "name": "tiny",
+    }  # fmt: skip
+    return TrainConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, _tiny_model: None) -> TrainResult:
+    """A trained run; tests that write into it take `run` instead."""
+    runtime.configure(0, 0)
+    config = tiny_config(tmp_path_factory.mktemp("runs"), untrusted=("photos?limit=64",))
+    return train(config, Silent())
+
+
+@pytest.fixture(scope="session")
+def signed(trained: TrainResult) -> SignatureResult:
+    return build_signature(SignatureConfig(trained.checkpoint, method="mrc"), Silent())
+
+
+@pytest.fixture
+def run(signed: SignatureResult, tmp_path: Path) -> Path:
+    """A private copy of the trained and signed run, in a `runs` folder of its own."""
+    folder = tmp_path / "runs" / "tiny"
+    shutil.copytree(signed.path.parent, folder)
+    (folder.parent / "latest").symlink_to("tiny")
+    return folder
