@@ -73,8 +73,8 @@ def pool(output: Tensor, channel_dim: int, granularity: Granularity) -> Tensor:
     channel_dim
         The dimension that counts the channels.
     granularity
-        "channel": each channel's mean and maximum over its positions, or its value where it has
-        one position only by its shape (a fully connected layer). "unit": every value.
+        "channel": each channel's mean and maximum over its positions, or its value in a fully
+        connected layer. "unit": every value.
 
     Returns
     -------
@@ -83,7 +83,7 @@ def pool(output: Tensor, channel_dim: int, granularity: Granularity) -> Tensor:
         units.
     """
     if output.ndim == 2 or granularity == "unit":
-        return output.flatten(1)
+        return output.flatten(1).clone()  # not a view: a later in-place layer would change it
     rest = [d for d in range(1, output.ndim) if d != channel_dim % output.ndim]
     return torch.cat([output.mean(rest), output.amax(rest)], 1)
 

@@ -100,9 +100,7 @@ def specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", list(DATASETS))
-def test_every_dataset_keeps_the_contract(
-    name: str, specs: dict[str, str], tmp_path: Path
-) -> None:
+def test_every_dataset_keeps_the_contract(name: str, specs: dict[str, str], tmp_path: Path) -> None:
     whole = load(specs[name], "test", tmp_path)
     assert load(specs[name], "train", tmp_path).batch(torch.arange(2), SHAPE).shape == (2, *SHAPE)
     rows = torch.tensor([3, 1])
@@ -235,7 +233,10 @@ def test_noise_is_the_same_in_any_batch_and_has_its_law() -> None:
 def test_batches_come_in_order() -> None:
     images = in_memory("x", torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1), None)
     parts = torch.arange(7).split(3)
-    found = [(rows.tolist(), pixels[:, 0, 0, 0].tolist()) for rows, pixels in batches(images, parts, (1, 1, 1))]
+    found = [
+        (rows.tolist(), pixels[:, 0, 0, 0].tolist())
+        for rows, pixels in batches(images, parts, (1, 1, 1))
+    ]
     assert found == [([0, 1, 2], [0, 1, 2]), ([3, 4, 5], [3, 4, 5]), ([6], [6])]
     assert list(batches(images, [], (1, 1, 1))) == []
 
@@ -258,7 +259,9 @@ def test_bad_data_is_refused_in_one_line(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     tarfile.open(fileobj=buffer, mode="w").close()
     (tmp_path / "tar.npz").write_bytes(buffer.getvalue())
-    bad = [f"npz:{tmp_path}/{name}" for name in [*files, "text.npz", "tar.npz", "missing.npz", "empty"]]
+    bad = [
+        f"npz:{tmp_path}/{name}" for name in [*files, "text.npz", "tar.npz", "missing.npz", "empty"]
+    ]
     bad += [f"folder:{tmp_path}/empty", f"folder:{tmp_path}/broken", f"folder:{tmp_path}/text.npz"]
     bad += ["npz", "folder:/no/such", "mnits", "noise:pink", "digits:x", "digits?offset=9999"]
     bad += ["digits?limit=0", "digits?limit=x", "digits?split=val", "digits?limit=1&limit=2", ":x"]

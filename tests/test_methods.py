@@ -158,7 +158,8 @@ def test_every_method_keeps_the_contract(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["mcr", "src?sections=3", "mrc?sections=0", "mrc?cost=low", "mrc?sections", "", "mrc?a=b"]
+    "spec",
+    ["mcr", "src?sections=3", "mrc?sections=0", "mrc?cost=low", "mrc?sections", "", "mrc?a=b"],
 )
 def test_a_bad_method_is_named(spec: str) -> None:
     with pytest.raises(CovcliError):

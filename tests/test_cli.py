@@ -1,0 +1,253 @@
+"""The command line, from outside: what it prints where, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PLUGIN
+
+from covcli import cli
+
+TINY = ["--trusted", "digits", "--model", "tiny", "--plugin", str(PLUGIN), "--learning-rate", "0.1"]
+
+
+def covcli(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "covcli", *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "COLUMNS": "200", **environment},
+    )  # fmt: skip
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Run a command in this process."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(list(arguments))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    out, err = capsys.readouterr()
+    return int(caught.value.code or 0), out, err
+
+
+def test_the_stages_form_a_shell_pipeline(tmp_path: Path) -> None:
+    command = f'set -e; S=$({sys.executable} -m covcli build-signature --plugin {PLUGIN} \
+        $({sys.executable} -m covcli train --quiet --epochs 4 {" ".join(TINY)})); echo "$S"; \
+        {sys.executable} -m covcli evaluate --plugin {PLUGIN} --untrusted photos?limit=50; \
+        {sys.executable} -m covcli report'
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].endswith("signature-mrc.safetensors")
+    assert (tmp_path / lines[0]).is_file()
+    assert lines[-1].endswith("report.html")
+    assert Path(tmp_path, lines[-1]).is_file()
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "\r" not in done.stdout + done.stderr
+    assert "FPR95: share of trusted images flagged" in done.stdout
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from covcli import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    for arguments in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["--version"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+@pytest.mark.parametrize("color", [{"FORCE_COLOR": "1"}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_json_is_one_document(run: Path, color: dict[str, str]) -> None:
+    done = covcli(
+        "evaluate", "--untrusted", "noise:uniform?limit=40", "--json", "--force",
+        cwd=run.parent.parent, COVCLI_PLUGINS="", **color,
+    )  # fmt: skip
+    # The tiny model lives in a plugin: without it the checkpoint cannot be rebuilt.
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "unknown model 'tiny'" in done.stderr
+    done = covcli(
+        "evaluate", "--untrusted", "noise:uniform?limit=40", "--json", "--plugin", str(PLUGIN),
+        cwd=run.parent.parent, **color,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document == json.loads((run / "evaluation.json").read_text())
+    keys = {"schema", "provenance", "signature", "trusted", "untrusted", "points",
+            "confidence_bins", "confidence_thresholds"}  # fmt: skip
+    assert keys <= document.keys()
+
+
+def test_a_gate_that_fails_exits_1(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = [
+        "evaluate",
+        "--runs",
+        str(run.parent),
+        "--untrusted",
+        "noise:uniform?limit=40",
+        "--force",
+    ]
+    code, _, err = call(capsys, *common, "--fail-under", "auroc=0.5", "--quiet")
+    assert (code, err) == (0, "")
+    code, out, err = call(capsys, *common, "--fail-under", "accuracy=1", "--json")
+    assert code == 1
+    assert "gate failed: accuracy=1, digits has 0." in err
+    json.loads(out)
+
+
+def bad_commands(run: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
+    """Commands that must fail, with a part of what they must say."""
+    ckpt, sig = str(run / "checkpoint.pt"), str(run / "signature-mrc.safetensors")
+    runs, text = ["--runs", str(run.parent)], tmp_path / "text"
+    text.write_text("hello")
+    torch.save({"w": torch.tensor([float("nan")])}, tmp_path / "nan.pt")
+    np.savez(tmp_path / "label.npz", images=np.zeros((9, 8, 8), np.uint8), labels=np.arange(9) + 5)
+    one = np.zeros((40, 8, 8), np.uint8)
+    np.savez(tmp_path / "one.npz", images=one, labels=np.zeros(40, np.int64))
+    (tmp_path / "empty").mkdir()
+    train = ["train", *runs, "--model", "tiny", "--trusted"]
+    evaluate = ["evaluate", *runs, "--force", "--untrusted"]
+    sign = ["build-signature", "--force"]
+    return {
+        "method": ([*train, "digits", "--method", "mcr"], "did you mean 'mrc'"),
+        "dataset": ([*train, "digit"], "did you mean 'digits'"),
+        "model": (["train", *runs, "--trusted", "digits", "--model", "vgg91"], "did you mean 'vgg19'"),
+        "watched": ([*train, "digits", "--untrusted", "mnits"], "did you mean 'mnist'"),
+        "attack": ([*evaluate, "attack:pdg"], "did you mean 'pgd'"),
+        "parameter": ([*evaluate, "attack:pgd?steps=0"], "steps='0' is not valid"),
+        "eps": ([*evaluate, "attack:pgd?eps=8/0"], "eps='8/0' is not valid"),
+        "epochs": ([*train, "digits", "--epochs", "0"], "--epochs: must be at least 1"),
+        "number": ([*train, "digits", "--epochs", "x"], "--epochs"),
+        "option": ([*train, "digits", "--epoch", "3"], "No such option"),
+        "device": ([*train, "digits", "--device", "tpu7"], "--device tpu7"),
+        "run exists": ([*train, "digits", "--name", "tiny"], "this run exists"),
+        "no labels": ([*train, "noise:uniform"], "has no labels"),
+        "missing npz": ([*train, "npz:/no/such"], "no such file"),
+        "empty folder": ([*train, f"folder:{tmp_path}/empty"], "holds no image"),
+        "no network": ([*train, "cifar10", "--data-dir", str(tmp_path)], "could not be downloaded"),
+        "plugin": ([*train, "digits", "--plugin", "/no.py"], "no such file"),
+        "no checkpoint": ([*sign, "/no.pt"], "no such file"),
+        "folder as checkpoint": ([*sign, str(tmp_path)], "cannot be read"),
+        "text as checkpoint": ([*sign, str(text)], "is not a PyTorch checkpoint"),
+        "signature as checkpoint": ([*sign, sig], "bare state dict"),
+        "nan": ([*sign, str(tmp_path / "nan.pt"), "--model", "tiny"], "hold NaN"),
+        "class without images": ([*sign, ckpt, "--trusted", f"npz:{tmp_path}/one.npz"], "has no correctly"),
+        "labels": ([*sign, ckpt, "--trusted", f"npz:{tmp_path}/label.npz"], "labels from 5 to 13"),
+        "threshold": ([*sign, ckpt, "--confidence-threshold", "2"], "--confidence-threshold"),
+        "statistics": ([*sign, ckpt, "--mean", "0.5"], "three numbers"),
+        "no untrusted": (["evaluate", *runs], "--untrusted"),
+        "no run": (["evaluate", "--runs", "/no", "--untrusted", "photos"], "no run yet"),
+        "no signature": ([*evaluate, "photos", "--method", "src"], "holds no signature"),
+        "text as signature": ([*evaluate, "photos", "--signature", str(text), "--checkpoint", ckpt],
+                              "is not a covcli signature"),
+        "alpha": ([*evaluate, "photos", "--alpha", "0.001"], "too few for alpha"),
+        "gate": ([*evaluate, "photos", "--fail-under", "auc=1"], "did you mean 'auroc'"),
+        "no evaluation": (["report", str(tmp_path)], "holds no evaluation"),
+        "command": (["trian"], "Did you mean 'train'"),
+        "nothing": ([], "Missing command"),
+    }  # fmt: skip
+
+
+def test_bad_input_is_one_line_and_exit_2_and_writes_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", refuse)
+    commands = bad_commands(run, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in run.parent.rglob("*")}
+    for name, (arguments, message) in commands.items():
+        code, out, err = call(capsys, *arguments)
+        last = err.splitlines()[-1]
+        assert (name, code, out) == (name, 2, "")
+        assert message in last, (name, err)
+        assert last.startswith("error: "), name
+        assert "Traceback" not in err, name
+        assert {path: path.stat().st_mtime_ns for path in run.parent.rglob("*")} == before, name
+    code, _, err = call(capsys, "train", "--method", "mcr", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise OSError("no network")
+
+
+def test_an_internal_error_is_3_and_never_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("covcli.training.train", fail)
+    code, out, err = call(capsys, "train")
+    assert (code, out) == (3, "")
+    assert err == "internal error: RuntimeError: two lines; run again with --debug\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_training_says_so_and_leaves_no_run(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    command = [sys.executable, "-m", "covcli", "train", *TINY, "--epochs", "1000"]
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
+    assert running.stderr.readline().startswith("epoch 1/1000")
+    running.send_signal(number)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == code
+    assert err.splitlines()[-1] in ("interrupted", "terminated")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_reader_that_leaves_early_is_no_error(run: Path) -> None:
+    command = f"{sys.executable} -m covcli evaluate --plugin {PLUGIN} --force --untrusted \
+        'noise:uniform?limit=20' | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=run.parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Broken" not in done.stderr
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_terminal_gets_a_bar_and_a_log_gets_lines(tmp_path: Path) -> None:
+    import pty
+
+    command = [sys.executable, "-m", "covcli", "train", *TINY, "--epochs", "2"]
+    leader, follower = pty.openpty()
+    shown = bytearray()
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=follower,
+        env={**os.environ, "TERM": "xterm"},
+    ) as running:  # fmt: skip
+        os.close(follower)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                chunk = os.read(leader, 65536)
+            except OSError:  # the last writer closed the terminal
+                break
+            if not chunk:
+                break
+            shown += chunk
+        assert running.stdout is not None
+        out = running.stdout.read().decode()
+    os.close(leader)
+    assert running.returncode == 0
+    assert "images/s" in shown.decode()
+    assert "epoch 2/2: loss" in shown.decode()
+    assert out.strip().endswith("checkpoint.pt")
+    assert "\x1b" not in out
