@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, TypeAlias
@@ -258,10 +260,11 @@ def evaluate(
     )  # fmt: skip
     with render.reporter(quiet) as progress:
         result = evaluation.evaluate(config, progress)
-    if json:
-        render.print_json(plain(render.document(result)))
-    else:
-        render.show_evaluation(result)
+    with _reader_may_leave():  # and let the gates be judged all the same
+        if json:
+            render.print_json(plain(render.document(result)))
+        else:
+            render.show_evaluation(result)
     short = gates.failures(result, wanted)
     for failure in short:
         sys.stderr.write(
@@ -309,21 +312,26 @@ def main(arguments: list[str] | None = None) -> None:
     args = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in args
     code = _run(args, debug)
-    try:
+    with _reader_may_leave():
         sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader left early (`| head -1`): its choice, not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Let the reader of stdout leave early (`| head -1`): its choice, not an error."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(args: list[str], debug: bool) -> int:
     try:
         returned = app(args=args, prog_name="covcli", standalone_mode=False)
+        if returned == 130:  # Typer turns a KeyboardInterrupt into this code
+            return _fail("interrupted", 130, debug=False)
         return returned if isinstance(returned, int) else 0
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130, debug)
     except _Terminated:

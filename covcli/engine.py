@@ -202,5 +202,5 @@ def epoch(
         accuracy=right_sum / n,
         confident_accuracy=both_sum / confident_sum if confident_sum else None,
         confident=confident_sum / n,
-        learning_rate=trainer.schedule.get_last_lr()[0],
+        learning_rate=float(trainer.schedule.get_last_lr()[0]),
     )

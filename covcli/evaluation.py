@@ -1,33 +1,26 @@
 """evaluate: how well a signature tells untrusted images from trusted ones."""
 
-import gzip
-import io
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
-from torch import Tensor
 
 from covcli import attacks, data, metrics, runtime, signature, store
 from covcli import checkpoint as checkpoints
-from covcli.calibration import Calibration, softmax_score
+from covcli.calibration import Calibration
 from covcli.checkpoint import DataRecord
-from covcli.engine import sweep
 from covcli.errors import CovcliError
 from covcli.images import ImageSet
+from covcli.measuring import Measured, measure, samples, table
 from covcli.metrics import Detection, Estimate
 from covcli.models import Classifier
 from covcli.progress import Progress
-from covcli.signature import Signature
 from covcli.specs import parse
 
 log = logging.getLogger(__name__)
-SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -47,40 +40,6 @@ class EvaluationConfig:
     force: bool = False
     device: str = "cpu"
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the network and the signature say of each image of a set, in the set's order.
-
-    Attributes
-    ----------
-    predicted, label
-        Class numbers, shape (N,); label is None where unknown.
-    scores
-        "coverage" and "softmax": larger is less trusted, float64 of shape (N,).
-    p_value, confidence, softmax_confidence
-        float64 of shape (N,).
-    untrusted
-        The verdict, bool of shape (N,).
-    coverage
-        Share of each point's neurons inside the range, mean over the images, shape (L,).
-    """
-
-    predicted: Tensor
-    label: Tensor | None
-    scores: dict[str, np.ndarray]
-    p_value: np.ndarray
-    confidence: np.ndarray
-    softmax_confidence: np.ndarray
-    untrusted: np.ndarray
-    coverage: list[float]
-
-    @property
-    def correct(self) -> np.ndarray:
-        """Which images are classified correctly; the labels must be known."""
-        assert self.label is not None
-        return (self.predicted == self.label).numpy()
 
 
 @dataclass(frozen=True)
@@ -185,7 +144,7 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
     calibration.rank(config.alpha)
     source = checkpoints.load(checkpoint_path, made.model)
     made.check_model(source.model, signature_path)
-    model = source.model.to(device, memory_format=torch.channels_last)
+    model = source.model.on(device)
     made = made.to(device)
     trusted, warnings = _trusted(config, record, made.model.classes)
     openers = {text: _opener(text, config, model, trusted) for text in config.untrusted}
@@ -221,19 +180,19 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
         ],
         confidence_bins=[
             entry
-            for name, values in _confidences(measured["trusted"]).items()
+            for name, values in measured["trusted"].confidences.items()
             for entry in metrics.confidence_bins(name, values, measured["trusted"].correct)
         ],
         confidence_thresholds=[
             entry
-            for name, values in _confidences(measured["trusted"]).items()
+            for name, values in measured["trusted"].confidences.items()
             for entry in metrics.confidence_thresholds(name, values, measured["trusted"].correct)
         ],
         files={name: str(path) for name, path in files.items()},
         warnings=warnings,
     )
-    store.write_bytes(files["scores.csv.gz"], _table(measured))
-    store.write_bytes(files["samples.npz"], _samples(images, measured, model.spec.shape))
+    store.write_bytes(files["scores.csv.gz"], table(measured))
+    store.write_bytes(files["samples.npz"], samples(images, measured, model.spec.shape))
     store.write_json(files["evaluation.json"], store.plain(asdict(result)))
     return result
 
@@ -296,42 +255,6 @@ def _opener(
     return lambda progress: attacks.run_attack(spec, model, start, start.known_labels(), progress)
 
 
-def measure(
-    model: Classifier,
-    made: Signature,
-    calibration: Calibration,
-    images: ImageSet,
-    alpha: float,
-    progress: Progress,
-) -> Measured:
-    """Run a set through the network and the signature."""
-    predicted, costs, softmax = [], [], []
-    coverage = torch.zeros(len(made.points), dtype=torch.float64)
-    title = f"reading {images.name}"
-    for batch in sweep(model, images, made.points, made.granularity, progress, title):
-        best = batch.logits.argmax(1)
-        predicted.append(best.cpu())
-        costs.append(made.point_costs(batch.neurons, best).cpu())
-        coverage += made.coverage(batch.neurons, best).sum(0).cpu()
-        softmax.append(softmax_score(batch.logits.cpu()))
-    scores = calibration.score(torch.cat(costs))
-    doubt = torch.cat(softmax).numpy()
-    return Measured(
-        predicted=torch.cat(predicted),
-        label=images.labels,
-        scores={"coverage": scores.numpy(), "softmax": doubt},
-        p_value=calibration.p_value(scores).numpy(),
-        confidence=calibration.confidence(scores, alpha).numpy(),
-        softmax_confidence=1 - doubt,
-        untrusted=(scores > calibration.threshold(alpha)).numpy(),
-        coverage=(coverage / len(images)).tolist(),
-    )
-
-
-def _confidences(measured: Measured) -> dict[str, np.ndarray]:
-    return {"coverage": measured.confidence, "softmax": measured.softmax_confidence}
-
-
 def _trusted_figures(
     config: EvaluationConfig, images: ImageSet, measured: Measured, calibration: Calibration
 ) -> TrustedSet:
@@ -345,7 +268,7 @@ def _trusted_figures(
         false_alarm_rate=FalseAlarms(
             config.alpha, **asdict(alarms), promised_low=low, promised_high=high
         ),
-        mean_confidence={k: float(v.mean()) for k, v in _confidences(measured).items()},
+        mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
     )
 
 
@@ -369,47 +292,6 @@ def _untrusted_figures(
             name: metrics.detection(trusted.scores[name], scores, thresholds[name], config.seed)
             for name, scores in measured.scores.items()
         },
-        mean_confidence={k: float(v.mean()) for k, v in _confidences(measured).items()},
+        mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
         success_rate=metrics.share(~measured.correct, config.seed) if attacked else None,
     )
-
-
-def _table(measured: dict[str, Measured]) -> bytes:
-    """Return one row an image, as gzipped CSV; the same figures give the same bytes."""
-    parts = []
-    for name, m in measured.items():
-        parts.append(
-            pd.DataFrame(
-                {
-                    "set": name,
-                    "index": np.arange(len(m.predicted)),
-                    "label": -1 if m.label is None else m.label.numpy(),
-                    "predicted": m.predicted.numpy(),
-                    "score": m.scores["coverage"],
-                    "p_value": m.p_value,
-                    "confidence": m.confidence,
-                    "untrusted": m.untrusted.astype(int),
-                    "softmax_confidence": m.softmax_confidence,
-                }
-            )
-        )
-    text = pd.concat(parts).to_csv(index=False)
-    return gzip.compress(text.encode(), mtime=0)
-
-
-def _samples(
-    images: dict[str, ImageSet], measured: dict[str, Measured], shape: tuple[int, int, int]
-) -> bytes:
-    """Return, as an NPZ, each set's most suspicious flagged images and least suspicious others."""
-    arrays = {}
-    for i, (name, m) in enumerate(measured.items()):
-        order = torch.from_numpy(np.argsort(m.scores["coverage"], kind="stable"))
-        flags = torch.from_numpy(m.untrusted)[order]
-        chosen = {"flagged": order[flags].flip(0)[:SAMPLES], "passed": order[~flags][:SAMPLES]}
-        for kind, rows in chosen.items():
-            if len(rows):
-                arrays[f"{i}_{kind}"] = images[name].batch(rows, shape).numpy()
-                arrays[f"{i}_{kind}_rows"] = rows.numpy()
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()

@@ -207,7 +207,8 @@ def adapt(images: Tensor, shape: Shape) -> Tensor:
         max(round(side * scale), least)
         for side, least in zip(images.shape[2:], shape[1:], strict=True)
     ]
-    return F.center_crop(F.resize(images, size, antialias=True), [height, width])
+    cut: Tensor = F.center_crop(F.resize(images, size, antialias=True), [height, width])
+    return cut
 
 
 def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:

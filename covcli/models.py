@@ -99,6 +99,10 @@ class Classifier(nn.Module):
         output = self.network((images - self.mean) / self.deviation)
         return output if isinstance(output, Tensor) else output.logits
 
+    def on(self, device: torch.device) -> "Classifier":
+        """Return the network on a device, in the memory layout that convolutions like best."""
+        return self.to(device).to(memory_format=torch.channels_last)
+
     def points(self, granularity: Granularity) -> list[Point]:
         """Return the coverage points, named as in the network."""
         example = torch.zeros(2, *self.spec.shape, device=self.mean.device)
@@ -161,8 +165,8 @@ class Vgg(nn.Module):
 
 
 def _vgg(name: str, classes: int, pretrained: bool) -> nn.Module:
-    whole = getattr(torchvision.models, name)(num_classes=classes)
-    return whole if pretrained else Vgg(whole.features, classes)
+    whole: nn.Module = getattr(torchvision.models, name)(num_classes=classes)
+    return whole if pretrained else Vgg(whole.get_submodule("features"), classes)
 
 
 @model("vgg19", weights="vgg19_bn")
@@ -180,7 +184,7 @@ def vgg11(classes: int, pretrained: bool) -> nn.Module:
 @model("resnet18", weights="resnet18")
 def resnet18(classes: int, pretrained: bool) -> nn.Module:
     """ResNet18 (He et al., 2016); without ImageNet weights its stem is 3×3 with no pooling."""
-    network = torchvision.models.resnet18(num_classes=classes)
+    network: nn.Module = torchvision.models.resnet18(num_classes=classes)
     if not pretrained:
         network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()

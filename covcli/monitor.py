@@ -95,8 +95,7 @@ class Monitor:
         model = checkpoints.load(Path(checkpoint), made.model).model
         made.check_model(model, signature_file)
         place = runtime.choose_device(device)
-        moved = model.to(place, memory_format=torch.channels_last)
-        return cls(moved, made.to(place), calibration, alpha)
+        return cls(model.on(place), made.to(place), calibration, alpha)
 
     def __call__(self, images: Tensor) -> Verdicts:
         """Classify a batch of images and judge each.

@@ -172,10 +172,16 @@ def _say(text: str) -> None:
     sys.stderr.write(one_line(text) + "\n")
 
 
+class _Stdout(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave the decision to the shell; rich would exit with code 1."""
+        raise BrokenPipeError
+
+
 def _console() -> Console:
     """Return a console for stdout; a pipe has no width, so its tables are not squeezed."""
     wide = None if sys.stdout.isatty() else 160
-    return Console(highlight=False, width=wide)
+    return _Stdout(highlight=False, width=wide)
 
 
 def _cell(estimate: "Estimate | None") -> str:
@@ -220,11 +226,8 @@ def show_evaluation(result: "EvaluationResult") -> None:
     )
     for entry in result.untrusted:
         if entry.success_rate is not None:
-            console.print(
-                Text(
-                    f"{one_line(entry.name)} deceives the network on {_cell(entry.success_rate)} per cent"
-                )
-            )
+            rate = _cell(entry.success_rate)
+            console.print(Text(f"{one_line(entry.name)} deceives the network on {rate} per cent"))
     names = list(result.points[0].coverage)
     coverage = Table("point", "neurons", title="Coverage: share of neurons inside their range")
     for name in names:

@@ -103,14 +103,14 @@ def summary(data: ReportData) -> Section:
     e, trusted = data.evaluation, data.evaluation["trusted"]
     alarms, signature = trusted["false_alarm_rate"], data.evaluation["signature"]
     measured = (
-        f"The signature {signature['parameters']} of the checkpoint with fingerprint "
-        f"{signature['checkpoint_fingerprint'][:12]} scored {trusted['images']} trusted test images "
-        f"({trusted['name']}, accuracy {_percent(trusted['accuracy'])}%) and "
+        f"The signature {signature['parameters']} of the checkpoint "
+        f"{signature['checkpoint_fingerprint'][:12]} scored {trusted['images']} trusted test "
+        f"images ({trusted['name']}, accuracy {_percent(trusted['accuracy'])}%) and "
         f"{len(e['untrusted'])} untrusted sets. It was calibrated on "
         f"{signature['calibration_scores']} scores of held-out trusted images. At α = "
-        f"{alarms['alpha']:g} it flagged {_percent(alarms['value'], 2)}% of the trusted test images "
-        f"(95% interval {_percent(alarms['low'], 2)} to {_percent(alarms['high'], 2)}%); the "
-        f"calibration promises {_percent(alarms['promised_low'], 2)} to "
+        f"{alarms['alpha']:g} it flagged {_percent(alarms['value'], 2)}% of the trusted test "
+        f"images (95% interval {_percent(alarms['low'], 2)} to {_percent(alarms['high'], 2)}%); "
+        f"the calibration promises {_percent(alarms['promised_low'], 2)} to "
         f"{_percent(alarms['promised_high'], 2)}% with 95% probability."
     )
     not_shown = (
@@ -145,7 +145,7 @@ def detection(data: ReportData) -> Section:
         "at the threshold that catches 95% of the untrusted.",
     ]  # fmt: skip
     blocks += [
-        f"{entry['name']} deceives the network on {_interval(entry['success_rate'])}% of its images."
+        f"{entry['name']} deceives the network on {_interval(entry['success_rate'])}%."
         for entry in data.evaluation["untrusted"]
         if entry["success_rate"]
     ]
@@ -173,7 +173,7 @@ def scores(data: ReportData) -> Section:
     """Draw the distribution of the scores, with the calibrated threshold."""
     figure, axes = _axes()
     low, high = data.scores["score"].quantile([0.001, 0.999])
-    edges = np.linspace(low, high, 61)
+    edges = np.linspace(low, high, 61).tolist()
     for name, colour in zip(data.sets, _colours(len(data.sets)), strict=True):
         values = data.scores.loc[data.scores["set"] == name, "score"].clip(low, high)
         axes.hist(values, edges, density=True, histtype="step", color=colour, label=_label(name),

@@ -15,12 +15,12 @@ from covcli import checkpoint as checkpoints
 from covcli.checkpoint import Checkpoint, DataRecord
 from covcli.engine import Trainer
 from covcli.errors import CovcliError
+from covcli.fitting import fit_signature
 from covcli.images import Augmentation, ImageSet
 from covcli.losses import ConfidenceLoss
 from covcli.methods import Method, make_method
 from covcli.models import Classifier, ModelSpec
 from covcli.progress import Progress, Silent
-from covcli.signing import fit_signature
 from covcli.specs import parse
 from covcli.watching import Watch, watch
 
@@ -182,7 +182,7 @@ def _model(
     model = models.build(spec)
     if config.pretrained:
         models.load_pretrained(model)
-    return model.to(device, memory_format=torch.channels_last), classes
+    return model.on(device), classes
 
 
 class _Session:
@@ -211,11 +211,13 @@ class _Session:
             else config.augment
         )
         self.steps = -(-len(self.training) // config.batch_size)
-        decayed = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in model.parameters() if p.ndim > 1]},
+            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.SGD(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others}],
-            lr=config.learning_rate, momentum=0.9, nesterov=True,
+            groups, config.learning_rate, momentum=0.9, nesterov=True,
+            weight_decay=config.weight_decay,
         )  # fmt: skip
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, config.learning_rate, total_steps=config.epochs * self.steps

@@ -7,12 +7,12 @@ import torch
 
 from covcli import attacks, data
 from covcli.engine import sweep
+from covcli.fitting import fit_signature
 from covcli.images import ImageSet
 from covcli.methods import Method
 from covcli.models import Classifier
 from covcli.progress import Silent
 from covcli.signature import Signature
-from covcli.signing import fit_signature
 from covcli.specs import parse
 
 

@@ -54,7 +54,7 @@ def test_threshold_p_value_and_confidence_agree(
 
 @pytest.mark.parametrize(("n", "alpha"), [(19, 0.05), (40, 0.05), (99, 0.29), (9, 0.1), (30, 0.5)])
 def test_exactly_floor_alpha_of_exchangeable_scores_are_flagged(n: int, alpha: float) -> None:
-    """Of n + 1 distinct scores, each in turn the new one, exactly floor(α(n + 1)) raise the alarm."""
+    """Of n + 1 distinct scores, each in turn the new one, floor(α(n + 1)) raise the alarm."""
     values = np.random.default_rng(n).permutation(n + 1).astype(float)
     flagged = sum(
         values[i] > calibration(list(np.delete(values, i))).threshold(alpha) for i in range(n + 1)
@@ -105,7 +105,7 @@ def test_scores_follow_the_formula_and_the_fit_sees_one_image_in_four() -> None:
     np.testing.assert_allclose(made.score(torch.from_numpy(costs)).numpy(), expected, rtol=1e-9)
     np.testing.assert_allclose(made.scores.numpy(), np.sort(expected[~fitting]), rtol=1e-9)
     np.testing.assert_array_equal(made.softmax.numpy(), np.sort(softmax.numpy()[~fitting]))
-    noisy = costs + [[0, 0, 1.0]]
+    noisy = costs + np.array([0, 0, 1.0])
     assert bool((made.score(torch.from_numpy(noisy)) > made.score(torch.from_numpy(costs))).all())
 
 

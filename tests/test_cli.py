@@ -125,7 +125,7 @@ def bad_commands(run: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     return {
         "method": ([*train, "digits", "--method", "mcr"], "did you mean 'mrc'"),
         "dataset": ([*train, "digit"], "did you mean 'digits'"),
-        "model": (["train", *runs, "--trusted", "digits", "--model", "vgg91"], "did you mean 'vgg19'"),
+        "model": ([*train, "digits", "--model", "vgg91"], "did you mean 'vgg19'"),
         "watched": ([*train, "digits", "--untrusted", "mnits"], "did you mean 'mnist'"),
         "attack": ([*evaluate, "attack:pdg"], "did you mean 'pgd'"),
         "parameter": ([*evaluate, "attack:pgd?steps=0"], "steps='0' is not valid"),
@@ -145,7 +145,8 @@ def bad_commands(run: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "text as checkpoint": ([*sign, str(text)], "is not a PyTorch checkpoint"),
         "signature as checkpoint": ([*sign, sig], "bare state dict"),
         "nan": ([*sign, str(tmp_path / "nan.pt"), "--model", "tiny"], "hold NaN"),
-        "class without images": ([*sign, ckpt, "--trusted", f"npz:{tmp_path}/one.npz"], "has no correctly"),
+        "class without images": ([*sign, ckpt, "--trusted", f"npz:{tmp_path}/one.npz"],
+                                 "has no correctly"),
         "labels": ([*sign, ckpt, "--trusted", f"npz:{tmp_path}/label.npz"], "labels from 5 to 13"),
         "threshold": ([*sign, ckpt, "--confidence-threshold", "2"], "--confidence-threshold"),
         "statistics": ([*sign, ckpt, "--mean", "0.5"], "three numbers"),

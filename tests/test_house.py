@@ -9,12 +9,12 @@ import covcli
 
 ROOT = Path(covcli.__file__).parent
 # From top to bottom: a room may import the rooms below it, and no other.
-ROOMS = [
-    "__main__", "cli", "render", "reporting", "sections", "gates", "training", "watching",
-    "evaluation", "monitor", "signing", "attacks", "losses", "engine", "checkpoint", "signature",
-    "calibration", "methods", "methods.ranges", "methods.base", "models", "activations", "data",
-    "images", "progress", "runtime", "store", "specs", "registry", "errors", "__init__",
-]  # fmt: skip
+ROOMS = """
+    __main__ cli render reporting sections gates training watching evaluation measuring monitor
+    signing fitting attacks losses engine checkpoint signature calibration metrics methods
+    methods.ranges methods.base models activations data images progress runtime store specs
+    registry errors __init__
+""".split()
 
 
 def rooms() -> dict[str, Path]:
@@ -59,7 +59,7 @@ def test_imports_point_downwards(name: str) -> None:
 
 def test_no_file_is_long() -> None:
     lengths = {name: len(path.read_text().splitlines()) for name, path in rooms().items()}
-    assert {name: n for name, n in lengths.items() if n > 420} == {}
+    assert {name: n for name, n in lengths.items() if n > 360} == {}
 
 
 def test_the_reporting_rooms_need_no_torch() -> None:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from covcli.fitting import fold
 from covcli.losses import LEAST_WIDTH, ConfidenceLoss
 from covcli.methods import State, make_method
-from covcli.signing import fold
 
 CLASSES, SIZES = 3, [3, 4]
 

@@ -1,4 +1,4 @@
-"""The arithmetic of the methods, against naive NumPy, over random inputs with ties and constants."""
+"""The methods' arithmetic, against naive NumPy, on random inputs with ties and constants."""
 
 import math
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from covcli.errors import CovcliError
+from covcli.fitting import fold
 from covcli.methods import METHODS, MultiRange, SingleRange, State, make_method
-from covcli.signing import fold
 
 CLASSES, NEURONS = 3, 5
 SPECS = ["src", "mrc", "mrc?sections=1", "mrc?sections=7&cost=share", "mrc?sections=3"]

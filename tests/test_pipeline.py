@@ -14,19 +14,20 @@ from conftest import tiny_config
 
 import covcli
 from covcli import checkpoint as checkpoints
-from covcli import data, engine, runtime, signature, signing
+from covcli import data, engine, fitting, runtime, signature
 from covcli.activations import capture
 from covcli.attacks import ATTACKS, run_attack
 from covcli.calibration import softmax_score
 from covcli.errors import CovcliError
 from covcli.evaluation import EvaluationConfig, evaluate
+from covcli.fitting import choose_trusted
 from covcli.gates import failures, parse_gate
 from covcli.images import in_memory
 from covcli.monitor import Monitor
 from covcli.progress import Silent
 from covcli.reporting import report
 from covcli.sections import SECTIONS
-from covcli.signing import SignatureConfig, SignatureResult, build_signature, choose_trusted
+from covcli.signing import SignatureConfig, SignatureResult, build_signature
 from covcli.specs import parse
 from covcli.training import TrainResult, split_rows, train
 
@@ -146,8 +147,8 @@ def test_recomputed_passes_and_spilled_ones_give_the_same_signature(
     trained: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [tmp_path / "spilled", tmp_path / "again"]
-    for path, budget in zip(paths, (signing.SPILL_BYTES, 0), strict=True):
-        monkeypatch.setattr(signing, "SPILL_BYTES", budget)
+    for path, budget in zip(paths, (fitting.SPILL_BYTES, 0), strict=True):
+        monkeypatch.setattr(fitting, "SPILL_BYTES", budget)
         build_signature(SignatureConfig(trained.checkpoint, "mrc", output=path), Silent())
     first, second = (signature.load(path)[0].state.tensors for path in paths)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -222,7 +223,7 @@ def test_evaluation_agrees_with_the_monitor_and_with_plain_figures(evaluated: Pa
     from sklearn.metrics import roc_auc_score
 
     document = json.loads((evaluated / "evaluation.json").read_text())
-    table = pd.read_csv(gzip.open(evaluated / "scores.csv.gz"))
+    table = pd.read_csv(evaluated / "scores.csv.gz")
     monitor = Monitor.load(
         evaluated / "checkpoint.pt", evaluated / "signature-mrc.safetensors", alpha=0.05
     )

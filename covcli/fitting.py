@@ -1,0 +1,195 @@
+"""From a network and trusted images to a signature and its calibration, in memory."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import BinaryIO, Self, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from covcli import data, store
+from covcli.activations import Granularity, Point
+from covcli.calibration import Calibration, calibrate, softmax_score
+from covcli.engine import Swept, sweep
+from covcli.images import ImageSet
+from covcli.methods import Method, State
+from covcli.models import Classifier
+from covcli.progress import Progress
+from covcli.signature import Signature
+
+MINIMUM_TRUSTED = 10
+SPILL_BYTES = 8 << 30
+
+
+class Recording(AbstractContextManager["Recording"]):
+    """A set's predictions, and its neurons to go over as often as a method asks.
+
+    The network runs once; the neurons spill into a nameless temporary file, so that memory stays
+    flat. Where they would take more than 8 GiB or half of the free disk (units of large images),
+    every pass runs the network again.
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        images: ImageSet,
+        points: list[Point],
+        granularity: Granularity,
+        progress: Progress,
+    ) -> None:
+        self._sweep = lambda title: sweep(model, images, points, granularity, progress, title)
+        self._width = sum(point.neurons for point in points)
+        self._device = model.mean.device
+        wanted = 4 * self._width * len(images)
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        fits = wanted <= min(SPILL_BYTES, free // 2)
+        self._file = cast(BinaryIO, tempfile.TemporaryFile()) if fits else None  # noqa: SIM115
+        self._sizes: list[int] = []
+        predicted, confidence = [], []
+        for batch in self._sweep("reading trusted images"):
+            sure, best = batch.logits.softmax(1).max(1)
+            predicted.append(best.cpu())
+            confidence.append(sure.cpu())
+            self._spill(batch)
+        self.predicted = torch.cat(predicted)
+        self.confidence = torch.cat(confidence)
+
+    def _spill(self, batch: Swept) -> None:
+        self._sizes.append(len(batch.rows))
+        if self._file is not None:
+            self._file.write(batch.neurons.float().cpu().contiguous().numpy().data)
+
+    def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the rows and neurons of each batch, in the set's order."""
+        if self._file is None:
+            for batch in self._sweep("reading trusted images again"):
+                yield batch.rows, batch.neurons
+            return
+        self._file.seek(0)
+        start = 0
+        for size in self._sizes:
+            buffer = np.fromfile(self._file, np.float32, size * self._width)
+            neurons = torch.from_numpy(buffer).view(size, self._width).to(self._device)
+            yield torch.arange(start, start + size), neurons
+            start += size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def fold(
+    method: Method,
+    classes: int,
+    neurons: int,
+    passes: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    device: torch.device | None = None,
+) -> State:
+    """Go over the trusted data as often as the method asks, and return its complete state.
+
+    Parameters
+    ----------
+    passes
+        Starts one pass, which yields neurons (B, N) and labels (B,).
+    """
+    state: State | None = method.begin(classes, neurons).to(device or torch.device("cpu"))
+    while state is not None:
+        complete = state
+        for values, labels in passes():
+            method.observe(complete, values, labels)
+        state = method.proceed(complete)
+    return complete
+
+
+@dataclass(frozen=True)
+class Trusted:
+    """Which images define the signature.
+
+    Attributes
+    ----------
+    chosen
+        bool of shape (N,).
+    counts
+        How many of each class.
+    relaxed
+        Classes with fewer than 10 confident images, for which all correct ones were taken.
+    """
+
+    chosen: Tensor
+    counts: list[int]
+    relaxed: list[int]
+
+
+def choose_trusted(
+    labels: Tensor, predicted: Tensor, confidence: Tensor, threshold: float, classes: int
+) -> Trusted:
+    """Choose the images that are classified correctly with a confidence of at least a threshold."""
+    correct = predicted == labels
+    chosen = correct & (confidence >= threshold)
+    relaxed = []
+    for k in range(classes):
+        mine = labels == k
+        if int((chosen & mine).sum()) < MINIMUM_TRUSTED and bool((correct & mine & ~chosen).any()):
+            chosen = chosen | (correct & mine)
+            relaxed.append(k)
+    counts = torch.bincount(labels[chosen], minlength=classes)
+    return Trusted(chosen, counts.tolist(), relaxed)
+
+
+def fit_signature(
+    model: Classifier,
+    images: ImageSet,
+    classes: tuple[str, ...],
+    method: Method,
+    granularity: Granularity,
+    threshold: float,
+    progress: Progress,
+) -> tuple[Signature, Trusted, float]:
+    """Build a signature in memory; return it, what it was built from, and the accuracy there.
+
+    Raises
+    ------
+    CovcliError
+        If labels are missing or out of range, or an activation is not finite.
+    """
+    labels = data.check_labels(images, model.spec.classes)
+    points = model.points(granularity)
+    device = model.mean.device
+    with Recording(model, images, points, granularity, progress) as recording:
+        trusted = choose_trusted(
+            labels, recording.predicted, recording.confidence, threshold, len(classes)
+        )
+
+        def passes() -> Iterator[tuple[Tensor, Tensor]]:
+            for rows, neurons in recording.passes():
+                kept = trusted.chosen[rows]
+                yield neurons[kept.to(device)], labels[rows[kept]].to(device)
+
+        width = sum(point.neurons for point in points)
+        state = fold(method, len(classes), width, passes, device)
+        accuracy = float((recording.predicted == labels).double().mean())
+    made = Signature(
+        method, granularity, tuple(points), state, model.spec,
+        store.fingerprint(model.state_dict()), classes,
+    )  # fmt: skip
+    return made, trusted, accuracy
+
+
+def fit_calibration(
+    model: Classifier, made: Signature, images: ImageSet, progress: Progress
+) -> Calibration:
+    """Score calibration images against their predicted classes, and calibrate on them."""
+    costs, softmax = [], []
+    for batch in sweep(
+        model, images, made.points, made.granularity, progress, "reading calibration images"
+    ):
+        costs.append(made.point_costs(batch.neurons, batch.logits.argmax(1)).cpu())
+        softmax.append(softmax_score(batch.logits.cpu()))
+    return calibrate(torch.cat(costs), made.sizes, torch.cat(softmax))
