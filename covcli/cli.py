@@ -13,13 +13,15 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
 import covcli
 from covcli.errors import CovcliError, one_line
+
+if TYPE_CHECKING:
+    from covcli.runtime import Interrupts
 
 app = typer.Typer(
     name="covcli",
@@ -70,16 +72,20 @@ def root(
     """Tell which answers of an image classifier can be trusted, by coverage analysis."""
 
 
-def _prepare(seed: int, threads: int, plugins: list[Path] | None) -> None:
+def _prepare(seed: int, threads: int, plugins: list[Path] | None) -> "Interrupts":
+    """Set up the process for a command's work; return where its signals arrive."""
     import runpy
 
     from covcli import runtime
 
+    interrupts = runtime.Interrupts()
+    interrupts.install()
     runtime.configure(seed, threads)
     for plugin in plugins or []:
         if not plugin.is_file():
             raise CovcliError("no such file", where=f"--plugin {plugin}")
         runpy.run_path(str(plugin))
+    return interrupts
 
 
 @app.command()
@@ -111,6 +117,13 @@ def train(
     calibration_split: Annotated[
         float, typer.Option(help="Share of the training images held out to calibrate.")
     ] = 0.1,
+    save_every: Annotated[
+        str, typer.Option(help="Save for --resume every so many epochs, or minutes, as 10m.")
+    ] = "1",
+    resume: Annotated[
+        str | None,
+        typer.Option(help="Go on with an interrupted run: its folder or name, or latest."),
+    ] = None,
     augment: Annotated[Augment, typer.Option(help="Of training images.")] = "auto",
     amp: Annotated[Amp, typer.Option(help="bfloat16 in training; auto measures first.")] = "off",
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
@@ -128,17 +141,21 @@ def train(
     from covcli import render, training
     from covcli.store import plain
 
-    _prepare(seed, threads, plugin)
+    interrupts = _prepare(seed, threads, plugin)
     config = training.TrainConfig(
         method=method, trusted=trusted, untrusted=tuple(untrusted or ()), model=model,
         pretrained=pretrained, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
         weight_decay=weight_decay, confidence_threshold=confidence_threshold,
         confidence_weight=confidence_weight, signature_every=signature_every,
-        calibration_split=calibration_split, augment=augment, seed=seed, device=device, amp=amp,
-        name=name, runs=runs, data_dir=data_dir,
+        calibration_split=calibration_split, save_every=save_every, augment=augment, seed=seed,
+        device=device, amp=amp, name=name, runs=runs, data_dir=data_dir,
     )  # fmt: skip
     with render.reporter(quiet) as progress:
-        result = training.train(config, progress)
+        if resume is None:
+            result = training.train(config, progress, interrupts)
+        else:
+            folder = Path(resume) if Path(resume).is_dir() else runs / resume
+            result = training.resume(folder.resolve(), progress, data_dir, interrupts)
     if not quiet:
         render.describe_training(result)
     if json:
@@ -298,18 +315,11 @@ def report(
         render.print_line(result.html)
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-def _on_terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise _Terminated
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the documented code; every error ends here."""
-    signal.signal(signal.SIGTERM, _on_terminate)
-    args = sys.argv[1:] if arguments is None else arguments
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    if "--resume" in args and (args[args.index("--resume") + 1 :] or ["-"])[0].startswith("-"):
+        args.insert(args.index("--resume") + 1, "latest")  # its value may be left out
     debug = "--debug" in args
     code = _run(args, debug)
     with _reader_may_leave():
@@ -329,13 +339,11 @@ def _reader_may_leave() -> Iterator[None]:
 def _run(args: list[str], debug: bool) -> int:
     try:
         returned = app(args=args, prog_name="covcli", standalone_mode=False)
-        if returned == 130:  # Typer turns a KeyboardInterrupt into this code
+        if returned == 130:  # Typer turns a KeyboardInterrupt before our handlers into this code
             return _fail("interrupted", 130, debug=False)
         return returned if isinstance(returned, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130, debug)
-    except _Terminated:
-        return _fail("terminated", 143, debug)
     except CovcliError as error:
         return _fail(f"error: {error}", 2, debug)
     except Exception as error:
@@ -349,6 +357,10 @@ def _describe(error: Any) -> tuple[str, int]:
             return "error: name a command; see covcli --help", 2
         return f"error: {one_line(error.format_message())}; see covcli --help", 2
     kind = type(error).__name__
+    if kind == "Interrupted":
+        return ("terminated", 143) if error.signal == signal.SIGTERM else ("interrupted", 130)
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate" in str(error):
+        return "error: memory exhausted; try a smaller --batch-size or another --device", 2
     return f"internal error: {kind}: {one_line(str(error))}; run again with --debug", 3
 
 

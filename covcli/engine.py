@@ -86,31 +86,7 @@ def sweep(
             progress.advance(len(rows))
 
 
-@dataclass(frozen=True)
-class EpochSums:
-    """Means over the images of one epoch of training.
-
-    Attributes
-    ----------
-    loss, cross_entropy, penalty
-        The loss, and its two parts; the penalty before its weight.
-    accuracy
-        Share of images classified correctly.
-    confident_accuracy
-        The same among confident images; None where there was none.
-    confident
-        Share of images with a softmax confidence of at least the threshold.
-    learning_rate
-        Of the last step.
-    """
-
-    loss: float
-    cross_entropy: float
-    penalty: float
-    accuracy: float
-    confident_accuracy: float | None
-    confident: float
-    learning_rate: float
+SUMS = ("loss", "cross_entropy", "penalty", "right", "confident_right", "confident")
 
 
 @dataclass(frozen=True)
@@ -151,10 +127,24 @@ def epoch(
     parts: Sequence[Tensor],
     how: Augmentation,
     generator: torch.Generator,
-    progress: Progress,
-    title: str,
-) -> EpochSums:
-    """Train for one epoch over the batches in `parts`, each a tensor of rows.
+) -> Iterator[Tensor]:
+    """Train on one batch after another, and yield after each step what it adds to the log.
+
+    Parameters
+    ----------
+    labels
+        The images' classes, int64 of shape (N,).
+    parts
+        The rows of each batch.
+    how, generator
+        How images are augmented, and where its randomness comes from.
+
+    Yields
+    ------
+    Tensor
+        float64 of shape (6,): over the batch's images, the sums that SUMS names: the loss, its two
+        parts (the penalty before its weight), and how many images are classified correctly, are
+        correct and confident, and are confident.
 
     Raises
     ------
@@ -163,21 +153,21 @@ def epoch(
     """
     model, device = trainer.model, trainer.model.mean.device
     model.train()
-    totals = torch.zeros(6, dtype=torch.float64, device=device)
-    progress.start(title, len(images))
     watched = trainer.points if trainer.penalty is not None else []
     with capture(model.network, watched, trainer.granularity) as recorder:
         for rows, pixels in batches(images, parts, model.spec.shape):
-            pixels = to_network(augment(pixels, how, generator), device)
+            inputs = to_network(augment(pixels, how, generator), device)
             targets = labels[rows].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=trainer.autocast):
-                logits = model(pixels)
+                logits = model(inputs)
             logits = logits.float()
             cross_entropy = torch.nn.functional.cross_entropy(logits, targets)
             penalty = torch.zeros((), device=device)
             if trainer.penalty is not None:
                 penalty = trainer.penalty(recorder.take().float(), targets)
             loss = cross_entropy + trainer.weight * penalty
+            if not bool(loss.isfinite()):
+                raise CovcliError("the loss is no longer finite", fix="lower --learning-rate")
             trainer.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             trainer.optimizer.step()
@@ -186,21 +176,6 @@ def epoch(
                 sure, predicted = logits.softmax(1).max(1)
                 right = predicted == targets
                 confident = sure >= trainer.confidence_threshold
-                totals += torch.stack([
-                    loss * len(rows), cross_entropy * len(rows), penalty * len(rows),
-                    right.sum(), (right & confident).sum(), confident.sum(),
-                ])  # fmt: skip
-            progress.advance(len(rows))
-    loss_sum, ce_sum, penalty_sum, right_sum, both_sum, confident_sum = totals.tolist()
-    if not loss_sum < float("inf"):
-        raise CovcliError("the loss is no longer finite", fix="lower --learning-rate")
-    n = len(images)
-    return EpochSums(
-        loss=loss_sum / n,
-        cross_entropy=ce_sum / n,
-        penalty=penalty_sum / n,
-        accuracy=right_sum / n,
-        confident_accuracy=both_sum / confident_sum if confident_sum else None,
-        confident=confident_sum / n,
-        learning_rate=float(trainer.schedule.get_last_lr()[0]),
-    )
+                means = torch.stack([loss, cross_entropy, penalty]).double() * len(rows)
+                counts = [right.sum(), (right & confident).sum(), confident.sum()]
+            yield torch.cat([means, torch.stack(counts).double()]).cpu()

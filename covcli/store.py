@@ -1,6 +1,7 @@
 """Files: whole or not at all, versioned, checked when read, never unpickled."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from covcli.errors import CovcliError
 
 SCHEMA = 1
 CHECKPOINT = "covcli checkpoint"
+PAUSED = "covcli paused training"
 CHECKPOINT_FIELDS = {"model", "state", "classes", "trusted", "calibration_rows", "training"}
 
 
@@ -64,7 +66,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file atomically."""
     with atomic(path) as file:
         file.write(content)
@@ -100,16 +102,59 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def digest(content: Any) -> str:
+    """Return a digest of nested dictionaries, lists, plain values and tensors, in hexadecimal."""
+    tensors: dict[str, Tensor] = {}
+
+    def lay_out(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors[str(len(tensors))] = value
+            return {"tensor": len(tensors)}
+        if isinstance(value, Mapping):
+            return [[repr(key), lay_out(item)] for key, item in value.items()]
+        if isinstance(value, list | tuple):
+            return [lay_out(item) for item in value]
+        return repr(value)
+
+    text = json.dumps(lay_out(content))
+    return hashlib.sha256((text + fingerprint(tensors)).encode()).hexdigest()
+
+
+def save_content(path: Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Write plain values and tensors as a PyTorch file of a kind, with a digest of all of it."""
+    document = {"format": kind, "schema": SCHEMA, "digest": digest(content), "content": content}
+    buffer = io.BytesIO()
+    torch.save(document, buffer)
+    write_bytes(path, buffer.getbuffer())
+
+
+def load_content(path: Path, kind: str) -> dict[str, Any]:
+    """Read what `save_content` wrote.
+
+    Raises
+    ------
+    CovcliError
+        If the file is missing, of another kind or schema, or damaged.
+    """
+    return _content(path, kind, _load_weights_only(path))
+
+
+def _content(path: Path, kind: str, document: dict[str, Any]) -> dict[str, Any]:
+    if document.get("format") != kind:
+        raise CovcliError(f"is no {kind.removeprefix('covcli ')}", where=path)
+    if document.get("schema") != SCHEMA:
+        raise CovcliError(
+            f"has schema {document.get('schema')!r}, this covcli reads {SCHEMA}", where=path
+        )
+    content = document.get("content")
+    if not isinstance(content, dict) or digest(content) != document.get("digest"):
+        raise CovcliError("is damaged: its content does not match its digest", where=path)
+    return content
+
+
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint: `content` has the keys of CHECKPOINT_FIELDS, of plain types."""
-    document = {
-        "format": CHECKPOINT,
-        "schema": SCHEMA,
-        "fingerprint": fingerprint(content["state"]),
-        **content,
-    }
-    with atomic(path) as file:
-        torch.save(document, file)
+    save_content(path, CHECKPOINT, content)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -120,24 +165,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     CovcliError
         If the file is missing, of another kind, damaged, or holds NaN or infinite weights.
     """
-    content = _load_weights_only(path)
-    if content.get("format") == CHECKPOINT:
-        if content.get("schema") != SCHEMA:
-            raise CovcliError(
-                f"has schema {content.get('schema')!r}, this covcli reads {SCHEMA}", where=path
-            )
+    document = _load_weights_only(path)
+    if isinstance(document.get("format"), str):
+        content = _content(path, CHECKPOINT, document)
         if missing := CHECKPOINT_FIELDS - content.keys():
             raise CovcliError(f"lacks {', '.join(sorted(missing))}", where=path)
     else:
-        content = {"state": content.get("state_dict", content)}
+        content = {"state": document.get("state_dict", document)}
     state = content["state"]
-    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    ):
         raise CovcliError("is neither a checkpoint nor a state dict", where=path)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CovcliError(f"weights {name!r} hold NaN or infinity", where=path)
-    if "fingerprint" in content and fingerprint(state) != content["fingerprint"]:
-        raise CovcliError("is damaged: its weights do not match its fingerprint", where=path)
     return content
 
 
@@ -151,15 +195,33 @@ def _load_weights_only(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
+        whole = all(map(_is_whole, _tensors(content)))
     except FileNotFoundError:
         raise CovcliError("no such file", where=path) from None
     except OSError as error:
         raise CovcliError(f"cannot be read ({error.strerror})", where=path) from None
     except Exception:  # torch.load raises a dozen kinds of errors on hostile or broken files
         raise wrong from None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not whole:
         raise wrong
     return content
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Return whether a tensor has the bytes that its shape claims (strides of 0 can claim more)."""
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def save_signature(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -205,6 +267,24 @@ def new_run(runs: Path, name: str | None, stem: str) -> Path:
     except OSError as error:
         raise CovcliError(f"cannot be made ({error.strerror})", where=folder) from None
     return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder during the block; one that another process holds is a CovcliError."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
+        return
+    path = folder / ".lock"
+    with path.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CovcliError("another process is writing this run", where=folder) from None
+        yield
+        path.unlink(missing_ok=True)
 
 
 def mark_latest(folder: Path) -> None:

@@ -1,11 +1,11 @@
 """What a running signature says during training: coverage, trusted against untrusted."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from covcli import attacks, data
+from covcli import attacks
 from covcli.engine import sweep
 from covcli.fitting import fit_signature
 from covcli.images import ImageSet
@@ -54,10 +54,9 @@ def watch(
     method: Method,
     training: ImageSet,
     held_out: ImageSet,
-    untrusted: tuple[str, ...],
+    untrusted: Mapping[str, ImageSet | None],
     most: int,
     threshold: float,
-    data_dir: Path | None,
 ) -> Watch:
     """Build a signature from training images, and measure coverage on held-out and untrusted ones.
 
@@ -68,24 +67,22 @@ def watch(
     held_out
         Trusted images that are not in `training`.
     untrusted
-        Data specifications; attacks start from `held_out`.
+        Sets by their specifications; None for an attack, which starts from `held_out`.
     most
         How many images to read of each set, evenly spread.
     threshold
         The softmax confidence from which a training image is trusted.
-    data_dir
-        Where downloaded sets live.
     """
     names = tuple(str(k) for k in range(model.spec.classes))
     made, _, _ = fit_signature(model, training, names, method, "channel", threshold, Silent())
     sets = [_look(model, made, "trusted", _spread(held_out, most))]
-    for text in untrusted:
-        spec = parse(text)
-        if attacks.is_attack(spec):
+    for text, found in untrusted.items():
+        if found is None:
+            spec = parse(text)
             few = held_out.select(attacks.attacked_rows(spec, held_out)[: most // 4])
             images = attacks.run_attack(spec, model, few, few.known_labels(), Silent())
         else:
-            images = _spread(data.load(text, "test", data_dir), most)
+            images = _spread(found, most)
         sets.append(_look(model, made, text, images))
     return Watch([point.name for point in made.points], sets)
 
