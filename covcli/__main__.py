@@ -1,6 +1,71 @@
-"""Run the command line with `python -m covcli`."""
+"""The error boundary: run a command, and exit with the documented code.
 
-from covcli.cli import main
+0 done; 1 a gate failed; 2 bad usage, bad input or a bad file; 3 an internal error; 130 and 143
+interrupted.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from typing import Any
+
+import typer
+
+from covcli.cli import app
+from covcli.errors import CovcliError, one_line
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with the documented code; every error ends here."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    if "--resume" in args and (args[args.index("--resume") + 1 :] or ["-"])[0].startswith("-"):
+        args.insert(args.index("--resume") + 1, "latest")  # its value may be left out
+    debug = "--debug" in args
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    code = _run(args, debug)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _run(args: list[str], debug: bool) -> int:
+    try:
+        returned = app(args=args, prog_name="covcli", standalone_mode=False)
+        if returned == 130:  # Typer turns a KeyboardInterrupt before our handlers into this code
+            return _fail("interrupted", 130, debug=False)
+        return returned if isinstance(returned, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130, debug)
+    except CovcliError as error:
+        return _fail(f"error: {error}", 2, debug)
+    except Exception as error:
+        return _fail(*_describe(error), debug)
+
+
+def _describe(error: Any) -> tuple[str, int]:
+    """Tell bad usage, which Typer reports, from an error of our own."""
+    if hasattr(error, "format_message") and getattr(error, "exit_code", None) == 2:
+        if not str(error.format_message()).strip():  # a bare `covcli` has shown the help
+            return "error: name a command; see covcli --help", 2
+        return f"error: {one_line(error.format_message())}; see covcli --help", 2
+    kind = type(error).__name__
+    if kind == "Interrupted":
+        return ("terminated", 143) if error.signal == signal.SIGTERM else ("interrupted", 130)
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate" in str(error):
+        return "error: memory exhausted; try a smaller --batch-size or another --device", 2
+    return f"internal error: {kind}: {one_line(str(error))}; run again with --debug", 3
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(message + "\n")
+    return code
+
 
 if __name__ == "__main__":
     main()

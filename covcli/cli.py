@@ -1,24 +1,16 @@
-"""The command line: it parses, calls one library function a command, prints, and maps errors.
+"""The commands: each parses, calls one library function, and prints.
 
 Nothing heavy is imported before a command runs, so that `covcli --help` answers at once.
-
-Exit codes: 0 done; 1 a gate failed; 2 bad usage, bad input or a bad file; 3 an internal error;
-130 and 143 interrupted.
 """
 
-import os
-import signal
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
 import covcli
-from covcli.errors import CovcliError, one_line
+from covcli.errors import CovcliError
 
 if TYPE_CHECKING:
     from covcli.runtime import Interrupts
@@ -248,8 +240,16 @@ def evaluate(
     alpha: Annotated[float, typer.Option(help="False-alarm rate to stay below.")] = 0.05,
     fail_under: Annotated[
         list[str] | None,
-        typer.Option(help="auroc=0.95 and so on: exit 1 if any set falls short; may repeat."),
+        typer.Option(help="auroc=0.95, or mnist:auroc=0.95 for one set: else exit 1; may repeat."),
     ] = None,
+    baseline_results: Annotated[
+        Path | None, typer.Option(help="Earlier evaluation.json: exit 1 if a set got worse.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="How much worse than the earlier evaluation.")
+    ] = 0.01,
+    junit: Annotated[Path | None, typer.Option(help="Write the gates as a JUnit report.")] = None,
+    summary: Annotated[Path | None, typer.Option(help="Write a Markdown summary.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the results; default: the signature's.")
     ] = None,
@@ -266,10 +266,13 @@ def evaluate(
 ) -> None:
     """Measure how well a signature tells untrusted images from trusted ones."""
     from covcli import evaluation, gates, render
-    from covcli.store import plain
+    from covcli.store import plain, write_bytes
 
     _prepare(seed, threads, plugin)
     wanted = [gates.parse_gate(text) for text in fail_under or []]
+    gates.check_names(wanted, tuple(untrusted))
+    if baseline_results is not None:
+        wanted += gates.read_baseline(baseline_results, tolerance, tuple(untrusted))
     config = evaluation.EvaluationConfig(
         untrusted=tuple(untrusted), checkpoint=checkpoint, signature=signature, method=method,
         trusted=trusted, alpha=alpha, model=model, runs=runs, data_dir=data_dir, output=output,
@@ -277,18 +280,20 @@ def evaluate(
     )  # fmt: skip
     with render.reporter(quiet) as progress:
         result = evaluation.evaluate(config, progress)
-    with _reader_may_leave():  # and let the gates be judged all the same
+    with render.reader_may_leave():  # and let the gates be judged all the same
         if json:
             render.print_json(plain(render.document(result)))
         else:
             render.show_evaluation(result)
-    short = gates.failures(result, wanted)
-    for failure in short:
-        sys.stderr.write(
-            f"gate failed: {failure.gate.metric}={failure.gate.value:g}, "
-            f"{one_line(failure.name)} has {failure.found:.4f}\n"
-        )
-    if short:
+    checks = gates.check(result, wanted)
+    if junit is not None:
+        write_bytes(junit, gates.junit(checks))
+    if summary is not None:
+        write_bytes(summary, gates.summary(result, checks).encode())
+    failed = [check for check in checks if not check.passed]
+    for check in failed:
+        sys.stderr.write(f"{check}\n")
+    if failed:
         raise typer.Exit(1)
 
 
@@ -306,66 +311,11 @@ def report(
 ) -> None:
     """Write report.html and report.md; print the path of the first."""
     from covcli import render, reporting
-    from covcli.store import newest_run, plain
+    from covcli.runs import newest_run
+    from covcli.store import plain
 
     result = reporting.report(run or newest_run(runs), output, force)
     if json:
         render.print_json(plain(render.document(result)))
     else:
         render.print_line(result.html)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with the documented code; every error ends here."""
-    args = list(sys.argv[1:] if arguments is None else arguments)
-    if "--resume" in args and (args[args.index("--resume") + 1 :] or ["-"])[0].startswith("-"):
-        args.insert(args.index("--resume") + 1, "latest")  # its value may be left out
-    debug = "--debug" in args
-    code = _run(args, debug)
-    with _reader_may_leave():
-        sys.stdout.flush()
-    sys.exit(code)
-
-
-@contextmanager
-def _reader_may_leave() -> Iterator[None]:
-    """Let the reader of stdout leave early (`| head -1`): its choice, not an error."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _run(args: list[str], debug: bool) -> int:
-    try:
-        returned = app(args=args, prog_name="covcli", standalone_mode=False)
-        if returned == 130:  # Typer turns a KeyboardInterrupt before our handlers into this code
-            return _fail("interrupted", 130, debug=False)
-        return returned if isinstance(returned, int) else 0
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130, debug)
-    except CovcliError as error:
-        return _fail(f"error: {error}", 2, debug)
-    except Exception as error:
-        return _fail(*_describe(error), debug)
-
-
-def _describe(error: Any) -> tuple[str, int]:
-    """Tell bad usage, which Typer reports, from an error of our own."""
-    if hasattr(error, "format_message") and getattr(error, "exit_code", None) == 2:
-        if not str(error.format_message()).strip():  # a bare `covcli` has shown the help
-            return "error: name a command; see covcli --help", 2
-        return f"error: {one_line(error.format_message())}; see covcli --help", 2
-    kind = type(error).__name__
-    if kind == "Interrupted":
-        return ("terminated", 143) if error.signal == signal.SIGTERM else ("interrupted", 130)
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate" in str(error):
-        return "error: memory exhausted; try a smaller --batch-size or another --device", 2
-    return f"internal error: {kind}: {one_line(str(error))}; run again with --debug", 3
-
-
-def _fail(message: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    sys.stderr.write(message + "\n")
-    return code

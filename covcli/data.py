@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from covcli import guard
 from covcli.errors import CovcliError
 from covcli.images import FileSource, ImageSet, NoiseSource, in_memory
 from covcli.registry import Registry
@@ -129,8 +131,15 @@ def _path(request: Request) -> Path:
 def _from_torchvision(request: Request, open_set: Callable[[bool], Any]) -> Any:
     """Open a torchvision set where it lies; download it if it is not there."""
     _no_argument(request)
-    with contextlib.suppress(RuntimeError):
+    damaged = CovcliError(
+        "is damaged", where=f"{request.spec.text} in {request.data_dir}", fix="delete it there"
+    )
+    try:
         return open_set(False)
+    except RuntimeError:  # not there
+        pass
+    except (ValueError, OSError, AssertionError, TypeError, EOFError):
+        raise damaged from None
     log.info("downloading %s into %s", request.spec.name, request.data_dir)
     try:
         request.data_dir.mkdir(parents=True, exist_ok=True)
@@ -276,14 +285,13 @@ def npz(request: Request) -> ImageSet:
 
 
 def _read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    guard.check_npz(file)
     try:
         with np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile) or "images" not in archive:
                 raise CovcliError("holds no array named `images`", where=file)
             return archive["images"], archive.get("labels")
-    except FileNotFoundError:
-        raise CovcliError("no such file", where=file) from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CovcliError(f"cannot be read as a NumPy archive ({error})", where=file) from None
 
 
@@ -317,7 +325,8 @@ def folder(request: Request) -> ImageSet:
 
 
 def _image_files(root: Path) -> list[Path]:
-    return sorted(f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    found = (f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
+    return sorted(guard.inside(root, found))
 
 
 @DATASETS.add("noise")

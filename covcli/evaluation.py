@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from covcli import attacks, data, metrics, runtime, signature, store
+from covcli import attacks, data, metrics, runs, runtime, signature, store
 from covcli import checkpoint as checkpoints
 from covcli.calibration import Calibration
 from covcli.checkpoint import DataRecord
@@ -202,7 +202,7 @@ def find_files(config: EvaluationConfig) -> tuple[Path, Path]:
     folder = None
     if config.checkpoint is None:
         beside = config.signature and config.signature.resolve().parent / "checkpoint.pt"
-        folder = beside.parent if beside and beside.is_file() else store.newest_run(config.runs)
+        folder = beside.parent if beside and beside.is_file() else runs.newest_run(config.runs)
     checkpoint_path = config.checkpoint or (folder / "checkpoint.pt" if folder else Path())
     if config.signature is not None:
         return checkpoint_path, config.signature

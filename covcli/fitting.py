@@ -60,8 +60,14 @@ class Recording(AbstractContextManager["Recording"]):
 
     def _spill(self, batch: Swept) -> None:
         self._sizes.append(len(batch.rows))
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.write(batch.neurons.float().cpu().contiguous().numpy().data)
+            self._file.flush()
+        except OSError:  # the disk is full: run the network again instead
+            self._file.close()
+            self._file = None
 
     def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the rows and neurons of each batch, in the set's order."""

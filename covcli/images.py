@@ -1,6 +1,8 @@
 """Sets of images: in memory, in files or drawn from a generator, read in whole batches."""
 
 import hashlib
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,10 +12,11 @@ from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from covcli import guard
 from covcli.errors import CovcliError
 
 Shape: TypeAlias = tuple[int, int, int]
@@ -165,9 +168,20 @@ def decode(path: Path) -> Tensor:
     """Read one image file as uint8 of shape (1, C, H, W); an unreadable one is a CovcliError."""
     try:
         with Image.open(path) as image:
+            if 3 * image.width * image.height > guard.allowance(path.stat().st_size):
+                raise ValueError(f"{image.width}×{image.height} pixels in so small a file")
             mode = "L" if image.mode in ("1", "L", "I", "I;16") else "RGB"
             pixels = np.array(image.convert(mode))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        ArithmeticError,
+        Image.DecompressionBombError,
+        MemoryError,
+        struct.error,
+        zlib.error,
+    ) as error:  # PIL raises many kinds
         raise CovcliError(
             f"cannot be read as an image ({error})", where=path, fix="repair or remove it"
         ) from None

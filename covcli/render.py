@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -138,6 +139,15 @@ class _OneLine(logging.Formatter):
         """Keep names from reaching the terminal raw."""
         text = one_line(record.getMessage())
         return f"{record.levelname.lower()}: {text}" if record.levelno > logging.INFO else text
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Let the reader of stdout leave early (`| head -1`): its choice, not an error."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(document: Any) -> None:

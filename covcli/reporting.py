@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import covcli
-from covcli import store
+from covcli import guard, store
 from covcli.errors import CovcliError, one_line
 from covcli.sections import SECTIONS, Picture, ReportData, Section, Table
 
@@ -67,7 +67,12 @@ def report(run: Path, output: Path | None = None, force: bool = False) -> Report
     for path in (pages.html, pages.markdown):
         if path.exists() and not force:
             raise CovcliError("exists", where=path, fix="pass --force, or another --output")
-    made = [section for name in SECTIONS if (section := SECTIONS.get(name)(found)) is not None]
+    if (folder / "figures").is_symlink():
+        raise CovcliError("is a link: pictures would leave the folder", where=folder / "figures")
+    try:
+        made = [part for name in SECTIONS if (part := SECTIONS.get(name)(found)) is not None]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CovcliError(f"its results do not hold together ({error!r})", where=run) from None
     pictures = [
         (block, _png(block.figure))
         for section in made
@@ -94,7 +99,9 @@ def read(run: Path) -> ReportData:
         raise CovcliError(f"is not an evaluation of schema {store.SCHEMA}", where=path)
     logs = sorted(run.glob("training_results_*.json"))
     try:
-        scores = pd.read_csv(run / "scores.csv.gz", keep_default_na=False, dtype={"set": str})
+        table = io.BytesIO(guard.read_gzip(run / "scores.csv.gz"))
+        scores = pd.read_csv(table, keep_default_na=False, dtype={"set": str})
+        guard.check_npz(run / "samples.npz")
         with np.load(run / "samples.npz", allow_pickle=False) as archive:
             samples = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from covcli import checkpoint as checkpoints
-from covcli import data, runtime, signature, store
+from covcli import data, runs, runtime, signature
 from covcli.activations import Granularity
 from covcli.checkpoint import Checkpoint, DataRecord
 from covcli.errors import CovcliError
@@ -139,7 +139,7 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
         _import(path.parent, source, classes)
     signature.save(path, made, calibration, record)
     if config.output is None and source.bare:
-        store.mark_latest(path.parent)
+        runs.mark_latest(path.parent)
     return SignatureResult(
         path=path,
         method=method.spec(),
@@ -196,7 +196,7 @@ def _default_path(config: SignatureConfig, source: Checkpoint, method: Method) -
     name = f"signature-{method.name}.safetensors"
     if not source.bare:
         return source.path.resolve().parent / name
-    return config.runs / f"{source.path.stem}-{store.timestamp()}" / name
+    return config.runs / f"{source.path.stem}-{runs.timestamp()}" / name
 
 
 def _import(folder: Path, source: Checkpoint, classes: tuple[str, ...]) -> None:

@@ -1,5 +1,7 @@
 """Files: whole or not at all, versioned, checked when read, never unpickled."""
 
+import contextlib
+import glob
 import hashlib
 import io
 import json
@@ -8,7 +10,6 @@ import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from covcli import guard
 from covcli.errors import CovcliError
 
 SCHEMA = 1
@@ -37,11 +39,13 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(path)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     except OSError as error:
         raise CovcliError(f"cannot be written ({error.strerror})", where=path) from None
     try:
         with os.fdopen(handle, "wb") as file:
+            try_lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -55,6 +59,27 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         raise CovcliError(f"cannot be written ({error.strerror})", where=path) from None
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def try_lock(file: IO[bytes]) -> bool:
+    """Lock a file until it is closed; return False if another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove temporary files for `path` whose writer died: nobody holds their lock."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), leftover.open("rb") as file:
+            if try_lock(file):
+                leftover.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -85,10 +110,10 @@ def write_pickle(path: Path, document: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON document; a missing or broken one is a CovcliError."""
     try:
-        return json.loads(path.read_bytes())
+        return guard.parse_json(path.read_bytes())
     except OSError as error:
         raise CovcliError(f"cannot be read ({error.strerror})", where=path) from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise CovcliError("is not a JSON document", where=path) from None
 
 
@@ -194,8 +219,11 @@ def _load_weights_only(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
+        guard.check_torch_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         whole = all(map(_is_whole, _tensors(content)))
+    except CovcliError:
+        raise
     except FileNotFoundError:
         raise CovcliError("no such file", where=path) from None
     except OSError as error:
@@ -227,9 +255,17 @@ def _is_whole(tensor: Tensor) -> bool:
 def save_signature(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a signature: named tensors and a JSON document about them, with a checksum."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    document = {"schema": SCHEMA, "checksum": fingerprint(stored), **metadata}
+    document = {"schema": SCHEMA, **metadata}
+    document["checksum"] = _checksum(stored, document)
     text = json.dumps(document, allow_nan=False, sort_keys=True)
     write_bytes(path, safetensors.torch.save(stored, {"covcli": text}))
+
+
+def _checksum(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:
+    """Return a digest of a signature's tensors and of its document but the digest itself."""
+    rest = {key: value for key, value in document.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True) + fingerprint(tensors)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load_signature(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -244,73 +280,15 @@ def load_signature(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CovcliError("no such signature", where=path, fix="make one with build-signature")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})["covcli"])
+            metadata = guard.parse_json((file.metadata() or {})["covcli"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
         raise CovcliError("is not a covcli signature", where=path) from None
     if not isinstance(metadata, dict) or metadata.get("schema") != SCHEMA:
         raise CovcliError(f"has another schema, this covcli reads {SCHEMA}", where=path)
-    if metadata.get("checksum") != fingerprint(tensors):
-        raise CovcliError("is damaged: its tensors do not match its checksum", where=path)
+    if metadata.get("checksum") != _checksum(tensors, metadata):
+        raise CovcliError("is damaged: its content does not match its checksum", where=path)
     return tensors, metadata
-
-
-def new_run(runs: Path, name: str | None, stem: str) -> Path:
-    """Make a run folder, `runs/<name>` or `runs/<stem>-<timestamp>`; it must not exist."""
-    folder = runs / (name or f"{stem}-{timestamp()}")
-    if name and (name in (".", "..", "latest") or Path(name).name != name):
-        raise CovcliError("is not a name for a run", where=f"--name {name!r}")
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise CovcliError("this run exists", where=folder, fix="choose another --name") from None
-    except OSError as error:
-        raise CovcliError(f"cannot be made ({error.strerror})", where=folder) from None
-    return folder
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder during the block; one that another process holds is a CovcliError."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        yield
-        return
-    path = folder / ".lock"
-    with path.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CovcliError("another process is writing this run", where=folder) from None
-        yield
-        path.unlink(missing_ok=True)
-
-
-def mark_latest(folder: Path) -> None:
-    """Point `runs/latest` at a run folder, atomically."""
-    link = folder.parent / "latest"
-    if link.exists() and not link.is_symlink():
-        raise CovcliError("is in the way of the link to the newest run", where=link)
-    temporary = folder.parent / f".latest.{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(folder.name)
-    temporary.replace(link)
-
-
-def newest_run(runs: Path) -> Path:
-    """Return the folder that `runs/latest` points at; without one it is a CovcliError."""
-    folder = runs / "latest"
-    if not folder.is_dir():
-        raise CovcliError(
-            "no run yet", where=runs, fix="run `covcli train`, or name a --checkpoint"
-        )
-    return folder.resolve()
-
-
-def timestamp() -> str:
-    """Return the local time as it stands in file names, to the microsecond."""
-    return datetime.now().strftime("%Y%m%d-%H%M%S-%f")
 
 
 def plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from covcli import attacks, data, runtime, store
+from covcli import attacks, data, runs, runtime, store
 from covcli import checkpoint as checkpoints
 from covcli.checkpoint import Checkpoint, DataRecord
 from covcli.errors import CovcliError
@@ -73,7 +73,7 @@ def train(
     method = make_method(config.method)
     session = Session(config, data.load(config.trusted, "train", config.data_dir))
     stem = f"{config.model.replace(':', '-')}-{method.name}"
-    run = store.new_run(config.runs, config.name, stem)
+    run = runs.new_run(config.runs, config.name, stem)
     return _finish(session, run, progress, interrupts or Interrupts())
 
 
@@ -106,12 +106,12 @@ def resume(
 def _finish(session: Session, run: Path, progress: Progress, interrupts: Interrupts) -> TrainResult:
     """Train to the end in a locked run folder, saving on the way and when interrupted."""
     try:
-        with store.locked(run):
+        with runs.locked(run):
             try:
                 session.run(run, progress, interrupts)
             except Interrupted:
                 session.save(run / PAUSED_FILE)
-                store.mark_latest(run)
+                runs.mark_latest(run)
                 raise
             return _write(run, session)
     except BaseException:
@@ -156,7 +156,7 @@ def _write(run: Path, session: Session) -> TrainResult:
     result = TrainResult(
         run=run,
         checkpoint=run / "checkpoint.pt",
-        log=run / f"training_results_{store.timestamp()}.json",
+        log=run / f"training_results_{runs.timestamp()}.json",
         epochs=session.history,
         training_images=len(session.training),
         calibration_images=len(session.held_out),
@@ -181,6 +181,6 @@ def _write(run: Path, session: Session) -> TrainResult:
     }
     store.write_json(result.log, store.plain(document))
     store.write_pickle(result.log.with_suffix(".pkl"), store.plain(document))
-    store.mark_latest(run)
+    runs.mark_latest(run)
     (run / PAUSED_FILE).unlink(missing_ok=True)
     return result

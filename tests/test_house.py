@@ -14,7 +14,7 @@ ROOMS = [
     "settings", "watching", "evaluation", "measuring", "monitor", "signing", "fitting", "attacks",
     "losses", "engine", "checkpoint", "signature", "calibration", "metrics", "methods",
     "methods.ranges", "methods.base", "models", "activations", "data", "images", "progress",
-    "runtime", "store", "specs", "registry", "errors", "__init__",
+    "runtime", "runs", "store", "guard", "specs", "registry", "errors", "__init__",
 ]  # fmt: skip
 
 

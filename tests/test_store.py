@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from covcli import store
+from covcli import runs, store
 from covcli.errors import CovcliError
 
 
@@ -56,7 +56,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path, wra
         torch.save({"state": {"w": torch.ones(1)}, "extra": canary}, path)
     else:
         path.write_bytes(pickle.dumps(canary))
-    with pytest.raises(CovcliError, match="without running code"):
+    with pytest.raises(CovcliError, match="is not a PyTorch checkpoint"):
         store.load_checkpoint(path)
     assert not (tmp_path / "ran").exists()
 
@@ -72,22 +72,38 @@ def test_checkpoints_come_back_and_damage_is_noticed(tmp_path: Path) -> None:
     store.save_checkpoint(path, content())
     assert torch.equal(store.load_checkpoint(path)["state"]["w"], torch.arange(4.0))
     damaged = torch.load(path, weights_only=True)
-    damaged["state"]["w"][2] = 7
+    damaged["content"]["state"]["w"][2] = 7
     torch.save(damaged, path)
     with pytest.raises(CovcliError, match="damaged"):
         store.load_checkpoint(path)
     for changes, message in (
-        ({"schema": 99}, "schema 99"),
         ({"state": {}}, "neither a checkpoint nor"),
         ({"state": {"w": 3}}, "neither a checkpoint nor"),
         ({"state": {"w": torch.tensor([float("nan")])}}, "'w' hold NaN"),
     ):
-        torch.save({"format": store.CHECKPOINT, "schema": 1, **content(**changes)}, path)
+        store.save_checkpoint(path, content(**changes))
         with pytest.raises(CovcliError, match=message):
             store.load_checkpoint(path)
-    torch.save({"format": store.CHECKPOINT, "schema": 1, "state": {}}, path)
+    store.save_content(path, store.CHECKPOINT, {"state": {}})
     with pytest.raises(CovcliError, match="lacks"):
         store.load_checkpoint(path)
+    store.save_content(path, store.PAUSED, content())
+    with pytest.raises(CovcliError, match="is no checkpoint"):
+        store.load_checkpoint(path)
+    torch.save({"format": store.CHECKPOINT, "schema": 99}, path)
+    with pytest.raises(CovcliError, match="schema 99"):
+        store.load_checkpoint(path)
+
+
+def test_a_digest_sees_every_value() -> None:
+    base = {"a": [1, 2.5, "x", None], "t": torch.arange(3), "u": torch.arange(3)}
+    others = [
+        {**base, "a": [1, 2.5, "x"]}, {**base, "a": [1, 2.5, "y", None]}, {**base, "b": 1},
+        {**base, "t": torch.arange(4)}, {**base, "a": ["1", 2.5, "x", None]},
+        {**base, "t": torch.ones(3), "u": torch.arange(3)},
+    ]  # fmt: skip
+    assert len({store.digest(content) for content in [base, *others]}) == 7
+    assert store.digest(dict(base)) == store.digest(base)
 
 
 def test_a_fingerprint_sees_bits_names_shapes_and_types() -> None:
@@ -124,18 +140,18 @@ def test_a_file_that_is_no_signature_is_refused(tmp_path: Path, damage: str) -> 
 
 
 def test_runs_have_fresh_names_and_latest_follows(tmp_path: Path) -> None:
-    first = store.new_run(tmp_path, "a", "x")
-    store.mark_latest(first)
-    second = store.new_run(tmp_path, None, "x")
-    store.mark_latest(second)
-    assert store.newest_run(tmp_path) == second.resolve()
+    first = runs.new_run(tmp_path, "a", "x")
+    runs.mark_latest(first)
+    second = runs.new_run(tmp_path, None, "x")
+    runs.mark_latest(second)
+    assert runs.newest_run(tmp_path) == second.resolve()
     with pytest.raises(CovcliError, match="exists"):
-        store.new_run(tmp_path, "a", "x")
+        runs.new_run(tmp_path, "a", "x")
     for name in ("latest", "..", "a/b", "/tmp/x"):
         with pytest.raises(CovcliError, match="not a name"):
-            store.new_run(tmp_path, name, "x")
+            runs.new_run(tmp_path, name, "x")
     with pytest.raises(CovcliError, match="no run yet"):
-        store.newest_run(tmp_path / "none")
+        runs.newest_run(tmp_path / "none")
 
 
 def test_plain_values_are_json() -> None:
