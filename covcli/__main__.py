@@ -54,7 +54,8 @@ def _describe(error: Any) -> tuple[str, int]:
         return f"error: {one_line(error.format_message())}; see covcli --help", 2
     kind = type(error).__name__
     if kind == "Interrupted":
-        return ("terminated", 143) if error.signal == signal.SIGTERM else ("interrupted", 130)
+        word, code = ("terminated", 143) if error.signal == signal.SIGTERM else ("interrupted", 130)
+        return f"{word}; go on with `covcli {error.resume}`" if error.resume else word, code
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate" in str(error):
         return "error: memory exhausted; try a smaller --batch-size or another --device", 2
     return f"internal error: {kind}: {one_line(str(error))}; run again with --debug", 3

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from covcli import attacks, data, metrics, runs, runtime, signature, store
 from covcli import checkpoint as checkpoints
 from covcli.calibration import Calibration
 from covcli.checkpoint import DataRecord
 from covcli.errors import CovcliError
-from covcli.images import ImageSet
-from covcli.measuring import Measured, measure, samples, table
+from covcli.images import ImageSet, MemorySource, in_memory
+from covcli.measuring import Measured, Parts, measure, samples, table
 from covcli.metrics import Detection, Estimate
 from covcli.models import Classifier
 from covcli.progress import Progress
@@ -147,12 +148,21 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
     model = source.model.on(device)
     made = made.to(device)
     trusted, warnings = _trusted(config, record, made.model.classes)
-    openers = {text: _opener(text, config, model, trusted) for text in config.untrusted}
-    measured = {"trusted": measure(model, made, calibration, trusted, config.alpha, progress)}
-    images = {"trusted": trusted}
-    for text, open_set in openers.items():
-        images[text] = open_set(progress)
-        measured[text] = measure(model, made, calibration, images[text], config.alpha, progress)
+    openers = {"trusted": _Opener(trusted.name, trusted.fingerprint, lambda _progress: trusted)}
+    openers |= {text: _opener(text, config, model, trusted) for text in config.untrusted}
+    key = [made.fingerprint, store.digest_file(signature_path), config.alpha, torch.__version__]
+    parts = Parts(output, store.digest(key))
+    images: dict[str, ImageSet] = {}
+    measured: dict[str, Measured] = {}
+    for name, opener in openers.items():
+        done = parts.find(opener.identity)
+        if done is not None:  # by an evaluation that was cut short
+            images[name] = opener.open(progress) if done[1] is None else opener.made_of(done[1])
+            measured[name] = done[0]
+            continue
+        images[name] = opener.open(progress)
+        measured[name] = measure(model, made, calibration, images[name], config.alpha, progress)
+        parts.keep(opener.identity, measured[name], opener.pixels(images[name]))
     result = EvaluationResult(
         schema=store.SCHEMA,
         provenance=runtime.provenance(device, config.seed),
@@ -194,6 +204,7 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
     store.write_bytes(files["scores.csv.gz"], table(measured))
     store.write_bytes(files["samples.npz"], samples(images, measured, model.spec.shape))
     store.write_json(files["evaluation.json"], store.plain(asdict(result)))
+    parts.clear()
     return result
 
 
@@ -242,17 +253,56 @@ def _trusted(
     return images, warnings
 
 
-def _opener(
-    text: str, config: EvaluationConfig, model: Classifier, trusted: ImageSet
-) -> Callable[[Progress], ImageSet]:
-    """Check an untrusted specification now; return what gives its images when its turn comes."""
+@dataclass(frozen=True)
+class _Opener:
+    """A set that was checked, and is opened when its turn comes.
+
+    Attributes
+    ----------
+    name
+        The specification.
+    identity
+        Equal for equal images.
+    open
+        Returns the images.
+    start
+        For an attack, the trusted images that it starts from.
+    """
+
+    name: str
+    identity: str
+    open: Callable[[Progress], ImageSet]
+    start: ImageSet | None = None
+
+    def pixels(self, images: ImageSet) -> Tensor | None:
+        """Return an attack's images, which are dear to make again; None for others."""
+        if self.start is None or not isinstance(images.source, MemorySource):
+            return None
+        return images.source.images
+
+    def made_of(self, pixels: Tensor) -> ImageSet:
+        """Return the images that an attack made earlier."""
+        assert self.start is not None
+        return in_memory(
+            self.identity.partition(" ")[0], pixels, self.start.labels, self.start.classes
+        )
+
+
+def _opener(text: str, config: EvaluationConfig, model: Classifier, trusted: ImageSet) -> _Opener:
+    """Check an untrusted specification now, so that an error does not come after hours."""
     spec = parse(text)
     if not attacks.is_attack(spec):
         images = data.load(text, "test", config.data_dir)
-        return lambda _progress: images
+        return _Opener(text, images.fingerprint, lambda _progress: images)
     attacks.make_attack(spec)
     start = trusted.select(attacks.attacked_rows(spec, trusted))
-    return lambda progress: attacks.run_attack(spec, model, start, start.known_labels(), progress)
+    labels = start.known_labels()
+    return _Opener(
+        text,
+        f"{text} {start.fingerprint}",
+        lambda progress: attacks.run_attack(spec, model, start, labels, progress),
+        start,
+    )
 
 
 def _trusted_figures(

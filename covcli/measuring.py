@@ -3,20 +3,25 @@
 import gzip
 import io
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from covcli import store
 from covcli.calibration import Calibration, softmax_score
 from covcli.engine import sweep
+from covcli.errors import CovcliError
 from covcli.images import ImageSet
 from covcli.models import Classifier
 from covcli.progress import Progress
 from covcli.signature import Signature
 
 SAMPLES = 8
+PART = "covcli evaluation part"
 
 
 @dataclass(frozen=True)
@@ -129,3 +134,60 @@ def samples(
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
+
+
+class Parts:
+    """Finished sets of an evaluation, kept in files until the whole of it is written.
+
+    Parameters
+    ----------
+    folder
+        Where the evaluation writes.
+    key
+        What every figure depends on beside the set: network, signature, α and versions.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder, self._key = folder, key
+        self._used: list[Path] = []
+
+    def find(self, of: str) -> tuple[Measured, Tensor | None] | None:
+        """Return what was measured of a set earlier, and its images where they were kept."""
+        path = self._path(of)
+        if not path.is_file():
+            return None
+        try:
+            content = store.load_content(path, PART)
+            fields = content["measured"]
+            measured = Measured(**{k: _to_array(k, v) for k, v in fields.items()})
+        except (CovcliError, KeyError, TypeError, AttributeError):
+            return None  # of no use: measure again
+        return measured, content["images"]
+
+    def keep(self, of: str, measured: Measured, images: Tensor | None) -> None:
+        """Keep what was measured of a set; `images` where making them again would be dear."""
+        fields = {k: _to_tensor(v) for k, v in vars(measured).items()}
+        store.save_content(self._path(of), PART, {"measured": fields, "images": images})
+
+    def _path(self, of: str) -> Path:
+        path = self._folder / f".part-{store.digest([self._key, of])[:24]}.pt"
+        self._used.append(path)
+        return path
+
+    def clear(self) -> None:
+        """Remove the files, once the evaluation is written."""
+        for path in self._used:
+            path.unlink(missing_ok=True)
+
+
+def _to_tensor(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_tensor(item) for key, item in value.items()}
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def _to_array(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_array(name, item) for key, item in value.items()}
+    kept = name in ("predicted", "label") or not isinstance(value, Tensor)
+    return value if kept else value.numpy()

@@ -27,7 +27,11 @@ class Interrupted(Exception):
     ----------
     signal
         The signal's number.
+    resume
+        The command that goes on with what was interrupted, if one does.
     """
+
+    resume: str | None = None
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)

@@ -109,7 +109,8 @@ def _finish(session: Session, run: Path, progress: Progress, interrupts: Interru
         with runs.locked(run):
             try:
                 session.run(run, progress, interrupts)
-            except Interrupted:
+            except Interrupted as error:
+                error.resume = "train --resume"
                 session.save(run / PAUSED_FILE)
                 runs.mark_latest(run)
                 raise

@@ -199,7 +199,7 @@ def test_an_internal_error_is_3_and_never_1(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_training_says_so_and_leaves_no_run(
+def test_an_interrupted_training_says_so_and_can_be_resumed(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     command = [sys.executable, "-m", "covcli", "train", *TINY, "--epochs", "1000"]
@@ -209,8 +209,9 @@ def test_an_interrupted_training_says_so_and_leaves_no_run(
     running.send_signal(number)
     _, err = running.communicate(timeout=60)
     assert running.returncode == code
-    assert err.splitlines()[-1] in ("interrupted", "terminated")
-    assert list((tmp_path / "runs").iterdir()) == []
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert err.splitlines()[-1] == f"{word}; go on with `covcli train --resume`"
+    assert [path.name for path in (tmp_path / "runs" / "latest").iterdir()] == ["last.pt"]
 
 
 def test_a_reader_that_leaves_early_is_no_error(run: Path) -> None:
