@@ -147,7 +147,7 @@ def _from_torchvision(request: Request, open_set: Callable[[bool], Any]) -> Any:
             return open_set(True)
     except (OSError, RuntimeError) as error:
         raise CovcliError(
-            f"is not in {request.data_dir} and could not be downloaded ({error})",
+            f"is not whole in {request.data_dir} and could not be downloaded ({error})",
             where=request.spec.text,
             fix="check the network, or point --data-dir or COVCLI_DATA_DIR at a copy",
         ) from None

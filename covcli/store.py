@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -220,7 +221,9 @@ def _load_weights_only(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path))
         guard.check_torch_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an odd pickle protocol is judged below
+            content = torch.load(path, map_location="cpu", weights_only=True)
         whole = all(map(_is_whole, _tensors(content)))
     except CovcliError:
         raise

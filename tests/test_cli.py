@@ -198,6 +198,30 @@ def test_an_internal_error_is_3_and_never_1(
     assert err == "internal error: RuntimeError: two lines; run again with --debug\n"
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_exhausted_memory_suggests_a_smaller_batch(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("covcli.training.train", fail)
+    code, _, err = call(capsys, "train")
+    assert code == 2
+    assert err.startswith("error: memory exhausted; try a smaller --batch-size")
+
+
+def test_a_closed_stdout_is_no_error(run: Path) -> None:
+    command = f"{sys.executable} -m covcli evaluate --plugin {PLUGIN} --force --untrusted \
+        'noise:uniform?limit=20' >&-"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=run.parent.parent, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_training_says_so_and_can_be_resumed(
     tmp_path: Path, number: signal.Signals, code: int

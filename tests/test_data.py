@@ -6,6 +6,7 @@ import io
 import struct
 import tarfile
 import threading
+from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -120,9 +121,9 @@ def test_every_dataset_keeps_the_contract(name: str, specs: dict[str, str], tmp_
         load(f"{specs[name]}?limits=3", "test", tmp_path)
 
 
-def test_a_missing_set_is_downloaded_from_where_torchvision_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of MNIST's files that a server on this machine hands out."""
     from torchvision import datasets
 
     served = tmp_path / "served"
@@ -142,13 +143,39 @@ def test_a_missing_set_is_downloaded_from_where_torchvision_says(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
         monkeypatch.setattr(datasets.MNIST, "resources", resources)
-        found = load("mnist", "test", tmp_path / "cache")
+        yield served
         server.shutdown()
-    again = load("mnist", "test", tmp_path / "made")
-    assert found.fingerprint == again.fingerprint
-    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+
+
+def test_a_missing_set_is_downloaded_from_where_torchvision_says(
+    tmp_path: Path, mirror: Path
+) -> None:
+    found = load("mnist", "test", tmp_path / "cache")
+    assert found.fingerprint == load("mnist", "test", tmp_path / "made").fingerprint
+    for file in mirror.iterdir():
+        file.unlink()
+    assert load("mnist", "test", tmp_path / "cache").fingerprint == found.fingerprint
     with pytest.raises(CovcliError, match=r"could not be downloaded.*--data-dir"):
         load("mnist", "test", tmp_path / "elsewhere")
+
+
+def test_half_a_download_is_refused_and_the_next_one_mends_it(tmp_path: Path, mirror: Path) -> None:
+    file = mirror / "t10k-images-idx3-ubyte.gz"
+    content = file.read_bytes()
+    for wrong in (content[: len(content) // 2], content[:-9] + b"9" + content[-8:]):
+        file.write_bytes(wrong)
+        with pytest.raises(CovcliError, match="could not be downloaded"):
+            load("mnist", "test", tmp_path / "cache")
+    file.write_bytes(content)
+    assert len(load("mnist", "test", tmp_path / "cache")) == 6
+
+
+def test_a_damaged_set_on_disk_is_named(tmp_path: Path) -> None:
+    make_mnist(tmp_path, "MNIST")
+    file = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(CovcliError, match="is not whole in"):
+        load("mnist", "test", tmp_path)
 
 
 def test_npz_images_arrive_unchanged(tmp_path: Path) -> None:

@@ -1,0 +1,252 @@
+"""Kill it, starve it, feed it poison: what is lost, and what gets in.
+
+    python benchmarks/faults.py            # all of it, some ten minutes on 2 cores
+    python benchmarks/faults.py --json --kills 30 --limits 5 --mutations 500 --resumes 2
+
+Trains a small network on scikit-learn's digits in a temporary folder, and then: kills a process
+that saves, at random moments; saves under a file-size limit; loads mutated and cut signatures and
+checkpoints and a corpus of hostile pickles; kills trainings and resumes them. POSIX only.
+"""
+
+import argparse
+import json
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from covcli import checkpoint as checkpoints
+from covcli import signature, store
+from covcli.errors import CovcliError
+
+PLUGIN = Path(__file__).parent.parent / "tests" / "tiny_model.py"
+TRAIN = [sys.executable, "-m", "covcli", "train", "--plugin", str(PLUGIN), "--quiet"]
+TINY = [*TRAIN, "--trusted", "digits", "--model", "tiny", "--epochs", "6", "--learning-rate", "0.1"]
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, number in (("kills", 300), ("limits", 20), ("mutations", 10_000), ("resumes", 10)):
+        parser.add_argument(f"--{name}", type=int, default=number)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def content(version: int) -> dict[str, Any]:
+    return {
+        "model": {}, "state": {"w": torch.full((250_000,), float(version))}, "classes": [],
+        "trusted": None, "calibration_rows": torch.arange(3), "training": {"version": version},
+    }  # fmt: skip
+
+
+def kills(folder: Path, number: int, chance: random.Random) -> dict[str, int]:
+    """SIGKILL a process that saves one version after the other over the same file."""
+    path = folder / "kills" / "checkpoint.pt"
+    store.save_checkpoint(path, content(0))
+    whole, newest, leftovers = 0, 0, 0
+    for _ in range(number):
+        child = os.fork()
+        if child == 0:
+            version = newest
+            while True:
+                version += 1
+                store.save_checkpoint(path, content(version))
+        time.sleep(chance.uniform(0, 0.06))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        leftovers += any(path.parent.glob(".*.tmp"))
+        found = store.load_checkpoint(path)
+        version = found["training"]["version"]
+        whole += version >= newest and bool((found["state"]["w"] == version).all())
+        newest = version
+    store.save_checkpoint(path, content(0))
+    left = len(list(path.parent.iterdir())) - 1
+    return {"kills": number, "whole": whole, "in_the_middle": leftovers, "files_left": left}
+
+
+def limits(folder: Path, number: int, chance: random.Random) -> dict[str, int]:
+    """Save under RLIMIT_FSIZE: one line, exit 2, the old file, no temporary file."""
+    path = folder / "limits" / "checkpoint.pt"
+    store.save_checkpoint(path, content(0))
+    before, size, held = path.read_bytes(), path.stat().st_size, 0
+    for _ in range(number):
+        limit = chance.randrange(1, size)
+        code = f"""
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import faults
+from covcli import store
+from covcli.errors import CovcliError
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    store.save_checkpoint(Path({str(path)!r}), faults.content(1))
+except CovcliError as error:
+    sys.stderr.write(f"{{error}}\\n")
+    sys.exit(2)
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        alone = list(path.parent.iterdir()) == [path]
+        one_line = done.stderr.count("\n") == 1 and "cannot be written" in done.stderr
+        held += done.returncode == 2 and one_line and alone and path.read_bytes() == before
+    return {"limits": number, "held": held}
+
+
+def meaning_of_signature(path: Path) -> str:
+    made, calibration, record = signature.load(path)
+    tensors = {**made.state.tensors, "scores": calibration.scores, "scale": calibration.scale}
+    return store.digest([tensors, record, made.points and [vars(p) for p in made.points]])
+
+
+def meaning_of_checkpoint(path: Path) -> str:
+    found = checkpoints.load(path)
+    return store.digest([dict(found.model.state_dict()), list(found.classes), dict(found.training)])
+
+
+def mutate(original: bytes, chance: random.Random) -> bytes:
+    changed = bytearray(original)
+    near = len(changed) if chance.random() < 0.5 else min(len(changed), 4096)
+    where = chance.randrange(near)
+    if chance.random() < 0.3:  # the end of a ZIP archive is its table of contents
+        where = len(changed) - 1 - where % min(len(changed), 4096)
+    how = chance.randrange(4)
+    if how == 0:
+        changed[where] ^= 1 << chance.randrange(8)
+    elif how == 1:
+        changed[where : where + 8] = chance.randbytes(8)
+    elif how == 2:
+        del changed[where : where + chance.randrange(1, 9)]
+    else:
+        changed[where:where] = chance.randbytes(chance.randrange(1, 9))
+    return bytes(changed)
+
+
+def mutations(
+    original: Path, meaning: Callable[[Path], str], number: int, chance: random.Random
+) -> dict[str, int]:
+    """Load mutated files, and the file cut at every byte."""
+    content = original.read_bytes()
+    path = original.with_name(f"mutated{original.suffix}")
+    was = meaning(original)
+    trials = [mutate(content, chance) for _ in range(number)]
+    trials += [content[:cut] for cut in range(len(content))]
+    counts = {"trials": len(trials), "refused": 0, "unchanged": 0, "wrong": 0, "tracebacks": 0}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for trial in trials:
+        path.write_bytes(trial)
+        try:
+            counts["unchanged" if meaning(path) == was else "wrong"] += 1
+        except CovcliError as error:
+            counts["refused" if "\n" not in str(error) else "wrong"] += 1
+        except Exception as error:
+            counts["tracebacks"] += 1
+            print(f"{original.name}: {error!r}", file=sys.stderr)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {**counts, "file_kb": len(content) >> 10, "memory_growth_kb": grown}
+
+
+class Canary:
+    """Pickles to a call that makes a folder."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def pickles(folder: Path) -> dict[str, int]:
+    """Hand hostile pickles to every reader; count those that ran."""
+    cage, refused = folder / "cage", 0
+    cage.mkdir()
+    calls = [
+        Canary(os.mkdir, str(cage / "a")), Canary(os.system, f"touch {cage}/b"),
+        Canary(exec, f"open({str(cage / 'c')!r}, 'w')"),
+        Canary(eval, f"open({str(cage / 'd')!r}, 'w')"),
+        Canary(subprocess.call, ["touch", str(cage / "e")]),
+    ]  # fmt: skip
+    files = []
+    for i, call in enumerate(calls):
+        for j, wrap in enumerate((call, {"state": call}, {"w": torch.ones(1), "x": [call]})):
+            torch.save(wrap, folder / f"p{i}{j}.pt")
+            (folder / f"q{i}{j}.pt").write_bytes(pickle.dumps(wrap))
+            (folder / f"r{i}{j}.safetensors").write_bytes(pickle.dumps(wrap))
+            files += [folder / f"{letter}{i}{j}{end}" for letter, end in
+                      (("p", ".pt"), ("q", ".pt"), ("r", ".safetensors"))]  # fmt: skip
+    for path in files:
+        for reader in (store.load_checkpoint, store.load_signature, store.read_json):
+            try:
+                reader(path)
+            except CovcliError:
+                refused += 1
+    return {"pickles": len(files), "refused": refused // 3, "ran": len(list(cage.iterdir()))}
+
+
+def resumes(folder: Path, number: int, chance: random.Random) -> dict[str, int]:
+    """SIGKILL trainings at random moments, resume them, and compare the final weights."""
+    cut = [*TINY, "--save-every", "0m", "--signature-every", "2", "--runs", str(folder / "runs")]
+    subprocess.run([*cut, "--name", "whole"], check=True, capture_output=True)
+    whole = checkpoints.load(folder / "runs" / "whole" / "checkpoint.pt").model.state_dict()
+    same, killed = 0, 0
+    for i in range(number):
+        run = folder / "runs" / f"cut{i}"
+        running = subprocess.Popen([*cut, "--name", run.name], stdout=subprocess.DEVNULL)
+        while not (run / "last.pt").exists():
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 3))
+        running.kill()
+        killed += running.wait() == -signal.SIGKILL
+        again = [*TRAIN, "--runs", str(folder / "runs"), "--resume", run.name]
+        subprocess.run(again, stdout=subprocess.DEVNULL, check=(run / "last.pt").exists())
+        found = checkpoints.load(run / "checkpoint.pt").model.state_dict()
+        same += all(torch.equal(whole[name], found[name]) for name in whole)
+    return {"resumes": number, "killed": killed, "same_bits": same}
+
+
+def main() -> None:
+    args = options()
+    torch.set_num_threads(1)  # processes fork below
+    chance = random.Random(args.seed)
+    found: dict[str, Any] = {}
+
+    def note(name: str, figures: dict[str, int]) -> None:
+        found[name] = figures
+        print(f"{name}: {figures}", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        note("kills while saving", kills(folder, args.kills, chance))
+        note("size limits", limits(folder, args.limits, chance))
+        subprocess.run([*TINY, "--runs", name, "--name", "made"], check=True, capture_output=True)
+        path = folder / "made" / "checkpoint.pt"
+        sign = [sys.executable, "-m", "covcli", "build-signature", str(path), "--quiet"]
+        subprocess.run([*sign, "--plugin", str(PLUGIN)], check=True, capture_output=True)
+        import runpy
+
+        runpy.run_path(str(PLUGIN))
+        made = folder / "made" / "signature-mrc.safetensors"
+        note("signature", mutations(made, meaning_of_signature, args.mutations, chance))
+        note("checkpoint", mutations(path, meaning_of_checkpoint, args.mutations, chance))
+        note("hostile pickles", pickles(folder))
+        note("kills and resumes", resumes(folder, args.resumes, chance))
+    if args.json:
+        print(json.dumps(found))
+        return
+    print("| fault | figures |\n| --- | --- |")
+    for name, figures in found.items():
+        print(f"| {name} | {', '.join(f'{k} {v}' for k, v in figures.items())} |")
+
+
+if __name__ == "__main__":
+    main()
