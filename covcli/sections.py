@@ -295,5 +295,19 @@ def samples(data: ReportData) -> Section:
     return Section("Flagged and missed images", blocks)
 
 
+@SECTIONS.add("provenance")
+def provenance(data: ReportData) -> Section:
+    """Tabulate what the figures were made of and with."""
+    e = data.evaluation
+    rows = [[key, str(value)] for key, value in e["provenance"].items()]
+    rows += [["checkpoint fingerprint", e["signature"]["checkpoint_fingerprint"]],
+             ["signature fingerprint", e["signature"]["signature_fingerprint"]],
+             ["signature data", e["signature"]["trusted"]["images"]],
+             ["calibration data", e["signature"]["calibration"]["images"]]]  # fmt: skip
+    rows += [[f"data of {entry['name']}", entry["fingerprint"]]
+             for entry in [e["trusted"], *e["untrusted"]]]  # fmt: skip
+    return Section("Provenance", [Table(["what", "value"], rows)])
+
+
 def _colours(number: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(number)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from covcli import checkpoint as checkpoints
-from covcli import data, runs, runtime, signature
+from covcli import data, runs, runtime, signature, store
 from covcli.activations import Granularity
 from covcli.checkpoint import Checkpoint, DataRecord
 from covcli.errors import CovcliError
@@ -66,8 +66,12 @@ class SignatureResult:
         Coverage points, and neurons in all of them.
     bytes
         The file's size.
+    checkpoint_fingerprint, signature_fingerprint
+        The fingerprint of the weights, and the digest of the signature's file.
+    data, calibration_data
+        Specification and fingerprints of the images that built and that calibrated.
     provenance
-        Versions, command line, device, seed, time.
+        Versions, command line, device, threads, seed, time.
     """
 
     path: Path
@@ -80,6 +84,10 @@ class SignatureResult:
     points: int
     neurons: int
     bytes: int
+    checkpoint_fingerprint: str
+    signature_fingerprint: str
+    data: DataRecord
+    calibration_data: DataRecord
     provenance: dict[str, Any]
 
 
@@ -151,6 +159,10 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
         points=len(made.points),
         neurons=sum(made.sizes),
         bytes=path.stat().st_size,
+        checkpoint_fingerprint=made.fingerprint,
+        signature_fingerprint=store.digest_file(path),
+        data=DataRecord.of(images),
+        calibration_data=DataRecord.of(held_out),
         provenance=provenance,
     )
 

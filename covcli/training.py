@@ -38,8 +38,12 @@ class TrainResult:
         One entry an epoch.
     training_images, calibration_images
         How many images trained the network, and how many were held out.
+    data
+        The training data's specification and fingerprints.
+    checkpoint_fingerprint
+        The fingerprint of the trained weights.
     provenance
-        Versions, command line, device, seed, time.
+        Versions, command line, device, threads, seed, time.
     """
 
     run: Path
@@ -48,6 +52,8 @@ class TrainResult:
     epochs: list[EpochLog]
     training_images: int
     calibration_images: int
+    data: DataRecord
+    checkpoint_fingerprint: str
     provenance: dict[str, Any]
 
 
@@ -154,6 +160,7 @@ def _write(run: Path, session: Session) -> TrainResult:
     config = session.config
     settings = session.settings()
     provenance = runtime.provenance(session.trainer.model.mean.device, config.seed)
+    trusted = DataRecord.of(session.images)
     result = TrainResult(
         run=run,
         checkpoint=run / "checkpoint.pt",
@@ -161,9 +168,10 @@ def _write(run: Path, session: Session) -> TrainResult:
         epochs=session.history,
         training_images=len(session.training),
         calibration_images=len(session.held_out),
+        data=trusted,
+        checkpoint_fingerprint=store.fingerprint(session.trainer.model.state_dict()),
         provenance=provenance,
     )
-    trusted = DataRecord.of(session.images)
     checkpoints.save(
         result.checkpoint,
         Checkpoint(
@@ -176,6 +184,7 @@ def _write(run: Path, session: Session) -> TrainResult:
         "provenance": provenance,
         "settings": settings,
         "data": vars(trusted),
+        "checkpoint_fingerprint": result.checkpoint_fingerprint,
         "training_images": result.training_images,
         "calibration_images": result.calibration_images,
         "epochs": [asdict(entry) for entry in session.history],

@@ -485,6 +485,38 @@ def test_softmax_calibration_is_of_the_ranked_images(trained: TrainResult, run: 
     np.testing.assert_allclose(calibration.softmax, expected.sort().values, rtol=1e-3, atol=1e-7)
 
 
+def test_results_name_what_they_were_made_of(evaluated: Path, signed: SignatureResult) -> None:
+    document = json.loads((evaluated / "evaluation.json").read_text())
+    log = json.loads(next(evaluated.glob("training_results_*.json")).read_text())
+    digits = data.load("digits", "train").fingerprint
+    assert log["data"]["images"] == digits
+    assert log["checkpoint_fingerprint"] == signed.checkpoint_fingerprint
+    assert document["signature"]["checkpoint_fingerprint"] == signed.checkpoint_fingerprint
+    assert document["signature"]["signature_fingerprint"] == signed.signature_fingerprint
+    assert document["signature"]["trusted"]["images"] == signed.data.images
+    assert document["signature"]["calibration"]["images"] == signed.calibration_data.images
+    assert document["trusted"]["fingerprint"] == data.load("digits", "test").fingerprint
+    for entry in document["untrusted"][:2]:
+        assert entry["fingerprint"] == data.load(entry["name"], "test").fingerprint
+
+
+def test_another_number_of_threads_changes_the_last_bits_only(run: Path) -> None:
+    monitor = Monitor.load(run / "checkpoint.pt", run / "signature-mrc.safetensors")
+    digits = data.load("digits", "test")
+    images = digits.batch(torch.arange(len(digits)), (3, 32, 32))
+    before = torch.get_num_threads()
+    try:
+        scores = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            scores.append(monitor(images).score)
+    finally:
+        torch.set_num_threads(before)
+    for other in scores[1:]:
+        np.testing.assert_allclose(scores[0], other, rtol=0, atol=0.05)
+        assert np.median(np.abs(scores[0] - other)) < 1e-5
+
+
 def test_hooks_do_not_change_the_answer(trained: TrainResult) -> None:
     model = checkpoints.load(trained.checkpoint).model
     images = torch.rand(4, 3, 32, 32)

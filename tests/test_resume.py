@@ -107,6 +107,23 @@ def test_a_killed_run_resumes_from_its_last_save_to_the_same_bits(tmp_path: Path
     assert same_weights(whole, tmp_path / "runs" / "cut" / "checkpoint.pt")
 
 
+def test_a_second_signal_does_not_wait_for_the_step(interrupts: Interrupts) -> None:
+    reached = []
+
+    def step() -> None:
+        with interrupts.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("held back")
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("never")
+
+    with pytest.raises(Interrupted):
+        step()
+    assert reached == ["held back"]
+    with pytest.raises(Interrupted):
+        interrupts.check()
+
+
 def test_what_cannot_be_resumed_is_refused(tmp_path: Path, interrupts: Interrupts) -> None:
     with pytest.raises(CovcliError, match="nothing to resume"):
         resume(tmp_path, Silent(), None)
