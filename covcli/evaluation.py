@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import covcli
 from covcli import attacks, data, metrics, runs, runtime, signature, store
 from covcli import checkpoint as checkpoints
 from covcli.calibration import Calibration
@@ -16,120 +17,66 @@ from covcli.checkpoint import DataRecord
 from covcli.errors import CovcliError
 from covcli.images import ImageSet, MemorySource, in_memory
 from covcli.measuring import Measured, Parts, measure, samples, table
-from covcli.metrics import Detection, Estimate
 from covcli.models import Classifier
 from covcli.progress import Progress
+from covcli.results import (
+    EvaluationConfig,
+    EvaluationResult,
+    FalseAlarms,
+    PointCoverage,
+    TrustedSet,
+    UntrustedSet,
+)
+from covcli.signature import Signature
 from covcli.specs import parse
 
+__all__ = ["EvaluationConfig", "EvaluationResult", "evaluate"]
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """What `evaluate` is told; `None` takes the newest run's, or the signature's own."""
+class _Job:
+    """Everything that an evaluation needs, loaded and checked."""
 
-    untrusted: tuple[str, ...]
-    checkpoint: Path | None = None
-    signature: Path | None = None
-    method: str | None = None
-    trusted: str | None = None
-    alpha: float = 0.05
-    model: str | None = None
-    runs: Path = Path("runs")
-    data_dir: Path | None = None
-    output: Path | None = None
-    force: bool = False
-    device: str = "cpu"
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class FalseAlarms:
-    """Share of trusted test images flagged at α, and where calibration promises it with 95%."""
-
-    alpha: float
-    value: float
-    low: float
-    high: float
-    promised_low: float
-    promised_high: float
-
-
-@dataclass(frozen=True)
-class TrustedSet:
-    """The trusted test images."""
-
-    name: str
-    images: int
-    fingerprint: str
-    accuracy: float
-    false_alarm_rate: FalseAlarms
-    mean_confidence: dict[str, float]
-
-
-@dataclass(frozen=True)
-class UntrustedSet:
-    """One untrusted set: each score's figures, and for an attack how often it deceived."""
-
-    name: str
-    images: int
-    fingerprint: str
-    scores: dict[str, Detection]
-    mean_confidence: dict[str, float]
-    success_rate: Estimate | None
-
-
-@dataclass(frozen=True)
-class PointCoverage:
-    """Share of a point's neurons inside the range, by set."""
-
-    name: str
-    neurons: int
-    coverage: dict[str, float]
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """What `evaluate` found; the fields are the keys of evaluation.json.
-
-    Attributes
-    ----------
-    schema
-        Version of the document.
-    provenance
-        Versions, command line, device, seed, time.
-    signature
-        Method, files, fingerprints and calibration of what was evaluated.
-    trusted, untrusted, points
-        The figures.
-    confidence_bins, confidence_thresholds
-        Accuracy on the trusted images by "coverage" and by "softmax" confidence.
-    files
-        Paths of what was written.
-    warnings
-        What a reader of the figures must know.
-    """
-
-    schema: int
-    provenance: dict[str, Any]
-    signature: dict[str, Any]
-    trusted: TrustedSet
-    untrusted: list[UntrustedSet]
-    points: list[PointCoverage]
-    confidence_bins: list[metrics.Bin]
-    confidence_thresholds: list[metrics.Kept]
-    files: dict[str, str]
+    config: EvaluationConfig
+    files: dict[str, Path]
+    checkpoint: Path
+    signature: Path
+    model: Classifier
+    made: Signature
+    calibration: Calibration
+    record: dict[str, Any]
+    trusted: ImageSet
     warnings: list[str]
 
 
 def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
     """Score trusted test images and untrusted ones, and write evaluation.json and the scores.
 
+    An evaluation that was cut short does not repeat the sets that it had finished.
+
     Raises
     ------
     CovcliError
-        If a file, a name or the data is bad, or results exist already.
+        If a file, a name or the data is bad, results exist already, or another process is
+        writing into the same folder.
     """
+    job = _load(config)
+    openers = {"trusted": _Opener.of(job.trusted)}
+    openers |= {text: _opener(text, job) for text in config.untrusted}
+    output = job.files["evaluation.json"].parent
+    with runs.locked(output):
+        parts = Parts(output, _key(job))
+        images, measured = _measure_all(job, openers, parts, progress)
+        result = _result(job, images, measured)
+        store.write_bytes(job.files["scores.csv.gz"], table(measured))
+        store.write_bytes(job.files["samples.npz"], samples(images, measured, job.model.spec.shape))
+        store.write_json(job.files["evaluation.json"], store.plain(asdict(result)))
+        parts.clear()
+    return result
+
+
+def _load(config: EvaluationConfig) -> _Job:
     if not config.untrusted:
         raise CovcliError("name at least one --untrusted set")
     if repeated := {t for t in config.untrusted if config.untrusted.count(t) > 1}:
@@ -145,13 +92,22 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
     calibration.rank(config.alpha)
     source = checkpoints.load(checkpoint_path, made.model)
     made.check_model(source.model, signature_path)
-    model = source.model.on(device)
-    made = made.to(device)
     trusted, warnings = _trusted(config, record, made.model.classes)
-    openers = {"trusted": _Opener(trusted.name, trusted.fingerprint, lambda _progress: trusted)}
-    openers |= {text: _opener(text, config, model, trusted) for text in config.untrusted}
-    key = [made.fingerprint, store.digest_file(signature_path), config.alpha, torch.__version__]
-    parts = Parts(output, store.digest(key))
+    return _Job(
+        config, files, checkpoint_path, signature_path, source.model.on(device), made.to(device),
+        calibration, record, trusted, warnings,
+    )  # fmt: skip
+
+
+def _key(job: _Job) -> str:
+    """Return a digest of what every figure depends on beside the images."""
+    versions = [torch.__version__, covcli.__version__, str(job.model.mean.device)]
+    return store.digest([store.digest_file(job.signature), job.config.alpha, versions])
+
+
+def _measure_all(
+    job: _Job, openers: dict[str, "_Opener"], parts: Parts, progress: Progress
+) -> tuple[dict[str, ImageSet], dict[str, Measured]]:
     images: dict[str, ImageSet] = {}
     measured: dict[str, Measured] = {}
     for name, opener in openers.items():
@@ -161,27 +117,37 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
             measured[name] = done[0]
             continue
         images[name] = opener.open(progress)
-        measured[name] = measure(model, made, calibration, images[name], config.alpha, progress)
+        measured[name] = measure(
+            job.model, job.made, job.calibration, images[name], job.config.alpha, progress
+        )
         parts.keep(opener.identity, measured[name], opener.pixels(images[name]))
-    result = EvaluationResult(
+    return images, measured
+
+
+def _result(
+    job: _Job, images: dict[str, ImageSet], measured: dict[str, Measured]
+) -> EvaluationResult:
+    config, made, calibration, record = job.config, job.made, job.calibration, job.record
+    trusted = measured["trusted"]
+    return EvaluationResult(
         schema=store.SCHEMA,
-        provenance=runtime.provenance(device, config.seed),
+        provenance=runtime.provenance(job.model.mean.device, config.seed),
         signature={
             "method": made.method.name,
             "parameters": made.method.spec(),
             "granularity": made.granularity,
-            "path": str(signature_path),
-            "checkpoint": str(checkpoint_path),
+            "path": str(job.signature),
+            "checkpoint": str(job.checkpoint),
             "checkpoint_fingerprint": made.fingerprint,
-            "signature_fingerprint": store.digest_file(signature_path),
+            "signature_fingerprint": store.digest_file(job.signature),
             "trusted": record["trusted"],
             "calibration": record["calibration"],
             "calibration_scores": len(calibration.scores),
             "threshold": calibration.threshold(config.alpha),
         },
-        trusted=_trusted_figures(config, trusted, measured["trusted"], calibration),
+        trusted=_trusted_figures(config, job.trusted, trusted, calibration),
         untrusted=[
-            _untrusted_figures(config, images[t], measured["trusted"], measured[t], calibration)
+            _untrusted_figures(config, images[t], trusted, measured[t], calibration)
             for t in config.untrusted
         ],
         points=[
@@ -190,22 +156,17 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
         ],
         confidence_bins=[
             entry
-            for name, values in measured["trusted"].confidences.items()
-            for entry in metrics.confidence_bins(name, values, measured["trusted"].correct)
+            for name, values in trusted.confidences.items()
+            for entry in metrics.confidence_bins(name, values, trusted.correct)
         ],
         confidence_thresholds=[
             entry
-            for name, values in measured["trusted"].confidences.items()
-            for entry in metrics.confidence_thresholds(name, values, measured["trusted"].correct)
+            for name, values in trusted.confidences.items()
+            for entry in metrics.confidence_thresholds(name, values, trusted.correct)
         ],
-        files={name: str(path) for name, path in files.items()},
-        warnings=warnings,
+        files={name: str(path) for name, path in job.files.items()},
+        warnings=job.warnings,
     )
-    store.write_bytes(files["scores.csv.gz"], table(measured))
-    store.write_bytes(files["samples.npz"], samples(images, measured, model.spec.shape))
-    store.write_json(files["evaluation.json"], store.plain(asdict(result)))
-    parts.clear()
-    return result
 
 
 def find_files(config: EvaluationConfig) -> tuple[Path, Path]:
@@ -274,6 +235,11 @@ class _Opener:
     open: Callable[[Progress], ImageSet]
     start: ImageSet | None = None
 
+    @classmethod
+    def of(cls, images: ImageSet) -> "_Opener":
+        """Return the opener of a set that is loaded already."""
+        return cls(images.name, images.fingerprint, lambda _progress: images)
+
     def pixels(self, images: ImageSet) -> Tensor | None:
         """Return an attack's images, which are dear to make again; None for others."""
         if self.start is None or not isinstance(images.source, MemorySource):
@@ -288,19 +254,18 @@ class _Opener:
         )
 
 
-def _opener(text: str, config: EvaluationConfig, model: Classifier, trusted: ImageSet) -> _Opener:
+def _opener(text: str, job: _Job) -> _Opener:
     """Check an untrusted specification now, so that an error does not come after hours."""
     spec = parse(text)
     if not attacks.is_attack(spec):
-        images = data.load(text, "test", config.data_dir)
-        return _Opener(text, images.fingerprint, lambda _progress: images)
+        return _Opener.of(data.load(text, "test", job.config.data_dir))
     attacks.make_attack(spec)
-    start = trusted.select(attacks.attacked_rows(spec, trusted))
+    start = job.trusted.select(attacks.attacked_rows(spec, job.trusted))
     labels = start.known_labels()
     return _Opener(
         text,
         f"{text} {start.fingerprint}",
-        lambda progress: attacks.run_attack(spec, model, start, labels, progress),
+        lambda progress: attacks.run_attack(spec, job.model, start, labels, progress),
         start,
     )
 

@@ -116,7 +116,8 @@ class Quiet(Lines):
 @contextmanager
 def reporter(quiet: bool) -> Iterator[Bar | Lines]:
     """Yield what shows progress on stderr, and let the library's log lines through it."""
-    console = Console(stderr=True, highlight=False)
+    # rich would take FORCE_COLOR for a terminal, and draw a bar into a log.
+    console = Console(stderr=True, highlight=False, force_terminal=sys.stderr.isatty())
     shown = Quiet() if quiet else Bar(console) if console.is_terminal else Lines()
     logger = logging.getLogger("covcli")
     handler: logging.Handler
@@ -190,8 +191,8 @@ class _Stdout(Console):
 
 def _console() -> Console:
     """Return a console for stdout; a pipe has no width, so its tables are not squeezed."""
-    wide = None if sys.stdout.isatty() else 160
-    return _Stdout(highlight=False, width=wide)
+    terminal = sys.stdout.isatty()
+    return _Stdout(highlight=False, width=None if terminal else 160, force_terminal=terminal)
 
 
 def _cell(estimate: "Estimate | None") -> str:

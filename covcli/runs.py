@@ -29,6 +29,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a run folder during the block; one that another process holds is a CovcliError."""
     path = folder / ".lock"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         file = path.open("wb")
     except OSError as error:
         raise CovcliError(f"cannot be written ({error.strerror})", where=folder) from None

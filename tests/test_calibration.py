@@ -49,7 +49,7 @@ def test_threshold_p_value_and_confidence_agree(
     assert torch.equal(flagged, confidence < 0.5)
     assert bool(((confidence >= 0) & (confidence <= 1)).all())
     order = tested.argsort()
-    assert bool((confidence[order].diff() <= 0).all())
+    assert bool((confidence[order].diff() <= 1e-12).all())  # equal but for the last bit
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(19, 0.05), (40, 0.05), (99, 0.29), (9, 0.1), (30, 0.5)])

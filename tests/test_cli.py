@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,21 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
         signal.signal(signal.SIGTERM, before)
     out, err = capsys.readouterr()
     return int(caught.value.code or 0), out, err
+
+
+def read_terminal(leader: int) -> bytes:
+    """Return all that is written to a pseudo-terminal until its last writer closes it."""
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(leader, 65536)
+        except OSError:
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(leader)
+    return shown
 
 
 def test_the_stages_form_a_shell_pipeline(tmp_path: Path) -> None:
@@ -92,6 +106,47 @@ def test_json_is_one_document(run: Path, color: dict[str, str]) -> None:
     assert keys <= document.keys()
 
 
+@pytest.mark.parametrize("environment", [{"FORCE_COLOR": "1"}, {"TERM": "xterm"}])
+def test_every_command_prints_one_document_on_a_terminal_too(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    import pty
+
+    def on_terminal(*arguments: str) -> dict[str, object]:
+        leader, follower = pty.openpty()
+        command = [sys.executable, "-m", "covcli", *arguments, "--json"]
+        with subprocess.Popen(
+            command, cwd=tmp_path, stdout=follower, stderr=subprocess.PIPE,
+            env={**os.environ, **environment},
+        ) as running:  # fmt: skip
+            os.close(follower)
+            shown = read_terminal(leader)
+            assert running.stderr is not None
+            errors = running.stderr.read()
+        assert running.returncode == 0, errors
+        assert b"\x1b" not in shown + errors
+        assert b"\r" not in errors
+        document = json.loads(shown)
+        assert isinstance(document, dict)
+        return document
+
+    plugin = ["--plugin", str(PLUGIN)]
+    checkpoint = on_terminal("train", *TINY, "--epochs", "4", "--quiet")["checkpoint"]
+    on_terminal("build-signature", str(checkpoint), *plugin)
+    on_terminal("evaluate", "--untrusted", "noise:uniform?limit=20", *plugin)
+    on_terminal("report")
+
+
+def test_a_forced_colour_stays_out_of_pipes_and_logs(run: Path) -> None:
+    done = covcli(
+        "evaluate", "--plugin", str(PLUGIN), "--untrusted", "noise:uniform?limit=20",
+        cwd=run.parent.parent, FORCE_COLOR="1",
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "\r" not in done.stdout + done.stderr
+
+
 def test_a_gate_that_fails_exits_1(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = [
         "evaluate",
@@ -138,6 +193,8 @@ def bad_commands(run: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no labels": ([*train, "noise:uniform"], "has no labels"),
         "missing npz": ([*train, "npz:/no/such"], "no such file"),
         "empty folder": ([*train, f"folder:{tmp_path}/empty"], "holds no image"),
+        "unwritable": (["train", "--trusted", "digits", "--model", "tiny", "--runs", "/proc/none"],
+                       "cannot be made"),
         "no network": ([*train, "cifar10", "--data-dir", str(tmp_path)], "could not be downloaded"),
         "plugin": ([*train, "digits", "--plugin", "/no.py"], "no such file"),
         "no checkpoint": ([*sign, "/no.pt"], "no such file"),
@@ -254,24 +311,14 @@ def test_a_terminal_gets_a_bar_and_a_log_gets_lines(tmp_path: Path) -> None:
 
     command = [sys.executable, "-m", "covcli", "train", *TINY, "--epochs", "2"]
     leader, follower = pty.openpty()
-    shown = bytearray()
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=follower,
         env={**os.environ, "TERM": "xterm"},
     ) as running:  # fmt: skip
         os.close(follower)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            try:
-                chunk = os.read(leader, 65536)
-            except OSError:  # the last writer closed the terminal
-                break
-            if not chunk:
-                break
-            shown += chunk
+        shown = read_terminal(leader)
         assert running.stdout is not None
         out = running.stdout.read().decode()
-    os.close(leader)
     assert running.returncode == 0
     assert "images/s" in shown.decode()
     assert "epoch 2/2: loss" in shown.decode()

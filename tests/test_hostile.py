@@ -149,6 +149,25 @@ def test_mutated_archives_are_refused_or_load(where: int, value: int) -> None:
             assert "\n" not in str(error)
 
 
+CORPUS = sorted((Path(__file__).parent / "corpus").iterdir())
+
+
+@pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.name)
+def test_every_reader_refuses_the_corpus(path: Path) -> None:
+    """Hostile pickles, lying and overlapping headers, bombs, ambiguous and deep documents."""
+    canary = Path("/tmp/covcli-canary")  # what the pickles of the corpus would make
+    readers: list[Callable[[Path], object]] = [
+        checkpoints.load, signature.load, store.read_json,
+        lambda p: store.load_content(p, store.PAUSED), lambda p: data.load(f"npz:{p}", "train"),
+        decode, guard.read_gzip,
+    ]  # fmt: skip
+    for read in readers:
+        with pytest.raises(CovcliError) as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+    assert not canary.exists()
+
+
 def test_bombs_and_broken_images_are_refused(tmp_path: Path) -> None:
     Image.new("L", (12_000, 12_000)).save(tmp_path / "bomb.png", compress_level=9)
     Image.new("RGB", (64, 64), (9, 200, 30)).save(tmp_path / "good.png")

@@ -509,7 +509,7 @@ def test_another_number_of_threads_changes_the_last_bits_only(run: Path) -> None
         scores = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            scores.append(monitor(images).score)
+            scores.append(monitor(images).score.numpy())
     finally:
         torch.set_num_threads(before)
     for other in scores[1:]:
