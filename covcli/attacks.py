@@ -9,7 +9,7 @@ from torch import Tensor
 
 from covcli import runtime
 from covcli.data import SELECTION
-from covcli.engine import to_network
+from covcli.engine import sweep_batch, to_network
 from covcli.errors import CovcliError
 from covcli.images import ImageSet, in_memory
 from covcli.models import Classifier
@@ -17,7 +17,6 @@ from covcli.progress import Progress
 from covcli.registry import Registry
 from covcli.specs import Spec, count, fraction, positive_count
 
-ATTACK_BATCH = 125
 ATTACKED_IMAGES = 1000
 
 Attack: TypeAlias = Callable[[foolbox.PyTorchModel, Tensor, Tensor], Tensor]
@@ -110,8 +109,9 @@ def run_attack(
     progress.start(f"making {spec.text}", len(trusted))
     model.requires_grad_(False)  # gradients of the weights would be computed for nothing
     try:
+        size = max(1, sweep_batch(model.spec.shape) // 2)  # gradients take room too
         with runtime.seeded(seed):
-            for rows in torch.arange(len(trusted)).split(ATTACK_BATCH):
+            for rows in torch.arange(len(trusted)).split(size):
                 pixels = to_network(trusted.batch(rows, model.spec.shape), device)
                 result = attack(wrapped, pixels, labels[rows].to(device))
                 made.append((result * 255).round().to(torch.uint8).cpu())

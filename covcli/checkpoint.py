@@ -11,6 +11,7 @@ from torch import Tensor
 from covcli import models, store
 from covcli.errors import CovcliError
 from covcli.images import ImageSet
+from covcli.methods import make_method
 from covcli.models import Classifier, ModelSpec, Statistics
 
 
@@ -114,12 +115,16 @@ def load(
     try:
         record = DataRecord(**trusted) if trusted else None
         whole = rows.dtype == torch.int64 and rows.ndim == 1 and len(classes) == spec.classes
-    except (TypeError, AttributeError) as error:
+        training = dict(content["training"])
+        if training:
+            make_method(training["method"])
+            whole &= 0 <= training["confidence_threshold"] <= 1
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
         raise CovcliError(f"does not hold together ({error})", where=path) from None
     if not whole:
         raise CovcliError("does not hold together (classes or calibration rows)", where=path)
     names = tuple(str(name) for name in classes)
-    return Checkpoint(path, model, names, record, rows, content["training"])
+    return Checkpoint(path, model, names, record, rows, training)
 
 
 def _bare(

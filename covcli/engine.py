@@ -10,11 +10,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from covcli.activations import Granularity, Point, Recorder, capture
 from covcli.errors import CovcliError
-from covcli.images import Augmentation, ImageSet, augment, batches
+from covcli.images import Augmentation, ImageSet, Shape, augment, batches
 from covcli.models import Classifier
 from covcli.progress import Progress
 
-SWEEP_BATCH = 250
+# A sweep's batch: at most so many images, and so many positions of an image in all.
+SWEEP_IMAGES = 250
+SWEEP_POSITIONS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ def to_network(images: Tensor, device: torch.device) -> Tensor:
     """Turn uint8 images (B, C, H, W) to floats in [0, 1] on a device, in the fast memory layout."""
     moved = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     return moved.float().div_(255)
+
+
+def sweep_batch(shape: Shape) -> int:
+    """Return how many images of a shape to run at once without gradients."""
+    return max(1, min(SWEEP_IMAGES, SWEEP_POSITIONS // (shape[1] * shape[2])))
 
 
 def forward(model: Classifier, recorder: Recorder, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +83,7 @@ def sweep(
     """
     device = model.mean.device
     model.eval()
-    parts = torch.arange(len(images)).split(SWEEP_BATCH)
+    parts = torch.arange(len(images)).split(sweep_batch(model.spec.shape))
     progress.start(title, len(images))
     with capture(model.network, points, granularity) as recorder:
         for rows, pixels in batches(images, parts, model.spec.shape):

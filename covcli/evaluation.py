@@ -92,6 +92,10 @@ def _load(config: EvaluationConfig) -> _Job:
     calibration.rank(config.alpha)
     source = checkpoints.load(checkpoint_path, made.model)
     made.check_model(source.model, signature_path)
+    if config.model not in (None, made.model.name):
+        raise CovcliError(
+            f"the signature is of {made.model.name!r}", where=f"--model {config.model}"
+        )
     trusted, warnings = _trusted(config, record, made.model.classes)
     return _Job(
         config, files, checkpoint_path, signature_path, source.model.on(device), made.to(device),

@@ -63,8 +63,8 @@ def report(run: Path, output: Path | None = None, force: bool = False) -> Report
     """
     found = read(run)
     folder = output or run
-    pages = ReportResult(folder / "report.html", folder / "report.md", [])
-    for path in (pages.html, pages.markdown):
+    page, markdown = folder / "report.html", folder / "report.md"
+    for path in (page, markdown):
         if path.exists() and not force:
             raise CovcliError("exists", where=path, fix="pass --force, or another --output")
     if (folder / "figures").is_symlink():
@@ -79,14 +79,13 @@ def report(run: Path, output: Path | None = None, force: bool = False) -> Report
         for block in section.blocks
         if isinstance(block, Picture)
     ]
+    figures = {picture.name: folder / "figures" / f"{picture.name}.png" for picture, _ in pictures}
     for picture, content in pictures:
-        path = folder / "figures" / f"{picture.name}.png"
-        store.write_bytes(path, content)
-        pages.figures.append(path)
+        store.write_bytes(figures[picture.name], content)
     encoded = {picture.name: content for picture, content in pictures}
-    store.write_bytes(pages.html, _html(made, encoded).encode())
-    store.write_bytes(pages.markdown, _markdown(made).encode())
-    return pages
+    store.write_bytes(page, _html(made, encoded).encode())
+    store.write_bytes(markdown, _markdown(made).encode())
+    return ReportResult(page, markdown, list(figures.values()))
 
 
 def read(run: Path) -> ReportData:

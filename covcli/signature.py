@@ -84,6 +84,8 @@ class Signature:
                 where=where,
                 fix="build one with `covcli build-signature CHECKPOINT`",
             )
+        if tuple(model.points(self.granularity)) != self.points:
+            raise CovcliError("names coverage points that the network does not have", where=where)
 
 
 def save(
@@ -132,9 +134,21 @@ def load(path: Path) -> tuple[Signature, Calibration, dict[str, Any]]:
         )  # fmt: skip
         record = dict(metadata["record"])
         _check(signature, calibration)
+        _check_record(record)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CovcliError(f"does not hold together ({error!r})", where=path) from None
     return signature, calibration, record
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """Raise a KeyError, TypeError or ValueError unless an evaluation can rely on the record."""
+    for key in ("trusted", "calibration"):
+        entry = record[key]
+        if not all(isinstance(entry[name], str) for name in ("spec", "source", "images")):
+            raise ValueError(f"a malformed entry {key!r}")
+    rows = torch.tensor(record["calibration_rows"], dtype=torch.int64)
+    if rows.ndim != 1:
+        raise ValueError("malformed calibration rows")
 
 
 def _check(signature: Signature, calibration: Calibration) -> None:

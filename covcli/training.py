@@ -103,6 +103,10 @@ def resume(
         raise CovcliError("holds nothing to resume", where=run)
     paused = store.load_content(path, store.PAUSED)
     config = restored_config(paused, run, data_dir)
+    try:
+        _check(config)
+    except (TypeError, AttributeError) as error:
+        raise CovcliError(f"does not hold together ({error})", where=path) from None
     images = data.load(config.trusted, "train", config.data_dir)
     session = Session(config, images)
     session.restore(paused, path)

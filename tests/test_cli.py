@@ -27,12 +27,13 @@ def covcli(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """Run a command in this process."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as caught:
             boundary.main(list(arguments))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     out, err = capsys.readouterr()
     return int(caught.value.code or 0), out, err
 

@@ -199,6 +199,7 @@ def test_a_signature_comes_back_whole(signed: SignatureResult, tmp_path: Path) -
         dataclasses.replace(made, granularity="pixel"),  # type: ignore[arg-type]
         dataclasses.replace(made, classes=made.classes[:-1]),
         dataclasses.replace(made, points=made.points[:-1]),
+        dataclasses.replace(made, model=dataclasses.replace(made.model, classes=9)),
     ]
     for wrong in broken:
         signature.save(tmp_path / "wrong", wrong, calibration, record)
@@ -411,6 +412,29 @@ def test_the_monitor_takes_bytes_of_any_size_and_floats_of_its_own(run: Path) ->
         monitor(torch.full((1, 3, 32, 32), torch.nan))
     with pytest.raises(CovcliError, match="too few"):
         Monitor.load(run / "checkpoint.pt", run / "signature-mrc.safetensors", alpha=0.001)
+
+
+def test_a_crafted_signature_or_checkpoint_is_refused(run: Path) -> None:
+    """Files whose digests are right, but whose content no program of ours would write."""
+    path = run / "signature-mrc.safetensors"
+    made, calibration, record = signature.load(path)
+    for changes in (
+        {"trusted": 3}, {"calibration": {"spec": "digits"}}, {"calibration_rows": "all"},
+        {"calibration_rows": [[1]]},
+    ):  # fmt: skip
+        signature.save(path, made, calibration, {**record, **changes})
+        with pytest.raises(CovcliError, match="does not hold together"):
+            signature.load(path)
+    first = dataclasses.replace(made.points[0], module="os", channel_dim=77)
+    crafted = dataclasses.replace(made, points=(first, *made.points[1:]))
+    signature.save(path, crafted, calibration, record)
+    with pytest.raises(CovcliError, match="does not have"):
+        Monitor.load(run / "checkpoint.pt", path)
+    saved = checkpoints.load(run / "checkpoint.pt")
+    for training in ({"method": 3}, {"method": "mrc", "confidence_threshold": "x"}, {"a": 1}):
+        checkpoints.save(run / "checkpoint.pt", dataclasses.replace(saved, training=training))
+        with pytest.raises(CovcliError):
+            checkpoints.load(run / "checkpoint.pt")
 
 
 def test_another_checkpoints_signature_is_refused(run: Path) -> None:
