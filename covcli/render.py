@@ -245,7 +245,7 @@ def show_evaluation(result: "EvaluationResult") -> None:
         coverage.add_column(Text(one_line(name)))
     for point in result.points:
         shares = [f"{point.coverage[name]:.2%}" for name in names]
-        coverage.add_row(point.name, str(point.neurons), *shares)
+        coverage.add_row(Text(one_line(point.name)), str(point.neurons), *shares)
     console.print(coverage)
     _show_confidence(console, result)
     console.print(

@@ -134,12 +134,13 @@ def _html_block(block: Block, pictures: dict[str, bytes]) -> str:
     if isinstance(block, Picture):
         data = base64.b64encode(pictures[block.name]).decode()
         return f'<p><img alt="{html.escape(block.caption)}" src="data:image/png;base64,{data}"></p>'
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.head)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(one_line(cell))}</td>" for cell in row) + "</tr>"
-        for row in block.rows
-    )
-    return f"<table><tr>{head}</tr>{rows}</table>"
+    lines = [_html_row("th", block.head), *[_html_row("td", row) for row in block.rows]]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _html_row(tag: str, cells: list[str]) -> str:
+    inner = "".join(f"<{tag}>{html.escape(one_line(cell))}</{tag}>" for cell in cells)
+    return f"<tr>{inner}</tr>"
 
 
 def _markdown(sections: list[Section]) -> str:

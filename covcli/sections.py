@@ -160,7 +160,9 @@ def coverage(data: ReportData) -> Section:
     for name, colour in zip(data.sets, _colours(len(data.sets)), strict=True):
         shares = [100 * point["coverage"][name] for point in points]
         axes.plot(range(len(points)), shares, "o-", color=colour, label=_label(name), markersize=4)
-    axes.set_xticks(range(len(points)), [p["name"] for p in points], rotation=60, ha="right")
+    axes.set_xticks(
+        range(len(points)), [_label(p["name"]) for p in points], rotation=60, ha="right"
+    )
     axes.set_ylabel("neurons inside their range, %")
     axes.legend(fontsize=8)
     return Section(

@@ -117,9 +117,10 @@ class Session:
                 if self.step < self.steps:
                     saver.after_step()
         entry = self._log(number, self._watch(), time.perf_counter() - began)
-        self.history.append(entry)
-        self.step = 0
-        self.sums = torch.zeros_like(self.sums)
+        with interrupts.deferred():  # the position is never half moved on
+            self.history.append(entry)
+            self.step = 0
+            self.sums = torch.zeros_like(self.sums)
         progress.note(describe(entry, self.config.epochs))
         if number < self.config.epochs:
             saver.after_epoch()

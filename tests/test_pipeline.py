@@ -348,7 +348,7 @@ def test_every_report_section_keeps_the_contract(name: str, evaluated: Path) -> 
 def test_reports_are_self_contained_and_escape_what_they_show(evaluated: Path) -> None:
     path = evaluated / "evaluation.json"
     text = path.read_text().replace("photos?limit=200", "<script>$x_1</script>")
-    path.write_text(text)
+    path.write_text(text.replace("first.2", "\\u001b[31m<i>first"))
     scores = evaluated / "scores.csv.gz"
     table = gzip.decompress(scores.read_bytes()).decode()
     scores.write_bytes(
@@ -356,8 +356,8 @@ def test_reports_are_self_contained_and_escape_what_they_show(evaluated: Path) -
     )
     result = report(evaluated)
     page = result.html.read_text()
-    assert "<script" not in page
-    assert "http" not in page
+    for raw in ("<script", "<i>", "\x1b", "http"):
+        assert raw not in page
     assert page.count("data:image/png;base64,") == len(result.figures) >= 7
     markdown = result.markdown.read_text()
     assert "<script" not in markdown
