@@ -14,6 +14,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,23 +196,36 @@ def pickles(folder: Path) -> dict[str, int]:
 
 def resumes(folder: Path, number: int, chance: random.Random) -> dict[str, int]:
     """SIGKILL trainings at random moments, resume them, and compare the final weights."""
-    cut = [*TINY, "--save-every", "0m", "--signature-every", "2", "--runs", str(folder / "runs")]
-    subprocess.run([*cut, "--name", "whole"], check=True, capture_output=True)
-    whole = checkpoints.load(folder / "runs" / "whole" / "checkpoint.pt").model.state_dict()
-    same, killed = 0, 0
-    for i in range(number):
-        run = folder / "runs" / f"cut{i}"
-        running = subprocess.Popen([*cut, "--name", run.name], stdout=subprocess.DEVNULL)
-        while not (run / "last.pt").exists():
+    runs = folder / "runs"
+    command = [*TINY, "--save-every", "0m", "--signature-every", "2", "--runs", str(runs), "--name"]
+
+    def begun(name: str) -> subprocess.Popen[bytes]:
+        """Start a training, and return once it has saved its first step."""
+        running = subprocess.Popen([*command, name], stdout=subprocess.DEVNULL)
+        while not (runs / name / "last.pt").exists():
             time.sleep(0.005)
-        time.sleep(chance.uniform(0, 3))
+        return running
+
+    running = begun("whole")
+    start = time.monotonic()
+    running.wait()
+    length = time.monotonic() - start
+    whole = checkpoints.load(runs / "whole" / "checkpoint.pt").model.state_dict()
+    same, killed = 0, 0
+    while killed < number:
+        name = f"cut{killed}"
+        running = begun(name)
+        time.sleep(chance.uniform(0, 0.8 * length))
         running.kill()
-        killed += running.wait() == -signal.SIGKILL
-        again = [*TRAIN, "--runs", str(folder / "runs"), "--resume", run.name]
-        subprocess.run(again, stdout=subprocess.DEVNULL, check=(run / "last.pt").exists())
-        found = checkpoints.load(run / "checkpoint.pt").model.state_dict()
-        same += all(torch.equal(whole[name], found[name]) for name in whole)
-    return {"resumes": number, "killed": killed, "same_bits": same}
+        if running.wait() != -signal.SIGKILL:  # it was done already: try again
+            shutil.rmtree(runs / name)
+            continue
+        killed += 1
+        again = [*TRAIN, "--runs", str(runs), "--resume", name]
+        subprocess.run(again, stdout=subprocess.DEVNULL, check=True)
+        found = checkpoints.load(runs / name / "checkpoint.pt").model.state_dict()
+        same += all(torch.equal(whole[key], found[key]) for key in whole)
+    return {"killed": killed, "same_bits": same}
 
 
 def main() -> None:
