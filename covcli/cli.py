@@ -131,7 +131,6 @@ def train(
 ) -> None:
     """Train a network with the ConfidenceLoss; print the checkpoint's path."""
     from covcli import render, training
-    from covcli.store import plain
 
     interrupts = _prepare(seed, threads, plugin)
     config = training.TrainConfig(
@@ -151,7 +150,7 @@ def train(
     if not quiet:
         render.describe_training(result)
     if json:
-        render.print_json(plain(render.document(result)))
+        render.print_json(result)
     else:
         render.print_line(result.checkpoint)
 
@@ -198,7 +197,6 @@ def build_signature(
     """Record what the neurons do on trusted images; print the signature's path."""
     from covcli import render, signing
     from covcli.models import read_statistics
-    from covcli.store import plain
 
     _prepare(seed, threads, plugin)
     config = signing.SignatureConfig(
@@ -212,7 +210,7 @@ def build_signature(
     if not quiet:
         render.describe_signature(result)
     if json:
-        render.print_json(plain(render.document(result)))
+        render.print_json(result)
     else:
         render.print_line(result.path)
 
@@ -266,7 +264,7 @@ def evaluate(
 ) -> None:
     """Measure how well a signature tells untrusted images from trusted ones."""
     from covcli import evaluation, gates, render
-    from covcli.store import plain, write_bytes
+    from covcli.store import write_bytes
 
     _prepare(seed, threads, plugin)
     wanted = [gates.parse_gate(text) for text in fail_under or []]
@@ -282,7 +280,7 @@ def evaluate(
         result = evaluation.evaluate(config, progress)
     with render.reader_may_leave():  # and let the gates be judged all the same
         if json:
-            render.print_json(plain(render.document(result)))
+            render.print_json(result)
         else:
             render.show_evaluation(result)
     checks = gates.check(result, wanted)
@@ -312,10 +310,9 @@ def report(
     """Write report.html and report.md; print the path of the first."""
     from covcli import render, reporting
     from covcli.runs import newest_run
-    from covcli.store import plain
 
     result = reporting.report(run or newest_run(runs), output, force)
     if json:
-        render.print_json(plain(render.document(result)))
+        render.print_json(result)
     else:
         render.print_line(result.html)

@@ -151,9 +151,11 @@ def reader_may_leave() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def print_json(document: Any) -> None:
-    """Print one JSON document to stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+def print_json(result: Any) -> None:
+    """Print a result object as one JSON document to stdout."""
+    from covcli.store import plain
+
+    sys.stdout.write(json.dumps(plain(asdict(result)), indent=2, allow_nan=False) + "\n")
 
 
 def print_line(text: object) -> None:
@@ -266,8 +268,3 @@ def _show_confidence(console: Console, result: "EvaluationResult") -> None:
 
 def _rate(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
-
-
-def document(result: Any) -> dict[str, Any]:
-    """Return a result's fields as a dictionary, paths and tuples included."""
-    return asdict(result)
