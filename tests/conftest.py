@@ -31,6 +31,7 @@ def tiny_config(runs: Path, **changes: object) -> TrainConfig:
     settings = {
         "trusted": "digits", "model": "tiny", "epochs": 4, "batch_size": 32, "runs": runs,
         "learning_rate": 0.1, "calibration_split": 0.25, "signature_every": 1, "name": "tiny",
+        "confidence_weight": 0.1,
     }  # fmt: skip
     return TrainConfig(**{**settings, **changes})  # type: ignore[arg-type]
 
