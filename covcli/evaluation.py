@@ -83,7 +83,7 @@ def _load(config: EvaluationConfig) -> _Job:
         raise CovcliError("is named twice", where=f"--untrusted {repeated.pop()}")
     device = runtime.choose_device(config.device)
     checkpoint_path, signature_path = find_files(config)
-    output = config.output or signature_path.resolve().parent
+    output = config.output or runs.short(signature_path.parent)
     files = {name: output / name for name in ("evaluation.json", "scores.csv.gz", "samples.npz")}
     for path in files.values():
         if path.exists() and not config.force:

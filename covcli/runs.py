@@ -60,7 +60,14 @@ def newest_run(runs: Path) -> Path:
         raise CovcliError(
             "no run yet", where=runs, fix="run `covcli train`, or name a --checkpoint"
         )
-    return folder.resolve()
+    return short(folder)
+
+
+def short(path: Path) -> Path:
+    """Return where a path leads, links followed: relative if below the current folder."""
+    target = path.resolve()
+    here = Path.cwd()
+    return target.relative_to(here) if target.is_relative_to(here) else target
 
 
 def timestamp() -> str:

@@ -207,7 +207,7 @@ def _default_path(config: SignatureConfig, source: Checkpoint, method: Method) -
     """Beside the checkpoint; for weights trained elsewhere, in a run folder of their own."""
     name = f"signature-{method.name}.safetensors"
     if not source.bare:
-        return source.path.resolve().parent / name
+        return runs.short(source.path.parent) / name
     return config.runs / f"{source.path.stem}-{runs.timestamp()}" / name
 
 

@@ -139,12 +139,16 @@ def test_a_file_that_is_no_signature_is_refused(tmp_path: Path, damage: str) -> 
         store.load_signature(path)
 
 
-def test_runs_have_fresh_names_and_latest_follows(tmp_path: Path) -> None:
+def test_runs_have_fresh_names_and_latest_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = runs.new_run(tmp_path, "a", "x")
     runs.mark_latest(first)
     second = runs.new_run(tmp_path, None, "x")
     runs.mark_latest(second)
     assert runs.newest_run(tmp_path) == second.resolve()
+    monkeypatch.chdir(tmp_path.parent)
+    assert runs.newest_run(tmp_path) == Path(tmp_path.name) / second.name
     with pytest.raises(CovcliError, match="exists"):
         runs.new_run(tmp_path, "a", "x")
     for name in ("latest", "..", "a/b", "/tmp/x"):
