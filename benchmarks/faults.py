@@ -32,7 +32,7 @@ from covcli.errors import CovcliError
 
 PLUGIN = Path(__file__).parent.parent / "tests" / "tiny_model.py"
 TRAIN = [sys.executable, "-m", "covcli", "train", "--plugin", str(PLUGIN), "--quiet"]
-TINY = [*TRAIN, "--trusted", "digits", "--model", "tiny", "--epochs", "6", "--learning-rate", "0.1"]
+TINY = [*TRAIN, "--trusted", "digits", "--model", "tiny", "--epochs", "8", "--learning-rate", "0.1"]
 
 
 def options() -> argparse.Namespace:
@@ -208,8 +208,10 @@ def resumes(folder: Path, number: int, chance: random.Random) -> dict[str, int]:
 
     running = begun("whole")
     start = time.monotonic()
-    running.wait()
+    while not (runs / "whole" / "checkpoint.pt").exists():
+        time.sleep(0.005)
     length = time.monotonic() - start
+    running.wait()
     whole = checkpoints.load(runs / "whole" / "checkpoint.pt").model.state_dict()
     same, killed = 0, 0
     while killed < number:
@@ -217,7 +219,8 @@ def resumes(folder: Path, number: int, chance: random.Random) -> dict[str, int]:
         running = begun(name)
         time.sleep(chance.uniform(0, 0.8 * length))
         running.kill()
-        if running.wait() != -signal.SIGKILL:  # it was done already: try again
+        running.wait()
+        if not (runs / name / "last.pt").exists():  # it was done already: try again
             shutil.rmtree(runs / name)
             continue
         killed += 1
