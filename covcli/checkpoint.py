@@ -36,7 +36,7 @@ class DataRecord:
     @classmethod
     def of(cls, images: ImageSet) -> "DataRecord":
         """Describe a loaded set."""
-        return cls(images.name, images.source.fingerprint(), images.fingerprint)
+        return cls(images.name, images.source.fingerprint, images.fingerprint)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import covcli
 from covcli import attacks, data, metrics, runs, runtime, signature, store
 from covcli import checkpoint as checkpoints
 from covcli.calibration import Calibration
-from covcli.checkpoint import DataRecord
 from covcli.errors import CovcliError
 from covcli.images import ImageSet, MemorySource, in_memory
 from covcli.measuring import Measured, Parts, measure, samples, table
@@ -86,8 +85,7 @@ def _load(config: EvaluationConfig) -> _Job:
     output = config.output or runs.short(signature_path.parent)
     files = {name: output / name for name in ("evaluation.json", "scores.csv.gz", "samples.npz")}
     for path in files.values():
-        if path.exists() and not config.force:
-            raise CovcliError("exists", where=path, fix="pass --force, or another --output")
+        store.refuse_existing(path, config.force)
     made, calibration, record = signature.load(signature_path)
     calibration.rank(config.alpha)
     source = checkpoints.load(checkpoint_path, made.model)
@@ -175,11 +173,7 @@ def _result(
 
 def find_files(config: EvaluationConfig) -> tuple[Path, Path]:
     """Return the checkpoint and the signature: those named, or the newest of the newest run."""
-    folder = None
-    if config.checkpoint is None:
-        beside = config.signature and config.signature.resolve().parent / "checkpoint.pt"
-        folder = beside.parent if beside and beside.is_file() else runs.newest_run(config.runs)
-    checkpoint_path = config.checkpoint or (folder / "checkpoint.pt" if folder else Path())
+    checkpoint_path = config.checkpoint or _default_checkpoint(config)
     if config.signature is not None:
         return checkpoint_path, config.signature
     where = checkpoint_path.resolve().parent
@@ -192,6 +186,15 @@ def find_files(config: EvaluationConfig) -> tuple[Path, Path]:
     return checkpoint_path, found[-1]
 
 
+def _default_checkpoint(config: EvaluationConfig) -> Path:
+    """Return the checkpoint beside the named signature, or that of the newest run."""
+    if config.signature is not None:
+        beside = config.signature.resolve().parent / "checkpoint.pt"
+        if beside.is_file():
+            return beside
+    return runs.newest_run(config.runs) / "checkpoint.pt"
+
+
 def _trusted(
     config: EvaluationConfig, record: dict[str, Any], classes: int
 ) -> tuple[ImageSet, list[str]]:
@@ -200,15 +203,14 @@ def _trusted(
     text = config.trusted or str(record["trusted"]["spec"]).partition("?")[0]
     images = data.load(text, "test", config.data_dir)
     data.check_labels(images, classes)
-    source = images.source.fingerprint()
+    source = images.source.fingerprint
     if source == record["calibration"]["source"]:
-        calibrated = torch.tensor(record["calibration_rows"])
-        fresh = torch.nonzero(~torch.isin(images.rows, calibrated))[:, 0]
+        fresh = images.without(torch.tensor(record["calibration_rows"]))
         if len(fresh) < len(images):
             warnings.append(
                 f"{len(images) - len(fresh)} images of {text} calibrated the signature: left out"
             )
-        images = images.select(fresh)
+        images = fresh
     if len(images) == 0:
         raise CovcliError("every image calibrated the signature", where=text)
     if source == record["trusted"]["source"]:
@@ -253,9 +255,7 @@ class _Opener:
     def made_of(self, pixels: Tensor) -> ImageSet:
         """Return the images that an attack made earlier."""
         assert self.start is not None
-        return in_memory(
-            self.identity.partition(" ")[0], pixels, self.start.labels, self.start.classes
-        )
+        return in_memory(self.name, pixels, self.start.labels, self.start.classes)
 
 
 def _opener(text: str, job: _Job) -> _Opener:
@@ -282,7 +282,7 @@ def _trusted_figures(
     return TrustedSet(
         name=images.name,
         images=len(images),
-        fingerprint=DataRecord.of(images).images,
+        fingerprint=images.fingerprint,
         accuracy=float(measured.correct.mean()),
         false_alarm_rate=FalseAlarms(
             config.alpha, **asdict(alarms), promised_low=low, promised_high=high
@@ -306,7 +306,7 @@ def _untrusted_figures(
     return UntrustedSet(
         name=images.name,
         images=len(images),
-        fingerprint=DataRecord.of(images).images,
+        fingerprint=images.fingerprint,
         scores={
             name: metrics.detection(trusted.scores[name], scores, thresholds[name], config.seed)
             for name, scores in measured.scores.items()

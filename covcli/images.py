@@ -32,8 +32,9 @@ class Source(Protocol):
     def read(self, rows: Tensor, shape: Shape) -> Tensor:
         """Return the images of those rows, uint8 of shape (len(rows), *shape)."""
 
+    @property
     def fingerprint(self) -> str:
-        """Return a digest of what the source holds, in hexadecimal."""
+        """A digest of what the source holds, in hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class ImageSet:
         labels = None if self.labels is None else self.labels[rows]
         return ImageSet(self.name, self.source, self.rows[rows], labels, self.classes, self.flips)
 
+    def without(self, rows: Tensor) -> "ImageSet":
+        """Return the set less those rows of its source."""
+        return self.select(torch.nonzero(~torch.isin(self.rows, rows))[:, 0])
+
     def known_labels(self) -> Tensor:
         """Return the labels; a set without any is a CovcliError."""
         if self.labels is None:
@@ -84,7 +89,7 @@ class ImageSet:
     @cached_property
     def fingerprint(self) -> str:
         """A digest of the source, the rows and the labels: equal for equal data."""
-        digest = hashlib.sha256(self.source.fingerprint().encode())
+        digest = hashlib.sha256(self.source.fingerprint.encode())
         digest.update(self.rows.numpy().tobytes())
         digest.update(b"" if self.labels is None else self.labels.numpy().tobytes())
         return digest.hexdigest()
@@ -100,6 +105,7 @@ class MemorySource:
         """Gather the rows and turn them to the shape asked for."""
         return adapt(self.images[rows], shape)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Digest the pixels."""
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
@@ -122,6 +128,7 @@ class FileSource:
             images = pool.map(lambda row: adapt(decode(self.files[row]), shape), rows.tolist())
             return torch.cat(list(images))
 
+    @cached_property
     def fingerprint(self) -> str:
         """Digest the files' relative names and sizes (not their pixels, which may be many)."""
         lines = [f"{f.relative_to(self.folder)}\0{f.stat().st_size}" for f in self.files]
@@ -146,6 +153,7 @@ class NoiseSource:
                 image[:] = np.clip(np.rint(generator.normal(127.5, 64.0, shape)), 0, 255)
         return torch.from_numpy(images)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Digest what determines the pixels."""
         return hashlib.sha256(f"noise:{self.distribution}:{self.seed}".encode()).hexdigest()

@@ -65,8 +65,7 @@ def report(run: Path, output: Path | None = None, force: bool = False) -> Report
     folder = output or run
     page, markdown = folder / "report.html", folder / "report.md"
     for path in (page, markdown):
-        if path.exists() and not force:
-            raise CovcliError("exists", where=path, fix="pass --force, or another --output")
+        store.refuse_existing(path, force)
     if (folder / "figures").is_symlink():
         raise CovcliError("is a link: pictures would leave the folder", where=folder / "figures")
     try:

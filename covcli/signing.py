@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from covcli import checkpoint as checkpoints
 from covcli import data, runs, runtime, signature, store
 from covcli.activations import Granularity
@@ -111,8 +109,7 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
     images, held_out = _images(config, source)
     classes = _class_names(source, images)
     path = config.output or _default_path(config, source, method)
-    if path.exists() and not config.force:
-        raise CovcliError("exists", where=path, fix="pass --force, or another --output")
+    store.refuse_existing(path, config.force)
     model = source.model.on(device)
     made, trusted, accuracy = fit_signature(
         model, images, classes, method, config.granularity, threshold, progress
@@ -131,14 +128,15 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
         )  # fmt: skip
     calibration = fit_calibration(model, made, held_out, progress)
     provenance = runtime.provenance(device, config.seed)
+    built_from, calibrated_on = DataRecord.of(images), DataRecord.of(held_out)
     record = {
-        "trusted": vars(DataRecord.of(images)),
+        "trusted": vars(built_from),
         "trusted_images": len(images),
         "trusted_counts": trusted.counts,
         "relaxed_classes": trusted.relaxed,
         "confidence_threshold": threshold,
         "accuracy": accuracy,
-        "calibration": vars(DataRecord.of(held_out)),
+        "calibration": vars(calibrated_on),
         "calibration_images": len(held_out),
         "calibration_rows": held_out.rows.tolist(),
         "provenance": provenance,
@@ -161,8 +159,8 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
         bytes=path.stat().st_size,
         checkpoint_fingerprint=made.fingerprint,
         signature_fingerprint=store.digest_file(path),
-        data=DataRecord.of(images),
-        calibration_data=DataRecord.of(held_out),
+        data=built_from,
+        calibration_data=calibrated_on,
         provenance=provenance,
     )
 
@@ -190,8 +188,8 @@ def _images(config: SignatureConfig, source: Checkpoint) -> tuple[ImageSet, Imag
             where=source.path,
             fix="name trusted images that did not train the network by --calibration SPEC",
         )
-    if images.source.fingerprint() == held_out.source.fingerprint():
-        images = images.select(torch.nonzero(~torch.isin(images.rows, held_out.rows))[:, 0])
+    if images.source.fingerprint == held_out.source.fingerprint:
+        images = images.without(held_out.rows)
     if len(images) == 0:
         raise CovcliError("leaves no image that does not calibrate", where=text)
     return images, held_out

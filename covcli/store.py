@@ -9,7 +9,7 @@ import os
 import pickle
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -90,6 +90,12 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise a CovcliError if a result stands at `path`, unless it may be overwritten."""
+    if path.exists() and not force:
+        raise CovcliError("exists", where=path, fix="pass --force, or another --output")
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
@@ -309,7 +315,7 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def digest_file(path: Path, make: Callable[[], Any] = hashlib.sha256) -> str:
+def digest_file(path: Path) -> str:
     """Return the digest of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
-        return str(hashlib.file_digest(file, make).hexdigest())
+        return str(hashlib.file_digest(file, hashlib.sha256).hexdigest())

@@ -76,9 +76,8 @@ def train(
         If a signal arrived; the run can be resumed.
     """
     _check(config)
-    method = make_method(config.method)
     session = Session(config, data.load(config.trusted, "train", config.data_dir))
-    stem = f"{config.model.replace(':', '-')}-{method.name}"
+    stem = f"{config.model.replace(':', '-')}-{session.method.name}"
     run = runs.new_run(config.runs, config.name, stem)
     return _finish(session, run, progress, interrupts or Interrupts())
 
