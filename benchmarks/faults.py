@@ -106,7 +106,11 @@ except CovcliError as error:
 
 def meaning_of_signature(path: Path) -> str:
     made, calibration, record = signature.load(path)
-    tensors = {**made.state.tensors, "scores": calibration.scores, "scale": calibration.scale}
+    tensors = {
+        **made.state.tensors,
+        "scores": calibration.scores,
+        "scale": calibration.combination.scale,
+    }
     return store.digest([tensors, record, made.points and [vars(p) for p in made.points]])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from covcli.errors import CovcliError
 
-Granularity: TypeAlias = Literal["channel", "unit"]
+Granularity: TypeAlias = Literal["channel", "unit", "contribution"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
@@ -54,6 +54,8 @@ class Point:
         Which dimension of its output counts channels.
     neurons
         How many neurons it has at the granularity asked for.
+    values
+        How many of them, the first ones, are means or values; the others are maxima.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Point:
     call: int
     channel_dim: int
     neurons: int
+    values: int
 
 
 def pool(output: Tensor, channel_dim: int, granularity: Granularity) -> Tensor:
@@ -74,31 +77,44 @@ def pool(output: Tensor, channel_dim: int, granularity: Granularity) -> Tensor:
         The dimension that counts the channels.
     granularity
         "channel": each channel's mean and maximum over its positions, or its value in a fully
-        connected layer. "unit": every value.
+        connected layer. "unit": every value. "contribution": each channel's mean alone (of
+        activations times gradients, see `contributions`).
 
     Returns
     -------
     Tensor
-        Shape (B, 2C), the means first; (B, C) for a fully connected layer; (B, C·positions) for
-        units.
+        Shape (B, 2C), the means first; (B, C) for a fully connected layer and for contributions;
+        (B, C·positions) for units.
     """
     if output.ndim == 2 or granularity == "unit":
         return output.flatten(1).clone()  # not a view: a later in-place layer would change it
     rest = [d for d in range(1, output.ndim) if d != channel_dim % output.ndim]
-    return torch.cat([output.mean(rest), output.amax(rest)], 1)
+    means = output.mean(rest)
+    return means if granularity == "contribution" else torch.cat([means, output.amax(rest)], 1)
 
 
 class Recorder:
-    """The neurons of the last forward pass, filled by hooks."""
+    """What the last forward pass showed at the points, filled by hooks.
 
-    def __init__(self, points: Sequence[Point]) -> None:
+    Parameters
+    ----------
+    points
+        The coverage points.
+    granularity
+        What the neurons are.
+    """
+
+    def __init__(self, points: Sequence[Point], granularity: Granularity) -> None:
         self.points = points
+        self.granularity = granularity
         self._values: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
 
-    def note(self, point: Point, neurons: Tensor) -> None:
-        """Keep what a hook saw."""
-        self._values[point.name] = neurons
+    def note(self, point: Point, output: Tensor) -> None:
+        """Keep what a hook saw: neurons, or for contributions the activations until `take`."""
+        if self.granularity != "contribution":
+            output = pool(output, point.channel_dim, self.granularity)
+        self._values[point.name] = output
 
     def next_call(self, module: str) -> int:
         """Count the calls of a module within one forward pass, from 0 on."""
@@ -106,8 +122,13 @@ class Recorder:
         self._calls[module] = call + 1
         return call
 
-    def take(self) -> Tensor:
+    def take(self, logits: Tensor) -> Tensor:
         """Return the neurons of all points side by side, shape (B, N), and start anew.
+
+        Parameters
+        ----------
+        logits
+            What the pass returned, shape (B, classes): contributions are of their certainty.
 
         Raises
         ------
@@ -118,10 +139,33 @@ class Recorder:
         if missing:
             raise CovcliError(f"coverage point {missing[0]!r} was not reached", where="the network")
         parts = [self._values[point.name] for point in self.points]
+        if self.granularity == "contribution":
+            dims = [point.channel_dim for point in self.points]
+            products = contributions(logits, parts)
+            parts = [pool(p, d, "contribution") for p, d in zip(products, dims, strict=True)]
         neurons = torch.cat(parts, 1) if parts else torch.empty(0, 0)
         self._values.clear()
         self._calls.clear()
         return neurons
+
+
+def contributions(logits: Tensor, activations: Sequence[Tensor]) -> list[Tensor]:
+    """Return each activation times the derivative of the network's certainty by it.
+
+    Certainty is the Kullback-Leibler divergence of the softmax from the uniform distribution, but
+    for a constant the mean of −log p (Liu et al., "Neuron Activation Coverage", ICLR 2024,
+    section 3.1).
+
+    Parameters
+    ----------
+    logits
+        Shape (B, classes), with a graph that reaches the activations.
+    activations
+        Of any shapes (B, ...).
+    """
+    certainty = -(logits.softmax(1) + 1e-12).log().mean(1).sum()
+    gradients = torch.autograd.grad(certainty, list(activations))
+    return [(a * g).detach() for a, g in zip(activations, gradients, strict=True)]
 
 
 @contextmanager
@@ -131,9 +175,9 @@ def capture(
     """Record neurons at the points during the block; the hooks are always removed.
 
     Pooling happens inside the hooks, so a later in-place operation cannot change what was seen
-    and no full activation is kept. Gradients flow through it.
+    and no full activation is kept, except for contributions. Gradients flow through it.
     """
-    recorder = Recorder(points)
+    recorder = Recorder(points, granularity)
     modules = dict(model.named_modules())
     by_module: dict[str, dict[int, Point]] = {}
     for point in points:
@@ -143,7 +187,7 @@ def capture(
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             point = calls.get(recorder.next_call(name))
             if point is not None:
-                recorder.note(point, pool(output, point.channel_dim, granularity))
+                recorder.note(point, output)
 
         return hook
 
@@ -212,7 +256,8 @@ def _watch(
                 dim = -1 if last else 1
             label = name if call == 0 else f"{name}#{call + 1}"
             neurons = pool(output, dim, granularity).shape[1]
-            points.append(Point(label, name, call, dim, neurons))
+            halves = 2 if granularity == "channel" and output.ndim > 2 else 1
+            points.append(Point(label, name, call, dim, neurons, neurons // halves))
 
         return hook
 

@@ -1,11 +1,12 @@
-"""From the costs of the coverage points to one score, a p-value, a confidence and a verdict.
+"""From evidence to one score, a p-value, a confidence and a verdict.
 
 Everything here is measured on calibration images: trusted ones that trained neither the network
-nor the signature. One in four of them fits the scale of the points, the others rank new scores,
-so that a new image and those are scored by a rule that has seen none of them.
+nor the signature. One in four of them fits how the evidence is combined, the others rank new
+scores, so that a new image and those are scored by a rule that has seen none of them.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -13,11 +14,11 @@ import torch
 from scipy.stats import betabinom
 from torch import Tensor
 
+from covcli.combination import Combination, fit_combination
 from covcli.errors import CovcliError
 
 FIT_EVERY = 4
 MINIMUM_IMAGES = 8
-TEMPERATURE = 2.0
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,8 @@ class Calibration:
 
     Attributes
     ----------
-    neurons
-        Neurons of each coverage point, float64 of shape (L,).
-    center, scale
-        Mean and deviation of each point's log cost, float64 of shape (L,).
-    floor
-        The lowest combined score of the images that the scale was fitted on.
+    combination
+        How evidence becomes a score.
     scores
         Scores of the other calibration images, ascending, float64 of shape (n,).
     softmax
@@ -39,31 +36,13 @@ class Calibration:
         baseline gets a threshold by the same rule.
     """
 
-    neurons: Tensor
-    center: Tensor
-    scale: Tensor
-    floor: float
+    combination: Combination
     scores: Tensor
     softmax: Tensor
 
-    def score(self, point_costs: Tensor) -> Tensor:
-        """Combine the costs of the coverage points into one score; larger is less trusted.
-
-        The log of each point's cost (one more neuron's worth added, so that 0 has a log) is
-        standardised, and the soft maximum T·log(mean(exp(z/T))) with T = 2 taken over the points:
-        between the mean, which a single loud point cannot move, and the maximum, which hears it.
-
-        Parameters
-        ----------
-        point_costs
-            Mean cost over each point's neurons, float64 of shape (B, L).
-
-        Returns
-        -------
-        Tensor
-            float64 of shape (B,); 0 is the lowest score seen when the scale was fitted.
-        """
-        return _combine(point_costs, self.neurons, self.center, self.scale) - self.floor
+    def score(self, evidence: Tensor) -> Tensor:
+        """Return the score of evidence (B, P), float64 of shape (B,); larger is less trusted."""
+        return self.combination.score(evidence)
 
     def p_value(self, scores: Tensor) -> Tensor:
         """Return the conformal p-value (1 + #{calibration scores ≥ s}) / (n + 1) of each score.
@@ -139,46 +118,33 @@ def softmax_score(logits: Tensor) -> Tensor:
     return torch.exp(torch.logsumexp(others, 1) - torch.logsumexp(exact, 1))
 
 
-def calibrate(point_costs: Tensor, neurons: list[int], softmax_scores: Tensor) -> Calibration:
-    """Fit the scale of the points on every fourth image, and rank the scores of the others.
+def calibrate(
+    evidence: Tensor, softmax_scores: Tensor, outliers: Sequence[Tensor] = ()
+) -> Calibration:
+    """Fit the combination on every fourth image, and rank the scores of the others.
 
     Parameters
     ----------
-    point_costs
-        Mean cost over each point's neurons, of calibration images, float64 of shape (n, L).
-    neurons
-        How many neurons each point has.
+    evidence
+        Of calibration images, float64 of shape (n, P).
     softmax_scores
         The same images' softmax scores, float64 of shape (n,).
+    outliers
+        For each expert the evidence of surrogate outliers, float64 of shapes (m, P); made from
+        the images that the combination is fitted on, so that the others stay exchangeable with
+        new trusted images.
 
     Raises
     ------
     CovcliError
         If there are fewer than 8 images.
     """
-    if len(point_costs) < MINIMUM_IMAGES:
+    if len(evidence) < MINIMUM_IMAGES:
         raise CovcliError(
-            f"{len(point_costs)} calibration images are too few",
+            f"{len(evidence)} calibration images are too few",
             fix=f"at least {MINIMUM_IMAGES} are needed, and 26 for an alpha of 0.05",
         )
-    sizes = torch.tensor(neurons, dtype=torch.float64)
-    fitting = torch.arange(len(point_costs)) % FIT_EVERY == 0
-    logs = _log_costs(point_costs[fitting], sizes)
-    center = logs.mean(0)
-    # A point silent on all m images leaves its range with a chance of about 1/(m + 2), then by
-    # log 2 in a range method: the least deviation to believe.
-    least = math.log(2) / math.sqrt(int(fitting.sum()) + 2)
-    scale = logs.std(0).clamp_min(least)
-    floor = float(_combine(point_costs[fitting], sizes, center, scale).min())
-    scores = _combine(point_costs[~fitting], sizes, center, scale) - floor
-    softmax = softmax_scores[~fitting].sort().values
-    return Calibration(sizes, center, scale, floor, scores.sort().values, softmax)
-
-
-def _log_costs(point_costs: Tensor, neurons: Tensor) -> Tensor:
-    return torch.log(point_costs + 1 / neurons)
-
-
-def _combine(point_costs: Tensor, neurons: Tensor, center: Tensor, scale: Tensor) -> Tensor:
-    z = (_log_costs(point_costs, neurons) - center) / scale
-    return TEMPERATURE * (torch.logsumexp(z / TEMPERATURE, 1) - math.log(z.shape[1]))
+    fitting = torch.arange(len(evidence)) % FIT_EVERY == 0
+    combination = fit_combination(evidence[fitting], outliers)
+    scores = combination.score(evidence[~fitting])
+    return Calibration(combination, scores.sort().values, softmax_scores[~fitting].sort().values)

@@ -50,9 +50,19 @@ def sweep_batch(shape: Shape) -> int:
 
 
 def forward(model: Classifier, recorder: Recorder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the network; return logits and neurons, or a CovcliError where they are not finite."""
-    logits = model(images)
-    neurons = recorder.take()
+    """Run the network; return logits and neurons, or a CovcliError where they are not finite.
+
+    Contributions take a backward pass; nothing that is returned keeps a graph.
+    """
+    if recorder.granularity == "contribution":
+        with torch.enable_grad():
+            logits = model(images.requires_grad_())
+            neurons = recorder.take(logits)
+        logits = logits.detach()
+    else:
+        with torch.inference_mode():
+            logits = model(images)
+            neurons = recorder.take(logits)
     if not bool(neurons.isfinite().all() & logits.isfinite().all()):
         raise CovcliError(_where_not_finite(recorder.points, neurons), where="the network")
     return logits, neurons
@@ -87,8 +97,7 @@ def sweep(
     progress.start(title, len(images))
     with capture(model.network, points, granularity) as recorder:
         for rows, pixels in batches(images, parts, model.spec.shape):
-            with torch.inference_mode():
-                logits, neurons = forward(model, recorder, to_network(pixels, device))
+            logits, neurons = forward(model, recorder, to_network(pixels, device))
             yield Swept(rows, logits, neurons)
             progress.advance(len(rows))
 
@@ -171,7 +180,7 @@ def epoch(
             cross_entropy = torch.nn.functional.cross_entropy(logits, targets)
             penalty = torch.zeros((), device=device)
             if trainer.penalty is not None:
-                penalty = trainer.penalty(recorder.take().float(), targets)
+                penalty = trainer.penalty(recorder.take(logits).float(), targets)
             loss = cross_entropy + trainer.weight * penalty
             if not bool(loss.isfinite()):
                 raise CovcliError("the loss is no longer finite", fix="lower --learning-rate")

@@ -13,16 +13,20 @@ from torch import Tensor
 
 from covcli import data, store
 from covcli.activations import Granularity, Point
-from covcli.calibration import Calibration, calibrate, softmax_score
+from covcli.calibration import FIT_EVERY, Calibration, calibrate, softmax_score
 from covcli.engine import Swept, sweep
 from covcli.images import ImageSet
-from covcli.methods import Method, State
+from covcli.methods import Layout, Method, State
 from covcli.models import Classifier
 from covcli.progress import Progress
-from covcli.signature import Signature
+from covcli.signature import Signature, layout_of
+from covcli.surrogates import DISTORTIONS, EXPERTS, OTHER_CLASS, distorted, other_class
 
 MINIMUM_TRUSTED = 10
 SPILL_BYTES = 8 << 30
+# How many trusted images are copied with noise, and how many surrogates of each kind are made.
+NOISY_IMAGES = 512
+SURROGATE_IMAGES = 250
 
 
 class Recording(AbstractContextManager["Recording"]):
@@ -93,8 +97,7 @@ class Recording(AbstractContextManager["Recording"]):
 
 def fold(
     method: Method,
-    classes: int,
-    neurons: int,
+    layout: Layout,
     passes: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     device: torch.device | None = None,
 ) -> State:
@@ -105,11 +108,11 @@ def fold(
     passes
         Starts one pass, which yields neurons (B, N) and labels (B,).
     """
-    state: State | None = method.begin(classes, neurons).to(device or torch.device("cpu"))
+    state: State | None = method.begin(layout).to(device or torch.device("cpu"))
     while state is not None:
         complete = state
         for values, labels in passes():
-            method.observe(complete, values, labels)
+            method.observe(complete, layout, values, labels)
         state = method.proceed(complete)
     return complete
 
@@ -166,6 +169,7 @@ def fit_signature(
         If labels are missing or out of range, or an activation is not finite.
     """
     labels = data.check_labels(images, model.spec.classes)
+    granularity = method.reads(granularity)
     points = model.points(granularity)
     device = model.mean.device
     with Recording(model, images, points, granularity, progress) as recording:
@@ -178,9 +182,14 @@ def fit_signature(
                 kept = trusted.chosen[rows]
                 yield neurons[kept.to(device)], labels[rows[kept]].to(device)
 
-        width = sum(point.neurons for point in points)
-        state = fold(method, len(classes), width, passes, device)
+        layout = layout_of(points, len(classes))
+        state = fold(method, layout, passes, device)
         accuracy = float((recording.predicted == labels).double().mean())
+    if method.noisy:
+        copies = distorted(_spread(images.select(trusted.chosen.nonzero()[:, 0])), "noise")
+        known = copies.known_labels()
+        for batch in sweep(model, copies, points, granularity, progress, "reading noisy copies"):
+            method.observe_noisy(state, layout, batch.neurons, known[batch.rows].to(device))
     made = Signature(
         method, granularity, tuple(points), state, model.spec,
         store.fingerprint(model.state_dict()), classes,
@@ -188,14 +197,41 @@ def fit_signature(
     return made, trusted, accuracy
 
 
+def _spread(images: ImageSet) -> ImageSet:
+    """Return at most 512 images of a set, evenly spread."""
+    return images.select(torch.arange(0, len(images), -(-len(images) // NOISY_IMAGES)))
+
+
 def fit_calibration(
     model: Classifier, made: Signature, images: ImageSet, progress: Progress
 ) -> Calibration:
     """Score calibration images against their predicted classes, and calibrate on them."""
-    costs, softmax = [], []
+    fitting = torch.arange(0, len(images), FIT_EVERY)[:SURROGATE_IMAGES]
+    evidence, softmax, elsewhere = [], [], []
     for batch in sweep(
         model, images, made.points, made.granularity, progress, "reading calibration images"
     ):
-        costs.append(made.point_costs(batch.neurons, batch.logits.argmax(1)).cpu())
+        predicted = batch.logits.argmax(1)
+        evidence.append(made.evidence(batch.neurons, predicted).cpu())
         softmax.append(softmax_score(batch.logits.cpu()))
-    return calibrate(torch.cat(costs), made.sizes, torch.cat(softmax))
+        if made.method.experts:
+            mine = torch.isin(batch.rows, fitting).to(predicted.device)
+            others = other_class(predicted[mine], len(made.classes))
+            elsewhere.append(made.evidence(batch.neurons[mine], others).cpu())
+    outliers = []
+    if made.method.experts:
+        surrogates = {OTHER_CLASS: torch.cat(elsewhere)}
+        for kind in DISTORTIONS:
+            copies = distorted(images.select(fitting), kind)
+            surrogates[kind] = _evidence(model, made, copies, progress)
+        outliers = [torch.cat([surrogates[kind] for kind in kinds]) for kinds in EXPERTS.values()]
+    return calibrate(torch.cat(evidence), torch.cat(softmax), outliers)
+
+
+def _evidence(model: Classifier, made: Signature, images: ImageSet, progress: Progress) -> Tensor:
+    """Return the evidence of a set, measured against the predicted classes."""
+    swept = sweep(
+        model, images, made.points, made.granularity, progress, "reading surrogate outliers"
+    )
+    parts = [made.evidence(batch.neurons, batch.logits.argmax(1)).cpu() for batch in swept]
+    return torch.cat(parts)

@@ -72,16 +72,16 @@ def measure(
     progress: Progress,
 ) -> Measured:
     """Run a set through the network and the signature."""
-    predicted, costs, softmax = [], [], []
+    predicted, evidence, softmax = [], [], []
     coverage = torch.zeros(len(made.points), dtype=torch.float64)
     title = f"reading {images.name}"
     for batch in sweep(model, images, made.points, made.granularity, progress, title):
         best = batch.logits.argmax(1)
         predicted.append(best.cpu())
-        costs.append(made.point_costs(batch.neurons, best).cpu())
+        evidence.append(made.evidence(batch.neurons, best).cpu())
         coverage += made.coverage(batch.neurons, best).sum(0).cpu()
         softmax.append(softmax_score(batch.logits.cpu()))
-    scores = calibration.score(torch.cat(costs))
+    scores = calibration.score(torch.cat(evidence))
     doubt = torch.cat(softmax).numpy()
     return Measured(
         predicted=torch.cat(predicted),

@@ -114,14 +114,10 @@ class Monitor:
         device = self.model.mean.device
         inputs = self._inputs(images, device)
         made = self.signature
-        with (
-            torch.inference_mode(),
-            capture(self.model.network, made.points, made.granularity) as recorder,
-        ):
+        with capture(self.model.network, made.points, made.granularity) as recorder:
             logits, neurons = engine.forward(self.model, recorder, inputs)
-            predicted = logits.argmax(1)
-            costs = made.point_costs(neurons, predicted).cpu()
-        scores = self.calibration.score(costs)
+        predicted = logits.argmax(1)
+        scores = self.calibration.score(made.evidence(neurons, predicted).cpu())
         return Verdicts(
             logits=logits,
             predicted=predicted,

@@ -1,6 +1,9 @@
 """The signature: what a network's neurons do on trusted data, with its calibration, in one file."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,13 @@ from torch import Tensor
 from covcli import store
 from covcli.activations import GRANULARITIES, Granularity, Point
 from covcli.calibration import Calibration
+from covcli.combination import Combination
 from covcli.errors import CovcliError
-from covcli.methods import Method, State, make_method
+from covcli.methods import Layout, Method, State, make_method
 from covcli.models import Classifier, ModelSpec
 
-CALIBRATION = ("neurons", "center", "scale", "scores", "softmax")
+COMBINATION = ("center", "scale", "weights", "level", "spread")
+RANKING = ("scores", "softmax")
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,18 @@ class Signature:
         """Neurons of each coverage point."""
         return [point.neurons for point in self.points]
 
-    def point_costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the mean cost over each point's neurons, float64 of shape (B, L).
+    @cached_property
+    def layout(self) -> Layout:
+        """Which neurons belong to which point."""
+        return layout_of(self.points, len(self.classes))
+
+    @cached_property
+    def ready(self) -> State:
+        """What the method reads for scoring."""
+        return self.method.prepare(self.state, self.layout)
+
+    def evidence(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return what speaks against trust, float64 of shape (B, columns).
 
         Parameters
         ----------
@@ -62,15 +77,17 @@ class Signature:
         classes
             The class that each image is measured against, shape (B,).
         """
-        return self._means(self.method.costs(self.state, neurons, classes))
+        return self.method.evidence(self.ready, self.layout, neurons, classes)
+
+    @property
+    def columns(self) -> int:
+        """How many columns of evidence there are."""
+        return self.method.columns(self.layout)
 
     def coverage(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the share of each point's neurons inside their range, float64 of shape (B, L)."""
-        return self._means(self.method.inside(self.state, neurons, classes))
-
-    def _means(self, values: Tensor) -> Tensor:
-        parts = [part.mean(1, dtype=torch.float64) for part in values.split(self.sizes, 1)]
-        return torch.stack(parts, 1)
+        inside = self.method.inside(self.ready, self.layout, neurons, classes)
+        return self.layout.means(inside)
 
     def to(self, device: torch.device) -> "Signature":
         """Return the signature with its state on a device."""
@@ -88,12 +105,20 @@ class Signature:
             raise CovcliError("names coverage points that the network does not have", where=where)
 
 
+def layout_of(points: Sequence[Point], classes: int) -> Layout:
+    """Return which neurons belong to which of the points."""
+    sizes, values = [p.neurons for p in points], [p.values for p in points]
+    return Layout(classes, tuple(sizes), tuple(values))
+
+
 def save(
     path: Path, signature: Signature, calibration: Calibration, record: dict[str, Any]
 ) -> None:
     """Write a signature with its calibration, and a record of how it was made."""
     tensors = {f"state.{name}": tensor for name, tensor in signature.state.tensors.items()}
-    tensors |= {f"calibration.{name}": getattr(calibration, name) for name in CALIBRATION}
+    combination = calibration.combination
+    tensors |= {f"combination.{name}": getattr(combination, name) for name in COMBINATION}
+    tensors |= {f"calibration.{name}": getattr(calibration, name) for name in RANKING}
     metadata = {
         "method": signature.method.spec(),
         "granularity": signature.granularity,
@@ -102,7 +127,7 @@ def save(
         "model": signature.model.as_dict(),
         "fingerprint": signature.fingerprint,
         "classes": list(signature.classes),
-        "calibration_floor": calibration.floor,
+        "floor": combination.floor,
         "record": record,
     }
     store.save_signature(path, tensors, metadata)
@@ -126,8 +151,10 @@ def load(path: Path) -> tuple[Signature, Calibration, dict[str, Any]]:
             {name: tensors[f"state.{name}"] for name in metadata["reductions"]},
             metadata["reductions"],
         )
-        parts = {name: tensors[f"calibration.{name}"] for name in CALIBRATION}
-        calibration = Calibration(floor=float(metadata["calibration_floor"]), **parts)
+        scales = {name: tensors[f"combination.{name}"] for name in COMBINATION}
+        combination = Combination(floor=float(metadata["floor"]), **scales)
+        ranking = {name: tensors[f"calibration.{name}"] for name in RANKING}
+        calibration = Calibration(combination, **ranking)
         signature = Signature(
             method, granularity, points, state, model,
             str(metadata["fingerprint"]), tuple(str(name) for name in metadata["classes"]),
@@ -155,27 +182,30 @@ def _check(signature: Signature, calibration: Calibration) -> None:
     """Raise a ValueError unless every part has the shape, type and values that it must have."""
     if signature.granularity not in GRANULARITIES:
         raise ValueError(f"granularity {signature.granularity!r}")
-    if not signature.points or any(size < 1 for size in signature.sizes):
+    if not signature.points or any(not 1 <= p.values <= p.neurons for p in signature.points):
         raise ValueError("a coverage point without neurons")
-    expected = signature.method.expected(signature.model.classes, sum(signature.sizes))
+    expected = signature.method.expected(signature.layout)
     found = {k: (v.dtype, tuple(v.shape)) for k, v in signature.state.tensors.items()}
     if found != dict(expected) or len(signature.classes) != signature.model.classes:
         raise ValueError("tensors of other shapes than the points and classes ask for")
-    points = len(signature.points)
-    if [tuple(getattr(calibration, n).shape) for n in CALIBRATION[:3]] != [(points,)] * 3:
-        raise ValueError("a calibration of other points")
-    if calibration.neurons.tolist() != [float(size) for size in signature.sizes]:
-        raise ValueError("a calibration of other points")
+    combination = calibration.combination
+    columns, experts = signature.columns, len(combination.weights)
+    shapes = [(columns,), (columns,), (experts, columns), (1 + experts,), (1 + experts,)]
+    if [tuple(getattr(combination, name).shape) for name in COMBINATION] != shapes:
+        raise ValueError("a combination of other columns")
     scores = calibration.scores
     if scores.ndim != 1 or len(scores) < 1 or scores.shape != calibration.softmax.shape:
         raise ValueError("calibration scores of other shapes")
     if bool((scores.diff() < 0).any() | (calibration.softmax.diff() < 0).any()):
         raise ValueError("calibration scores out of order")
-    numbers = [getattr(calibration, name) for name in CALIBRATION]
+    numbers = [getattr(combination, name) for name in COMBINATION]
+    numbers += [calibration.scores, calibration.softmax]
     if not all(t.dtype == torch.float64 and bool(t.isfinite().all()) for t in numbers):
         raise ValueError("a calibration that is not finite")
-    if bool((calibration.scale <= 0).any()):
+    if bool((combination.scale <= 0).any() | (combination.spread <= 0).any()):
         raise ValueError("a calibration without scale")
+    if not math.isfinite(combination.floor) or bool((combination.weights < 0).any()):
+        raise ValueError("a combination that cannot be")
     if any(
         bool(t.isnan().any()) for t in signature.state.tensors.values() if t.is_floating_point()
     ):

@@ -1,6 +1,23 @@
 """The methods: each summarises trusted activations and scores a new input against them."""
 
-from covcli.methods.base import METHODS, Method, Reduction, State, make_method
+from covcli.methods.base import METHODS, Layout, Method, Reduction, State, make_method
+from covcli.methods.contributions import ActivationCoverage
+from covcli.methods.ensemble import Ensemble
+from covcli.methods.gaussian import Gauss
 from covcli.methods.ranges import MultiRange, SingleRange
+from covcli.methods.ranks import NeuronRank
 
-__all__ = ["METHODS", "Method", "MultiRange", "Reduction", "SingleRange", "State", "make_method"]
+__all__ = [
+    "METHODS",
+    "ActivationCoverage",
+    "Ensemble",
+    "Gauss",
+    "Layout",
+    "Method",
+    "MultiRange",
+    "NeuronRank",
+    "Reduction",
+    "SingleRange",
+    "State",
+    "make_method",
+]

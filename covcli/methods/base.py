@@ -1,16 +1,18 @@
-"""The frame of every method: named tensors folded over batches, and a cost for each neuron."""
+"""The frame of every method: named tensors folded over batches, and costs read from them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from covcli.activations import Granularity
 from covcli.errors import CovcliError
 from covcli.registry import Registry
-from covcli.specs import parse, positive_count
+from covcli.specs import fraction, parse, positive_count
 
 Reduction: TypeAlias = Literal["sum", "min", "max", "same"]
 
@@ -65,29 +67,98 @@ class State:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Which neurons belong to which coverage point; they stand side by side.
+
+    Attributes
+    ----------
+    classes
+        How many classes the network tells apart.
+    sizes
+        How many neurons each point has.
+    values
+        How many of them, the first ones, are a channel's mean or a unit's value; the others are
+        maxima of the same channels.
+    """
+
+    classes: int
+    sizes: tuple[int, ...]
+    values: tuple[int, ...]
+
+    @property
+    def neurons(self) -> int:
+        """How many neurons there are in all."""
+        return sum(self.sizes)
+
+    @cached_property
+    def value_columns(self) -> Tensor:
+        """Where the means and values stand among all neurons, int64 of shape (V,)."""
+        ends = torch.tensor(self.sizes).cumsum(0)
+        starts = (ends - torch.tensor(self.sizes)).tolist()
+        spans = [torch.arange(a, a + n) for a, n in zip(starts, self.values, strict=True)]
+        return torch.cat(spans)
+
+    def means(self, values: Tensor) -> Tensor:
+        """Return the mean over each point's neurons of values (B, N), float64 of shape (B, L)."""
+        parts = [part.mean(1, dtype=torch.float64) for part in values.split(self.sizes, 1)]
+        return torch.stack(parts, 1)
+
+
+@dataclass(frozen=True)
 class Method(ABC):
     """One way to summarise trusted activations and to score a new input against them.
 
     A subclass is a frozen dataclass; its fields are the method's parameters, written in a
     specification as `name?field=value`. It states its equations for a batch of neurons; folding,
-    merging, saving, averaging over coverage points and calibration are written once, elsewhere.
-    Larger costs mean less trusted, always.
+    merging, saving, standardising and calibration are written once, elsewhere. Larger means less
+    trusted, always.
+
+    Attributes
+    ----------
+    name
+        The name in the registry.
+    contributions
+        Whether its neurons are what activations contribute to the network's certainty, which
+        takes gradients, rather than the activations.
+    noisy
+        Whether it also observes noisy copies of trusted images.
+    experts
+        Whether its calibration learns from surrogate outliers which columns of the evidence tell.
     """
 
     name: ClassVar[str]
+    contributions: ClassVar[bool] = False
+    noisy: ClassVar[bool] = False
+    experts: ClassVar[bool] = False
+
+    def reads(self, granularity: Granularity) -> Granularity:
+        """Return what the method's neurons are where a user asks for this granularity.
+
+        Raises
+        ------
+        CovcliError
+            If the method knows no such neurons.
+        """
+        if not self.contributions:
+            return granularity
+        if granularity == "unit":
+            raise CovcliError("reads channels only", where=f"method {self.name}")
+        return "contribution"
 
     @abstractmethod
-    def begin(self, classes: int, neurons: int) -> State:
+    def begin(self, layout: Layout) -> State:
         """Return the empty state of the first pass over the trusted data."""
 
     @abstractmethod
-    def observe(self, state: State, neurons: Tensor, labels: Tensor) -> None:
+    def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Fold one batch into the state.
 
         Parameters
         ----------
         state
             What `begin` or `proceed` returned; changed in place.
+        layout
+            Which neurons belong to which point.
         neurons
             float32 of shape (B, N), finite.
         labels
@@ -98,14 +169,24 @@ class Method(ABC):
         """Return the empty state of the next pass after a complete one; None if it was the last."""
         return None
 
+    def observe_noisy(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+        """Fold noisy copies of trusted images into the complete state, if the method is `noisy`."""
+        raise NotImplementedError
+
+    def prepare(self, state: State, layout: Layout) -> State:
+        """Return what is read for scoring: the complete state, or tensors derived from it."""
+        return state
+
     @abstractmethod
-    def costs(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
+    def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return each neuron's cost, measured against the class of its image.
 
         Parameters
         ----------
-        state
-            The complete state.
+        ready
+            What `prepare` returned.
+        layout
+            Which neurons belong to which point.
         neurons
             Shape (B, N).
         classes
@@ -118,13 +199,28 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def inside(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
+    def inside(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return which neurons lie inside the class's trusted pattern, bool of shape (B, N)."""
 
+    def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return what speaks against trust, in columns that calibration standardises.
+
+        The log of each point's mean cost, one more neuron's worth added, so that 0 has a log.
+
+        Returns
+        -------
+        Tensor
+            float64 of shape (B, columns): one column a point, unless the method says otherwise.
+        """
+        means = layout.means(self.costs(ready, layout, neurons, classes))
+        return torch.log(means + 1 / means.new_tensor(layout.sizes))
+
+    def columns(self, layout: Layout) -> int:
+        """Return how many columns the evidence has."""
+        return len(layout.sizes)
+
     @abstractmethod
-    def expected(
-        self, classes: int, neurons: int
-    ) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return each complete tensor's type and shape, to check files against."""
 
     def spec(self) -> str:
@@ -134,6 +230,8 @@ class Method(ABC):
 
 
 METHODS: Registry[type[Method]] = Registry("method")
+# How a parameter is read from a specification, by the type of its default.
+READERS: Mapping[type, Callable[[str], Any]] = {int: positive_count, float: fraction, str: str}
 
 
 def make_method(text: str) -> Method:
@@ -149,8 +247,7 @@ def make_method(text: str) -> Method:
     spec.only([f.name for f in fields(kind)])
     values: dict[str, Any] = {}
     for entry in fields(kind):
-        convert = positive_count if isinstance(entry.default, int) else str
-        values[entry.name] = spec.take(entry.name, convert, entry.default)
+        values[entry.name] = spec.take(entry.name, READERS[type(entry.default)], entry.default)
     try:
         return kind(**values)
     except ValueError as error:

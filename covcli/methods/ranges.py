@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Method, State
+from covcli.methods.base import METHODS, Layout, Method, State
 
 
 @METHODS.add("src")
@@ -25,38 +25,42 @@ class SingleRange(Method):
 
     name: ClassVar[str] = "src"
 
-    def begin(self, classes: int, neurons: int) -> State:
+    def begin(self, layout: Layout) -> State:
         """Return empty ranges, (+inf, -inf), and counts of 0."""
+        classes, neurons = layout.classes, layout.neurons
         state = State()
         state.declare("low", torch.full((classes, neurons), torch.inf), "min")
         state.declare("high", torch.full((classes, neurons), -torch.inf), "max")
         state.declare("count", torch.zeros(classes, dtype=torch.int64), "sum")
         return state
 
-    def observe(self, state: State, neurons: Tensor, labels: Tensor) -> None:
+    def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+        """Widen the ranges to what the batch shows, and count its images."""
+        self.widen(state, neurons, labels)
+        state["count"].add_(torch.bincount(labels, minlength=layout.classes))
+
+    def widen(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         """Widen the ranges to what the batch shows."""
         for k in labels.unique().tolist():
             mine = neurons[labels == k]
             torch.minimum(state["low"][k], mine.amin(0), out=state["low"][k])
             torch.maximum(state["high"][k], mine.amax(0), out=state["high"][k])
-            state["count"][k] += len(mine)
 
-    def costs(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
+    def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return 1 outside the range, 0 inside."""
-        return (~self.inside(state, neurons, classes)).float()
+        return (~self.inside(ready, layout, neurons, classes)).float()
 
-    def inside(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
+    def inside(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return which neurons lie in the closed range of their class."""
-        return (neurons >= state["low"][classes]) & (neurons <= state["high"][classes])
+        return (neurons >= ready["low"][classes]) & (neurons <= ready["high"][classes])
 
-    def expected(
-        self, classes: int, neurons: int
-    ) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return what a complete state holds."""
+        shape = (layout.classes, layout.neurons)
         return {
-            "low": (torch.float32, (classes, neurons)),
-            "high": (torch.float32, (classes, neurons)),
-            "count": (torch.int64, (classes,)),
+            "low": (torch.float32, shape),
+            "high": (torch.float32, shape),
+            "count": (torch.int64, (layout.classes,)),
         }
 
 
@@ -106,10 +110,10 @@ class MultiRange(SingleRange):
         )
         return counting
 
-    def observe(self, state: State, neurons: Tensor, labels: Tensor) -> None:
+    def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Widen the ranges in the first pass; count sections in the second."""
         if "sections" not in state.tensors:
-            super().observe(state, neurons, labels)
+            super().observe(state, layout, neurons, labels)
             return
         cells = self._cells(state, neurons, labels).flatten()
         counts = state["sections"].view(-1)
@@ -117,11 +121,11 @@ class MultiRange(SingleRange):
         count = state["count"]
         count += torch.bincount(labels, minlength=len(count))
 
-    def costs(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
+    def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the cost of the section that each neuron lies in."""
-        n = state["count"][classes, None].float()
-        found = state["sections"].view(-1)[self._cells(state, neurons, classes)].float()
-        found = torch.where(self.inside(state, neurons, classes), found, 0.0)
+        n = ready["count"][classes, None].float()
+        found = ready["sections"].view(-1)[self._cells(ready, neurons, classes)].float()
+        found = torch.where(self.inside(ready, layout, neurons, classes), found, 0.0)
         if self.cost == "share":
             return 1 - found / n.clamp_min(1)
         return -torch.log((found + 0.5) / (n + self.sections / 2))
@@ -143,9 +147,7 @@ class MultiRange(SingleRange):
         rows = classes[:, None] * width + torch.arange(width, device=neurons.device)
         return rows * sections + self.section(state, neurons, classes)
 
-    def expected(
-        self, classes: int, neurons: int
-    ) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return what a complete state holds."""
-        shape = (classes, neurons, self.sections)
-        return {**super().expected(classes, neurons), "sections": (torch.int32, shape)}
+        shape = (layout.classes, layout.neurons, self.sections)
+        return {**super().expected(layout), "sections": (torch.int32, shape)}

@@ -1,0 +1,128 @@
+"""From the columns of evidence to one score: standardise, let experts weigh, take the loudest."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+# Temperatures of the soft maximum, over the columns and over the voices.
+COLUMNS = 2.0
+VOICES = 0.4
+# Weight of an expert's squared weights beside its mean logistic loss.
+RIDGE = 0.003
+# What an expert is trained on is cut off at so many deviations: beyond, nothing is left to learn.
+LOUDEST = 8.0
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How the columns of evidence become one score.
+
+    Each column is standardised by trusted images. The generalist is the soft maximum
+    T·log(mean(exp(z/T))) of all columns with T = 2: between the mean, which a single loud column
+    cannot move, and the maximum, which hears it. Each expert is a weighted sum, its weights at
+    least 0 and fitted to tell trusted images from one kind of surrogate outliers. The voices of
+    the generalist and the experts are standardised too, and the score is their soft maximum with
+    T = 0.4, as good as the loudest.
+
+    Attributes
+    ----------
+    center, scale
+        Mean and deviation of each column, float64 of shape (P,).
+    weights
+        The experts, float64 of shape (E, P); E is 0 for a method without any.
+    level, spread
+        Mean and deviation of each voice, the generalist's first, float64 of shape (1 + E,).
+    floor
+        The lowest score of the images that all this was fitted on.
+    """
+
+    center: Tensor
+    scale: Tensor
+    weights: Tensor
+    level: Tensor
+    spread: Tensor
+    floor: float
+
+    def score(self, evidence: Tensor) -> Tensor:
+        """Return the score of evidence (B, P), float64 of shape (B,); larger is less trusted.
+
+        0 is the lowest score seen in fitting.
+        """
+        z = (evidence - self.center) / self.scale
+        voices = (_voices(z, self.weights) - self.level) / self.spread
+        return _soft_maximum(voices, VOICES) - self.floor
+
+
+def fit_combination(evidence: Tensor, outliers: Sequence[Tensor]) -> Combination:
+    """Fit the scales to trusted images, and an expert to each set of surrogate outliers.
+
+    Parameters
+    ----------
+    evidence
+        Of trusted images, float64 of shape (n, P), n at least 2.
+    outliers
+        Evidence of surrogate outliers, float64 of shapes (m, P).
+    """
+    center = evidence.mean(0)
+    # A column silent on all n images, of a range method, leaves its range with a chance of about
+    # 1/(n + 2), then by log 2: the least deviation to believe.
+    least = math.log(2) / math.sqrt(len(evidence) + 2)
+    scale = evidence.std(0).clamp_min(least)
+    z = (evidence - center) / scale
+    experts = [fit_expert(z, (other - center) / scale) for other in outliers]
+    weights = torch.stack(experts) if experts else z.new_zeros(0, z.shape[1])
+    level, spread = z.new_zeros(1 + len(weights)), z.new_ones(1 + len(weights))
+    if experts:
+        voices = _voices(z, weights)
+        # An expert that found nothing to weigh is silent: its voice is 0 everywhere.
+        level, spread = voices.mean(0), torch.where(voices.std(0) > 0, voices.std(0), 1.0)
+    made = Combination(center, scale, weights, level, spread, 0.0)
+    return Combination(center, scale, weights, level, spread, float(made.score(evidence).min()))
+
+
+def fit_expert(trusted: Tensor, outliers: Tensor) -> Tensor:
+    """Return weights of at least 0 that tell outliers from trusted images.
+
+    Logistic regression with both sides weighed equally and a slight ridge; the intercept is
+    dropped, since voices are standardised. No weight is negative: evidence never speaks for trust,
+    or an outlier of another kind could buy itself free.
+
+    Parameters
+    ----------
+    trusted, outliers
+        Standardised columns, float64 of shapes (n, P) and (m, P).
+
+    Returns
+    -------
+    Tensor
+        float64 of shape (P,).
+    """
+    x = torch.cat([trusted, outliers]).clamp(-LOUDEST, LOUDEST).numpy()
+    sign = np.concatenate([-np.ones(len(trusted)), np.ones(len(outliers))])
+    weight = np.where(sign < 0, 0.5 / len(trusted), 0.5 / len(outliers))
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        w, intercept = parameters[:-1], parameters[-1]
+        margin = sign * (x @ w + intercept)
+        pull = -sign * weight * np.exp(-np.logaddexp(0, margin))
+        value = weight @ np.logaddexp(0, -margin) + RIDGE * w @ w
+        return float(value), np.append(x.T @ pull + 2 * RIDGE * w, pull.sum())
+
+    columns = x.shape[1]
+    bounds = [(0, None)] * columns + [(None, None)]
+    start = np.append(np.full(columns, 0.01), 0.0)
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    return torch.from_numpy(found.x[:-1].copy())
+
+
+def _voices(z: Tensor, weights: Tensor) -> Tensor:
+    return torch.cat([_soft_maximum(z, COLUMNS)[:, None], z @ weights.T], 1)
+
+
+def _soft_maximum(z: Tensor, temperature: float) -> Tensor:
+    return temperature * (torch.logsumexp(z / temperature, 1) - math.log(z.shape[1]))

@@ -1,0 +1,191 @@
+"""Gaussian coverage: how far a layer lies from its class, in the metric of trusted deviations.
+
+Lee, Lee, Lee and Shin, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and
+Adversarial Attacks", NeurIPS 2018, section 2: class means and one covariance for all classes. Here
+at every coverage point, towards the predicted class, and with a shrunk covariance.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from covcli.errors import CovcliError
+from covcli.methods.base import METHODS, Layout, Method, State
+
+# A neuron that hardly varies counts as deviating this share of its point's root mean square
+# deviation, or one that never fired on trusted images would outweigh all others.
+LEAST_DEVIATION = 0.01
+MOST_VALUES = 4096
+SPAN = 3.0
+
+
+@METHODS.add("gauss")
+@dataclass(frozen=True)
+class Gauss(Method):
+    """Layer-wise Mahalanobis distance of the channel means to the predicted class.
+
+    With μ_k the mean of class k's trusted images and Σ the covariance around these means, shared
+    by the classes, a point of V channel means x costs d²/V, where d² = (x − μ_k)ᵀ Σ⁻¹ (x − μ_k):
+    about 1 for trusted images. Σ is shrunk towards its diagonal (Ledoit and Wolf, 2004, with a
+    fixed intensity). Maxima are not looked at.
+
+    Parameters
+    ----------
+    shrinkage
+        Intensity in (0, 1]: 1 keeps only the diagonal.
+    """
+
+    name: ClassVar[str] = "gauss"
+    shrinkage: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Check the parameter."""
+        if not 0 < self.shrinkage <= 1:
+            raise ValueError(f"shrinkage={self.shrinkage} does not lie in (0, 1]")
+
+    def begin(self, layout: Layout) -> State:
+        """Return sums of 0: of the values by class, and of their products by point.
+
+        Raises
+        ------
+        CovcliError
+            If a point has more than 4,096 values: their covariance would not fit.
+        """
+        if max(layout.values) > MOST_VALUES:
+            raise CovcliError(
+                f"{self.name} cannot hold the covariance of {max(layout.values)} neurons",
+                fix="use --granularity channel, or the method src or mrc",
+            )
+        state = State()
+        for key, (dtype, shape) in self.expected(layout).items():
+            state.declare(key, torch.zeros(shape, dtype=dtype), "sum")
+        return state
+
+    def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+        """Add a batch to the sums, in double precision."""
+        values = neurons[:, layout.value_columns].double()
+        state["total"].index_add_(0, labels, values)
+        state["count"].add_(torch.bincount(labels, minlength=layout.classes))
+        parts = values.split(layout.values, 1)
+        for products, part in zip(_triangles(state["products"], layout), parts, strict=True):
+            products += _pack(part.T @ part)
+
+    def prepare(self, state: State, layout: Layout) -> State:
+        """Return class means, deviations, and each point's whitening matrix.
+
+        Raises
+        ------
+        CovcliError
+            If a point's covariance is singular: too few images for so little shrinkage.
+        """
+        mean = class_means(state)
+        deviations, whitening = [], []
+        triangles = _triangles(state["products"], layout)
+        means = mean.split(layout.values, 1)
+        for number, (triangle, center) in enumerate(zip(triangles, means, strict=True)):
+            deviation, white = self._whiten(triangle, center, state["count"], number)
+            deviations.append(deviation)
+            whitening.append(white.flatten())
+        return State({
+            "mean": mean.float(),
+            "deviation": torch.cat(deviations).float(),
+            "whitening": torch.cat(whitening).float(),
+        })  # fmt: skip
+
+    def _whiten(
+        self, triangle: Tensor, mean: Tensor, count: Tensor, number: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the deviations (V,), and a W of shape (V, V) with WᵀW = Σ⁻¹, of one point."""
+        n = count.to(mean.dtype)
+        between = (mean * n[:, None]).T @ mean
+        covariance = (_unpack(triangle, mean.shape[1]) - between) / n.sum().clamp_min(1)
+        deviation = covariance.diagonal().clamp_min(0).sqrt()
+        typical = float(deviation.square().mean().sqrt())
+        deviation = deviation.clamp_min(LEAST_DEVIATION * typical if typical > 0 else 1.0)
+        correlation = covariance / deviation / deviation[:, None]
+        shrunk = (1 - self.shrinkage) * correlation
+        shrunk.diagonal().copy_(torch.ones_like(deviation))  # both ends have the same diagonal
+        factor, failed = torch.linalg.cholesky_ex(shrunk)
+        if bool(failed):
+            raise CovcliError(
+                f"the covariance at coverage point {number + 1} is singular",
+                where=self.spec(),
+                fix="take more trusted images or more shrinkage",
+            )
+        unit = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        white = torch.linalg.solve_triangular(factor, unit, upper=False)
+        return deviation, white / deviation
+
+    def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return log(d²/V) of each point, float64 of shape (B, L)."""
+        away = neurons[:, layout.value_columns] - ready["mean"][classes]
+        distances = [
+            (part @ white.T).square().mean(1, dtype=torch.float64)
+            for part, white in zip(
+                away.split(layout.values, 1), matrices(ready["whitening"], layout), strict=True
+            )
+        ]
+        tiny = torch.finfo(torch.float64).tiny
+        return torch.log(torch.stack(distances, 1).clamp_min(tiny))
+
+    def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return each value's squared distance in its own deviations; 0 for maxima."""
+        costs = torch.zeros_like(neurons)
+        columns = layout.value_columns.to(neurons.device)
+        costs[:, columns] = self._apart(ready, layout, neurons, classes).square()
+        return costs
+
+    def inside(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return which values lie within three deviations of their class; maxima always do."""
+        inside = torch.ones_like(neurons, dtype=torch.bool)
+        columns = layout.value_columns.to(neurons.device)
+        inside[:, columns] = self._apart(ready, layout, neurons, classes).abs() <= SPAN
+        return inside
+
+    def _apart(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        return (neurons[:, layout.value_columns] - ready["mean"][classes]) / ready["deviation"]
+
+    def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Return what a complete state holds."""
+        packed = sum(n * (n + 1) // 2 for n in layout.values)
+        return {
+            "count": (torch.int64, (layout.classes,)),
+            "total": (torch.float64, (layout.classes, sum(layout.values))),
+            "products": (torch.float64, (packed,)),
+        }
+
+
+def class_means(state: State) -> Tensor:
+    """Return each class's mean (K, V), float64; the mean of all for a class without images."""
+    count = state["count"].to(torch.float64)[:, None]
+    overall = state["total"].sum(0) / count.sum().clamp_min(1)
+    return torch.where(count > 0, state["total"] / count.clamp_min(1), overall)
+
+
+def matrices(flat: Tensor, layout: Layout) -> list[Tensor]:
+    """Return the square matrices of all points that lie one after another in a flat tensor."""
+    parts = flat.split([n * n for n in layout.values])
+    return [part.view(n, n) for part, n in zip(parts, layout.values, strict=True)]
+
+
+def _triangles(flat: Tensor, layout: Layout) -> Iterator[Tensor]:
+    """Yield each point's part of the flat tensor of lower triangles."""
+    yield from flat.split([n * (n + 1) // 2 for n in layout.values])
+
+
+def _pack(square: Tensor) -> Tensor:
+    """Return the lower triangle of a symmetric matrix, row by row."""
+    rows, columns = torch.tril_indices(len(square), len(square), device=square.device)
+    return square[rows, columns]
+
+
+def _unpack(triangle: Tensor, n: int) -> Tensor:
+    """Return the symmetric matrix of a packed lower triangle."""
+    square = triangle.new_zeros(n, n)
+    rows, columns = torch.tril_indices(n, n, device=triangle.device)
+    square[rows, columns] = triangle
+    square[columns, rows] = triangle
+    return square
