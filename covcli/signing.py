@@ -17,7 +17,7 @@ from covcli.models import Statistics
 from covcli.progress import Progress
 
 log = logging.getLogger(__name__)
-DEFAULT_METHOD = "mrc"
+DEFAULT_METHOD = "ensemble"
 
 
 @dataclass(frozen=True)

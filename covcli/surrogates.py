@@ -29,8 +29,8 @@ def noise(image: Tensor, generator: np.random.Generator) -> Tensor:
 
 
 def blur(image: Tensor, generator: np.random.Generator) -> Tensor:
-    """Blur an image by a Gaussian whose deviation is 1.5/32 of its side."""
-    deviation = BLUR * min(image.shape[1:])
+    """Blur an image by a Gaussian whose deviation is 1.5/32 of its side, and at least 0.75."""
+    deviation = max(0.75, BLUR * min(image.shape[1:]))
     reach = min(round(3 * deviation), min(image.shape[1:]) - 1)
     blurred: Tensor = F.gaussian_blur(image, [2 * reach + 1] * 2, [deviation] * 2)
     return blurred

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covcli.calibration import Calibration, calibrate, softmax_score
+from covcli.combination import COLUMNS, RIDGE, VOICES, fit_combination, fit_expert
 from covcli.errors import CovcliError
 
 SCORES = st.lists(
@@ -18,9 +19,8 @@ SCORES = st.lists(
 
 
 def calibration(scores: list[float]) -> Calibration:
-    ones = torch.ones(1, dtype=torch.float64)
     ordered = torch.tensor(sorted(scores), dtype=torch.float64)
-    return Calibration(ones, ones, ones, 0.0, ordered, ordered)
+    return Calibration(fit_combination(torch.eye(2).double(), []), ordered, ordered)
 
 
 @settings(deadline=None)
@@ -83,25 +83,22 @@ def test_alpha_out_of_range_is_refused(alpha: float) -> None:
         calibration([1.0] * 100).rank(alpha)
 
 
-def naive_score(costs: np.ndarray, sizes: list[int], fitted: np.ndarray) -> np.ndarray:
+def naive_score(evidence: np.ndarray, fitted: np.ndarray) -> np.ndarray:
     def soft_maximum(rows: np.ndarray) -> np.ndarray:
-        logs = np.log(fitted + 1 / np.array(sizes))
         least = math.log(2) / math.sqrt(len(fitted) + 2)
-        scale = np.maximum(logs.std(0, ddof=1), least)
-        z = (np.log(rows + 1 / np.array(sizes)) - logs.mean(0)) / scale
+        z = (rows - fitted.mean(0)) / np.maximum(fitted.std(0, ddof=1), least)
         return 2 * np.log(np.exp(z / 2).mean(1))
 
-    return soft_maximum(costs) - soft_maximum(fitted).min()
+    return soft_maximum(evidence) - soft_maximum(fitted).min()
 
 
 def test_scores_follow_the_formula_and_the_fit_sees_one_image_in_four() -> None:
     generator = np.random.default_rng(0)
-    sizes = [4, 7, 9]
-    costs = generator.random((41, 3)) * [1, 0.1, 0]  # the last point never costs anything
+    costs = generator.random((41, 3)) * [1, 0.1, 0]  # the last column never says anything
     softmax = torch.from_numpy(generator.random(41))
-    made = calibrate(torch.from_numpy(costs), sizes, softmax)
+    made = calibrate(torch.from_numpy(costs), softmax)
     fitting = np.arange(41) % 4 == 0
-    expected = naive_score(costs, sizes, costs[fitting])
+    expected = naive_score(costs, costs[fitting])
     np.testing.assert_allclose(made.score(torch.from_numpy(costs)).numpy(), expected, rtol=1e-9)
     np.testing.assert_allclose(made.scores.numpy(), np.sort(expected[~fitting]), rtol=1e-9)
     np.testing.assert_array_equal(made.softmax.numpy(), np.sort(softmax.numpy()[~fitting]))
@@ -109,10 +106,62 @@ def test_scores_follow_the_formula_and_the_fit_sees_one_image_in_four() -> None:
     assert bool((made.score(torch.from_numpy(noisy)) > made.score(torch.from_numpy(costs))).all())
 
 
+def test_an_expert_is_the_optimum_of_its_loss() -> None:
+    """The conditions of Karush, Kuhn and Tucker hold at the weights that were found."""
+    generator = np.random.default_rng(1)
+    trusted = generator.normal(size=(200, 4))
+    outliers = generator.normal([1.5, 0, -1, 0.3], size=(80, 4))
+    w = fit_expert(torch.from_numpy(trusted), torch.from_numpy(outliers)).numpy()
+
+    def slope(weights: np.ndarray) -> np.ndarray:
+        from scipy.optimize import brentq
+
+        def chances(intercept: float) -> tuple[np.ndarray, np.ndarray]:
+            return tuple(
+                1 / (1 + np.exp(-sign * (rows @ weights + intercept)))
+                for sign, rows in ((1, trusted), (-1, outliers))
+            )
+
+        def balance(intercept: float) -> float:
+            wrong, missed = chances(intercept)
+            return float(wrong.mean() - missed.mean())
+
+        wrong, missed = chances(brentq(balance, -50, 50))
+        pull = (trusted.T @ wrong) / len(trusted) - (outliers.T @ missed) / len(outliers)
+        return 0.5 * pull + 2 * RIDGE * weights
+
+    found = slope(w)
+    assert bool((w >= 0).all())
+    assert w[2] == 0  # evidence that falls for outliers is not held against trust
+    np.testing.assert_allclose(found[w > 0], 0, atol=1e-4)
+    assert bool((found[w == 0] > -1e-4).all())
+
+
+def test_voices_are_combined_as_stated() -> None:
+    generator = np.random.default_rng(2)
+    fitted = generator.normal(size=(60, 3))
+    outliers = [generator.normal(size=(40, 3)) + shift for shift in ([3, 0, 0], [0, 0, 2])]
+    made = fit_combination(torch.from_numpy(fitted), [torch.from_numpy(o) for o in outliers])
+    rows = np.concatenate([fitted, *outliers])
+
+    def voices(values: np.ndarray) -> np.ndarray:
+        z = (values - fitted.mean(0)) / fitted.std(0, ddof=1)
+        general = COLUMNS * np.log(np.exp(z / COLUMNS).mean(1))
+        return np.column_stack([general, z @ made.weights.numpy().T])
+
+    heard = voices(fitted)
+    v = (voices(rows) - heard.mean(0)) / heard.std(0, ddof=1)
+    expected = VOICES * np.log(np.exp(v / VOICES).mean(1))
+    expected -= expected[:60].min()
+    np.testing.assert_allclose(made.score(torch.from_numpy(rows)).numpy(), expected, atol=1e-9)
+    assert made.weights[0].argmax() == 0
+    assert made.weights[1].argmax() == 2
+
+
 def test_too_few_calibration_images_are_refused() -> None:
     costs = torch.ones(7, 2, dtype=torch.float64)
     with pytest.raises(CovcliError, match="7 calibration images are too few"):
-        calibrate(costs, [1, 1], torch.ones(7, dtype=torch.float64))
+        calibrate(costs, torch.ones(7, dtype=torch.float64))
 
 
 def test_softmax_scores_of_saturated_logits_stay_apart() -> None:

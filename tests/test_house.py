@@ -14,8 +14,9 @@ ROOMS = [
     "settings", "watching", "evaluation", "results", "measuring", "monitor", "signing", "fitting",
     "attacks", "losses", "surrogates", "engine", "checkpoint", "signature", "calibration",
     "combination", "metrics", "methods", "methods.ensemble", "methods.gaussian", "methods.ranges",
-    "methods.ranks", "methods.contributions", "methods.base", "models", "activations", "data", "images", "progress",
-    "runtime", "runs", "store", "guard", "specs", "registry", "errors", "__init__",
+    "methods.ranks", "methods.contributions", "methods.base", "models", "activations", "data",
+    "images", "progress", "runtime", "runs", "store", "guard", "specs", "registry", "errors",
+    "__init__",
 ]  # fmt: skip
 
 

@@ -11,10 +11,12 @@ from hypothesis.extra import numpy as npst
 
 from covcli.errors import CovcliError
 from covcli.fitting import fold
-from covcli.methods import METHODS, MultiRange, SingleRange, State, make_method
+from covcli.methods import METHODS, Layout, Method, MultiRange, SingleRange, State, make_method
 
 CLASSES, NEURONS = 3, 5
+LAYOUT = Layout(CLASSES, (2, 3), (1, 3))
 SPECS = ["src", "mrc", "mrc?sections=1", "mrc?sections=7&cost=share", "mrc?sections=3"]
+COUNTED = [*SPECS, "nrc", "nac"]
 # Few distinct values make ties and constant neurons common; some are extreme.
 VALUES = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, 1e-42, 3e38, -3e38, 0.1]),
@@ -34,7 +36,7 @@ def folded(spec: str, neurons: np.ndarray, labels: np.ndarray, parts: list[np.nd
     def passes() -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(torch.from_numpy(neurons[p]), torch.from_numpy(labels[p])) for p in parts]
 
-    return fold(make_method(spec), CLASSES, NEURONS, passes)
+    return fold(make_method(spec), LAYOUT, passes)
 
 
 def naive_section(value: float, low: float, high: float, sections: int) -> int:
@@ -77,15 +79,15 @@ def test_costs_follow_the_formulas(
     state = folded(spec, neurons, labels, [np.arange(len(labels))])
     x = np.concatenate([tested[0], neurons])  # values on the edges too
     classes = np.concatenate([tested[1], labels])
-    costs = make_method(spec).costs(state, torch.from_numpy(x), torch.from_numpy(classes))
+    costs = make_method(spec).costs(state, LAYOUT, torch.from_numpy(x), torch.from_numpy(classes))
     expected = [naive_cost(spec, neurons, labels, x[i], classes[i]) for i in range(len(x))]
     np.testing.assert_allclose(costs.numpy(), expected, rtol=1e-5, atol=1e-6)
-    inside = make_method(spec).inside(state, torch.from_numpy(x), torch.from_numpy(classes))
+    inside = make_method(spec).inside(state, LAYOUT, torch.from_numpy(x), torch.from_numpy(classes))
     outside = [naive_cost("src", neurons, labels, x[i], classes[i]) for i in range(len(x))]
     np.testing.assert_array_equal(~inside.numpy(), np.array(outside, bool))
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", COUNTED)
 @settings(max_examples=60, deadline=None)
 @given(data=samples(), seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(0, 24)))
 def test_any_batches_in_any_order_give_the_same_bits(
@@ -99,7 +101,7 @@ def test_any_batches_in_any_order_give_the_same_bits(
         assert torch.equal(tensor, other[name]), name
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", COUNTED)
 @settings(max_examples=60, deadline=None)
 @given(data=samples(), cut=st.integers(0, 24))
 def test_merged_parts_give_the_same_bits(
@@ -107,12 +109,12 @@ def test_merged_parts_give_the_same_bits(
 ) -> None:
     neurons, labels = torch.from_numpy(data[0]), torch.from_numpy(data[1])
     method = make_method(spec)
-    state: State | None = method.begin(CLASSES, NEURONS)
+    state: State | None = method.begin(LAYOUT)
     while state is not None:  # each pass folded in two places, then merged
         parts = [State({k: v.clone() for k, v in state.tensors.items()}, state.reductions)
                  for _ in range(2)]  # fmt: skip
-        method.observe(parts[0], neurons[:cut], labels[:cut])
-        method.observe(parts[1], neurons[cut:], labels[cut:])
+        method.observe(parts[0], LAYOUT, neurons[:cut], labels[:cut])
+        method.observe(parts[1], LAYOUT, neurons[cut:], labels[cut:])
         parts[1].merge(parts[0])
         complete, state = parts[1], method.proceed(parts[1])
     whole = folded(spec, data[0], data[1], [np.arange(len(labels))])
@@ -123,18 +125,34 @@ def test_merged_parts_give_the_same_bits(
 
 def test_parts_that_do_not_belong_together_are_refused() -> None:
     src, mrc = SingleRange(), MultiRange()
-    one = src.begin(2, 3)
+    small = Layout(2, (3,), (3,))
+    one = src.begin(small)
     with pytest.raises(ValueError, match="shape"):
-        one.merge(src.begin(2, 4))
-    counting = mrc.proceed(mrc.begin(2, 3))
+        one.merge(src.begin(Layout(2, (4,), (4,))))
+    counting = mrc.proceed(mrc.begin(small))
     assert counting is not None
     with pytest.raises(ValueError, match="different methods"):
         one.merge(counting)
-    other = mrc.proceed(mrc.begin(2, 3))
+    other = mrc.proceed(mrc.begin(small))
     assert other is not None
     other.tensors["low"] = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="'low'"):
         counting.merge(other)
+
+
+def trusted_neurons(seed: int, images: int = 90) -> tuple[torch.Tensor, torch.Tensor]:
+    """Neurons of different heights, whose means differ by class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(images) % CLASSES
+    heights = torch.arange(NEURONS).float() + 3 * torch.nn.functional.one_hot(labels, NEURONS)
+    return heights + 0.3 * torch.randn(images, NEURONS, generator=generator), labels
+
+
+def complete(method: Method, neurons: torch.Tensor, labels: torch.Tensor) -> State:
+    state = fold(method, LAYOUT, lambda: zip(neurons.split(17), labels.split(17), strict=True))
+    if method.noisy:
+        method.observe_noisy(state, LAYOUT, neurons[:30] + 0.5, labels[:30])
+    return state
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -142,24 +160,134 @@ def test_every_method_keeps_the_contract(name: str) -> None:
     method = METHODS.get(name)()
     assert make_method(method.spec()) == method
     assert method.name == name
-    generator = torch.Generator().manual_seed(1)
-    neurons = torch.randn(40, NEURONS, generator=generator)
-    labels = torch.arange(40) % CLASSES
-    state = fold(method, CLASSES, NEURONS, lambda: [(neurons, labels)])
+    neurons, labels = trusted_neurons(1)
+    state = complete(method, neurons, labels)
     found = {k: (v.dtype, tuple(v.shape)) for k, v in state.tensors.items()}
-    assert found == dict(method.expected(CLASSES, NEURONS))
-    costs = method.costs(state, neurons, labels)
-    assert costs.shape == neurons.shape
-    assert bool((costs >= 0).all())
-    far = method.costs(state, neurons + 100, labels)
-    assert float(far.mean()) > float(costs.mean())
-    assert bool(method.inside(state, neurons, labels).all())
-    assert not bool(method.inside(state, neurons + 100, labels).any())
+    assert found == dict(method.expected(LAYOUT))
+    ready = method.prepare(state, LAYOUT)
+    costs = method.costs(ready, LAYOUT, neurons, labels)
+    inside = method.inside(ready, LAYOUT, neurons, labels)
+    evidence = method.evidence(ready, LAYOUT, neurons, labels)
+    assert costs.shape == inside.shape == neurons.shape
+    assert evidence.shape == (len(neurons), method.columns(LAYOUT))
+    assert evidence.dtype == torch.float64
+    assert bool(evidence.isfinite().all() & (costs >= 0).all())
+    assert float(inside.float().mean()) > 0.95
+    strange = -20 * neurons  # other sizes, another order, other signs
+    assert float(method.costs(ready, LAYOUT, strange, labels).mean()) > float(costs.mean())
+    outside = ~method.inside(ready, LAYOUT, strange, labels)
+    assert float(outside.float().mean()) > 0.1
+    far = method.evidence(ready, LAYOUT, strange, labels)
+    points = len(LAYOUT.sizes)
+    assert bool((far.mean(0) > evidence.mean(0))[:points].all())
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_class_without_images_and_a_dead_neuron_are_scored(name: str) -> None:
+    method = METHODS.get(name)()
+    neurons, labels = trusted_neurons(2)
+    neurons[:, 3] = 0
+    state = complete(method, neurons[labels != 2], labels[labels != 2])
+    ready = method.prepare(state, LAYOUT)
+    assert bool(method.evidence(ready, LAYOUT, neurons, labels).isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["gauss", "ensemble"])
+def test_sums_in_another_order_agree_but_for_rounding(name: str) -> None:
+    method = METHODS.get(name)()
+    neurons, labels = trusted_neurons(3)
+    order = torch.randperm(len(neurons), generator=torch.Generator().manual_seed(0))
+    one, other = complete(method, neurons, labels), method.begin(LAYOUT)
+    parts = [method.begin(LAYOUT) for _ in range(3)]
+    for part, rows in zip(parts, order.tensor_split(3), strict=True):
+        method.observe(part, LAYOUT, neurons[rows], labels[rows])
+        other.merge(part)
+    for key in ("count", "total", "products"):
+        np.testing.assert_allclose(one[key].numpy(), other[key].numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shrinkage", [0.05, 0.5, 1.0])
+def test_gauss_follows_its_formula(shrinkage: float) -> None:
+    neurons, labels = trusted_neurons(4)
+    method = make_method(f"gauss?shrinkage={shrinkage}")
+    ready = method.prepare(complete(method, neurons, labels), LAYOUT)
+    x, y = neurons.double().numpy(), labels.numpy()
+    tested = 3 * x[::-1].copy()
+    expected = []
+    for columns in ([0], [2, 3, 4]):  # the first point's other neuron is a maximum
+        values = x[:, columns]
+        means = np.stack([values[y == k].mean(0) for k in range(CLASSES)])
+        covariance = np.cov((values - means[y]).T, bias=True).reshape(len(columns), -1)
+        shrunk = (1 - shrinkage) * covariance + shrinkage * np.diag(covariance.diagonal())
+        away = tested[:, columns] - means[y]
+        expected.append(np.log(np.sum(away @ np.linalg.inv(shrunk) * away, 1) / len(columns)))
+    found = method.evidence(ready, LAYOUT, torch.from_numpy(tested).float(), labels)
+    np.testing.assert_allclose(found.numpy(), np.stack(expected, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_ensemble_measures_along_the_direction_of_noise() -> None:
+    neurons, labels = trusted_neurons(5)
+    method = make_method("ensemble")
+    state = complete(method, neurons, labels)
+    ready = method.prepare(state, LAYOUT)
+    x, y = neurons.double().numpy()[:, 2:], labels.numpy()
+    means = np.stack([x[y == k].mean(0) for k in range(CLASSES)])
+    covariance = np.cov((x - means[y]).T, bias=True)
+    inverse = np.linalg.inv(0.95 * covariance + 0.05 * np.diag(covariance.diagonal()))
+    shift = (x[:30] + 0.5 - means[y[:30]]).mean(0)
+    along = (x - means[y]) @ inverse @ shift / np.sqrt(shift @ inverse @ shift)
+    found = method.evidence(ready, LAYOUT, neurons, labels)
+    np.testing.assert_allclose(found[:, 5].numpy(), along, rtol=1e-3, atol=1e-3)
+    for name, columns in {"src": slice(0, 2), "gauss": slice(2, 4)}.items():
+        alone = make_method(name)
+        part = alone.prepare(complete(alone, neurons, labels), LAYOUT)
+        assert torch.equal(found[:, columns], alone.evidence(part, LAYOUT, neurons, labels))
+
+
+@settings(max_examples=60, deadline=None)
+@given(trusted=samples(), tested=samples(), share=st.sampled_from([0.1, 0.34, 0.5, 1.0]))
+def test_rank_costs_follow_the_formula(
+    trusted: tuple[np.ndarray, np.ndarray], tested: tuple[np.ndarray, np.ndarray], share: float
+) -> None:
+    def top(row: np.ndarray) -> list[int]:  # of equal values the first ranks higher
+        order = sorted(range(len(row)), key=lambda j: (-row[j], j))
+        return order[: math.ceil(share * len(row))]
+
+    method = make_method(f"nrc?share={share}")
+    ready = method.prepare(folded(method.spec(), *trusted, [np.arange(len(trusted[1]))]), LAYOUT)
+    x, classes = tested
+    costs = method.costs(ready, LAYOUT, torch.from_numpy(x), torch.from_numpy(classes))
+    for columns in ([0], [2, 3, 4]):
+        size = 2 if columns == [0] else 3
+        for i, k in enumerate(classes):
+            mine = trusted[0][trusted[1] == k][:, columns]
+            tops = [top(row) for row in mine]
+            m = math.ceil(share * len(columns))
+            total, weights = 0.0, 0.0
+            for rank, j in enumerate(top(x[i, columns])):
+                often = sum(j in t for t in tops) / max(1, len(tops))
+                total += (1 - rank / m) * (1 - often)
+                weights += 1 - rank / m
+            found = costs[i, columns].sum() / size
+            assert float(found) == pytest.approx(total / weights, abs=1e-5)
+    assert bool((costs[:, 1] == 0).all())  # a maximum
 
 
 @pytest.mark.parametrize(
     "spec",
-    ["mcr", "src?sections=3", "mrc?sections=0", "mrc?cost=low", "mrc?sections", "", "mrc?a=b"],
+    [
+        "mcr",
+        "src?sections=3",
+        "mrc?sections=0",
+        "mrc?cost=low",
+        "mrc?sections",
+        "",
+        "mrc?a=b",
+        "gauss?shrinkage=2",
+        "nrc?share=0",
+        "nac?classes=some",
+        "nac?bins=1",
+    ],
 )
 def test_a_bad_method_is_named(spec: str) -> None:
     with pytest.raises(CovcliError):

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import math
 import pickle
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -205,9 +206,12 @@ def test_a_signature_comes_back_whole(signed: SignatureResult, tmp_path: Path) -
         signature.save(tmp_path / "wrong", wrong, calibration, record)
         with pytest.raises(CovcliError, match="does not hold together"):
             signature.load(tmp_path / "wrong")
+    combination = calibration.combination
     for changes in (
-        {"scores": calibration.scores.flip(0)}, {"scale": -calibration.scale},
-        {"center": calibration.center * torch.nan}, {"scores": calibration.scores[:-1]},
+        {"scores": calibration.scores.flip(0)}, {"scores": calibration.scores[:-1]},
+        {"combination": dataclasses.replace(combination, scale=-combination.scale)},
+        {"combination": dataclasses.replace(combination, center=combination.center * torch.nan)},
+        {"combination": dataclasses.replace(combination, floor=math.inf)},
     ):  # fmt: skip
         other = dataclasses.replace(calibration, **changes)
         signature.save(tmp_path / "wrong", made, other, record)
