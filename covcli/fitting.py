@@ -192,10 +192,12 @@ def fit_calibration(
     model: Classifier, made: Signature, images: ImageSet, progress: Progress
 ) -> Calibration:
     """Score calibration images against their predicted classes, and calibrate on them."""
-    costs, softmax = [], []
+    costs, softmax, predicted = [], [], []
     for batch in sweep(
         model, images, made.points, made.granularity, progress, "reading calibration images"
     ):
-        costs.append(made.point_costs(batch.neurons, batch.logits.argmax(1)).cpu())
+        best = batch.logits.argmax(1)
+        predicted.append(best.cpu())
+        costs.append(made.point_costs(batch.neurons, best).cpu())
         softmax.append(softmax_score(batch.logits.cpu()))
-    return calibrate(torch.cat(costs), made.sizes, torch.cat(softmax))
+    return calibrate(torch.cat(costs), made.sizes, torch.cat(softmax), torch.cat(predicted))

@@ -11,10 +11,12 @@ from covcli import store
 from covcli.activations import GRANULARITIES, Granularity, Point
 from covcli.calibration import Calibration
 from covcli.errors import CovcliError
+from covcli.guarantees import MODES, Guarantee
 from covcli.methods import Method, State, make_method
 from covcli.models import Classifier, ModelSpec
 
 CALIBRATION = ("neurons", "center", "scale", "scores", "softmax")
+CALIBRATION_TENSORS = (*CALIBRATION, "predicted")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def save(
 ) -> None:
     """Write a signature with its calibration, and a record of how it was made."""
     tensors = {f"state.{name}": tensor for name, tensor in signature.state.tensors.items()}
-    tensors |= {f"calibration.{name}": getattr(calibration, name) for name in CALIBRATION}
+    tensors |= {f"calibration.{name}": getattr(calibration, name) for name in CALIBRATION_TENSORS}
     metadata = {
         "method": signature.method.spec(),
         "granularity": signature.granularity,
@@ -103,6 +105,7 @@ def save(
         "fingerprint": signature.fingerprint,
         "classes": list(signature.classes),
         "calibration_floor": calibration.floor,
+        "guarantee": vars(calibration.guarantee),
         "record": record,
     }
     store.save_signature(path, tensors, metadata)
@@ -126,8 +129,12 @@ def load(path: Path) -> tuple[Signature, Calibration, dict[str, Any]]:
             {name: tensors[f"state.{name}"] for name in metadata["reductions"]},
             metadata["reductions"],
         )
-        parts = {name: tensors[f"calibration.{name}"] for name in CALIBRATION}
-        calibration = Calibration(floor=float(metadata["calibration_floor"]), **parts)
+        parts = {name: tensors[f"calibration.{name}"] for name in CALIBRATION_TENSORS}
+        calibration = Calibration(
+            floor=float(metadata["calibration_floor"]),
+            guarantee=_read_guarantee(metadata["guarantee"]),
+            **parts,
+        )
         signature = Signature(
             method, granularity, points, state, model,
             str(metadata["fingerprint"]), tuple(str(name) for name in metadata["classes"]),
@@ -138,6 +145,14 @@ def load(path: Path) -> tuple[Signature, Calibration, dict[str, Any]]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CovcliError(f"does not hold together ({error!r})", where=path) from None
     return signature, calibration, record
+
+
+def _read_guarantee(entry: dict[str, Any]) -> Guarantee:
+    """Raise a KeyError, TypeError or ValueError unless the entry is one that `save` writes."""
+    alpha, mode = entry["alpha"], entry["mode"]
+    if not isinstance(alpha, float) or not 0 < alpha < 1 or mode not in MODES or len(entry) != 2:
+        raise ValueError("a malformed guarantee")
+    return Guarantee(alpha, mode)
 
 
 def _check_record(record: dict[str, Any]) -> None:
@@ -169,7 +184,12 @@ def _check(signature: Signature, calibration: Calibration) -> None:
     scores = calibration.scores
     if scores.ndim != 1 or len(scores) < 1 or scores.shape != calibration.softmax.shape:
         raise ValueError("calibration scores of other shapes")
-    if bool((scores.diff() < 0).any() | (calibration.softmax.diff() < 0).any()):
+    predicted = calibration.predicted
+    if predicted.dtype != torch.int64 or predicted.shape != scores.shape:
+        raise ValueError("calibration classes of another shape or type than the scores")
+    if bool(((predicted < 0) | (predicted >= signature.model.classes)).any()):
+        raise ValueError("calibration classes that the network does not have")
+    if bool((scores.diff() < 0).any()):
         raise ValueError("calibration scores out of order")
     numbers = [getattr(calibration, name) for name in CALIBRATION]
     if not all(t.dtype == torch.float64 and bool(t.isfinite().all()) for t in numbers):
