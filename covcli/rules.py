@@ -59,13 +59,13 @@ class Rule:
 
 
 def make_rule(scores: Tensor, predicted: Tensor, classes: int, guarantee: Guarantee) -> Rule:
-    """Take the thresholds from calibration scores, of which there must be enough.
+    """Take the thresholds from calibration scores.
 
     Parameters
     ----------
     scores
-        float64 of shape (n,), n at least the guarantee's minimum; in certified mode, so many of
-        each predicted class.
+        float64 of shape (n,). Fewer than the guarantee's minimum, in certified mode of a
+        predicted class, give a threshold of infinity.
     predicted
         The same images' predicted classes, int64 of shape (n,).
     classes
@@ -84,5 +84,5 @@ def make_rule(scores: Tensor, predicted: Tensor, classes: int, guarantee: Guaran
 
 
 def _largest(scores: Tensor, rank: int) -> float:
-    """Return the score of that rank, 1 being the largest."""
-    return float(scores.sort(descending=True).values[rank - 1])
+    """Return the score of that rank, 1 being the largest; of rank 0, what no score exceeds."""
+    return float(scores.sort(descending=True).values[rank - 1]) if rank else math.inf
