@@ -200,7 +200,7 @@ def scores(data: ReportData) -> Section:
         axes.hist(values, edges, density=True, histtype="step", color=colour, label=_label(name),
                   linewidth=1.5)  # fmt: skip
     threshold = data.evaluation["signature"]["threshold"]
-    axes.axvline(threshold, color="black", linestyle=":", label="threshold")
+    axes.axvline(threshold, color="black", linestyle=":", label="overall threshold")
     axes.set_xlabel("score (larger: less trusted)")
     axes.set_ylabel("density")
     axes.legend(fontsize=8)
