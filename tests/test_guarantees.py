@@ -139,12 +139,13 @@ def test_certified_rates_exceed_alpha_in_five_of_a_hundred_calibrations_at_most(
         scores, predicted = draw(generator, grain)
         rule = make_rule(scores, predicted, 3, Guarantee(alpha, "certified"))
         exceeded += rates(rule.thresholds.numpy(), grain) > alpha
-        alone += rates(np.full(3, rule.overall), grain)[-1] > alpha
+        few = make_rule(scores[:100], predicted[:100], 3, Guarantee(alpha, "certified"))
+        alone += rates(np.full(3, few.overall), grain)[-1] > alpha
     assert (exceeded <= binom.ppf(0.999, DRAWS, 0.05)).all(), exceeded
-    # The overall threshold by itself has exactly the Beta law where no two scores are equal:
+    # The overall threshold of a hundred scores has exactly the Beta law where no two are equal:
     # a rank one higher or lower would show.
-    k = rank_certified(N, alpha)
-    chance = beta(k, N + 1 - k).sf(alpha)
+    k = brute_certified(100, Fraction(str(alpha)))
+    chance = beta(k, 101 - k).sf(alpha)
     assert alone <= binom.ppf(0.9995, DRAWS, chance)
     if not grain:
         assert alone >= binom.ppf(0.0005, DRAWS, chance)
