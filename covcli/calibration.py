@@ -8,14 +8,14 @@ scores, so that a new image and those are scored by a rule that has seen none of
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
-from scipy.stats import betabinom
 from torch import Tensor
 
 from covcli.combination import Combination, fit_combination
 from covcli.errors import CovcliError
+from covcli.guarantees import DEFAULT_GUARANTEE, Guarantee
+from covcli.rules import Rule, make_rule
 
 FIT_EVERY = 4
 MINIMUM_IMAGES = 8
@@ -32,13 +32,19 @@ class Calibration:
     scores
         Scores of the other calibration images, ascending, float64 of shape (n,).
     softmax
-        The same images' softmax scores (one minus the highest probability), ascending: the
-        baseline gets a threshold by the same rule.
+        The same images' softmax scores (one minus the highest probability), in the order of
+        `scores`: the baseline gets thresholds by the same rule.
+    predicted
+        The same images' predicted classes, in the order of `scores`, int64 of shape (n,).
+    guarantee
+        What is kept unless an evaluation or a monitor is told otherwise.
     """
 
     combination: Combination
     scores: Tensor
     softmax: Tensor
+    predicted: Tensor
+    guarantee: Guarantee = DEFAULT_GUARANTEE
 
     def score(self, evidence: Tensor) -> Tensor:
         """Return the score of evidence (B, P), float64 of shape (B,); larger is less trusted."""
@@ -49,61 +55,52 @@ class Calibration:
 
         For inputs exchangeable with the calibration images, P(p ≤ α) ≤ α whatever the
         distribution (Vovk et al., 2005; Bates et al., "Testing for outliers with conformal
-        p-values", 2023, section 2).
+        p-values", 2023, section 2). A marginal verdict is p ≤ α; a certified one, by the
+        thresholds of `rule`, flags fewer, and p keeps its marginal meaning.
         """
         n = len(self.scores)
         below = torch.searchsorted(self.scores, scores.to(self.scores).contiguous(), side="left")
         return (1 + n - below).double() / (n + 1)
 
-    def rank(self, alpha: float) -> int:
-        """Return floor(α(n + 1)), how many of n + 1 exchangeable scores may raise the alarm.
+    def rule(self, guarantee: Guarantee, classes: tuple[str, ...]) -> Rule:
+        """Return the thresholds that keep a guarantee.
+
+        Parameters
+        ----------
+        guarantee
+            What to keep.
+        classes
+            Class names.
 
         Raises
         ------
         CovcliError
-            If α is not between 0 and 1, or n is too small for it.
+            If there are too few calibration scores, of one predicted class where the guarantee
+            is certified; it says how many images are needed.
         """
-        if not 0 < alpha < 1:
-            raise CovcliError("must lie between 0 and 1", where=f"alpha {alpha}")
-        exact = Fraction(repr(alpha))  # 0.29 means 29/100, not the double below it
-        rank = math.floor(exact * (len(self.scores) + 1))
-        if rank < 1:
-            raise CovcliError(
-                f"{len(self.scores)} calibration scores are too few for alpha {alpha}",
-                fix=f"at least {math.ceil(1 / exact) - 1} are needed (of four images three count)",
+        self._refuse_too_few(guarantee, classes)
+        return make_rule(self.scores, self.predicted, len(classes), guarantee)
+
+    def softmax_rule(self, guarantee: Guarantee, classes: tuple[str, ...]) -> Rule:
+        """Return the baseline's thresholds, the same way as `rule`."""
+        self._refuse_too_few(guarantee, classes)
+        return make_rule(self.softmax, self.predicted, len(classes), guarantee)
+
+    def _refuse_too_few(self, guarantee: Guarantee, classes: tuple[str, ...]) -> None:
+        least = guarantee.minimum()
+        if len(self.scores) < least:
+            raise too_few(f"{len(self.scores)} calibration scores", guarantee, images_for(least))
+        if guarantee.mode == "marginal":
+            return
+        counts = torch.bincount(self.predicted, minlength=len(classes))
+        fewest, short = int(counts.argmin()), int((counts < least).sum())
+        if short:
+            raise too_few(
+                f"{counts[fewest]} calibration scores of images predicted as {classes[fewest]!r} "
+                f"(short: {short} of {len(classes)} classes)",
+                guarantee,
+                images_for(least),
             )
-        return rank
-
-    def threshold(self, alpha: float) -> float:
-        """Return τ: a score above it has a p-value of at most α, and only such a score."""
-        return float(self.scores[len(self.scores) - self.rank(alpha)])
-
-    def softmax_threshold(self, alpha: float) -> float:
-        """Return the baseline's threshold, by the same rule as `threshold`."""
-        return float(self.softmax[len(self.softmax) - self.rank(alpha)])
-
-    def confidence(self, scores: Tensor, alpha: float) -> Tensor:
-        """Return 2^(−s/τ), 1 for s ≤ 0: below one half exactly where the verdict is "untrusted".
-
-        The paper's confidence exp(−s·ln 2/τ) with the calibrated threshold τ (arXiv 2101.12100,
-        section IV).
-        """
-        tau = self.threshold(alpha)
-        scores = scores.double()
-        shape = torch.exp2(-scores.clamp_min(0) / tau) if tau > 0 else (scores <= tau).double()
-        half = math.nextafter(0.5, 0.0)
-        return torch.where(scores > tau, shape.clamp_max(half), shape.clamp_min(0.5))
-
-    def promise(self, alpha: float, images: int) -> tuple[float, float]:
-        """Return where the share of alarms among so many trusted images lies with 95% probability.
-
-        The count is beta-binomial with parameters k = floor(α(n+1)) and n + 1 − k, over the draw
-        of both the calibration and the new images (Vovk, "Conditional validity of inductive
-        conformal predictors", 2012), if no two scores are equal.
-        """
-        k = self.rank(alpha)
-        law = betabinom(images, k, len(self.scores) + 1 - k)
-        return float(law.ppf(0.025)) / images, float(law.ppf(0.975)) / images
 
 
 def softmax_score(logits: Tensor) -> Tensor:
@@ -118,8 +115,35 @@ def softmax_score(logits: Tensor) -> Tensor:
     return torch.exp(torch.logsumexp(others, 1) - torch.logsumexp(exact, 1))
 
 
+def images_for(scores: int) -> int:
+    """Return how many calibration images give so many scores: one in four fits the combination."""
+    return math.ceil(scores * FIT_EVERY / (FIT_EVERY - 1))
+
+
+def too_few(found: str, guarantee: Guarantee, images: int) -> CovcliError:
+    """Word the refusal of a guarantee that needs more calibration images."""
+    least = guarantee.minimum()
+    each = " of each predicted class" if guarantee.mode == "certified" else ""
+    return CovcliError(
+        f"{found} are too few for {guarantee.mode} alpha {guarantee.alpha:g}",
+        fix=f"at least {images} calibration images{each} are needed, for {least} scores: three "
+        "of four images give one",
+    )
+
+
+def check_images(images: int, guarantee: Guarantee, classes: int) -> None:
+    """Raise a CovcliError if so few calibration images cannot keep a guarantee, however they score.
+
+    Whether each class is predicted often enough is known only after the network has run:
+    `Calibration.rule`.
+    """
+    groups = classes if guarantee.mode == "certified" else 1
+    if images < images_for(groups * guarantee.minimum()):
+        raise too_few(f"{images} calibration images", guarantee, images_for(guarantee.minimum()))
+
+
 def calibrate(
-    evidence: Tensor, softmax_scores: Tensor, outliers: Sequence[Tensor] = ()
+    evidence: Tensor, softmax_scores: Tensor, predicted: Tensor, outliers: Sequence[Tensor] = ()
 ) -> Calibration:
     """Fit the combination on every fourth image, and rank the scores of the others.
 
@@ -129,6 +153,8 @@ def calibrate(
         Of calibration images, float64 of shape (n, P).
     softmax_scores
         The same images' softmax scores, float64 of shape (n,).
+    predicted
+        The same images' predicted classes, int64 of shape (n,).
     outliers
         For each expert the evidence of surrogate outliers, float64 of shapes (m, P); made from
         the images that the combination is fitted on, so that the others stay exchangeable with
@@ -147,4 +173,6 @@ def calibrate(
     fitting = torch.arange(len(evidence)) % FIT_EVERY == 0
     combination = fit_combination(evidence[fitting], outliers)
     scores = combination.score(evidence[~fitting])
-    return Calibration(combination, scores.sort().values, softmax_scores[~fitting].sort().values)
+    order = scores.argsort(stable=True)
+    softmax, classes = softmax_scores[~fitting][order], predicted[~fitting][order]
+    return Calibration(combination, scores[order], softmax, classes)

@@ -45,6 +45,7 @@ Plugin = Annotated[
 ]
 Granularity: TypeAlias = Literal["channel", "unit"]
 Augment: TypeAlias = Literal["auto", "none", "crop", "crop-flip"]
+GuaranteeMode: TypeAlias = Literal["marginal", "certified"]
 Amp: TypeAlias = Literal["off", "bf16", "auto"]
 
 
@@ -173,6 +174,14 @@ def build_signature(
     confidence_threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Default: as trained, or 0.9.")
     ] = None,
+    alpha: Annotated[float, typer.Option(help="False-alarm rate to stay below.")] = 0.05,
+    guarantee: Annotated[
+        GuaranteeMode,
+        typer.Option(
+            help="marginal: in the mean over calibrations; certified: of this one, with 95% "
+            "confidence, by predicted class too."
+        ),
+    ] = "marginal",
     model: Annotated[str | None, typer.Option(help="For a bare state dict: its model.")] = None,
     mean: Annotated[
         str | None, typer.Option(help="For a bare state dict: pixel means, as 0.49,0.48,0.45.")
@@ -201,9 +210,9 @@ def build_signature(
     _prepare(seed, threads, plugin)
     config = signing.SignatureConfig(
         checkpoint=checkpoint, method=method, granularity=granularity, trusted=trusted,
-        calibration=calibration, confidence_threshold=confidence_threshold, model=model,
-        statistics=read_statistics(mean, std), runs=runs, data_dir=data_dir, output=output,
-        force=force, device=device, seed=seed,
+        calibration=calibration, confidence_threshold=confidence_threshold, alpha=alpha,
+        guarantee=guarantee, model=model, statistics=read_statistics(mean, std), runs=runs,
+        data_dir=data_dir, output=output, force=force, device=device, seed=seed,
     )  # fmt: skip
     with render.reporter(quiet) as progress:
         result = signing.build_signature(config, progress)
@@ -235,7 +244,14 @@ def evaluate(
     trusted: Annotated[
         str | None, typer.Option(help="Trusted test images; default: the trained set's test split.")
     ] = None,
-    alpha: Annotated[float, typer.Option(help="False-alarm rate to stay below.")] = 0.05,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="False-alarm rate to stay below; default: the signature's."),
+    ] = None,
+    guarantee: Annotated[
+        GuaranteeMode | None,
+        typer.Option(help="marginal or certified; default: the signature's."),
+    ] = None,
     fail_under: Annotated[
         list[str] | None,
         typer.Option(help="auroc=0.95, or mnist:auroc=0.95 for one set: else exit 1; may repeat."),
@@ -273,8 +289,8 @@ def evaluate(
         wanted += gates.read_baseline(baseline_results, tolerance, tuple(untrusted))
     config = evaluation.EvaluationConfig(
         untrusted=tuple(untrusted), checkpoint=checkpoint, signature=signature, method=method,
-        trusted=trusted, alpha=alpha, model=model, runs=runs, data_dir=data_dir, output=output,
-        force=force, device=device, seed=seed,
+        trusted=trusted, alpha=alpha, guarantee=guarantee, model=model, runs=runs,
+        data_dir=data_dir, output=output, force=force, device=device, seed=seed,
     )  # fmt: skip
     with render.reporter(quiet) as progress:
         result = evaluation.evaluate(config, progress)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import covcli
-from covcli import attacks, data, metrics, runs, runtime, signature, store
+from covcli import alarms, attacks, data, metrics, runs, runtime, signature, store
 from covcli import checkpoint as checkpoints
 from covcli.calibration import Calibration
 from covcli.errors import CovcliError
@@ -21,11 +21,11 @@ from covcli.progress import Progress
 from covcli.results import (
     EvaluationConfig,
     EvaluationResult,
-    FalseAlarms,
     PointCoverage,
     TrustedSet,
     UntrustedSet,
 )
+from covcli.rules import Rule
 from covcli.signature import Signature
 from covcli.specs import parse
 
@@ -44,6 +44,7 @@ class _Job:
     model: Classifier
     made: Signature
     calibration: Calibration
+    rules: dict[str, Rule]
     record: dict[str, Any]
     trusted: ImageSet
     warnings: list[str]
@@ -87,7 +88,11 @@ def _load(config: EvaluationConfig) -> _Job:
     for path in files.values():
         store.refuse_existing(path, config.force)
     made, calibration, record = signature.load(signature_path)
-    calibration.rank(config.alpha)
+    guarantee = calibration.guarantee.changed(config.alpha, config.guarantee)
+    rules = {
+        "coverage": calibration.rule(guarantee, made.classes),
+        "softmax": calibration.softmax_rule(guarantee, made.classes),
+    }
     source = checkpoints.load(checkpoint_path, made.model)
     made.check_model(source.model, signature_path)
     if config.model not in (None, made.model.name):
@@ -97,14 +102,15 @@ def _load(config: EvaluationConfig) -> _Job:
     trusted, warnings = _trusted(config, record, made.model.classes)
     return _Job(
         config, files, checkpoint_path, signature_path, source.model.on(device), made.to(device),
-        calibration, record, trusted, warnings,
+        calibration, rules, record, trusted, warnings,
     )  # fmt: skip
 
 
 def _key(job: _Job) -> str:
     """Return a digest of what every figure depends on beside the images."""
+    guarantee = job.rules["coverage"].guarantee
     versions = [torch.__version__, covcli.__version__, str(job.model.mean.device)]
-    return store.digest([store.digest_file(job.signature), job.config.alpha, versions])
+    return store.digest([store.digest_file(job.signature), vars(guarantee), versions])
 
 
 def _measure_all(
@@ -120,7 +126,7 @@ def _measure_all(
             continue
         images[name] = opener.open(progress)
         measured[name] = measure(
-            job.model, job.made, job.calibration, images[name], job.config.alpha, progress
+            job.model, job.made, job.calibration, images[name], job.rules["coverage"], progress
         )
         parts.keep(opener.identity, measured[name], opener.pixels(images[name]))
     return images, measured
@@ -129,7 +135,7 @@ def _measure_all(
 def _result(
     job: _Job, images: dict[str, ImageSet], measured: dict[str, Measured]
 ) -> EvaluationResult:
-    config, made, calibration, record = job.config, job.made, job.calibration, job.record
+    config, made, rule, record = job.config, job.made, job.rules["coverage"], job.record
     trusted = measured["trusted"]
     return EvaluationResult(
         schema=store.SCHEMA,
@@ -144,13 +150,13 @@ def _result(
             "signature_fingerprint": store.digest_file(job.signature),
             "trusted": record["trusted"],
             "calibration": record["calibration"],
-            "calibration_scores": len(calibration.scores),
-            "threshold": calibration.threshold(config.alpha),
+            "calibration_scores": len(job.calibration.scores),
+            "threshold": rule.overall,
         },
-        trusted=_trusted_figures(config, job.trusted, trusted, calibration),
+        guarantee=alarms.guaranteed(rule.guarantee),
+        trusted=_trusted_figures(job, trusted),
         untrusted=[
-            _untrusted_figures(config, images[t], trusted, measured[t], calibration)
-            for t in config.untrusted
+            _untrusted_figures(job, images[t], trusted, measured[t]) for t in config.untrusted
         ],
         points=[
             PointCoverage(p.name, p.neurons, {t: m.coverage[i] for t, m in measured.items()})
@@ -274,33 +280,27 @@ def _opener(text: str, job: _Job) -> _Opener:
     )
 
 
-def _trusted_figures(
-    config: EvaluationConfig, images: ImageSet, measured: Measured, calibration: Calibration
-) -> TrustedSet:
-    alarms = metrics.share(measured.untrusted, config.seed)
-    low, high = calibration.promise(config.alpha, len(images))
+def _trusted_figures(job: _Job, measured: Measured) -> TrustedSet:
+    images, rule = job.trusted, job.rules["coverage"]
+    flagged = torch.from_numpy(measured.untrusted)
     return TrustedSet(
         name=images.name,
         images=len(images),
         fingerprint=images.fingerprint,
         accuracy=float(measured.correct.mean()),
-        false_alarm_rate=FalseAlarms(
-            config.alpha, **asdict(alarms), promised_low=low, promised_high=high
-        ),
+        false_alarm_rate=alarms.overall(rule, flagged, job.config.seed),
+        false_alarms_by_class=alarms.by_class(rule, flagged, measured.predicted, job.made.classes),
         mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
     )
 
 
 def _untrusted_figures(
-    config: EvaluationConfig,
-    images: ImageSet,
-    trusted: Measured,
-    measured: Measured,
-    calibration: Calibration,
+    job: _Job, images: ImageSet, trusted: Measured, measured: Measured
 ) -> UntrustedSet:
-    thresholds = {
-        "coverage": calibration.threshold(config.alpha),
-        "softmax": calibration.softmax_threshold(config.alpha),
+    seed = job.config.seed
+    flagged = {
+        name: job.rules[name].untrusted(torch.from_numpy(scores), measured.predicted).numpy()
+        for name, scores in measured.scores.items()
     }
     attacked = attacks.is_attack(parse(images.name))
     return UntrustedSet(
@@ -308,9 +308,9 @@ def _untrusted_figures(
         images=len(images),
         fingerprint=images.fingerprint,
         scores={
-            name: metrics.detection(trusted.scores[name], scores, thresholds[name], config.seed)
+            name: metrics.detection(trusted.scores[name], scores, flagged[name], seed)
             for name, scores in measured.scores.items()
         },
         mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
-        success_rate=metrics.share(~measured.correct, config.seed) if attacked else None,
+        success_rate=metrics.share(~measured.correct, seed) if attacked else None,
     )

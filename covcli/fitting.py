@@ -207,16 +207,17 @@ def fit_calibration(
 ) -> Calibration:
     """Score calibration images against their predicted classes, and calibrate on them."""
     fitting = torch.arange(0, len(images), FIT_EVERY)[:SURROGATE_IMAGES]
-    evidence, softmax, elsewhere = [], [], []
+    evidence, softmax, predicted, elsewhere = [], [], [], []
     for batch in sweep(
         model, images, made.points, made.granularity, progress, "reading calibration images"
     ):
-        predicted = batch.logits.argmax(1)
-        evidence.append(made.evidence(batch.neurons, predicted).cpu())
+        best = batch.logits.argmax(1)
+        predicted.append(best.cpu())
+        evidence.append(made.evidence(batch.neurons, best).cpu())
         softmax.append(softmax_score(batch.logits.cpu()))
         if made.method.experts:
-            mine = torch.isin(batch.rows, fitting).to(predicted.device)
-            others = other_class(predicted[mine], len(made.classes))
+            mine = torch.isin(batch.rows, fitting).to(best.device)
+            others = other_class(best[mine], len(made.classes))
             elsewhere.append(made.evidence(batch.neurons[mine], others).cpu())
     outliers = []
     if made.method.experts:
@@ -225,7 +226,7 @@ def fit_calibration(
             copies = distorted(images.select(fitting), kind)
             surrogates[kind] = _evidence(model, made, copies, progress)
         outliers = [torch.cat([surrogates[kind] for kind in kinds]) for kinds in EXPERTS.values()]
-    return calibrate(torch.cat(evidence), torch.cat(softmax), outliers)
+    return calibrate(torch.cat(evidence), torch.cat(softmax), torch.cat(predicted), outliers)
 
 
 def _evidence(model: Classifier, made: Signature, images: ImageSet, progress: Progress) -> Tensor:

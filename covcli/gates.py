@@ -159,8 +159,12 @@ def summary(result: EvaluationResult, checks: list[Check]) -> str:
     lines = [
         f"### covcli: {result.signature['parameters']}",
         "",
-        f"Accuracy {result.trusted.accuracy:.1%}, false-alarm rate {alarms.value:.2%} at α = "
-        f"{alarms.alpha:g} (promised {alarms.promised_low:.2%} to {alarms.promised_high:.2%}).",
+        f"Accuracy {result.trusted.accuracy:.1%}, false-alarm rate {alarms.value:.2%} at "
+        f"{result.guarantee.mode} α = {alarms.alpha:g} (promised {alarms.promised_low:.2%} to "
+        f"{alarms.promised_high:.2%} of so many images).",
+        "",
+        *_highest(result),
+        result.guarantee.statement,
         "",
         "| untrusted | AUROC | FPR95 | detected at α |",
         "| --- | --- | --- | --- |",
@@ -172,6 +176,19 @@ def summary(result: EvaluationResult, checks: list[Check]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *[f"- {_cell(str(c))}" for c in checks]]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _highest(result: EvaluationResult) -> list[str]:
+    """Return a paragraph on the predicted class with the highest false-alarm rate."""
+    found = [c for c in result.trusted.false_alarms_by_class if c.value is not None]
+    worst = max(found, key=lambda c: c.value or 0.0)
+    promised = worst.promised_high
+    bound = "nothing promised" if promised is None else f"promised at most {promised:.2%}"
+    return [
+        f"Highest by predicted class: {_cell(worst.name)}, {worst.alarms} of {worst.images} "
+        f"({worst.value:.2%}; {bound}).",
+        "",
+    ]
 
 
 def _cell(text: str) -> str:

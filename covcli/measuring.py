@@ -18,6 +18,7 @@ from covcli.errors import CovcliError
 from covcli.images import ImageSet
 from covcli.models import Classifier
 from covcli.progress import Progress
+from covcli.rules import Rule
 from covcli.signature import Signature
 
 SAMPLES = 8
@@ -68,7 +69,7 @@ def measure(
     made: Signature,
     calibration: Calibration,
     images: ImageSet,
-    alpha: float,
+    rule: Rule,
     progress: Progress,
 ) -> Measured:
     """Run a set through the network and the signature."""
@@ -81,16 +82,16 @@ def measure(
         evidence.append(made.evidence(batch.neurons, best).cpu())
         coverage += made.coverage(batch.neurons, best).sum(0).cpu()
         softmax.append(softmax_score(batch.logits.cpu()))
-    scores = calibration.score(torch.cat(evidence))
+    scores, classes = calibration.score(torch.cat(evidence)), torch.cat(predicted)
     doubt = torch.cat(softmax).numpy()
     return Measured(
-        predicted=torch.cat(predicted),
+        predicted=classes,
         label=images.labels,
         scores={"coverage": scores.numpy(), "softmax": doubt},
         p_value=calibration.p_value(scores).numpy(),
-        confidence=calibration.confidence(scores, alpha).numpy(),
+        confidence=rule.confidence(scores, classes).numpy(),
         softmax_confidence=1 - doubt,
-        untrusted=(scores > calibration.threshold(alpha)).numpy(),
+        untrusted=rule.untrusted(scores, classes).numpy(),
         coverage=(coverage / len(images)).tolist(),
     )
 
@@ -144,7 +145,7 @@ class Parts:
     folder
         Where the evaluation writes.
     key
-        What every figure depends on beside the set: network, signature, α and versions.
+        What every figure depends on beside the set: network, signature, guarantee and versions.
     """
 
     def __init__(self, folder: Path, key: str) -> None:

@@ -40,7 +40,7 @@ class Detection:
     fpr95
         Share of trusted inputs flagged at the threshold that catches 95% of the untrusted.
     detection_rate
-        Share of untrusted inputs above the calibrated threshold; None where there is none.
+        Share of untrusted inputs above their calibrated threshold; None where there is none.
     """
 
     auroc: Estimate
@@ -66,7 +66,6 @@ class Curves:
             for scores in (trusted, untrusted)
         ]
         self._distinct = len(values)
-        self.thresholds = values
         self.negatives, self.positives = (
             np.bincount(places, minlength=self._distinct) for places in self._places
         )
@@ -74,9 +73,7 @@ class Curves:
     def resample(self, generator: np.random.Generator) -> "Curves":
         """Draw as many scores again from each sample, with replacement."""
         again = object.__new__(Curves)
-        again._places, again._distinct, again.thresholds = (
-            self._places, self._distinct, self.thresholds
-        )  # fmt: skip
+        again._places, again._distinct = self._places, self._distinct
         drawn = [places[generator.integers(0, len(places), len(places))] for places in self._places]
         again.negatives, again.positives = (
             np.bincount(places, minlength=self._distinct) for places in drawn
@@ -107,10 +104,6 @@ class Curves:
         false, true = self.roc()
         return float(false[np.argmax(true >= 0.95)])
 
-    def rate_above(self, threshold: float) -> float:
-        """Return the share of untrusted scores above a threshold."""
-        return float(self.positives[self.thresholds > threshold].sum() / self.positives.sum())
-
 
 def _average_precision(hits: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> float:
     found = np.cumsum(hits)
@@ -122,7 +115,7 @@ def _average_precision(hits: npt.NDArray[np.int64], others: npt.NDArray[np.int64
 def detection(
     trusted: Floats,
     untrusted: Floats,
-    threshold: float | None,
+    flagged: npt.NDArray[np.bool_] | None,
     seed: int = 0,
     samples: int = BOOTSTRAP_SAMPLES,
 ) -> Detection:
@@ -135,8 +128,8 @@ def detection(
     ----------
     trusted, untrusted
         Scores, shapes (n,) and (m,); larger means less trusted.
-    threshold
-        The calibrated threshold, or None.
+    flagged
+        Which untrusted inputs the calibrated thresholds flag, shape (m,), or None.
     seed
         Of the bootstrap.
     samples
@@ -149,8 +142,6 @@ def detection(
         "aupr_in": Curves.aupr_in,
         "fpr95": Curves.fpr95,
     }
-    if threshold is not None:
-        figures["detection_rate"] = lambda curves: curves.rate_above(threshold)
     generator = np.random.default_rng(seed)
     drawn: dict[str, list[float]] = {name: [] for name in figures}
     for _ in range(samples):
@@ -165,7 +156,7 @@ def detection(
         aupr_out=estimates["aupr_out"],
         aupr_in=estimates["aupr_in"],
         fpr95=estimates["fpr95"],
-        detection_rate=estimates.get("detection_rate"),
+        detection_rate=None if flagged is None else share(flagged, seed, samples),
     )
 
 

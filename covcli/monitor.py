@@ -12,6 +12,7 @@ from covcli import engine, runtime, signature
 from covcli.activations import capture
 from covcli.calibration import Calibration
 from covcli.errors import CovcliError
+from covcli.guarantees import Mode
 from covcli.images import adapt
 from covcli.models import Classifier
 from covcli.signature import Signature
@@ -35,7 +36,7 @@ class Verdicts:
     confidence
         float64 of shape (B,), in [0, 1]; below one half where `untrusted`.
     untrusted
-        The verdict at the monitor's α, bool of shape (B,).
+        The verdict by the monitor's `rule`, bool of shape (B,).
     """
 
     logits: Tensor
@@ -58,22 +59,35 @@ class Monitor:
     calibration
         The signature's calibration.
     alpha
-        The false-alarm rate to stay below on images like the calibration images.
+        The false-alarm rate to stay below on images like the calibration images; None takes
+        what the signature stores.
+    guarantee
+        In which sense: "marginal" or "certified"; None takes what the signature stores.
+
+    Attributes
+    ----------
+    rule
+        The guarantee, and the thresholds that keep it.
 
     Raises
     ------
     CovcliError
-        If the calibration has too few images for `alpha`.
+        If the calibration has too few images for the guarantee.
     """
 
     def __init__(
-        self, model: Classifier, made: Signature, calibration: Calibration, alpha: float = 0.05
+        self,
+        model: Classifier,
+        made: Signature,
+        calibration: Calibration,
+        alpha: float | None = None,
+        guarantee: Mode | None = None,
     ) -> None:
-        calibration.rank(alpha)
+        wanted = calibration.guarantee.changed(alpha, guarantee)
+        self.rule = calibration.rule(wanted, made.classes)
         self.model = model.eval()
         self.signature = made
         self.calibration = calibration
-        self.alpha = alpha
 
     @classmethod
     def load(
@@ -81,7 +95,8 @@ class Monitor:
         checkpoint: str | Path,
         signature_file: str | Path,
         *,
-        alpha: float = 0.05,
+        alpha: float | None = None,
+        guarantee: Mode | None = None,
         device: str = "cpu",
     ) -> Self:
         """Read a checkpoint (or the bare weights a signature was built from) and its signature.
@@ -95,7 +110,7 @@ class Monitor:
         model = checkpoints.load(Path(checkpoint), made.model).model
         made.check_model(model, signature_file)
         place = runtime.choose_device(device)
-        return cls(model.on(place), made.to(place), calibration, alpha)
+        return cls(model.on(place), made.to(place), calibration, alpha, guarantee)
 
     def __call__(self, images: Tensor) -> Verdicts:
         """Classify a batch of images and judge each.
@@ -118,13 +133,14 @@ class Monitor:
             logits, neurons = engine.forward(self.model, recorder, inputs)
         predicted = logits.argmax(1)
         scores = self.calibration.score(made.evidence(neurons, predicted).cpu())
+        classes = predicted.cpu()
         return Verdicts(
             logits=logits,
             predicted=predicted,
             score=scores,
             p_value=self.calibration.p_value(scores),
-            confidence=self.calibration.confidence(scores, self.alpha),
-            untrusted=scores > self.calibration.threshold(self.alpha),
+            confidence=self.rule.confidence(scores, classes),
+            untrusted=self.rule.untrusted(scores, classes),
         )
 
     def _inputs(self, images: Tensor, device: torch.device) -> Tensor:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from covcli.training import TrainResult
 
 LINE_EVERY_SECONDS = 30.0
+CLASSES_SHOWN = 20
 SCORE_COLUMNS = ["AUROC", "AUPR-out", "AUPR-in", "FPR95", "detected at α"]
 
 
@@ -177,7 +178,8 @@ def describe_signature(result: "SignatureResult") -> None:
     _say(
         f"{result.method}: {sum(result.trusted.values())} trusted of {result.images} images "
         f"(accuracy {result.accuracy:.1%}), {result.points} coverage points, {result.neurons} "
-        f"neurons, {result.calibration_images} calibration images, {result.bytes / 1e6:.1f} MB"
+        f"neurons, {result.calibration_images} calibration images, {result.guarantee.mode} "
+        f"α = {result.guarantee.alpha:g}, {result.bytes / 1e6:.1f} MB"
     )
 
 
@@ -216,12 +218,13 @@ def show_evaluation(result: "EvaluationResult") -> None:
     )
     console.print(
         Text(
-            f"False-alarm rate at α = {alarms.alpha:g}: {alarms.value:.2%} "
-            f"[{alarms.low:.2%}, {alarms.high:.2%}]; calibration on "
+            f"False-alarm rate at {result.guarantee.mode} α = {alarms.alpha:g}: "
+            f"{alarms.value:.2%} [{alarms.low:.2%}, {alarms.high:.2%}]; calibration on "
             f"{result.signature['calibration_scores']} scores promises "
-            f"{alarms.promised_low:.2%} to {alarms.promised_high:.2%}"
+            f"{alarms.promised_low:.2%} to {alarms.promised_high:.2%} of so many images"
         )
     )
+    _show_alarms(console, result)
     table = Table(
         "untrusted",
         "images",
@@ -250,9 +253,32 @@ def show_evaluation(result: "EvaluationResult") -> None:
         coverage.add_row(Text(one_line(point.name)), str(point.neurons), *shares)
     console.print(coverage)
     _show_confidence(console, result)
-    console.print(
-        "These rates hold for images exchangeable with the calibration images, and no further."
+    console.print(Text(result.guarantee.statement))
+
+
+def _show_alarms(console: Console, result: "EvaluationResult") -> None:
+    found = result.trusted.false_alarms_by_class
+    highest = sorted(found, key=lambda c: -1.0 if c.value is None else c.value, reverse=True)
+    table = Table(
+        "predicted class",
+        "images",
+        "alarms",
+        "rate, %",
+        "promised, %",
+        "calibration scores",
+        title=f"False alarms by predicted class, highest rates first ({len(found)} classes)",
     )
+    for c in highest[:CLASSES_SHOWN]:
+        rate = "–" if c.value is None else f"{100 * c.value:.1f}"
+        interval = "" if c.low is None or c.high is None else f" [{_span(c.low, c.high)}]"
+        promised = "–" if c.promised_high is None else f"at most {100 * c.promised_high:.1f}"
+        cells = [str(c.images), str(c.alarms), rate + interval, promised, str(c.calibration_scores)]
+        table.add_row(Text(one_line(c.name)), *cells)
+    console.print(table)
+
+
+def _span(low: float, high: float) -> str:
+    return f"{100 * low:.1f}, {100 * high:.1f}"
 
 
 def _show_confidence(console: Console, result: "EvaluationResult") -> None:

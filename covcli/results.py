@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from covcli.guarantees import Mode
 from covcli.metrics import Bin, Detection, Estimate, Kept
 
 
@@ -16,7 +17,8 @@ class EvaluationConfig:
     signature: Path | None = None
     method: str | None = None
     trusted: str | None = None
-    alpha: float = 0.05
+    alpha: float | None = None
+    guarantee: Mode | None = None
     model: str | None = None
     runs: Path = Path("runs")
     data_dir: Path | None = None
@@ -28,7 +30,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class FalseAlarms:
-    """Share of trusted test images flagged at α, and where calibration promises it with 95%."""
+    """Share of trusted test images flagged at α, and where calibration promises it with 95%.
+
+    In certified mode `promised_high` is a one-sided bound on the share among so many images,
+    with 95% probability, and `promised_low` is 0.
+    """
 
     alpha: float
     value: float
@@ -36,6 +42,60 @@ class FalseAlarms:
     high: float
     promised_low: float
     promised_high: float
+
+
+@dataclass(frozen=True)
+class ClassAlarms:
+    """False alarms among the trusted test images predicted as one class.
+
+    Attributes
+    ----------
+    name
+        The class.
+    images, alarms
+        How many were predicted as it, and how many of those were flagged.
+    value, low, high
+        The share flagged with its exact 95% interval; None without images.
+    calibration_scores
+        How many calibration scores are of images predicted as the class.
+    threshold
+        The score above which such an image is flagged.
+    promised_high
+        What the share among so many images stays at or below with 95% probability; None where
+        nothing is promised: in marginal mode, or without images.
+    """
+
+    name: str
+    images: int
+    alarms: int
+    value: float | None
+    low: float | None
+    high: float | None
+    calibration_scores: int
+    threshold: float
+    promised_high: float | None
+
+
+@dataclass(frozen=True)
+class Guaranteed:
+    """What is guaranteed of the false-alarm rate.
+
+    Attributes
+    ----------
+    mode
+        "marginal" or "certified".
+    alpha
+        The rate.
+    confidence
+        Over the draw of the calibration images, 0.95 where the rate is certified; None elsewhere.
+    statement
+        The guarantee in words, with where it ends.
+    """
+
+    mode: str
+    alpha: float
+    confidence: float | None
+    statement: str
 
 
 @dataclass(frozen=True)
@@ -47,6 +107,7 @@ class TrustedSet:
     fingerprint: str
     accuracy: float
     false_alarm_rate: FalseAlarms
+    false_alarms_by_class: list[ClassAlarms]
     mean_confidence: dict[str, float]
 
 
@@ -83,6 +144,8 @@ class EvaluationResult:
         Versions, command line, device, seed, time.
     signature
         Method, files, fingerprints and calibration of what was evaluated.
+    guarantee
+        What is guaranteed of the false-alarm rate, and where that ends.
     trusted, untrusted, points
         The figures.
     confidence_bins, confidence_thresholds
@@ -96,6 +159,7 @@ class EvaluationResult:
     schema: int
     provenance: dict[str, Any]
     signature: dict[str, Any]
+    guarantee: Guaranteed
     trusted: TrustedSet
     untrusted: list[UntrustedSet]
     points: list[PointCoverage]

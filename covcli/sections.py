@@ -102,21 +102,23 @@ def summary(data: ReportData) -> Section:
     """Say what was measured and what that does not show."""
     e, trusted = data.evaluation, data.evaluation["trusted"]
     alarms, signature = trusted["false_alarm_rate"], data.evaluation["signature"]
+    guarantee = e["guarantee"]
     measured = (
         f"The signature {signature['parameters']} of the checkpoint "
         f"{signature['checkpoint_fingerprint'][:12]} scored {trusted['images']} trusted test "
         f"images ({trusted['name']}, accuracy {_percent(trusted['accuracy'])}%) and "
         f"{len(e['untrusted'])} untrusted sets. It was calibrated on "
-        f"{signature['calibration_scores']} scores of held-out trusted images. At α = "
-        f"{alarms['alpha']:g} it flagged {_percent(alarms['value'], 2)}% of the trusted test "
-        f"images (95% interval {_percent(alarms['low'], 2)} to {_percent(alarms['high'], 2)}%); "
-        f"the calibration promises {_percent(alarms['promised_low'], 2)} to "
-        f"{_percent(alarms['promised_high'], 2)}% with 95% probability."
+        f"{signature['calibration_scores']} scores of held-out trusted images. At "
+        f"{guarantee['mode']} α = {alarms['alpha']:g} it flagged "
+        f"{_percent(alarms['value'], 2)}% of the trusted test images (95% interval "
+        f"{_percent(alarms['low'], 2)} to {_percent(alarms['high'], 2)}%); the calibration "
+        f"promises {_percent(alarms['promised_low'], 2)} to "
+        f"{_percent(alarms['promised_high'], 2)}% of so many images with 95% probability. "
+        f"{guarantee['statement']}"
     )
     not_shown = (
-        "What this does not show: the false-alarm rate holds for images exchangeable with the "
-        "calibration images, and ends where they are not, for instance under another camera or "
-        "another mixture of classes. Detection was measured on the sets named here; another kind "
+        "What this does not show: the false-alarm rate of images that are not exchangeable with "
+        "the calibration images. Detection was measured on the sets named here; another kind "
         "of untrusted input may be detected better or worse, and an attacker who knows the "
         "signature can attack it too. The intervals speak of the draw of the test images, not of "
         "another training or another calibration. A trusted verdict does not mean that the answer "
@@ -124,6 +126,23 @@ def summary(data: ReportData) -> Section:
     )
     return Section("What was measured, and what it does not show",
                    [measured, not_shown, *data.evaluation["warnings"]])  # fmt: skip
+
+
+@SECTIONS.add("false alarms")
+def false_alarms(data: ReportData) -> Section:
+    """Tabulate the false alarms by predicted class, beside what is promised of each."""
+    rows = [
+        [c["name"], str(c["images"]), str(c["alarms"]), _interval(c), _percent(c["promised_high"]),
+         str(c["calibration_scores"])]
+        for c in data.evaluation["trusted"]["false_alarms_by_class"]
+    ]  # fmt: skip
+    note = (
+        "Rates in per cent, with exact 95% intervals; promised is what the share among so many "
+        "images stays at or below with 95% probability, for each class by itself. Marginal "
+        "calibration promises nothing of a single class."
+    )
+    head = ["predicted class", "images", "alarms", "rate", "promised at most", "calibration scores"]
+    return Section("False alarms by predicted class", [Table(head, rows), note])
 
 
 @SECTIONS.add("detection")
@@ -181,7 +200,7 @@ def scores(data: ReportData) -> Section:
         axes.hist(values, edges, density=True, histtype="step", color=colour, label=_label(name),
                   linewidth=1.5)  # fmt: skip
     threshold = data.evaluation["signature"]["threshold"]
-    axes.axvline(threshold, color="black", linestyle=":", label="threshold")
+    axes.axvline(threshold, color="black", linestyle=":", label="overall threshold")
     axes.set_xlabel("score (larger: less trusted)")
     axes.set_ylabel("density")
     axes.legend(fontsize=8)

@@ -15,11 +15,12 @@ from covcli.activations import GRANULARITIES, Granularity, Point
 from covcli.calibration import Calibration
 from covcli.combination import Combination
 from covcli.errors import CovcliError
+from covcli.guarantees import MODES, Guarantee
 from covcli.methods import Layout, Method, State, make_method
 from covcli.models import Classifier, ModelSpec
 
 COMBINATION = ("center", "scale", "weights", "level", "spread")
-RANKING = ("scores", "softmax")
+RANKING = ("scores", "softmax", "predicted")
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def save(
         "fingerprint": signature.fingerprint,
         "classes": list(signature.classes),
         "floor": combination.floor,
+        "guarantee": vars(calibration.guarantee),
         "record": record,
     }
     store.save_signature(path, tensors, metadata)
@@ -154,7 +156,8 @@ def load(path: Path) -> tuple[Signature, Calibration, dict[str, Any]]:
         scales = {name: tensors[f"combination.{name}"] for name in COMBINATION}
         combination = Combination(floor=float(metadata["floor"]), **scales)
         ranking = {name: tensors[f"calibration.{name}"] for name in RANKING}
-        calibration = Calibration(combination, **ranking)
+        guarantee = _read_guarantee(metadata["guarantee"])
+        calibration = Calibration(combination, guarantee=guarantee, **ranking)
         signature = Signature(
             method, granularity, points, state, model,
             str(metadata["fingerprint"]), tuple(str(name) for name in metadata["classes"]),
@@ -165,6 +168,14 @@ def load(path: Path) -> tuple[Signature, Calibration, dict[str, Any]]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CovcliError(f"does not hold together ({error!r})", where=path) from None
     return signature, calibration, record
+
+
+def _read_guarantee(entry: dict[str, Any]) -> Guarantee:
+    """Raise a KeyError, TypeError or ValueError unless the entry is one that `save` writes."""
+    alpha, mode = entry["alpha"], entry["mode"]
+    if not isinstance(alpha, float) or not 0 < alpha < 1 or mode not in MODES or len(entry) != 2:
+        raise ValueError("a malformed guarantee")
+    return Guarantee(alpha, mode)
 
 
 def _check_record(record: dict[str, Any]) -> None:
@@ -196,7 +207,12 @@ def _check(signature: Signature, calibration: Calibration) -> None:
     scores = calibration.scores
     if scores.ndim != 1 or len(scores) < 1 or scores.shape != calibration.softmax.shape:
         raise ValueError("calibration scores of other shapes")
-    if bool((scores.diff() < 0).any() | (calibration.softmax.diff() < 0).any()):
+    predicted = calibration.predicted
+    if predicted.dtype != torch.int64 or predicted.shape != scores.shape:
+        raise ValueError("calibration classes of another shape or type than the scores")
+    if bool(((predicted < 0) | (predicted >= signature.model.classes)).any()):
+        raise ValueError("calibration classes that the network does not have")
+    if bool((scores.diff() < 0).any()):
         raise ValueError("calibration scores out of order")
     numbers = [getattr(combination, name) for name in COMBINATION]
     numbers += [calibration.scores, calibration.softmax]

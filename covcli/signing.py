@@ -1,16 +1,18 @@
 """build_signature: fold a method's state over trusted images and calibrate its scores."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from covcli import checkpoint as checkpoints
 from covcli import data, runs, runtime, signature, store
 from covcli.activations import Granularity
+from covcli.calibration import check_images
 from covcli.checkpoint import Checkpoint, DataRecord
 from covcli.errors import CovcliError
 from covcli.fitting import MINIMUM_TRUSTED, fit_calibration, fit_signature
+from covcli.guarantees import Guarantee, Mode
 from covcli.images import ImageSet
 from covcli.methods import Method, make_method
 from covcli.models import Statistics
@@ -30,6 +32,8 @@ class SignatureConfig:
     trusted: str | None = None
     calibration: str | None = None
     confidence_threshold: float | None = None
+    alpha: float = 0.05
+    guarantee: Mode = "marginal"
     model: str | None = None
     statistics: tuple[Statistics, Statistics] | None = None
     runs: Path = Path("runs")
@@ -60,6 +64,8 @@ class SignatureResult:
         Names of classes where confident images were too few, so that all correct ones count.
     calibration_images
         How many images were held out to calibrate; three in four of them rank scores.
+    guarantee
+        The false-alarm rate and the mode that the signature stores.
     points, neurons
         Coverage points, and neurons in all of them.
     bytes
@@ -79,6 +85,7 @@ class SignatureResult:
     trusted: dict[str, int]
     relaxed: list[str]
     calibration_images: int
+    guarantee: Guarantee
     points: int
     neurons: int
     bytes: int
@@ -95,9 +102,10 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
     Raises
     ------
     CovcliError
-        If a file, a name or the data is bad, a class has no correctly classified image, or the
-        output exists already.
+        If a file, a name or the data is bad, a class has no correctly classified image, the
+        calibration images are too few for the guarantee, or the output exists already.
     """
+    guarantee = Guarantee(config.alpha, config.guarantee)
     device = runtime.choose_device(config.device)
     source = checkpoints.load(config.checkpoint, config.model, config.statistics)
     training = source.training
@@ -108,6 +116,7 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
     )
     images, held_out = _images(config, source)
     classes = _class_names(source, images)
+    check_images(len(held_out), guarantee, len(classes))
     path = config.output or _default_path(config, source, method)
     store.refuse_existing(path, config.force)
     model = source.model.on(device)
@@ -126,7 +135,8 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
             "class %s has fewer than %d images of confidence %g: all correct ones are trusted",
             classes[k], MINIMUM_TRUSTED, threshold,
         )  # fmt: skip
-    calibration = fit_calibration(model, made, held_out, progress)
+    calibration = replace(fit_calibration(model, made, held_out, progress), guarantee=guarantee)
+    calibration.rule(guarantee, classes)  # refuses what no evaluation could keep
     provenance = runtime.provenance(device, config.seed)
     built_from, calibrated_on = DataRecord.of(images), DataRecord.of(held_out)
     record = {
@@ -154,6 +164,7 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
         trusted=dict(zip(classes, trusted.counts, strict=True)),
         relaxed=[classes[k] for k in trusted.relaxed],
         calibration_images=len(held_out),
+        guarantee=guarantee,
         points=len(made.points),
         neurons=sum(made.sizes),
         bytes=path.stat().st_size,

@@ -12,15 +12,24 @@ from hypothesis import strategies as st
 from covcli.calibration import Calibration, calibrate, softmax_score
 from covcli.combination import COLUMNS, RIDGE, VOICES, fit_combination, fit_expert
 from covcli.errors import CovcliError
+from covcli.guarantees import Guarantee, alarms_bound, alarms_interval
+from covcli.rules import Rule
 
 SCORES = st.lists(
     st.one_of(st.sampled_from([0.0, 1.0, 2.0]), st.floats(-50, 50)), min_size=1, max_size=60
 )
 
 
-def calibration(scores: list[float]) -> Calibration:
-    ordered = torch.tensor(sorted(scores), dtype=torch.float64)
-    return Calibration(fit_combination(torch.eye(2).double(), []), ordered, ordered)
+def calibration(scores: list[float], predicted: list[int] | None = None) -> Calibration:
+    values = torch.tensor(scores, dtype=torch.float64)
+    classes = torch.tensor(predicted or [0] * len(scores))
+    order = values.argsort()
+    combination = fit_combination(torch.eye(2).double(), [])
+    return Calibration(combination, values[order], values[order], classes[order])
+
+
+def marginal(scores: list[float], alpha: float) -> Rule:
+    return calibration(scores).rule(Guarantee(alpha), ("only",))
 
 
 @settings(deadline=None)
@@ -37,15 +46,16 @@ def test_p_values_follow_the_definition(scores: list[float], new: list[float]) -
 def test_threshold_p_value_and_confidence_agree(
     scores: list[float], new: list[float], alpha: float
 ) -> None:
-    made = calibration(scores)
     if math.floor(round(alpha * 100) * (len(scores) + 1) / 100) < 1:
         with pytest.raises(CovcliError, match="too few"):
-            made.threshold(alpha)
+            marginal(scores, alpha)
         return
+    made = marginal(scores, alpha)
     tested = torch.tensor(new + scores, dtype=torch.float64)
-    flagged = tested > made.threshold(alpha)
-    assert torch.equal(flagged, made.p_value(tested) <= alpha + 1e-12)
-    confidence = made.confidence(tested, alpha)
+    only = torch.zeros(len(tested), dtype=torch.int64)
+    flagged = made.untrusted(tested, only)
+    assert torch.equal(flagged, calibration(scores).p_value(tested) <= alpha + 1e-12)
+    confidence = made.confidence(tested, only)
     assert torch.equal(flagged, confidence < 0.5)
     assert bool(((confidence >= 0) & (confidence <= 1)).all())
     order = tested.argsort()
@@ -57,7 +67,7 @@ def test_exactly_floor_alpha_of_exchangeable_scores_are_flagged(n: int, alpha: f
     """Of n + 1 distinct scores, each in turn the new one, floor(α(n + 1)) raise the alarm."""
     values = np.random.default_rng(n).permutation(n + 1).astype(float)
     flagged = sum(
-        values[i] > calibration(list(np.delete(values, i))).threshold(alpha) for i in range(n + 1)
+        values[i] > marginal(list(np.delete(values, i)), alpha).overall for i in range(n + 1)
     )
     assert flagged == round(alpha * 100) * (n + 1) // 100
 
@@ -65,22 +75,23 @@ def test_exactly_floor_alpha_of_exchangeable_scores_are_flagged(n: int, alpha: f
 def test_the_promise_is_the_exact_law_of_the_alarms() -> None:
     """All orders of n + m distinct scores are equally likely: count alarms in each."""
     n, m, alpha = 4, 3, 0.4
-    rank = calibration([0.0] * n).rank(alpha)
+    rank = Guarantee(alpha).rank(n)
     counts = np.zeros(m + 1)
     for calibrating in itertools.combinations(range(n + m), n):
-        threshold = calibration([float(v) for v in calibrating]).threshold(alpha)
+        threshold = marginal([float(v) for v in calibrating], alpha).overall
         new = set(range(n + m)) - set(calibrating)
         counts[sum(v > threshold for v in new)] += 1
     law = counts.cumsum() / counts.sum()
     expected = (np.argmax(law >= 0.025) / m, np.argmax(law >= 0.975) / m)
     assert rank == 2
-    assert calibration([0.0] * n).promise(alpha, m) == pytest.approx(expected)
+    assert alarms_interval(rank, n, m) == pytest.approx(expected)
+    assert alarms_bound(rank, n, m) == pytest.approx(np.argmax(law >= 0.95) / m)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, -0.1, 2.0, float("nan")])
 def test_alpha_out_of_range_is_refused(alpha: float) -> None:
     with pytest.raises(CovcliError, match="between 0 and 1"):
-        calibration([1.0] * 100).rank(alpha)
+        Guarantee(alpha)
 
 
 def naive_score(evidence: np.ndarray, fitted: np.ndarray) -> np.ndarray:
@@ -96,12 +107,15 @@ def test_scores_follow_the_formula_and_the_fit_sees_one_image_in_four() -> None:
     generator = np.random.default_rng(0)
     costs = generator.random((41, 3)) * [1, 0.1, 0]  # the last column never says anything
     softmax = torch.from_numpy(generator.random(41))
-    made = calibrate(torch.from_numpy(costs), softmax)
+    predicted = torch.from_numpy(generator.integers(0, 5, 41))
+    made = calibrate(torch.from_numpy(costs), softmax, predicted)
     fitting = np.arange(41) % 4 == 0
     expected = naive_score(costs, costs[fitting])
     np.testing.assert_allclose(made.score(torch.from_numpy(costs)).numpy(), expected, rtol=1e-9)
     np.testing.assert_allclose(made.scores.numpy(), np.sort(expected[~fitting]), rtol=1e-9)
-    np.testing.assert_array_equal(made.softmax.numpy(), np.sort(softmax.numpy()[~fitting]))
+    order = np.argsort(expected[~fitting], kind="stable")
+    np.testing.assert_array_equal(made.softmax.numpy(), softmax.numpy()[~fitting][order])
+    np.testing.assert_array_equal(made.predicted.numpy(), predicted.numpy()[~fitting][order])
     noisy = costs + np.array([0, 0, 1.0])
     assert bool((made.score(torch.from_numpy(noisy)) > made.score(torch.from_numpy(costs))).all())
 
@@ -161,7 +175,7 @@ def test_voices_are_combined_as_stated() -> None:
 def test_too_few_calibration_images_are_refused() -> None:
     costs = torch.ones(7, 2, dtype=torch.float64)
     with pytest.raises(CovcliError, match="7 calibration images are too few"):
-        calibrate(costs, torch.ones(7, dtype=torch.float64))
+        calibrate(costs, torch.ones(7, dtype=torch.float64), torch.zeros(7).long())
 
 
 def test_softmax_scores_of_saturated_logits_stay_apart() -> None:

@@ -213,7 +213,7 @@ def bad_commands(run: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no signature": ([*evaluate, "photos", "--method", "src"], "holds no signature"),
         "text as signature": ([*evaluate, "photos", "--signature", str(text), "--checkpoint", ckpt],
                               "is not a covcli signature"),
-        "alpha": ([*evaluate, "photos", "--alpha", "0.001"], "too few for alpha"),
+        "alpha": ([*evaluate, "photos", "--alpha", "0.001"], "too few for marginal alpha"),
         "gate": ([*evaluate, "photos", "--fail-under", "auc=1"], "did you mean 'auroc'"),
         "no evaluation": (["report", str(tmp_path)], "holds no evaluation"),
         "command": (["trian"], "Did you mean 'train'"),

@@ -11,12 +11,12 @@ ROOT = Path(covcli.__file__).parent
 # From top to bottom: a room may import the rooms below it, and no other.
 ROOMS = [
     "__main__", "cli", "render", "reporting", "sections", "gates", "training", "session",
-    "settings", "watching", "evaluation", "results", "measuring", "monitor", "signing", "fitting",
-    "attacks", "losses", "surrogates", "engine", "checkpoint", "signature", "calibration",
-    "combination", "metrics", "methods", "methods.ensemble", "methods.gaussian", "methods.ranges",
-    "methods.ranks", "methods.contributions", "methods.base", "models", "activations", "data",
-    "images", "progress", "runtime", "runs", "store", "guard", "specs", "registry", "errors",
-    "__init__",
+    "settings", "watching", "evaluation", "alarms", "results", "measuring", "monitor", "signing",
+    "fitting", "attacks", "losses", "surrogates", "engine", "checkpoint", "signature",
+    "calibration", "combination", "rules", "guarantees", "metrics", "methods", "methods.ensemble",
+    "methods.gaussian", "methods.ranges", "methods.ranks", "methods.contributions",
+    "methods.base", "models", "activations", "data", "images", "progress", "runtime", "runs",
+    "store", "guard", "specs", "registry", "errors", "__init__",
 ]  # fmt: skip
 
 

@@ -212,6 +212,9 @@ def test_a_signature_comes_back_whole(signed: SignatureResult, tmp_path: Path) -
         {"combination": dataclasses.replace(combination, scale=-combination.scale)},
         {"combination": dataclasses.replace(combination, center=combination.center * torch.nan)},
         {"combination": dataclasses.replace(combination, floor=math.inf)},
+        {"predicted": calibration.predicted[:-1]}, {"predicted": calibration.predicted.int()},
+        {"predicted": calibration.predicted + 1}, {"predicted": calibration.predicted - 1},
+        {"softmax": calibration.softmax[:-1]}, {"softmax": calibration.softmax.float()},
     ):  # fmt: skip
         other = dataclasses.replace(calibration, **changes)
         signature.save(tmp_path / "wrong", made, other, record)
@@ -510,7 +513,10 @@ def test_softmax_calibration_is_of_the_ranked_images(trained: TrainResult, run: 
     held_out = data.load("digits", "train").select(saved.calibration_rows)
     _, logits, _ = neurons_of(trained.checkpoint, held_out)
     expected = softmax_score(torch.from_numpy(logits))[torch.arange(len(held_out)) % 4 != 0]
-    np.testing.assert_allclose(calibration.softmax, expected.sort().values, rtol=1e-3, atol=1e-7)
+    found, classes = calibration.softmax.sort().values, calibration.predicted
+    np.testing.assert_allclose(found, expected.sort().values, rtol=1e-3, atol=1e-7)
+    ranked = logits.argmax(1)[np.arange(len(held_out)) % 4 != 0]
+    np.testing.assert_array_equal(classes.bincount(), np.bincount(ranked, minlength=10))
 
 
 def test_results_name_what_they_were_made_of(evaluated: Path, signed: SignatureResult) -> None:
