@@ -65,6 +65,24 @@ class Calibration:
         """
         return _combine(point_costs, self.neurons, self.center, self.scale) - self.floor
 
+    def contributions(self, point_costs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how much each coverage point adds to `score`.
+
+        Parameters
+        ----------
+        point_costs
+            As for `score`, float64 of shape (B, L).
+
+        Returns
+        -------
+        tuple of Tensor
+            The standardised log costs z, and each point's share of the score: the softmax of z/T
+            over the points, which is the derivative of the soft maximum by z. Both float64 of
+            shape (B, L); an image's shares sum to 1.
+        """
+        z = (_log_costs(point_costs, self.neurons) - self.center) / self.scale
+        return z, torch.softmax(z / TEMPERATURE, 1)
+
     def p_value(self, scores: Tensor) -> Tensor:
         """Return the conformal p-value (1 + #{calibration scores ≥ s}) / (n + 1) of each score.
 

@@ -122,6 +122,24 @@ class Method(ABC):
         """Return which neurons lie inside the class's trusted pattern, bool of shape (B, N)."""
 
     @abstractmethod
+    def span(self, state: State, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ends of the trusted pattern that `inside` tests, to explain a verdict.
+
+        Parameters
+        ----------
+        state
+            The complete state.
+        classes
+            The class of each image, int64 of shape (B,).
+
+        Returns
+        -------
+        tuple of Tensor
+            The lowest and the highest trusted value of each neuron, shape (B, N) each; infinite
+            where the pattern has no end on that side.
+        """
+
+    @abstractmethod
     def expected(
         self, classes: int, neurons: int
     ) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -49,6 +49,10 @@ class SingleRange(Method):
         """Return which neurons lie in the closed range of their class."""
         return (neurons >= state["low"][classes]) & (neurons <= state["high"][classes])
 
+    def span(self, state: State, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ranges of those classes."""
+        return state["low"][classes], state["high"][classes]
+
     def expected(
         self, classes: int, neurons: int
     ) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -1,0 +1,310 @@
+"""Explain a flag: which coverage points and channels left their range, and by how much."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from covcli.activations import Point, locate, outputs
+from covcli.calibration import Calibration
+from covcli.engine import sweep, to_network
+from covcli.images import ImageSet
+from covcli.models import Classifier
+from covcli.progress import Silent
+from covcli.signature import Signature
+
+POINTS = 3  # how many points of an image list their channels
+CHANNELS = 3  # how many channels such a point lists
+
+
+@dataclass(frozen=True)
+class LeftChannel:
+    """A neuron that left the trusted range of the predicted class.
+
+    Attributes
+    ----------
+    neuron
+        Its number within the coverage point.
+    channel, label
+        The channel's number, and what is taken of it, as "channel 37, maximum".
+    value
+        Its activation.
+    low, high
+        The trusted range; infinite where it has no end on that side.
+    outside_by
+        How far outside the range the value lies, in widths of the range; infinite where that width
+        is none (trusted images gave it one value only) or has no end.
+    """
+
+    neuron: int
+    channel: int
+    label: str
+    value: float
+    low: float
+    high: float
+    outside_by: float
+
+
+@dataclass(frozen=True)
+class PointShare:
+    """A coverage point's part in the score of an image.
+
+    Attributes
+    ----------
+    name
+        The coverage point.
+    z, share
+        As of `Calibration.contributions`.
+    coverage, left
+        Share of its neurons inside their range, and how many are outside.
+    channels
+        The worst of those outside: by cost, then by distance in widths of the range, then by
+        distance. Listed for the first three points only.
+    """
+
+    name: str
+    z: float
+    share: float
+    coverage: float
+    left: int
+    channels: list[LeftChannel]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why an image got its score.
+
+    Attributes
+    ----------
+    set, row
+        The set's name, and the image's row in it, as in scores.csv.gz.
+    predicted, label
+        Class names; the label is None where unknown.
+    score, p_value, untrusted
+        The verdict.
+    points
+        All coverage points, the largest share first.
+    mapped
+        The first of them that lists a channel and has a height and a width: `heat_map` draws that
+        channel. None where there is none.
+    """
+
+    set: str
+    row: int
+    predicted: str
+    label: str | None
+    score: float
+    p_value: float
+    untrusted: bool
+    points: list[PointShare]
+    mapped: str | None
+
+
+def explain(
+    model: Classifier,
+    signature: Signature,
+    calibration: Calibration,
+    images: ImageSet,
+    rows: Sequence[int],
+    alpha: float,
+) -> list[Explanation]:
+    """Run the network on a few images of a set again, and trace each score to points and channels.
+
+    Parameters
+    ----------
+    model, signature, calibration
+        What scored the set.
+    images
+        The set; its name and class names are taken over.
+    rows
+        Which of its images to explain.
+    alpha
+        The false-alarm rate of the verdict.
+
+    Raises
+    ------
+    CovcliError
+        If an activation is not finite, or the calibration is too small for alpha.
+    """
+    threshold = calibration.threshold(alpha)
+    chosen = images.select(torch.tensor(rows, dtype=torch.int64))
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def see(point: Point, output: Tensor) -> None:
+        shapes[point.name] = tuple(output.shape[1:])
+
+    made: list[Explanation] = []
+    with outputs(model.network, signature.points, see):
+        for batch in sweep(
+            model, chosen, signature.points, signature.granularity, Silent(), images.name
+        ):
+            best = batch.logits.argmax(1)
+            costs = signature.point_costs(batch.neurons, best).cpu()
+            scores = calibration.score(costs)
+            p_values = calibration.p_value(scores)
+            z, shares = calibration.contributions(costs)
+            neurons = _Neurons.of(signature, batch.neurons, best)
+            for i, row in enumerate(batch.rows.tolist()):
+                points = _points(signature, shapes, neurons, i, z[i], shares[i])
+                spatial = [p.name for p in points if p.channels and len(shapes[p.name]) == 3]
+                made.append(
+                    Explanation(
+                        set=images.name,
+                        row=int(rows[row]),
+                        predicted=signature.classes[int(best[i])],
+                        label=_label(chosen, row),
+                        score=float(scores[i]),
+                        p_value=float(p_values[i]),
+                        untrusted=bool(scores[i] > threshold),
+                        points=points,
+                        mapped=spatial[0] if spatial else None,
+                    )
+                )
+    return made
+
+
+def heat_map(
+    model: Classifier, signature: Signature, images: ImageSet, explanation: Explanation
+) -> np.ndarray | None:
+    """Return where the worst channel of the point `mapped` fires, float32 of shape (h, w)."""
+    point = next((p for p in signature.points if p.name == explanation.mapped), None)
+    if point is None:
+        return None
+    listed = next(p.channels for p in explanation.points if p.name == point.name)
+    seen: list[Tensor] = []
+
+    def see(point: Point, output: Tensor) -> None:
+        seen.append(output.select(point.channel_dim, listed[0].channel)[0].clone())
+
+    pixels = images.batch(torch.tensor([explanation.row]), model.spec.shape)
+    with outputs(model.network, [point], see), torch.inference_mode():
+        model.eval()(to_network(pixels, model.mean.device))
+    found: np.ndarray = seen[0].float().cpu().numpy()
+    return found
+
+
+def explain_sets(
+    model: Classifier,
+    signature: Signature,
+    calibration: Calibration,
+    images: Mapping[str, ImageSet],
+    scores: Mapping[str, np.ndarray],
+    most: int,
+    alpha: float,
+) -> tuple[list[Explanation], dict[str, np.ndarray]]:
+    """Explain the most suspicious images of each set, and gather what their pictures need.
+
+    Parameters
+    ----------
+    images, scores
+        The sets and their scores, by name.
+    most
+        How many images of each set.
+
+    Returns
+    -------
+    tuple
+        The explanations, and of number k among them the arrays `explained_k`, uint8 of shape
+        (C, H, W), and `explained_k_map`, as of `heat_map` and only where there is one.
+    """
+    made: list[Explanation] = []
+    arrays: dict[str, np.ndarray] = {}
+    for name, images_of_set in images.items() if most else []:
+        rows = np.argsort(-scores[name], kind="stable")[:most].tolist()
+        named = replace(images_of_set, name=name)
+        for explanation in explain(model, signature, calibration, named, rows, alpha):
+            key = f"explained_{len(made)}"
+            arrays[key] = named.batch(torch.tensor([explanation.row]), model.spec.shape)[0].numpy()
+            fires = heat_map(model, signature, named, explanation)
+            if fires is not None:
+                arrays[f"{key}_map"] = fires
+            made.append(explanation)
+    return made, arrays
+
+
+def _label(images: ImageSet, row: int) -> str | None:
+    if images.labels is None:
+        return None
+    label = int(images.labels[row])
+    return images.classes[label] if 0 <= label < len(images.classes) else str(label)
+
+
+@dataclass(frozen=True)
+class _Neurons:
+    """What a method says of the neurons of a batch, each of shape (B, N)."""
+
+    values: np.ndarray
+    costs: np.ndarray
+    inside: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    @classmethod
+    def of(cls, signature: Signature, neurons: Tensor, classes: Tensor) -> "_Neurons":
+        method, state = signature.method, signature.state
+        low, high = method.span(state, classes)
+        parts = (
+            neurons.double(), method.costs(state, neurons, classes),
+            method.inside(state, neurons, classes), low.double(), high.double(),
+        )  # fmt: skip
+        return cls(*(part.cpu().numpy() for part in parts))
+
+    def outside(self, i: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return how far outside their range those neurons of image i lie, and in widths of it."""
+        value, low, high = (a[i, places] for a in (self.values, self.low, self.high))
+        distance = np.maximum(np.maximum(low - value, value - high), 0)
+        width = high - low
+        measurable = (width > 0) & np.isfinite(width)
+        infinite = np.full_like(width, np.inf)
+        return distance, np.divide(distance, width, out=infinite, where=measurable)
+
+
+def _points(
+    signature: Signature,
+    shapes: Mapping[str, tuple[int, ...]],
+    neurons: _Neurons,
+    image: int,
+    z: Tensor,
+    shares: Tensor,
+) -> list[PointShare]:
+    """Rank the coverage points of one image, and list the channels of the first ones."""
+    begins = np.cumsum([0, *signature.sizes])
+    made = []
+    for rank, j in enumerate(shares.argsort(descending=True, stable=True).tolist()):
+        point, begin = signature.points[j], int(begins[j])
+        left = begin + np.flatnonzero(~neurons.inside[image, begin : begin + point.neurons])
+        channels = (
+            _channels(signature, point, shapes[point.name], neurons, image, left, begin)
+            if rank < POINTS
+            else []
+        )
+        coverage = 1 - len(left) / point.neurons
+        made.append(
+            PointShare(point.name, float(z[j]), float(shares[j]), coverage, len(left), channels)
+        )
+    return made
+
+
+def _channels(
+    signature: Signature,
+    point: Point,
+    shape: tuple[int, ...],
+    neurons: _Neurons,
+    image: int,
+    left: np.ndarray,
+    begin: int,
+) -> list[LeftChannel]:
+    """List the worst of the neurons that left; `begin` is the number of the point's first."""
+    distance, widths = neurons.outside(image, left)
+    worst = np.lexsort((-distance, -widths, -neurons.costs[image, left]))[:CHANNELS]
+    made = []
+    for k in worst.tolist():
+        place = int(left[k])
+        channel, label = locate(place - begin, shape, point.channel_dim, signature.granularity)
+        value, low, high = (
+            float(a[image, place]) for a in (neurons.values, neurons.low, neurons.high)
+        )
+        made.append(LeftChannel(place - begin, channel, label, value, low, high, float(widths[k])))
+    return made
