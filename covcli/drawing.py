@@ -13,7 +13,9 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 OF_POINTS = COLOURS[1:4]  # of the points that list their channels
 QUIET = "#9A9A9A"
 BARS = 20  # how many coverage points fit
-FARTHEST = 2.0  # how many widths outside the range an axis shows
+FARTHEST = 1.5  # how many widths outside the range an axis shows
+COLUMNS = (1.14, 1.42, 1.68)  # of the text beside the axis, in widths of it
+HEADS = ("value", "trusted range", "outside, widths")
 
 
 def label(name: str) -> str:
@@ -37,21 +39,22 @@ def explanation_picture(
     fires
         The map of the worst channel, shape (h, w), or None.
     """
-    figure = Figure(figsize=(11, 3.3), layout="constrained")
-    shown, mapped, bars, strips = figure.subplots(1, 4, width_ratios=[1.15, 1.15, 1.1, 3.4])
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    grid = figure.add_gridspec(2, 3, width_ratios=[1, 1, 3])
+    shown, mapped = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
+    bars, strips = figure.add_subplot(grid[:, 1]), figure.add_subplot(grid[:, 2])
     pixels = image.transpose(1, 2, 0).squeeze()
     shown.imshow(pixels, cmap="gray")
-    shown.set_title(f"predicted {label(entry['predicted'])}", fontsize=9)
+    known = "" if entry["label"] is None else f"\nlabelled {label(entry['label'])}"
+    shown.set_title(f"predicted {label(entry['predicted'])}{known}", fontsize=8)
     for axes in (shown, mapped):
         axes.set_axis_off()
     listed = [point for point in entry["points"] if point["channels"]]
     if fires is not None:
-        point = next(p for p in listed if p["name"] == entry["mapped"])
+        worst = {point["name"]: point["channels"][0] for point in listed}[entry["mapped"]]
         _draw_map(mapped, pixels, fires)
-        mapped.set_title(
-            f"channel {point['channels'][0]['channel']} of\n{label(point['name'])} fires here",
-            fontsize=8,
-        )
+        where = f"where {label(entry['mapped'])},\nchannel {worst['channel']} fires"
+        mapped.set_title(where, fontsize=8)
     colours = dict(zip([p["name"] for p in listed], OF_POINTS, strict=False))
     _draw_shares(bars, entry["points"], order, colours)
     _draw_strips(strips, listed, colours)
@@ -98,14 +101,11 @@ def _draw_strips(axes: Axes, points: list[dict[str, Any]], colours: dict[str, st
         return
     axes.axvspan(0, 1, color=COLOURS[0], alpha=0.15, linewidth=0)
     for y, (point, channel) in enumerate(rows):
-        place, edge = _place(channel)
+        place, marker = _mark(channel)
         colour = colours[point["name"]]
         axes.plot([min(max(place, 0), 1), place], [y, y], color=colour, linewidth=1.5)
-        marker = {-1: "<", 0: "o", 1: ">"}[edge]
         axes.plot(place, y, marker, color=colour, markersize=7, clip_on=False)
-        axes.text(1.02, y, amount(channel), transform=axes.get_yaxis_transform(), fontsize=7,
-                  va="center")  # fmt: skip
-    names = [f"{label(p['name'])} · {label(c['label'])}" for p, c in rows]
+    names = [f"{label(p['name'])}: {label(c['label'])}" for p, c in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=7)
     for tick, (point, _) in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_color(colours[point["name"]])
@@ -113,26 +113,36 @@ def _draw_strips(axes: Axes, points: list[dict[str, Any]], colours: dict[str, st
     axes.set_xlim(-FARTHEST - 0.1, 1 + FARTHEST + 0.1)
     axes.set_xticks([0, 1], ["lowest", "highest"], fontsize=7)
     axes.tick_params(axis="y", length=0)
-    axes.set_title("trusted range (band) and the value (mark)", fontsize=9)
+    axes.set_title("trusted range (band) and value (mark)", fontsize=9)
+    _write_row(axes, -0.75, HEADS)
+    for y, (_, channel) in enumerate(rows):
+        _write_row(axes, y, _cells(channel))
 
 
-def _place(channel: dict[str, Any]) -> tuple[float, int]:
-    """Return where a value stands if its range is 0 to 1, and at which edge it was cut off."""
+def _write_row(axes: Axes, y: float, cells: tuple[str, str, str]) -> None:
+    """Write a channel's figures to the right of the axis."""
+    for x, cell in zip(COLUMNS, cells, strict=True):
+        axes.text(
+            x, y, cell, transform=axes.get_yaxis_transform(), fontsize=7, ha="right", va="center"
+        )
+
+
+def _mark(channel: dict[str, Any]) -> tuple[float, str]:
+    """Return where a value stands if its range is 0 to 1, and its marker: an arrow if cut off."""
     low, widths = channel["low"], channel["outside_by"]
     below = low is not None and channel["value"] < low
     if widths is None or widths > FARTHEST:
-        return (-FARTHEST, -1) if below else (1 + FARTHEST, 1)
-    return (-widths, 0) if below else (1 + widths, 0)
+        return (-FARTHEST, "<") if below else (1 + FARTHEST, ">")
+    return (-widths if below else 1 + widths), "o"
 
 
-def amount(channel: dict[str, Any]) -> str:
-    """Say a channel's value, its range and the distance between them."""
+def _cells(channel: dict[str, Any]) -> tuple[str, str, str]:
+    """Return a channel's value, its range and the distance between them, as text."""
     low, high = channel["low"], channel["high"]
-    ends = f"{_number(low)} to {_number(high)}" if low != high else f"always {_number(low)}"
+    span = f"{_number(low)} to {_number(high)}" if low != high else f"always {_number(low)}"
     widths = channel["outside_by"]
-    by = "" if widths is None else f", out by {widths:.2g} of it"
-    return f"{channel['value']:.3g}; trusted {ends}{by}"
+    return f"{channel['value']:.3g}", span, "–" if widths is None else f"{widths:.2g}"
 
 
 def _number(value: float | None) -> str:
-    return "∞" if value is None else f"{value:.3g}"
+    return "no end" if value is None else f"{value:.3g}"

@@ -300,11 +300,11 @@ def explanations(data: ReportData) -> Section | None:
     order = [point["name"] for point in data.evaluation["points"]]
     blocks: list[str | Table | Picture] = [
         "The most suspicious images of each set; those of the trusted set that were flagged are "
-        "false alarms. A coverage point's share is its part in the score. Under the three points "
-        "with the largest shares stand the channels that left the range of the predicted class "
-        "farthest: the band is that range, and the mark is the image's value, on a scale of "
-        "widths of the range. An arrow stands for a value farther out than the scale, or for a "
-        "range of no width."
+        "false alarms. A coverage point's share is its part in the score. For the three points "
+        "with the largest shares the channels are shown that left the range of the predicted "
+        "class farthest: the band is that range, and the mark is the image's value, on a scale "
+        "of widths of the range. An arrow stands for a value beyond the scale, or for a range of "
+        "no width. The small map shows where a channel fires, not why."
     ]
     for k, entry in enumerate(entries):
         figure = explanation_picture(

@@ -10,12 +10,13 @@ import covcli
 ROOT = Path(covcli.__file__).parent
 # From top to bottom: a room may import the rooms below it, and no other.
 ROOMS = [
-    "__main__", "cli", "render", "reporting", "sections", "drawing", "gates", "training", "session",
-    "settings", "watching", "evaluation", "results", "explaining", "measuring", "monitor",
-    "signing", "fitting", "attacks", "losses", "engine", "checkpoint", "signature", "calibration",
-    "metrics", "methods", "methods.ranges", "methods.base", "models", "activations", "data",
-    "images", "progress", "runtime", "runs", "store", "guard", "specs", "registry", "errors",
-    "__init__",
+    "__main__", "cli", "render", "reporting", "sections",
+    "drawing", "gates", "training", "session",
+    "settings", "watching", "evaluation", "results",
+    "explaining", "measuring", "monitor", "signing", "fitting",
+    "attacks", "losses", "engine", "checkpoint", "signature", "calibration", "metrics", "methods",
+    "methods.ranges", "methods.base", "models", "activations", "data", "images", "progress",
+    "runtime", "runs", "store", "guard", "specs", "registry", "errors", "__init__",
 ]  # fmt: skip
 
 

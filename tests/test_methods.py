@@ -155,6 +155,12 @@ def test_every_method_keeps_the_contract(name: str) -> None:
     assert float(far.mean()) > float(costs.mean())
     assert bool(method.inside(state, neurons, labels).all())
     assert not bool(method.inside(state, neurons + 100, labels).any())
+    low, high = method.span(state, labels)
+    assert low.shape == high.shape == neurons.shape
+    other = 3 * torch.randn(neurons.shape, generator=generator)
+    beyond = (other < low) | (other > high)
+    assert bool(beyond.any())
+    assert not bool((method.inside(state, other, labels) & beyond).any())
 
 
 @pytest.mark.parametrize(
