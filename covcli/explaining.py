@@ -129,6 +129,7 @@ def explain(
         If an activation is not finite, or the calibration is too small for alpha.
     """
     threshold = calibration.threshold(alpha)
+    points, granularity = signature.points, signature.granularity
     chosen = images.select(torch.tensor(rows, dtype=torch.int64))
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -136,19 +137,16 @@ def explain(
         shapes[point.name] = tuple(output.shape[1:])
 
     made: list[Explanation] = []
-    with outputs(model.network, signature.points, see):
-        for batch in sweep(
-            model, chosen, signature.points, signature.granularity, Silent(), images.name
-        ):
+    with outputs(model.network, points, see):
+        for batch in sweep(model, chosen, points, granularity, Silent(), images.name):
             best = batch.logits.argmax(1)
             costs = signature.point_costs(batch.neurons, best).cpu()
             scores = calibration.score(costs)
             p_values = calibration.p_value(scores)
             z, shares = calibration.contributions(costs)
-            neurons = _Neurons.of(signature, batch.neurons, best)
+            look = _Look.at(signature, shapes, batch.neurons, best)
             for i, row in enumerate(batch.rows.tolist()):
-                points = _points(signature, shapes, neurons, i, z[i], shares[i])
-                spatial = [p.name for p in points if p.channels and len(shapes[p.name]) == 3]
+                ranked = look.points(i, z[i], shares[i])
                 made.append(
                     Explanation(
                         set=images.name,
@@ -158,8 +156,11 @@ def explain(
                         score=float(scores[i]),
                         p_value=float(p_values[i]),
                         untrusted=bool(scores[i] > threshold),
-                        points=points,
-                        mapped=spatial[0] if spatial else None,
+                        points=ranked,
+                        mapped=next(
+                            (p.name for p in ranked if p.channels and len(shapes[p.name]) == 3),
+                            None,
+                        ),
                     )
                 )
     return made
@@ -211,7 +212,9 @@ def explain_sets(
     """
     made: list[Explanation] = []
     arrays: dict[str, np.ndarray] = {}
-    for name, images_of_set in images.items() if most else []:
+    if most == 0:
+        return made, arrays
+    for name, images_of_set in images.items():
         rows = np.argsort(-scores[name], kind="stable")[:most].tolist()
         named = replace(images_of_set, name=name)
         for explanation in explain(model, signature, calibration, named, rows, alpha):
@@ -232,9 +235,11 @@ def _label(images: ImageSet, row: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Neurons:
-    """What a method says of the neurons of a batch, each of shape (B, N)."""
+class _Look:
+    """What a method says of the neurons of a batch; the arrays have shape (B, N)."""
 
+    signature: Signature
+    shapes: Mapping[str, tuple[int, ...]]
     values: np.ndarray
     costs: np.ndarray
     inside: np.ndarray
@@ -242,16 +247,50 @@ class _Neurons:
     high: np.ndarray
 
     @classmethod
-    def of(cls, signature: Signature, neurons: Tensor, classes: Tensor) -> "_Neurons":
+    def at(
+        cls,
+        signature: Signature,
+        shapes: Mapping[str, tuple[int, ...]],
+        neurons: Tensor,
+        classes: Tensor,
+    ) -> "_Look":
         method, state = signature.method, signature.state
         low, high = method.span(state, classes)
         parts = (
             neurons.double(), method.costs(state, neurons, classes),
             method.inside(state, neurons, classes), low.double(), high.double(),
         )  # fmt: skip
-        return cls(*(part.cpu().numpy() for part in parts))
+        return cls(signature, shapes, *(part.cpu().numpy() for part in parts))
 
-    def outside(self, i: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def points(self, i: int, z: Tensor, shares: Tensor) -> list[PointShare]:
+        """Rank the coverage points of image i, and list the channels of the first ones."""
+        begins = np.cumsum([0, *self.signature.sizes]).tolist()
+        made = []
+        for rank, j in enumerate(shares.argsort(descending=True, stable=True).tolist()):
+            point, begin = self.signature.points[j], begins[j]
+            left = begin + np.flatnonzero(~self.inside[i, begin : begins[j + 1]])
+            channels = self._channels(i, point, begin, left) if rank < POINTS else []
+            coverage = 1 - len(left) / point.neurons
+            made.append(
+                PointShare(point.name, float(z[j]), float(shares[j]), coverage, len(left), channels)
+            )
+        return made
+
+    def _channels(self, i: int, point: Point, begin: int, left: np.ndarray) -> list[LeftChannel]:
+        """List the worst of the neurons that left; `begin` is the number of the point's first."""
+        distance, widths = self._outside(i, left)
+        worst = np.lexsort((-distance, -widths, -self.costs[i, left]))[:CHANNELS]
+        made = []
+        for place, by in zip(left[worst].tolist(), widths[worst].tolist(), strict=True):
+            channel, label = locate(
+                place - begin, self.shapes[point.name], point.channel_dim,
+                self.signature.granularity,
+            )  # fmt: skip
+            value, low, high = (float(a[i, place]) for a in (self.values, self.low, self.high))
+            made.append(LeftChannel(place - begin, channel, label, value, low, high, by))
+        return made
+
+    def _outside(self, i: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return how far outside their range those neurons of image i lie, and in widths of it."""
         value, low, high = (a[i, places] for a in (self.values, self.low, self.high))
         distance = np.maximum(np.maximum(low - value, value - high), 0)
@@ -259,52 +298,3 @@ class _Neurons:
         measurable = (width > 0) & np.isfinite(width)
         infinite = np.full_like(width, np.inf)
         return distance, np.divide(distance, width, out=infinite, where=measurable)
-
-
-def _points(
-    signature: Signature,
-    shapes: Mapping[str, tuple[int, ...]],
-    neurons: _Neurons,
-    image: int,
-    z: Tensor,
-    shares: Tensor,
-) -> list[PointShare]:
-    """Rank the coverage points of one image, and list the channels of the first ones."""
-    begins = np.cumsum([0, *signature.sizes])
-    made = []
-    for rank, j in enumerate(shares.argsort(descending=True, stable=True).tolist()):
-        point, begin = signature.points[j], int(begins[j])
-        left = begin + np.flatnonzero(~neurons.inside[image, begin : begin + point.neurons])
-        channels = (
-            _channels(signature, point, shapes[point.name], neurons, image, left, begin)
-            if rank < POINTS
-            else []
-        )
-        coverage = 1 - len(left) / point.neurons
-        made.append(
-            PointShare(point.name, float(z[j]), float(shares[j]), coverage, len(left), channels)
-        )
-    return made
-
-
-def _channels(
-    signature: Signature,
-    point: Point,
-    shape: tuple[int, ...],
-    neurons: _Neurons,
-    image: int,
-    left: np.ndarray,
-    begin: int,
-) -> list[LeftChannel]:
-    """List the worst of the neurons that left; `begin` is the number of the point's first."""
-    distance, widths = neurons.outside(image, left)
-    worst = np.lexsort((-distance, -widths, -neurons.costs[image, left]))[:CHANNELS]
-    made = []
-    for k in worst.tolist():
-        place = int(left[k])
-        channel, label = locate(place - begin, shape, point.channel_dim, signature.granularity)
-        value, low, high = (
-            float(a[image, place]) for a in (neurons.values, neurons.low, neurons.high)
-        )
-        made.append(LeftChannel(place - begin, channel, label, value, low, high, float(widths[k])))
-    return made

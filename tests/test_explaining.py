@@ -78,10 +78,9 @@ def test_labels_say_what_a_neuron_is(shape: tuple[int, ...], dim: int, granulari
 
 
 def check_naively(
-    found: list[Explanation], model: Classifier, made: Signature, calibration: Calibration,
-    images: ImageSet,
+    found: list[Explanation], made: Signature, calibration: Calibration, outputs: list[np.ndarray],
+    logits: np.ndarray,
 ) -> None:  # fmt: skip
-    outputs, logits = outputs_of(model, images)
     parts = [
         torch.from_numpy(o) if o.ndim == 2 or made.granularity == "unit"
         else torch.cat([torch.from_numpy(o.mean((2, 3))), torch.from_numpy(o.max((2, 3)))], 1)
@@ -142,19 +141,20 @@ def test_explanations_are_the_naive_ones(
     )
     made, calibration, _ = signature.load(path)
     model = checkpoints.load(trained.checkpoint).model
-    images = data.load("photos?limit=300", "test")
-    found = explain(model, made, calibration, images, [299, *range(0, 280, 40)], 0.05)
-    assert [e.row for e in found] == [299, *range(0, 280, 40)]
-    check_naively(found, model, made, calibration, images)
+    images = data.load("photos?limit=40", "test")
+    rows = [39, *range(0, 35, 5)]
+    found = explain(model, made, calibration, images, rows, 0.05)
+    assert [e.row for e in found] == rows
+    outputs, logits = outputs_of(model, images)
+    check_naively(found, made, calibration, outputs, logits)
     assert {p.name for e in found for p in e.points if p.channels} == {p.name for p in made.points}
     for e in found:
         heat = heat_map(model, made, images, e)
         listed = {p.name: p.channels for p in e.points if p.channels and p.name != "head.2"}
         assert e.mapped == next(iter(listed), None)
         assert heat is not None
-        layer = [p.name for p in made.points].index(e.mapped or "")
-        output = outputs_of(model, images)[0][layer][e.row]
-        np.testing.assert_allclose(heat, output[listed[e.mapped][0].channel], atol=1e-4)
+        output = outputs[[p.name for p in made.points].index(e.mapped or "")]
+        np.testing.assert_allclose(heat, output[e.row, listed[e.mapped][0].channel], atol=1e-4)
     hooks = [m._forward_hooks or m._forward_pre_hooks for m in model.modules()]
     assert not any(hooks)
 
@@ -218,16 +218,16 @@ def test_a_range_without_a_width_to_measure_by_orders_by_distance(
 def test_evaluate_explains_the_most_suspicious_of_each_set(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sets = ["photos?limit=60", "noise:uniform?limit=2", "attack:fgsm?limit=20&eps=0.3"]
+    sets = ["photos?limit=60", "noise:uniform?limit=1", "attack:fgsm?limit=20&eps=0.3"]
     arguments = [word for name in sets for word in ("--untrusted", name)]
     common = ["evaluate", "--runs", str(run.parent), "--plugin", str(PLUGIN), *arguments]
-    code, out, _ = call(capsys, *common, "--explain", "3")
+    code, out, _ = call(capsys, *common, "--explain", "2")
     assert code == 0
     document = json.loads((run / "evaluation.json").read_text())
     table = pd.read_csv(run / "scores.csv.gz")
     explained = document["explanations"]
     assert [e["set"] for e in explained] == [
-        *["trusted"] * 3, *[sets[0]] * 3, *[sets[1]] * 2, *[sets[2]] * 3
+        *["trusted"] * 2, *[sets[0]] * 2, sets[1], *[sets[2]] * 2
     ]  # fmt: skip
     for name in ("trusted", *sets):
         rows = [e["row"] for e in explained if e["set"] == name]
@@ -242,14 +242,15 @@ def test_evaluate_explains_the_most_suspicious_of_each_set(
         row = table[(table["set"] == e["set"]) & (table["index"] == e["row"])].iloc[0]
         assert e["score"] == pytest.approx(row["score"], abs=1e-3)
         assert (e["predicted"], e["untrusted"]) == (str(row["predicted"]), bool(row["untrusted"]))
-        assert str(-1 if e["label"] is None else e["label"]) in (str(row["label"]), "airplane")
+        names = photos.classes if e["set"] == sets[0] else [str(n) for n in range(10)]
+        assert e["label"] == (None if row["label"] < 0 else names[row["label"]])
         assert found.samples[f"explained_{k}"].shape == (3, 32, 32)
         assert found.samples[f"explained_{k}_map"].shape in ((16, 16), (8, 8))
         if e["set"] == sets[0]:
             pixels = photos.batch(torch.tensor([e["row"]]), (3, 32, 32))[0].numpy()
             np.testing.assert_array_equal(found.samples[f"explained_{k}"], pixels)
     made = report(run)
-    assert {f"explanation-{k}.png" for k in range(11)} <= {f.name for f in made.figures}
+    assert {f"explanation-{k}.png" for k in range(7)} <= {f.name for f in made.figures}
     assert "Why images were flagged" in made.html.read_text()
 
     code, out, _ = call(capsys, *common, "--output", str(tmp_path / "none"))
