@@ -1,10 +1,12 @@
 """Coverage points: where activations are recorded, and how they become neurons."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ ACTIVATIONS = (
     nn.Hardswish, nn.Softplus, nn.Tanh,
 )  # fmt: skip
 NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+STATISTICS = ("mean", "maximum")  # of a channel over its positions, in `pool`'s order
 
 
 class CoverageLayer(nn.Module):
@@ -93,6 +96,37 @@ def pool(output: Tensor, channel_dim: int, granularity: Granularity) -> Tensor:
     return means if granularity == "contribution" else torch.cat([means, output.amax(rest)], 1)
 
 
+def locate(
+    neuron: int, shape: Sequence[int], channel_dim: int, granularity: Granularity
+) -> tuple[int, str]:
+    """Say what a neuron of `pool` stands for.
+
+    Parameters
+    ----------
+    neuron
+        Its number within the coverage point, from 0 on.
+    shape
+        The layer's output shape without the batch, as (C, H, W).
+    channel_dim, granularity
+        As in `pool`; the dimension is counted with the batch.
+
+    Returns
+    -------
+    tuple
+        The channel's number, and a label such as "channel 37, maximum", "channel 3 at (4, 7)" (row
+        and column) or, in a fully connected layer, "unit 12".
+    """
+    if len(shape) == 1:
+        return neuron, f"unit {neuron}"
+    dim = channel_dim % (len(shape) + 1) - 1
+    if granularity == "unit":
+        place = [int(i) for i in np.unravel_index(neuron, tuple(shape))]
+        channel = place.pop(dim)
+        return channel, f"channel {channel} at ({', '.join(map(str, place))})"
+    statistic, channel = divmod(neuron, shape[dim])
+    return channel, f"channel {channel}, {STATISTICS[statistic]}"
+
+
 class Recorder:
     """What the last forward pass showed at the points, filled by hooks.
 
@@ -108,19 +142,12 @@ class Recorder:
         self.points = points
         self.granularity = granularity
         self._values: dict[str, Tensor] = {}
-        self._calls: dict[str, int] = {}
 
     def note(self, point: Point, output: Tensor) -> None:
         """Keep what a hook saw: neurons, or for contributions the activations until `take`."""
         if self.granularity != "contribution":
             output = pool(output, point.channel_dim, self.granularity)
         self._values[point.name] = output
-
-    def next_call(self, module: str) -> int:
-        """Count the calls of a module within one forward pass, from 0 on."""
-        call = self._calls.get(module, 0)
-        self._calls[module] = call + 1
-        return call
 
     def take(self, logits: Tensor) -> Tensor:
         """Return the neurons of all points side by side, shape (B, N), and start anew.
@@ -145,7 +172,6 @@ class Recorder:
             parts = [pool(p, d, "contribution") for p, d in zip(products, dims, strict=True)]
         neurons = torch.cat(parts, 1) if parts else torch.empty(0, 0)
         self._values.clear()
-        self._calls.clear()
         return neurons
 
 
@@ -169,6 +195,35 @@ def contributions(logits: Tensor, activations: Sequence[Tensor]) -> list[Tensor]
 
 
 @contextmanager
+def outputs(
+    model: nn.Module, points: Sequence[Point], see: Callable[[Point, Tensor], None]
+) -> Iterator[None]:
+    """Show `see` every point's whole output during the block; the hooks are always removed."""
+    modules = dict(model.named_modules())
+    by_module: dict[str, dict[int, Point]] = {}
+    for point in points:
+        by_module.setdefault(point.module, {})[point.call] = point
+    calls: Counter[str] = Counter()
+
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            point = by_module[name].get(calls[name])
+            calls[name] += 1
+            if point is not None:
+                see(point, output)
+
+        return hook
+
+    handles = [model.register_forward_pre_hook(lambda *_: calls.clear())]
+    handles += [modules[name].register_forward_hook(hook_for(name)) for name in by_module]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def capture(
     model: nn.Module, points: Sequence[Point], granularity: Granularity
 ) -> Iterator[Recorder]:
@@ -178,28 +233,8 @@ def capture(
     and no full activation is kept, except for contributions. Gradients flow through it.
     """
     recorder = Recorder(points, granularity)
-    modules = dict(model.named_modules())
-    by_module: dict[str, dict[int, Point]] = {}
-    for point in points:
-        by_module.setdefault(point.module, {})[point.call] = point
-
-    def hook_for(name: str, calls: dict[int, Point]) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            point = calls.get(recorder.next_call(name))
-            if point is not None:
-                recorder.note(point, output)
-
-        return hook
-
-    handles = [
-        modules[name].register_forward_hook(hook_for(name, calls))
-        for name, calls in by_module.items()
-    ]
-    try:
+    with outputs(model, points, recorder.note):
         yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def find_points(model: nn.Module, example: Tensor, granularity: Granularity) -> list[Point]:

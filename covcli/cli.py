@@ -252,6 +252,10 @@ def evaluate(
         GuaranteeMode | None,
         typer.Option(help="marginal or certified; default: the signature's."),
     ] = None,
+    explain: Annotated[
+        int,
+        typer.Option(min=0, help="How many images of each set to explain, most suspicious first."),
+    ] = 0,
     fail_under: Annotated[
         list[str] | None,
         typer.Option(help="auroc=0.95, or mnist:auroc=0.95 for one set: else exit 1; may repeat."),
@@ -289,7 +293,7 @@ def evaluate(
         wanted += gates.read_baseline(baseline_results, tolerance, tuple(untrusted))
     config = evaluation.EvaluationConfig(
         untrusted=tuple(untrusted), checkpoint=checkpoint, signature=signature, method=method,
-        trusted=trusted, alpha=alpha, guarantee=guarantee, model=model, runs=runs,
+        trusted=trusted, alpha=alpha, guarantee=guarantee, explain=explain, model=model, runs=runs,
         data_dir=data_dir, output=output, force=force, device=device, seed=seed,
     )  # fmt: skip
     with render.reporter(quiet) as progress:

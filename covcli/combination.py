@@ -48,6 +48,31 @@ class Combination:
     spread: Tensor
     floor: float
 
+    def shares(self, evidence: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how much each column adds to `score`.
+
+        Parameters
+        ----------
+        evidence
+            float64 of shape (B, P).
+
+        Returns
+        -------
+        tuple of Tensor
+            The standardised columns z, and each column's share of the score, both float64 of
+            shape (B, P); an image's shares sum to 1. A voice's part is the derivative of the soft
+            maximum by it; the generalist's is shared out in the same way, an expert's by what its
+            columns add to its sum.
+        """
+        z = (evidence - self.center) / self.scale
+        voices = (_voices(z, self.weights) - self.level) / self.spread
+        heard = torch.softmax(voices / VOICES, 1)
+        shares = heard[:, :1] * torch.softmax(z / COLUMNS, 1)
+        if len(self.weights):
+            added = (self.weights * z[:, None]).clamp_min(0) + torch.finfo(z.dtype).tiny
+            shares = shares + (heard[:, 1:, None] * added / added.sum(2, keepdim=True)).sum(1)
+        return z, shares
+
     def score(self, evidence: Tensor) -> Tensor:
         """Return the score of evidence (B, P), float64 of shape (B,); larger is less trusted.
 

@@ -14,6 +14,7 @@ from covcli import alarms, attacks, data, metrics, runs, runtime, signature, sto
 from covcli import checkpoint as checkpoints
 from covcli.calibration import Calibration
 from covcli.errors import CovcliError
+from covcli.explaining import Explanation, explain_sets
 from covcli.images import ImageSet, MemorySource, in_memory
 from covcli.measuring import Measured, Parts, measure, samples, table
 from covcli.models import Classifier
@@ -68,9 +69,15 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
     with runs.locked(output):
         parts = Parts(output, _key(job))
         images, measured = _measure_all(job, openers, parts, progress)
-        result = _result(job, images, measured)
+        explanations, explained = explain_sets(
+            job.model, job.made, job.calibration, images,
+            {name: m.scores["coverage"] for name, m in measured.items()}, config.explain,
+            job.rules["coverage"],
+        )  # fmt: skip
+        result = _result(job, images, measured, explanations)
         store.write_bytes(job.files["scores.csv.gz"], table(measured))
-        store.write_bytes(job.files["samples.npz"], samples(images, measured, job.model.spec.shape))
+        pixels = samples(images, measured, job.model.spec.shape, explained)
+        store.write_bytes(job.files["samples.npz"], pixels)
         store.write_json(job.files["evaluation.json"], store.plain(asdict(result)))
         parts.clear()
     return result
@@ -81,6 +88,8 @@ def _load(config: EvaluationConfig) -> _Job:
         raise CovcliError("name at least one --untrusted set")
     if repeated := {t for t in config.untrusted if config.untrusted.count(t) > 1}:
         raise CovcliError("is named twice", where=f"--untrusted {repeated.pop()}")
+    if config.explain < 0:
+        raise CovcliError("must be at least 0", where=f"--explain {config.explain}")
     device = runtime.choose_device(config.device)
     checkpoint_path, signature_path = find_files(config)
     output = config.output or runs.short(signature_path.parent)
@@ -133,7 +142,10 @@ def _measure_all(
 
 
 def _result(
-    job: _Job, images: dict[str, ImageSet], measured: dict[str, Measured]
+    job: _Job,
+    images: dict[str, ImageSet],
+    measured: dict[str, Measured],
+    explanations: list[Explanation],
 ) -> EvaluationResult:
     config, made, rule, record = job.config, job.made, job.rules["coverage"], job.record
     trusted = measured["trusted"]
@@ -172,6 +184,7 @@ def _result(
             for name, values in trusted.confidences.items()
             for entry in metrics.confidence_thresholds(name, values, trusted.correct)
         ],
+        explanations=explanations,
         files={name: str(path) for name, path in job.files.items()},
         warnings=job.warnings,
     )

@@ -120,10 +120,16 @@ def table(measured: dict[str, Measured]) -> bytes:
 
 
 def samples(
-    images: dict[str, ImageSet], measured: dict[str, Measured], shape: tuple[int, int, int]
+    images: dict[str, ImageSet],
+    measured: dict[str, Measured],
+    shape: tuple[int, int, int],
+    explained: dict[str, np.ndarray],
 ) -> bytes:
-    """Return, as an NPZ, each set's most suspicious flagged images and least suspicious others."""
-    arrays = {}
+    """Return, as an NPZ, each set's most suspicious flagged images and least suspicious others.
+
+    The arrays of explained images go with them.
+    """
+    arrays = dict(explained)
     for i, (name, m) in enumerate(measured.items()):
         order = torch.from_numpy(np.argsort(m.scores["coverage"], kind="stable"))
         flags = torch.from_numpy(m.untrusted)[order]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -254,6 +255,7 @@ def show_evaluation(result: "EvaluationResult") -> None:
     console.print(coverage)
     _show_confidence(console, result)
     console.print(Text(result.guarantee.statement))
+    _show_explanations(console, result)
 
 
 def _show_alarms(console: Console, result: "EvaluationResult") -> None:
@@ -290,6 +292,26 @@ def _show_confidence(console: Console, result: "EvaluationResult") -> None:
         thresholds.add_row(k.confidence, f"{k.threshold:g}", f"{k.kept:.1%}", _rate(k.accuracy))
     console.print(bins)
     console.print(thresholds)
+
+
+def _show_explanations(console: Console, result: "EvaluationResult") -> None:
+    for e in result.explanations:
+        known = "" if e.label is None else f", labelled {e.label}"
+        verdict = "untrusted" if e.untrusted else "trusted"
+        title = f"{e.set}, image {e.row}: predicted {e.predicted}{known}"
+        numbers = f"{verdict}, score {e.score:.2f}, p-value {e.p_value:.2g}"
+        console.print(Text(f"{one_line(title)}: {numbers}", style="bold"))
+        listed = [point for point in e.points if point.channels]
+        if not listed:
+            console.print("  no neuron of its main coverage points left its range")
+        for p in listed:
+            outside = f"{p.left} neurons ({1 - p.coverage:.1%}) outside their range"
+            share = f"{p.share:.1%} of the score (z = {p.z:.1f})"
+            console.print(Text(f"  {one_line(p.name)}: {share}, {outside}"))
+            for c in p.channels:
+                by = f", outside by {c.outside_by:.2f} widths" if isfinite(c.outside_by) else ""
+                span = f"trusted {c.low:.3g} to {c.high:.3g}"
+                console.print(Text(f"    {c.label}: {c.value:.3g}, {span}{by}"))
 
 
 def _rate(value: float | None) -> str:

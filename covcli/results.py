@@ -4,13 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from covcli.explaining import Explanation
 from covcli.guarantees import Mode
 from covcli.metrics import Bin, Detection, Estimate, Kept
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What `evaluate` is told; `None` takes the newest run's, or the signature's own."""
+    """What `evaluate` is told; `None` takes the newest run's, or the signature's own.
+
+    `explain` says how many images of each set to explain, the most suspicious first.
+    """
 
     untrusted: tuple[str, ...]
     checkpoint: Path | None = None
@@ -19,6 +23,7 @@ class EvaluationConfig:
     trusted: str | None = None
     alpha: float | None = None
     guarantee: Mode | None = None
+    explain: int = 0
     model: str | None = None
     runs: Path = Path("runs")
     data_dir: Path | None = None
@@ -150,6 +155,8 @@ class EvaluationResult:
         The figures.
     confidence_bins, confidence_thresholds
         Accuracy on the trusted images by "coverage" and by "softmax" confidence.
+    explanations
+        Why the most suspicious images of each set got their scores, where asked for.
     files
         Paths of what was written.
     warnings
@@ -165,5 +172,6 @@ class EvaluationResult:
     points: list[PointCoverage]
     confidence_bins: list[Bin]
     confidence_thresholds: list[Kept]
+    explanations: list[Explanation]
     files: dict[str, str]
     warnings: list[str]

@@ -9,11 +9,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from covcli.errors import one_line
+from covcli.drawing import COLOURS, explanation_picture
+from covcli.drawing import label as _label
 from covcli.registry import Registry
 
-# Okabe and Ito's colours, which the colour-blind tell apart; the first is for trusted images.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#000000"]
 SCORES = {"coverage": "score", "softmax": "softmax_confidence"}
 
 
@@ -79,11 +78,6 @@ def _axes(width: float = 7.5, height: float = 4.0) -> tuple[Figure, Axes]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     return figure, axes
-
-
-def _label(name: str) -> str:
-    """Shorten a name for a legend; matplotlib reads dollars as mathematics."""
-    return one_line(name).replace("$", r"\$")[:40]
 
 
 def _percent(value: float | None, digits: int = 1) -> str:
@@ -314,6 +308,38 @@ def samples(data: ReportData) -> Section:
             row[0].set_title(f"{_label(name)}: {kind}", fontsize=8, loc="left")
         blocks.append(Picture(f"samples-{i}", f"Samples {i}: flagged above, passed below", figure))
     return Section("Flagged and missed images", blocks)
+
+
+@SECTIONS.add("explanations")
+def explanations(data: ReportData) -> Section | None:
+    """Show why the most suspicious images of each set got their scores, where that was asked."""
+    entries = data.evaluation.get("explanations", [])
+    if not entries:
+        return None
+    order = [point["name"] for point in data.evaluation["points"]]
+    blocks: list[str | Table | Picture] = [
+        "The most suspicious images of each set; those of the trusted set that were flagged are "
+        "false alarms. A coverage point's share is its part in the score. For the three points "
+        "with the largest shares the channels are shown that left the range of the predicted "
+        "class farthest: the band is that range, and the mark is the image's value, on a scale "
+        "of widths of the range. An arrow stands for a value beyond the scale, or for a range of "
+        "no width. The small map shows where a channel fires, not why."
+    ]
+    for k, entry in enumerate(entries):
+        figure = explanation_picture(
+            entry, order, data.samples[f"explained_{k}"], data.samples.get(f"explained_{k}_map")
+        )
+        blocks += [_verdict(entry), Picture(f"explanation-{k}", f"Explanation {k}", figure)]
+    return Section("Why images were flagged", blocks)
+
+
+def _verdict(entry: dict[str, Any]) -> str:
+    known = "" if entry["label"] is None else f", labelled {entry['label']}"
+    verdict = "flagged" if entry["untrusted"] else "not flagged"
+    return (
+        f"{entry['set']}, image {entry['row']}: predicted {entry['predicted']}{known}; {verdict}, "
+        f"score {entry['score']:.2f}, p-value {entry['p_value']:.2g}."
+    )
 
 
 @SECTIONS.add("provenance")

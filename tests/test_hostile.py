@@ -227,6 +227,10 @@ def test_a_run_folder_from_outside_is_refused_part_by_part(run: Path, tmp_path: 
         "deep json": ("evaluation.json", b"[" * 100_000),
         "other json": ("evaluation.json", b'{"schema": 1}'),
         "wrong types": ("evaluation.json", json.dumps({**document, "points": 3}).encode()),
+        "wrong explanations": (
+            "evaluation.json",
+            json.dumps({**document, "explanations": [{"points": []}]}).encode(),
+        ),
         "no gzip": ("scores.csv.gz", b"hello"),
         "bomb": ("scores.csv.gz", bomb),
         "cut gzip": ("scores.csv.gz", (whole / "scores.csv.gz").read_bytes()[:-9]),

@@ -10,9 +10,9 @@ import covcli
 ROOT = Path(covcli.__file__).parent
 # From top to bottom: a room may import the rooms below it, and no other.
 ROOMS = [
-    "__main__", "cli", "render", "reporting", "sections", "gates", "training", "session",
-    "settings", "watching", "evaluation", "alarms", "results", "measuring", "monitor", "signing",
-    "fitting", "attacks", "losses", "surrogates", "engine", "checkpoint", "signature",
+    "__main__", "cli", "render", "reporting", "sections", "drawing", "gates", "training", "session",
+    "settings", "watching", "evaluation", "alarms", "results", "explaining", "measuring", "monitor",
+    "signing", "fitting", "attacks", "losses", "surrogates", "engine", "checkpoint", "signature",
     "calibration", "combination", "rules", "guarantees", "metrics", "methods", "methods.ensemble",
     "methods.gaussian", "methods.ranges", "methods.ranks", "methods.contributions",
     "methods.base", "models", "activations", "data", "images", "progress", "runtime", "runs",
@@ -66,7 +66,7 @@ def test_no_file_is_long() -> None:
 
 
 def test_the_reporting_rooms_need_no_torch() -> None:
-    for name in ("reporting", "sections", "render", "cli"):
+    for name in ("reporting", "sections", "drawing", "render", "cli"):
         tree = ast.parse(rooms()[name].read_text())
         names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
         assert "torch" not in names

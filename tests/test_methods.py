@@ -180,6 +180,10 @@ def test_every_method_keeps_the_contract(name: str) -> None:
     far = method.evidence(ready, LAYOUT, strange, labels)
     points = len(LAYOUT.sizes)
     assert bool((far.mean(0) > evidence.mean(0))[:points].all())
+    low, high = method.span(ready, LAYOUT, labels)
+    assert low.shape == high.shape == neurons.shape
+    beyond = (strange < low) | (strange > high)
+    assert not bool((method.inside(ready, LAYOUT, strange, labels) & beyond).any())
 
 
 @pytest.mark.parametrize("name", list(METHODS))

@@ -224,7 +224,7 @@ def test_a_signature_comes_back_whole(signed: SignatureResult, tmp_path: Path) -
 
 @pytest.fixture
 def evaluated(run: Path) -> Path:
-    evaluate(EvaluationConfig(UNTRUSTED, runs=run.parent), Silent())
+    evaluate(EvaluationConfig(UNTRUSTED, runs=run.parent, explain=1), Silent())
     return run
 
 

@@ -210,7 +210,7 @@ class Method(ABC):
         Returns
         -------
         Tensor
-            float64 of shape (B, columns): one column a point, unless the method says otherwise.
+            float64 of shape (B, columns): one column a point, or several blocks of such columns.
         """
         means = layout.means(self.costs(ready, layout, neurons, classes))
         return torch.log(means + 1 / means.new_tensor(layout.sizes))
@@ -218,6 +218,26 @@ class Method(ABC):
     def columns(self, layout: Layout) -> int:
         """Return how many columns the evidence has."""
         return len(layout.sizes)
+
+    @abstractmethod
+    def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ends of the trusted pattern that `inside` tests, to explain a verdict.
+
+        Parameters
+        ----------
+        ready
+            What `prepare` returned.
+        layout
+            Which neurons belong to which point.
+        classes
+            The class of each image, int64 of shape (B,).
+
+        Returns
+        -------
+        tuple of Tensor
+            The lowest and the highest trusted value of each neuron, shape (B, N) each; infinite
+            where the pattern has no end on that side.
+        """
 
     @abstractmethod
     def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -81,6 +81,15 @@ class ActivationCoverage(Method):
         """Return which neurons lie in a bin where a trusted image has been."""
         return ready["counts"].view(-1)[self._places(neurons, classes)] > 0
 
+    def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values where the first covered bin begins and the last one ends."""
+        covered = (ready["counts"][classes] > 0).int()
+        first = covered.argmax(2)
+        last = self.bins - 1 - covered.flip(2).argmax(2)
+        edges = torch.logit(self._edges().to(classes.device)) / self.steepness
+        edges[0], edges[-1] = -torch.inf, torch.inf
+        return edges[first], edges[last + 1]
+
     def bin(self, neurons: Tensor) -> Tensor:
         """Return the bin of each neuron's state, 0 to bins − 1; an edge belongs to the lower."""
         states = torch.sigmoid(self.steepness * neurons).clamp(SMALLEST, 1 - SMALLEST)

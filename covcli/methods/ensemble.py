@@ -93,6 +93,10 @@ class Ensemble(Gauss):
         """Return which neurons lie in the range of their class."""
         return RANGES.inside(ready, layout, neurons, classes)
 
+    def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ranges of those classes."""
+        return RANGES.span(ready, layout, classes)
+
     def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return what a complete state holds."""
         ranges = RANGES.expected(layout)

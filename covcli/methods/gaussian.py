@@ -140,13 +140,21 @@ class Gauss(Method):
 
     def inside(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return which values lie within three deviations of their class; maxima always do."""
-        inside = torch.ones_like(neurons, dtype=torch.bool)
-        columns = layout.value_columns.to(neurons.device)
-        inside[:, columns] = self._apart(ready, layout, neurons, classes).abs() <= SPAN
-        return inside
+        low, high = self.span(ready, layout, classes)
+        return (neurons >= low) & (neurons <= high)
 
     def _apart(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         return (neurons[:, layout.value_columns] - ready["mean"][classes]) / ready["deviation"]
+
+    def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the class's mean less and plus three deviations; no ends for maxima."""
+        shape = (len(classes), layout.neurons)
+        high = ready["mean"].new_full(shape, torch.inf)
+        low, columns = -high, layout.value_columns
+        reach = SPAN * ready["deviation"]
+        low[:, columns] = ready["mean"][classes] - reach
+        high[:, columns] = ready["mean"][classes] + reach
+        return low, high
 
     def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return what a complete state holds."""

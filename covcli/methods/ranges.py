@@ -54,6 +54,10 @@ class SingleRange(Method):
         """Return which neurons lie in the closed range of their class."""
         return (neurons >= ready["low"][classes]) & (neurons <= ready["high"][classes])
 
+    def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ranges of those classes."""
+        return ready["low"][classes], ready["high"][classes]
+
     def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return what a complete state holds."""
         shape = (layout.classes, layout.neurons)

@@ -64,6 +64,11 @@ class NeuronRank(Method):
         """Return which neurons are not in the top, or have been for a trusted image too."""
         return (self._weights(layout, neurons) == 0) | (self._frequencies(ready, classes) > 0)
 
+    def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return no ends: a rank depends on the other neurons, not on a value alone."""
+        high = torch.full((len(classes), layout.neurons), torch.inf, device=classes.device)
+        return -high, high
+
     def _frequencies(self, ready: State, classes: Tensor) -> Tensor:
         return ready["top"][classes] / ready["count"][classes, None].clamp_min(1)
 
