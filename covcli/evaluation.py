@@ -6,19 +6,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import covcli
-from covcli import attacks, data, metrics, runs, runtime, signature, store
+from covcli import adaptive, attacks, data, metrics, runs, runtime, selective, signature, store
 from covcli import checkpoint as checkpoints
 from covcli.calibration import Calibration
 from covcli.errors import CovcliError
 from covcli.images import ImageSet, MemorySource, in_memory
 from covcli.measuring import Measured, Parts, measure, samples, table
+from covcli.metrics import Detection, Estimate
 from covcli.models import Classifier
 from covcli.progress import Progress
 from covcli.results import (
+    Deceived,
     EvaluationConfig,
     EvaluationResult,
     FalseAlarms,
@@ -27,10 +30,11 @@ from covcli.results import (
     UntrustedSet,
 )
 from covcli.signature import Signature
-from covcli.specs import parse
+from covcli.specs import Spec, parse
 
 __all__ = ["EvaluationConfig", "EvaluationResult", "evaluate"]
 log = logging.getLogger(__name__)
+LEAST_DECEIVED = 10  # fewer images say too little to draw a bootstrap from
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,7 @@ def _result(
         },
         trusted=_trusted_figures(config, job.trusted, trusted, calibration),
         untrusted=[
-            _untrusted_figures(config, images[t], trusted, measured[t], calibration)
-            for t in config.untrusted
+            _untrusted_figures(job, images[t], trusted, measured[t]) for t in config.untrusted
         ],
         points=[
             PointCoverage(p.name, p.neurons, {t: m.coverage[i] for t, m in measured.items()})
@@ -266,10 +269,11 @@ def _opener(text: str, job: _Job) -> _Opener:
     attacks.make_attack(spec)
     start = job.trusted.select(attacks.attacked_rows(spec, job.trusted))
     labels = start.known_labels()
+    monitored = adaptive.monitored(job.model, job.made, job.calibration, job.config.alpha)
     return _Opener(
         text,
         f"{text} {start.fingerprint}",
-        lambda progress: attacks.run_attack(spec, job.model, start, labels, progress),
+        lambda progress: attacks.run_attack(spec, job.model, start, labels, progress, monitored),
         start,
     )
 
@@ -288,29 +292,51 @@ def _trusted_figures(
             config.alpha, **asdict(alarms), promised_low=low, promised_high=high
         ),
         mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
+        errors=selective.own_errors(measured.scores, measured.correct, config.seed),
     )
 
 
 def _untrusted_figures(
-    config: EvaluationConfig,
-    images: ImageSet,
-    trusted: Measured,
-    measured: Measured,
-    calibration: Calibration,
+    job: _Job, images: ImageSet, trusted: Measured, measured: Measured
 ) -> UntrustedSet:
-    thresholds = {
-        "coverage": calibration.threshold(config.alpha),
-        "softmax": calibration.softmax_threshold(config.alpha),
-    }
-    attacked = attacks.is_attack(parse(images.name))
+    spec = parse(images.name)
+    attacked = attacks.is_attack(spec)
+    success, deceived = _deceived(spec, job, trusted, measured) if attacked else (None, None)
     return UntrustedSet(
         name=images.name,
         images=len(images),
         fingerprint=images.fingerprint,
-        scores={
-            name: metrics.detection(trusted.scores[name], scores, thresholds[name], config.seed)
-            for name, scores in measured.scores.items()
-        },
+        scores=_detections(job, trusted, measured, np.ones(len(images), bool)),
         mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
-        success_rate=metrics.share(~measured.correct, config.seed) if attacked else None,
+        success_rate=success,
+        deceived=deceived,
     )
+
+
+def _deceived(
+    spec: Spec, job: _Job, trusted: Measured, measured: Measured
+) -> tuple[Estimate | None, Deceived]:
+    """Return an attack's success rate, and the figures of the images that it deceived."""
+    before = trusted.correct[attacks.attacked_rows(spec, job.trusted).numpy()]
+    hits = before & ~measured.correct
+    rate = metrics.share(hits[before], job.config.seed) if before.any() else None
+    enough = hits.sum() >= LEAST_DECEIVED
+    scores = _detections(job, trusted, measured, hits) if enough else None
+    return rate, Deceived(int(hits.sum()), int((~before).sum()), scores)
+
+
+def _detections(
+    job: _Job, trusted: Measured, measured: Measured, chosen: np.ndarray
+) -> dict[str, Detection]:
+    """Return each score's figures on the chosen images of an untrusted set."""
+    alpha, calibration = job.config.alpha, job.calibration
+    thresholds = {
+        "coverage": calibration.threshold(alpha),
+        "softmax": calibration.softmax_threshold(alpha),
+    }
+    return {
+        name: metrics.detection(
+            trusted.scores[name], scores[chosen], thresholds[name], job.config.seed
+        )
+        for name, scores in measured.scores.items()
+    }

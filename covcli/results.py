@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from covcli.metrics import Bin, Detection, Estimate, Kept
+from covcli.selective import OwnErrors
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,11 @@ class FalseAlarms:
 
 @dataclass(frozen=True)
 class TrustedSet:
-    """The trusted test images."""
+    """The trusted test images.
+
+    `errors` says how well each score finds those that the network classifies wrongly; None where
+    it makes no error, or nothing but errors.
+    """
 
     name: str
     images: int
@@ -48,11 +53,35 @@ class TrustedSet:
     accuracy: float
     false_alarm_rate: FalseAlarms
     mean_confidence: dict[str, float]
+    errors: dict[str, OwnErrors] | None
+
+
+@dataclass(frozen=True)
+class Deceived:
+    """An attack's successes: images classified rightly before it and wrongly after.
+
+    Attributes
+    ----------
+    images
+        How many there are.
+    already_wrong
+        How many of the attacked images the network got wrong before the attack.
+    scores
+        Each score's figures on the successes alone; None if there are fewer than 10.
+    """
+
+    images: int
+    already_wrong: int
+    scores: dict[str, Detection] | None
 
 
 @dataclass(frozen=True)
 class UntrustedSet:
-    """One untrusted set: each score's figures, and for an attack how often it deceived."""
+    """One untrusted set: each score's figures, and for an attack what it deceived.
+
+    `success_rate` is the share deceived of the images that were classified rightly before the
+    attack; None for a set that is no attack, or where no image was.
+    """
 
     name: str
     images: int
@@ -60,6 +89,7 @@ class UntrustedSet:
     scores: dict[str, Detection]
     mean_confidence: dict[str, float]
     success_rate: Estimate | None
+    deceived: Deceived | None
 
 
 @dataclass(frozen=True)

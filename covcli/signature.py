@@ -64,6 +64,10 @@ class Signature:
         """
         return self._means(self.method.costs(self.state, neurons, classes))
 
+    def soft_point_costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return what `point_costs` does of costs that have a gradient in the neurons."""
+        return self._means(self.method.soft_costs(self.state, neurons, classes))
+
     def coverage(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the share of each point's neurons inside their range, float64 of shape (B, L)."""
         return self._means(self.method.inside(self.state, neurons, classes))

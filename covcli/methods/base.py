@@ -117,6 +117,14 @@ class Method(ABC):
             float32 of shape (B, N), at least 0.
         """
 
+    def soft_costs(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return a stand-in of `costs` with a gradient in the neurons, for attacks that descend it.
+
+        By default the costs themselves. A method whose costs are comparisons or counts overrides
+        this. Parameters and shape are those of `costs`.
+        """
+        return self.costs(state, neurons, classes)
+
     @abstractmethod
     def inside(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return which neurons lie inside the class's trusted pattern, bool of shape (B, N)."""

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 from covcli.methods.base import METHODS, Method, State
+from covcli.methods.soft import hinge, interpolated
+
+# In soft costs a range narrower than this share of its neuron's mean width counts as that wide.
+LEAST_WIDTH = 0.05
 
 
 @METHODS.add("src")
@@ -44,6 +48,11 @@ class SingleRange(Method):
     def costs(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return 1 outside the range, 0 inside."""
         return (~self.inside(state, neurons, classes)).float()
+
+    def soft_costs(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the distance outside the range in widths of the range, 0 inside."""
+        low, high, width = (part[classes] for part in _ranges(state, neurons.dtype))
+        return hinge(neurons, low, high, width)
 
     def inside(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return which neurons lie in the closed range of their class."""
@@ -122,9 +131,29 @@ class MultiRange(SingleRange):
         n = state["count"][classes, None].float()
         found = state["sections"].view(-1)[self._cells(state, neurons, classes)].float()
         found = torch.where(self.inside(state, neurons, classes), found, 0.0)
+        return self._cost(found, n)
+
+    def _cost(self, found: Tensor, n: Tensor) -> Tensor:
+        """Return the cost of sections that hold `found` of n images."""
         if self.cost == "share":
             return 1 - found / n.clamp_min(1)
         return -torch.log((found + 0.5) / (n + self.sections / 2))
+
+    def soft_costs(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the cost interpolated between section centres, plus the distance outside.
+
+        Half a section beyond the range the cost is that of a neuron outside; from there on only
+        the distance, in widths of the range, has a gradient.
+        """
+        low, high, width = (part[classes] for part in _ranges(state, neurons.dtype))
+        counts = torch.nn.functional.pad(state["sections"], (1, 1))  # nothing lies outside
+        n = state["count"][:, None, None]
+        table = self._cost(counts.to(neurons.dtype), n.to(neurons.dtype))
+        distance = hinge(neurons, low, high, width)
+        span = torch.where(high > low, high - low, 1.0)
+        place = (neurons - low) / span * self.sections + 0.5  # 0 is the centre left of the range
+        place = torch.where(high > low, place, 1 - distance)  # one section, fading on both sides
+        return interpolated(table, classes, place) + distance
 
     def section(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the section that each neuron lies in, 0 to Q−1; the nearest if outside.
@@ -149,3 +178,14 @@ class MultiRange(SingleRange):
         """Return what a complete state holds."""
         shape = (classes, neurons, self.sections)
         return {**super().expected(classes, neurons), "sections": (torch.int32, shape)}
+
+
+def _ranges(state: State, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ends and a positive width of each class's ranges, finite, each (classes, N)."""
+    known = (state["count"] > 0)[:, None]
+    low = torch.where(known, state["low"], 0.0).to(dtype)
+    high = torch.where(known, state["high"], 0.0).to(dtype)
+    width = high - low
+    typical = width.sum(0) / known.sum().clamp_min(1)
+    least = torch.where(typical > 0, LEAST_WIDTH * typical, 1.0)
+    return low, high, torch.maximum(width, least)
