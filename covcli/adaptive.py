@@ -79,11 +79,13 @@ def adaptive_pgd(
 ) -> Tensor:
     """Look within ±epsilon for images that deceive the network and score low, by signed gradients.
 
-    Ascends min(max_i z_i − z_y, 5) − weight·(soft score/threshold), i ≠ y, from a random start:
-    the margin by which the image is misclassified, which counts no further once it is safe (Carlini
-    and Wagner, 2017, section 6), less the score against the class that the network then predicts.
-    Cross-entropy in the margin's place grows without bound and drowns the score: it left the score
-    far higher and deceived less often.
+    Ascends the margin m = max_i z_i − z_y, i ≠ y, from a random start, and once the image deceives
+    (m > 0) min(m, 5) − weight·(soft score/threshold): the margin counts no further where it is safe
+    (Carlini and Wagner, 2017), and the score, of the class that the network then predicts, does not
+    hold back an image that does not deceive yet (Bryniarski et al., "Evading Adversarial Example
+    Detection Defenses with Orthogonal Projected Gradient Descent", 2021). Cross-entropy less the
+    score is weaker: it grows without bound, and where it does not the score keeps images from
+    deceiving.
 
     Of each image the iterate is kept that deceives with the lowest score, else the last. Iterates
     are judged as they would be stored, in 8 bits, and by the score itself, not by its stand-in.
@@ -113,8 +115,9 @@ def adaptive_pgd(
         stored = rounded(moving).requires_grad_()
         found = look(stored)
         best, lowest = _better(found, stored.detach(), labels, best, lowest)
-        aim = _margin(found.logits, labels).clamp_max(SAFE_MARGIN).cpu().double()
-        goal = (aim - weight * found.soft_score).sum()
+        margin = _margin(found.logits, labels).cpu().double()
+        cost = torch.where(margin > 0, weight * found.soft_score, 0.0)
+        goal = (margin.clamp_max(SAFE_MARGIN) - cost).sum()
         (gradient,) = torch.autograd.grad(goal, stored)
         moved = moving + step * gradient.sign()
         moving = (images + (moved - images).clamp(-epsilon, epsilon)).clamp(0, 1)

