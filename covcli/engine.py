@@ -52,17 +52,16 @@ def sweep_batch(shape: Shape) -> int:
 def forward(model: Classifier, recorder: Recorder, images: Tensor) -> tuple[Tensor, Tensor]:
     """Run the network; return logits and neurons, or a CovcliError where they are not finite.
 
-    Contributions take a backward pass; nothing that is returned keeps a graph.
+    Contributions take a backward pass, whatever the caller's mode, and keep no graph.
     """
     if recorder.granularity == "contribution":
-        with torch.enable_grad():
-            logits = model(images.requires_grad_())
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = model(images.clone().requires_grad_())
             neurons = recorder.take(logits)
         logits = logits.detach()
     else:
-        with torch.inference_mode():
-            logits = model(images)
-            neurons = recorder.take(logits)
+        logits = model(images)
+        neurons = recorder.take(logits)
     if not bool(neurons.isfinite().all() & logits.isfinite().all()):
         raise CovcliError(_where_not_finite(recorder.points, neurons), where="the network")
     return logits, neurons
@@ -97,7 +96,8 @@ def sweep(
     progress.start(title, len(images))
     with capture(model.network, points, granularity) as recorder:
         for rows, pixels in batches(images, parts, model.spec.shape):
-            logits, neurons = forward(model, recorder, to_network(pixels, device))
+            with torch.inference_mode():
+                logits, neurons = forward(model, recorder, to_network(pixels, device))
             yield Swept(rows, logits, neurons)
             progress.advance(len(rows))
 

@@ -6,20 +6,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import covcli
-from covcli import alarms, attacks, data, metrics, runs, runtime, signature, store
+from covcli import (
+    adaptive,
+    alarms,
+    attacks,
+    data,
+    metrics,
+    runs,
+    runtime,
+    selective,
+    signature,
+    store,
+)
 from covcli import checkpoint as checkpoints
 from covcli.calibration import Calibration
 from covcli.errors import CovcliError
 from covcli.explaining import Explanation, explain_sets
 from covcli.images import ImageSet, MemorySource, in_memory
 from covcli.measuring import Measured, Parts, measure, samples, table
+from covcli.metrics import Detection, Estimate
 from covcli.models import Classifier
 from covcli.progress import Progress
 from covcli.results import (
+    Deceived,
     EvaluationConfig,
     EvaluationResult,
     PointCoverage,
@@ -28,10 +42,11 @@ from covcli.results import (
 )
 from covcli.rules import Rule
 from covcli.signature import Signature
-from covcli.specs import parse
+from covcli.specs import Spec, parse
 
 __all__ = ["EvaluationConfig", "EvaluationResult", "evaluate"]
 log = logging.getLogger(__name__)
+LEAST_DECEIVED = 10  # fewer images say too little to draw a bootstrap from
 
 
 @dataclass(frozen=True)
@@ -285,10 +300,13 @@ def _opener(text: str, job: _Job) -> _Opener:
     attacks.make_attack(spec)
     start = job.trusted.select(attacks.attacked_rows(spec, job.trusted))
     labels = start.known_labels()
+    monitored = adaptive.monitored(
+        job.model, job.made, job.calibration, job.rules["coverage"].overall
+    )
     return _Opener(
         text,
         f"{text} {start.fingerprint}",
-        lambda progress: attacks.run_attack(spec, job.model, start, labels, progress),
+        lambda progress: attacks.run_attack(spec, job.model, start, labels, progress, monitored),
         start,
     )
 
@@ -304,26 +322,47 @@ def _trusted_figures(job: _Job, measured: Measured) -> TrustedSet:
         false_alarm_rate=alarms.overall(rule, flagged, job.config.seed),
         false_alarms_by_class=alarms.by_class(rule, flagged, measured.predicted, job.made.classes),
         mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
+        errors=selective.own_errors(measured.scores, measured.correct, job.config.seed),
     )
 
 
 def _untrusted_figures(
     job: _Job, images: ImageSet, trusted: Measured, measured: Measured
 ) -> UntrustedSet:
-    seed = job.config.seed
-    flagged = {
-        name: job.rules[name].untrusted(torch.from_numpy(scores), measured.predicted).numpy()
-        for name, scores in measured.scores.items()
-    }
-    attacked = attacks.is_attack(parse(images.name))
+    spec = parse(images.name)
+    attacked = attacks.is_attack(spec)
+    success, deceived = _deceived(spec, job, trusted, measured) if attacked else (None, None)
     return UntrustedSet(
         name=images.name,
         images=len(images),
         fingerprint=images.fingerprint,
-        scores={
-            name: metrics.detection(trusted.scores[name], scores, flagged[name], seed)
-            for name, scores in measured.scores.items()
-        },
+        scores=_detections(job, trusted, measured, np.ones(len(images), bool)),
         mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
-        success_rate=metrics.share(~measured.correct, seed) if attacked else None,
+        success_rate=success,
+        deceived=deceived,
     )
+
+
+def _deceived(
+    spec: Spec, job: _Job, trusted: Measured, measured: Measured
+) -> tuple[Estimate | None, Deceived]:
+    """Return an attack's success rate, and the figures of the images that it deceived."""
+    before = trusted.correct[attacks.attacked_rows(spec, job.trusted).numpy()]
+    hits = before & ~measured.correct
+    rate = metrics.share(hits[before], job.config.seed) if before.any() else None
+    enough = hits.sum() >= LEAST_DECEIVED
+    scores = _detections(job, trusted, measured, hits) if enough else None
+    return rate, Deceived(int(hits.sum()), int((~before).sum()), scores)
+
+
+def _detections(
+    job: _Job, trusted: Measured, measured: Measured, chosen: np.ndarray
+) -> dict[str, Detection]:
+    """Return each score's figures on the chosen images of an untrusted set."""
+    found = {}
+    for name, scores in measured.scores.items():
+        flags = job.rules[name].untrusted(torch.from_numpy(scores), measured.predicted).numpy()
+        found[name] = metrics.detection(
+            trusted.scores[name], scores[chosen], flags[chosen], job.config.seed
+        )
+    return found

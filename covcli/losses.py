@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from covcli.methods import State
+from covcli.methods.soft import hinge, interpolated
 
 # A range narrower than this share of its point's mean width counts as that wide, or a neuron that
 # never fired on trusted images would outweigh all others.
@@ -63,7 +64,7 @@ class ConfidenceLoss(nn.Module):
     def forward(self, neurons: Tensor, labels: Tensor) -> Tensor:
         """Return the penalty of neurons (B, N) of images of those classes (B,), a scalar."""
         low, high, width = self.low[labels], self.high[labels], self.width[labels]
-        penalty = (torch.relu(low - neurons) + torch.relu(neurons - high)) / width
+        penalty = hinge(neurons, low, high, width)
         if self.costs is not None:
             penalty = penalty + self._soft_cost(neurons, low, high, labels)
         return (penalty * self.known[labels, None]).mean()
@@ -74,10 +75,5 @@ class ConfidenceLoss(nn.Module):
         sections = self.costs.shape[2]
         flat = high == low
         span = torch.where(flat, torch.ones_like(low), high - low)
-        place = ((neurons - low) / span * sections - 0.5).clamp(0, sections - 1)
-        left = place.detach().floor().clamp_max(max(sections - 2, 0)).long()
-        share = place - left
-        columns = torch.arange(neurons.shape[1], device=neurons.device)
-        below = self.costs[labels[:, None], columns, left]
-        above = self.costs[labels[:, None], columns, (left + 1).clamp_max(sections - 1)]
-        return torch.where(flat, torch.zeros_like(below), below * (1 - share) + above * share)
+        cost = interpolated(self.costs, labels, (neurons - low) / span * sections - 0.5)
+        return torch.where(flat, torch.zeros_like(cost), cost)

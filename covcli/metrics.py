@@ -142,15 +142,7 @@ def detection(
         "aupr_in": Curves.aupr_in,
         "fpr95": Curves.fpr95,
     }
-    generator = np.random.default_rng(seed)
-    drawn: dict[str, list[float]] = {name: [] for name in figures}
-    for _ in range(samples):
-        sample = whole.resample(generator)
-        for name, figure in figures.items():
-            drawn[name].append(figure(sample))
-    estimates = {
-        name: _estimate(figure(whole), np.array(drawn[name])) for name, figure in figures.items()
-    }
+    estimates = _bootstrap(whole, figures, seed, samples)
     return Detection(
         auroc=estimates["auroc"],
         aupr_out=estimates["aupr_out"],
@@ -160,16 +152,39 @@ def detection(
     )
 
 
+def auroc(
+    trusted: Floats, untrusted: Floats, seed: int = 0, samples: int = BOOTSTRAP_SAMPLES
+) -> Estimate:
+    """Return the area under the ROC curve alone; parameters as in `detection`."""
+    whole = Curves(trusted, untrusted)
+    return _bootstrap(whole, {"auroc": Curves.auroc}, seed, samples)["auroc"]
+
+
+def _bootstrap(
+    whole: Curves, figures: dict[str, Callable[[Curves], float]], seed: int, samples: int
+) -> dict[str, Estimate]:
+    generator = np.random.default_rng(seed)
+    drawn: dict[str, list[float]] = {name: [] for name in figures}
+    for _ in range(samples):
+        sample = whole.resample(generator)
+        for name, figure in figures.items():
+            drawn[name].append(figure(sample))
+    return {
+        name: estimate(figure(whole), np.array(drawn[name])) for name, figure in figures.items()
+    }
+
+
 def share(
     flags: npt.NDArray[np.bool_], seed: int = 0, samples: int = BOOTSTRAP_SAMPLES
 ) -> Estimate:
     """Return the share of true values, with a 95% bootstrap interval."""
     value = float(flags.mean())
     drawn = np.random.default_rng(seed).binomial(len(flags), value, samples) / len(flags)
-    return _estimate(value, drawn)
+    return estimate(value, drawn)
 
 
-def _estimate(value: float, drawn: Floats) -> Estimate:
+def estimate(value: float, drawn: Floats) -> Estimate:
+    """Return a value with the interval between its bootstrap samples' 2.5% and 97.5% quantiles."""
     low, high = np.percentile(drawn, [2.5, 97.5])
     return Estimate(value, float(low), float(high))
 

@@ -129,7 +129,10 @@ class Monitor:
         device = self.model.mean.device
         inputs = self._inputs(images, device)
         made = self.signature
-        with capture(self.model.network, made.points, made.granularity) as recorder:
+        with (
+            torch.inference_mode(),
+            capture(self.model.network, made.points, made.granularity) as recorder,
+        ):
             logits, neurons = engine.forward(self.model, recorder, inputs)
         predicted = logits.argmax(1)
         scores = self.calibration.score(made.evidence(neurons, predicted).cpu())

@@ -29,7 +29,7 @@ from covcli.errors import one_line
 
 if TYPE_CHECKING:
     from covcli.evaluation import EvaluationResult
-    from covcli.metrics import Estimate
+    from covcli.metrics import Detection, Estimate
     from covcli.signing import SignatureResult
     from covcli.training import TrainResult
 
@@ -234,17 +234,23 @@ def show_evaluation(result: "EvaluationResult") -> None:
         title="Detection in per cent, with 95% intervals",
     )
     for entry in result.untrusted:
-        for name, d in entry.scores.items():
-            cells = [_cell(e) for e in (d.auroc, d.aupr_out, d.aupr_in, d.fpr95, d.detection_rate)]
-            table.add_row(Text(one_line(entry.name)), str(entry.images), name, *cells)
+        _add_scores(table, entry.name, entry.images, entry.scores)
+        if entry.deceived is not None and entry.deceived.scores is not None:
+            name = f"{entry.name}, successes"
+            _add_scores(table, name, entry.deceived.images, entry.deceived.scores)
     console.print(table)
     console.print(
         "FPR95: share of trusted images flagged at the threshold that catches 95% of the untrusted."
     )
     for entry in result.untrusted:
-        if entry.success_rate is not None:
-            rate = _cell(entry.success_rate)
-            console.print(Text(f"{one_line(entry.name)} deceives the network on {rate} per cent"))
+        if entry.deceived is not None:
+            rate, wrong = _cell(entry.success_rate), entry.deceived.already_wrong
+            console.print(
+                Text(
+                    f"{one_line(entry.name)} deceives the network on {rate} per cent of the images "
+                    f"that it got right; {wrong} of {entry.images} were wrong before"
+                )
+            )
     names = list(result.points[0].coverage)
     coverage = Table("point", "neurons", title="Coverage: share of neurons inside their range")
     for name in names:
@@ -254,6 +260,7 @@ def show_evaluation(result: "EvaluationResult") -> None:
         coverage.add_row(Text(one_line(point.name)), str(point.neurons), *shares)
     console.print(coverage)
     _show_confidence(console, result)
+    _show_errors(console, result)
     console.print(Text(result.guarantee.statement))
     _show_explanations(console, result)
 
@@ -312,6 +319,26 @@ def _show_explanations(console: Console, result: "EvaluationResult") -> None:
                 by = f", outside by {c.outside_by:.2f} widths" if isfinite(c.outside_by) else ""
                 span = f"trusted {c.low:.3g} to {c.high:.3g}"
                 console.print(Text(f"    {c.label}: {c.value:.3g}, {span}{by}"))
+
+
+def _add_scores(table: Table, name: str, images: int, scores: "dict[str, Detection]") -> None:
+    for score, d in scores.items():
+        cells = [_cell(e) for e in (d.auroc, d.aupr_out, d.aupr_in, d.fpr95, d.detection_rate)]
+        table.add_row(Text(one_line(name)), str(images), score, *cells)
+
+
+def _show_errors(console: Console, result: "EvaluationResult") -> None:
+    if result.trusted.errors is None:
+        return
+    table = Table("score", "wrong", "AUROC", "AURC", "E-AURC", title="The network's own errors")
+    for name, e in result.trusted.errors.items():
+        cells = [_cell(value) for value in (e.auroc, e.aurc, e.excess_aurc)]
+        table.add_row(name, f"{e.wrong} of {result.trusted.images}", *cells)
+    console.print(table)
+    console.print(
+        "AURC: mean share of errors among the images kept, when the least trusted are rejected "
+        "first; E-AURC: how much of it a perfect order would save. In per cent."
+    )
 
 
 def _rate(value: float | None) -> str:

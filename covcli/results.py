@@ -7,6 +7,7 @@ from typing import Any
 from covcli.explaining import Explanation
 from covcli.guarantees import Mode
 from covcli.metrics import Bin, Detection, Estimate, Kept
+from covcli.selective import OwnErrors
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,11 @@ class Guaranteed:
 
 @dataclass(frozen=True)
 class TrustedSet:
-    """The trusted test images."""
+    """The trusted test images.
+
+    `errors` says how well each score finds those that the network classifies wrongly; None where
+    it makes no error, or nothing but errors.
+    """
 
     name: str
     images: int
@@ -114,11 +119,35 @@ class TrustedSet:
     false_alarm_rate: FalseAlarms
     false_alarms_by_class: list[ClassAlarms]
     mean_confidence: dict[str, float]
+    errors: dict[str, OwnErrors] | None
+
+
+@dataclass(frozen=True)
+class Deceived:
+    """An attack's successes: images classified rightly before it and wrongly after.
+
+    Attributes
+    ----------
+    images
+        How many there are.
+    already_wrong
+        How many of the attacked images the network got wrong before the attack.
+    scores
+        Each score's figures on the successes alone; None if there are fewer than 10.
+    """
+
+    images: int
+    already_wrong: int
+    scores: dict[str, Detection] | None
 
 
 @dataclass(frozen=True)
 class UntrustedSet:
-    """One untrusted set: each score's figures, and for an attack how often it deceived."""
+    """One untrusted set: each score's figures, and for an attack what it deceived.
+
+    `success_rate` is the share deceived of the images that were classified rightly before the
+    attack; None for a set that is no attack, or where no image was.
+    """
 
     name: str
     images: int
@@ -126,6 +155,7 @@ class UntrustedSet:
     scores: dict[str, Detection]
     mean_confidence: dict[str, float]
     success_rate: Estimate | None
+    deceived: Deceived | None
 
 
 @dataclass(frozen=True)

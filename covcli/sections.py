@@ -143,10 +143,14 @@ def false_alarms(data: ReportData) -> Section:
 def detection(data: ReportData) -> Section:
     """Tabulate the figures of each untrusted set, ours beside the baseline's."""
     keys = ["auroc", "aupr_out", "aupr_in", "fpr95", "detection_rate"]
+    entries = data.evaluation["untrusted"]
+    parts = [(entry["name"], entry) for entry in entries]
+    parts += [(f"{entry['name']}, successes", entry["deceived"]) for entry in entries
+              if entry["deceived"] and entry["deceived"]["scores"]]  # fmt: skip
     rows = [
-        [entry["name"], str(entry["images"]), name, *[_interval(figures[key]) for key in keys]]
-        for entry in data.evaluation["untrusted"]
-        for name, figures in entry["scores"].items()
+        [title, str(part["images"]), name, *[_interval(figures[key]) for key in keys]]
+        for title, part in parts
+        for name, figures in part["scores"].items()
     ]
     blocks: list[str | Table | Picture] = [
         Table(
@@ -158,9 +162,11 @@ def detection(data: ReportData) -> Section:
         "at the threshold that catches 95% of the untrusted.",
     ]  # fmt: skip
     blocks += [
-        f"{entry['name']} deceives the network on {_interval(entry['success_rate'])}%."
-        for entry in data.evaluation["untrusted"]
-        if entry["success_rate"]
+        f"{entry['name']} deceives the network on {_interval(entry['success_rate'])}% of the "
+        f"images that it got right; {entry['deceived']['already_wrong']} of {entry['images']} "
+        "were wrong before the attack."
+        for entry in entries
+        if entry["deceived"]
     ]
     return Section("Detection", blocks)
 
@@ -256,6 +262,35 @@ def confidence(data: ReportData) -> Section:
             Table(["confidence", "at least", "kept, %", "accuracy, %"], by_threshold),
         ],
     )
+
+
+@SECTIONS.add("errors")
+def errors(data: ReportData) -> Section | None:
+    """Draw and tabulate how well each score finds wrongly classified trusted images."""
+    found = data.evaluation["trusted"]["errors"]
+    if found is None:
+        return None
+    figure, axes = _axes(7.5, 3.5)
+    for (name, entry), colour in zip(found.items(), _colours(len(found)), strict=True):
+        kept = [100 * point["kept"] for point in entry["curve"]]
+        risks = [100 * point["risk"] for point in entry["curve"]]
+        axes.plot(kept, risks, color=colour, label=_label(name))
+    axes.set_xlabel("trusted test images kept, the least trusted rejected first, %")
+    axes.set_ylabel("errors among those kept, %")
+    axes.legend(fontsize=8)
+    rows = [
+        [name, str(entry["wrong"]),
+         *[_interval(entry[key]) for key in ("auroc", "aurc", "excess_aurc")]]
+        for name, entry in found.items()
+    ]  # fmt: skip
+    note = (
+        "In per cent, with 95% bootstrap intervals. AUROC: the chance that a wrong answer scores "
+        "higher than a right one. AURC: the area under the curve above; E-AURC: what of it a "
+        "score that ranks every error last would save."
+    )
+    table = Table(["score", "wrong", "AUROC", "AURC", "E-AURC"], rows)
+    picture = Picture("errors", "Share of errors against share of images kept", figure)
+    return Section("The network's own errors", [picture, table, note])
 
 
 @SECTIONS.add("training")

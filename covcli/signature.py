@@ -66,7 +66,8 @@ class Signature:
     @cached_property
     def ready(self) -> State:
         """What the method reads for scoring."""
-        return self.method.prepare(self.state, self.layout)
+        with torch.inference_mode(False):  # first needed in a sweep, it serves gradients too
+            return self.method.prepare(self.state, self.layout)
 
     def evidence(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return what speaks against trust, float64 of shape (B, columns).
@@ -84,6 +85,10 @@ class Signature:
     def columns(self) -> int:
         """How many columns of evidence there are."""
         return self.method.columns(self.layout)
+
+    def soft_evidence(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return a stand-in of `evidence` with a gradient in the neurons; of the same shape."""
+        return self.method.soft_evidence(self.ready, self.layout, neurons, classes)
 
     def coverage(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the share of each point's neurons inside their range, float64 of shape (B, L)."""

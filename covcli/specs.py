@@ -98,3 +98,8 @@ def fraction(text: str) -> float:
     if not (math.isfinite(value) and value > 0):
         raise ValueError("expected a positive number")
     return value
+
+
+def amount(text: str) -> float:
+    """Read a finite number from 0 on, a fraction such as 1/2 included."""
+    return 0.0 if text == "0" else fraction(text)

@@ -11,12 +11,13 @@ ROOT = Path(covcli.__file__).parent
 # From top to bottom: a room may import the rooms below it, and no other.
 ROOMS = [
     "__main__", "cli", "render", "reporting", "sections", "drawing", "gates", "training", "session",
-    "settings", "watching", "evaluation", "alarms", "results", "explaining", "measuring", "monitor",
-    "signing", "fitting", "attacks", "losses", "surrogates", "engine", "checkpoint", "signature",
-    "calibration", "combination", "rules", "guarantees", "metrics", "methods", "methods.ensemble",
-    "methods.gaussian", "methods.ranges", "methods.ranks", "methods.contributions",
-    "methods.base", "models", "activations", "data", "images", "progress", "runtime", "runs",
-    "store", "guard", "specs", "registry", "errors", "__init__",
+    "settings", "watching", "evaluation", "alarms", "results", "selective", "explaining",
+    "measuring", "monitor", "signing", "fitting", "attacks", "adaptive", "losses", "surrogates",
+    "engine", "checkpoint", "signature", "calibration", "combination", "rules", "guarantees",
+    "metrics", "methods", "methods.ensemble", "methods.gaussian", "methods.ranges",
+    "methods.soft", "methods.ranks", "methods.contributions", "methods.base", "models",
+    "activations", "data", "images", "progress", "runtime", "runs", "store", "guard", "specs",
+    "registry", "errors", "__init__",
 ]  # fmt: skip
 
 

@@ -296,3 +296,54 @@ def test_rank_costs_follow_the_formula(
 def test_a_bad_method_is_named(spec: str) -> None:
     with pytest.raises(CovcliError):
         make_method(spec)
+
+
+@pytest.mark.parametrize("name", ["src", "mrc"])
+def test_soft_costs_lead_back(name: str) -> None:
+    method = METHODS.get(name)()
+    neurons, labels = trusted_neurons(6)
+    neurons[:, 2] = 0.25  # a constant neuron
+    ready = method.prepare(complete(method, neurons, labels), LAYOUT)
+    far = (neurons + 3).double().requires_grad_()  # outside, where the cost itself is flat
+    method.soft_costs(ready, LAYOUT, far, labels).sum().backward()
+    assert far.grad is not None
+    assert bool((far.grad > 0).all())
+
+
+@pytest.mark.parametrize("name", ["src", "mrc", "gauss", "ensemble"])
+def test_soft_evidence_has_a_true_gradient(name: str) -> None:
+    method = METHODS.get(name)()
+    neurons, labels = trusted_neurons(7)
+    ready = method.prepare(complete(method, neurons, labels), LAYOUT)
+    ready = State({key: value.double() for key, value in ready.tensors.items()})
+    x = neurons[:12].double() + 0.7 * torch.randn(12, NEURONS, dtype=torch.float64)
+    classes = torch.arange(12) % CLASSES
+    assert torch.autograd.gradcheck(
+        lambda t: method.soft_evidence(ready, LAYOUT, t, classes), x.requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@settings(max_examples=40, deadline=None)
+@given(trusted=samples(), tested=samples())
+def test_soft_costs_are_the_costs_where_those_are_sure(
+    spec: str, trusted: tuple[np.ndarray, np.ndarray], tested: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """Far outside the range they are at least the cost, and at section centres they are it."""
+    method = make_method(spec)
+    neurons, labels = np.clip(trusted[0], -1e3, 1e3), trusted[1]
+    state = folded(spec, neurons, labels, [np.arange(len(labels))])
+    x, k = np.clip(tested[0], -1e3, 1e3).astype(np.float64), tested[1]
+    k = np.where(np.isin(k, labels), k, labels[0])
+    low, high = state["low"].numpy().astype(np.float64)[k], state["high"].numpy()[k]
+    sections = method.sections if isinstance(method, MultiRange) else 1
+    place = np.random.default_rng(0).integers(0, sections, x.shape)
+    centres = torch.from_numpy(low + (high - low) * (place + 0.5) / sections)
+    classes = torch.from_numpy(k)
+    wide = (high - low) > np.maximum(1e-3, 1e-3 * np.abs(high))  # a float32 centre in its section
+    cost = method.costs(state, LAYOUT, centres.float(), classes).numpy()
+    soft = method.soft_costs(state, LAYOUT, centres, classes).numpy()
+    np.testing.assert_allclose(soft[wide], cost[wide], rtol=1e-4, atol=1e-4)
+    outside = torch.from_numpy(high + 3 * np.maximum(high - low, 1e4))
+    cost = method.costs(state, LAYOUT, outside.float(), classes)
+    assert bool((method.soft_costs(state, LAYOUT, outside, classes) >= cost - 1e-4).all())

@@ -198,6 +198,14 @@ class Method(ABC):
             float32 of shape (B, N), at least 0.
         """
 
+    def soft_costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return a stand-in of `costs` with a gradient in the neurons, for attacks that descend it.
+
+        By default the costs themselves. A method whose costs are comparisons or counts overrides
+        this. Parameters and shape are those of `costs`.
+        """
+        return self.costs(ready, layout, neurons, classes)
+
     @abstractmethod
     def inside(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return which neurons lie inside the class's trusted pattern, bool of shape (B, N)."""
@@ -212,8 +220,13 @@ class Method(ABC):
         Tensor
             float64 of shape (B, columns): one column a point, or several blocks of such columns.
         """
-        means = layout.means(self.costs(ready, layout, neurons, classes))
-        return torch.log(means + 1 / means.new_tensor(layout.sizes))
+        return log_means(self.costs(ready, layout, neurons, classes), layout)
+
+    def soft_evidence(
+        self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor
+    ) -> Tensor:
+        """Return a stand-in of `evidence` with a gradient in the neurons; parameters as there."""
+        return log_means(self.soft_costs(ready, layout, neurons, classes), layout)
 
     def columns(self, layout: Layout) -> int:
         """Return how many columns the evidence has."""
@@ -247,6 +260,12 @@ class Method(ABC):
         """Return the specification that makes this method again."""
         parameters = "&".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
         return f"{self.name}?{parameters}" if parameters else self.name
+
+
+def log_means(costs: Tensor, layout: Layout) -> Tensor:
+    """Return log(mean + 1/neurons) of each point's costs, float64 of shape (B, L)."""
+    means = layout.means(costs)
+    return torch.log(means + 1 / means.new_tensor(layout.sizes))
 
 
 METHODS: Registry[type[Method]] = Registry("method")

@@ -68,13 +68,26 @@ class Ensemble(Gauss):
         for white, part in zip(whitening, shift.split(layout.values), strict=True):
             moved = white @ part
             directions.append(white.T @ moved / moved.norm().clamp_min(1e-12))
-        ready.tensors |= {key: state[key] for key in RANGE_TENSORS}
+        ready.tensors |= {key: state[key] for key in (*RANGE_TENSORS, "count")}
         ready.tensors["direction"] = torch.cat(directions).float()
         return ready
 
     def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the columns of `src`, of `gauss`, and along the direction, (B, 3·L)."""
         outside = RANGES.evidence(ready, layout, neurons, classes)
+        return self._beside(outside, ready, layout, neurons, classes)
+
+    def soft_evidence(
+        self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor
+    ) -> Tensor:
+        """Return the evidence with the soft costs of `src`."""
+        outside = RANGES.soft_evidence(ready, layout, neurons, classes)
+        return self._beside(outside, ready, layout, neurons, classes)
+
+    def _beside(
+        self, outside: Tensor, ready: State, layout: Layout, neurons: Tensor, classes: Tensor
+    ) -> Tensor:
+        """Return the columns of `src` with those of `gauss` and along the direction beside them."""
         distances = super().evidence(ready, layout, neurons, classes)
         away = neurons[:, layout.value_columns] - ready["mean"][classes]
         steps = (away * ready["direction"]).split(layout.values, 1)

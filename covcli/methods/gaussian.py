@@ -131,6 +131,12 @@ class Gauss(Method):
         tiny = torch.finfo(torch.float64).tiny
         return torch.log(torch.stack(distances, 1).clamp_min(tiny))
 
+    def soft_evidence(
+        self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor
+    ) -> Tensor:
+        """Return the evidence, which has a gradient."""
+        return self.evidence(ready, layout, neurons, classes)
+
     def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return each value's squared distance in its own deviations; 0 for maxima."""
         costs = torch.zeros_like(neurons)

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 from covcli.methods.base import METHODS, Layout, Method, State
+from covcli.methods.soft import hinge, interpolated
+
+# In soft costs a range narrower than this share of its neuron's mean width counts as that wide.
+LEAST_WIDTH = 0.05
 
 
 @METHODS.add("src")
@@ -49,6 +53,11 @@ class SingleRange(Method):
     def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return 1 outside the range, 0 inside."""
         return (~self.inside(ready, layout, neurons, classes)).float()
+
+    def soft_costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the distance outside the range in widths of the range, 0 inside."""
+        low, high, width = (part[classes] for part in _ranges(ready, neurons.dtype))
+        return hinge(neurons, low, high, width)
 
     def inside(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return which neurons lie in the closed range of their class."""
@@ -130,9 +139,29 @@ class MultiRange(SingleRange):
         n = ready["count"][classes, None].float()
         found = ready["sections"].view(-1)[self._cells(ready, neurons, classes)].float()
         found = torch.where(self.inside(ready, layout, neurons, classes), found, 0.0)
+        return self._cost(found, n)
+
+    def _cost(self, found: Tensor, n: Tensor) -> Tensor:
+        """Return the cost of sections that hold `found` of n images."""
         if self.cost == "share":
             return 1 - found / n.clamp_min(1)
         return -torch.log((found + 0.5) / (n + self.sections / 2))
+
+    def soft_costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the cost interpolated between section centres, plus the distance outside.
+
+        Half a section beyond the range the cost is that of a neuron outside; from there on only
+        the distance, in widths of the range, has a gradient.
+        """
+        low, high, width = (part[classes] for part in _ranges(ready, neurons.dtype))
+        counts = torch.nn.functional.pad(ready["sections"], (1, 1))  # nothing lies outside
+        n = ready["count"][:, None, None]
+        table = self._cost(counts.to(neurons.dtype), n.to(neurons.dtype))
+        distance = hinge(neurons, low, high, width)
+        span = torch.where(high > low, high - low, 1.0)
+        place = (neurons - low) / span * self.sections + 0.5  # 0 is the centre left of the range
+        place = torch.where(high > low, place, 1 - distance)  # one section, fading on both sides
+        return interpolated(table, classes, place) + distance
 
     def section(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the section that each neuron lies in, 0 to Q−1; the nearest if outside.
@@ -155,3 +184,14 @@ class MultiRange(SingleRange):
         """Return what a complete state holds."""
         shape = (layout.classes, layout.neurons, self.sections)
         return {**super().expected(layout), "sections": (torch.int32, shape)}
+
+
+def _ranges(ready: State, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the ends and a positive width of each class's ranges, finite, each (classes, N)."""
+    known = (ready["count"] > 0)[:, None]
+    low = torch.where(known, ready["low"], 0.0).to(dtype)
+    high = torch.where(known, ready["high"], 0.0).to(dtype)
+    width = high - low
+    typical = width.sum(0) / known.sum().clamp_min(1)
+    least = torch.where(typical > 0, LEAST_WIDTH * typical, 1.0)
+    return low, high, torch.maximum(width, least)
