@@ -14,6 +14,7 @@ from torch import Tensor
 from covcli.activations import capture
 from covcli.calibration import Calibration
 from covcli.engine import forward
+from covcli.errors import CovcliError
 from covcli.models import Classifier
 from covcli.signature import Signature
 
@@ -54,6 +55,12 @@ def monitored(
     threshold
         The score from which images are flagged: the unit of the soft score.
     """
+    if made.method.contributions:
+        raise CovcliError(
+            f"the score of {made.method.name} takes gradients itself and has none",
+            where="attack:adaptive-pgd",
+            fix="evaluate another method",
+        )
     unit = threshold if threshold > 0 else 1.0
 
     def look(images: Tensor) -> Look:

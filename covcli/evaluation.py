@@ -297,12 +297,13 @@ def _opener(text: str, job: _Job) -> _Opener:
     spec = parse(text)
     if not attacks.is_attack(spec):
         return _Opener.of(data.load(text, "test", job.config.data_dir))
-    attacks.make_attack(spec)
+    attack = attacks.make_attack(spec)
     start = job.trusted.select(attacks.attacked_rows(spec, job.trusted))
     labels = start.known_labels()
-    monitored = adaptive.monitored(
-        job.model, job.made, job.calibration, job.rules["coverage"].overall
-    )
+    monitored = None
+    if attack.needs_signature:
+        threshold = job.rules["coverage"].overall
+        monitored = adaptive.monitored(job.model, job.made, job.calibration, threshold)
     return _Opener(
         text,
         f"{text} {start.fingerprint}",
