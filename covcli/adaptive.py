@@ -113,7 +113,7 @@ def adaptive_pgd(
     steps
         How many.
     weight
-        The score's weight; 0 attacks the network alone.
+        The score's weight in the gradient; with 0 it only chooses among the iterates.
 
     Returns
     -------
