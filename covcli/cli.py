@@ -236,6 +236,10 @@ def evaluate(
         str | None, typer.Option(help="Trusted test images; default: the trained set's test split.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="False-alarm rate to stay below.")] = 0.05,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="Detector of pytorch-ood to compare with, or all; may repeat."),
+    ] = None,
     fail_under: Annotated[
         list[str] | None,
         typer.Option(help="auroc=0.95, or mnist:auroc=0.95 for one set: else exit 1; may repeat."),
@@ -273,8 +277,8 @@ def evaluate(
         wanted += gates.read_baseline(baseline_results, tolerance, tuple(untrusted))
     config = evaluation.EvaluationConfig(
         untrusted=tuple(untrusted), checkpoint=checkpoint, signature=signature, method=method,
-        trusted=trusted, alpha=alpha, model=model, runs=runs, data_dir=data_dir, output=output,
-        force=force, device=device, seed=seed,
+        trusted=trusted, alpha=alpha, baselines=tuple(baseline or ()), model=model, runs=runs,
+        data_dir=data_dir, output=output, force=force, device=device, seed=seed,
     )  # fmt: skip
     with render.reporter(quiet) as progress:
         result = evaluation.evaluate(config, progress)

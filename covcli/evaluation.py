@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 import covcli
-from covcli import attacks, data, metrics, runs, runtime, signature, store
+from covcli import attacks, comparison, data, metrics, runs, runtime, signature, store
 from covcli import checkpoint as checkpoints
 from covcli.calibration import Calibration
+from covcli.comparison import Comparison, Plan
 from covcli.errors import CovcliError
 from covcli.images import ImageSet, MemorySource, in_memory
 from covcli.measuring import Measured, Parts, measure, samples, table
+from covcli.metrics import MeanDetection
 from covcli.models import Classifier
 from covcli.progress import Progress
 from covcli.results import (
@@ -46,6 +48,7 @@ class _Job:
     calibration: Calibration
     record: dict[str, Any]
     trusted: ImageSet
+    plan: Plan
     warnings: list[str]
 
 
@@ -66,8 +69,9 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
     output = job.files["evaluation.json"].parent
     with runs.locked(output):
         parts = Parts(output, _key(job))
-        images, measured = _measure_all(job, openers, parts, progress)
-        result = _result(job, images, measured)
+        baselines = comparison.fit(job.plan, job.calibration, config.alpha, progress)
+        images, measured = _measure_all(job, baselines, openers, parts, progress)
+        result = _result(job, images, measured, baselines.thresholds)
         store.write_bytes(job.files["scores.csv.gz"], table(measured))
         store.write_bytes(job.files["samples.npz"], samples(images, measured, job.model.spec.shape))
         store.write_json(job.files["evaluation.json"], store.plain(asdict(result)))
@@ -95,20 +99,27 @@ def _load(config: EvaluationConfig) -> _Job:
             f"the signature is of {made.model.name!r}", where=f"--model {config.model}"
         )
     trusted, warnings = _trusted(config, record, made.model.classes)
+    model = source.model.on(device)
+    plan = comparison.prepare(config.baselines, model, record, config.data_dir)
     return _Job(
-        config, files, checkpoint_path, signature_path, source.model.on(device), made.to(device),
-        calibration, record, trusted, warnings,
+        config, files, checkpoint_path, signature_path, model, made.to(device),
+        calibration, record, trusted, plan, warnings,
     )  # fmt: skip
 
 
 def _key(job: _Job) -> str:
     """Return a digest of what every figure depends on beside the images."""
     versions = [torch.__version__, covcli.__version__, str(job.model.mean.device)]
-    return store.digest([store.digest_file(job.signature), job.config.alpha, versions])
+    baselines = [job.plan.names, job.plan.versions]
+    return store.digest([store.digest_file(job.signature), job.config.alpha, versions, baselines])
 
 
 def _measure_all(
-    job: _Job, openers: dict[str, "_Opener"], parts: Parts, progress: Progress
+    job: _Job,
+    baselines: Comparison,
+    openers: dict[str, "_Opener"],
+    parts: Parts,
+    progress: Progress,
 ) -> tuple[dict[str, ImageSet], dict[str, Measured]]:
     images: dict[str, ImageSet] = {}
     measured: dict[str, Measured] = {}
@@ -119,21 +130,31 @@ def _measure_all(
             measured[name] = done[0]
             continue
         images[name] = opener.open(progress)
-        measured[name] = measure(
+        found = measure(
             job.model, job.made, job.calibration, images[name], job.config.alpha, progress
         )
+        theirs = baselines.score(images[name], progress)
+        measured[name] = replace(found, scores={**found.scores, **theirs})
         parts.keep(opener.identity, measured[name], opener.pixels(images[name]))
     return images, measured
 
 
 def _result(
-    job: _Job, images: dict[str, ImageSet], measured: dict[str, Measured]
+    job: _Job,
+    images: dict[str, ImageSet],
+    measured: dict[str, Measured],
+    thresholds: dict[str, float],
 ) -> EvaluationResult:
     config, made, calibration, record = job.config, job.made, job.calibration, job.record
     trusted = measured["trusted"]
+    thresholds = {
+        "coverage": calibration.threshold(config.alpha),
+        "softmax": calibration.softmax_threshold(config.alpha),
+        **thresholds,
+    }
     return EvaluationResult(
         schema=store.SCHEMA,
-        provenance=runtime.provenance(job.model.mean.device, config.seed),
+        provenance=runtime.provenance(job.model.mean.device, config.seed) | job.plan.versions,
         signature={
             "method": made.method.name,
             "parameters": made.method.spec(),
@@ -149,9 +170,10 @@ def _result(
         },
         trusted=_trusted_figures(config, job.trusted, trusted, calibration),
         untrusted=[
-            _untrusted_figures(config, images[t], trusted, measured[t], calibration)
+            _untrusted_figures(config, images[t], trusted, measured[t], thresholds)
             for t in config.untrusted
         ],
+        mean_over_sets=_means(config, measured),
         points=[
             PointCoverage(p.name, p.neurons, {t: m.coverage[i] for t, m in measured.items()})
             for i, p in enumerate(made.points)
@@ -296,12 +318,8 @@ def _untrusted_figures(
     images: ImageSet,
     trusted: Measured,
     measured: Measured,
-    calibration: Calibration,
+    thresholds: dict[str, float],
 ) -> UntrustedSet:
-    thresholds = {
-        "coverage": calibration.threshold(config.alpha),
-        "softmax": calibration.softmax_threshold(config.alpha),
-    }
     attacked = attacks.is_attack(parse(images.name))
     return UntrustedSet(
         name=images.name,
@@ -314,3 +332,14 @@ def _untrusted_figures(
         mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
         success_rate=metrics.share(~measured.correct, config.seed) if attacked else None,
     )
+
+
+def _means(config: EvaluationConfig, measured: dict[str, Measured]) -> list[MeanDetection]:
+    """Average each score over the untrusted sets: ours first, the others by their AUROC."""
+    made = [
+        metrics.mean_detection(
+            name, scores, [measured[t].scores[name] for t in config.untrusted], config.seed
+        )
+        for name, scores in measured["trusted"].scores.items()
+    ]
+    return sorted(made, key=lambda mean: (mean.score != "coverage", -mean.auroc.value))

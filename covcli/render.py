@@ -229,11 +229,17 @@ def show_evaluation(result: "EvaluationResult") -> None:
         *SCORE_COLUMNS,
         title="Detection in per cent, with 95% intervals",
     )
+    names = [mean.score for mean in result.mean_over_sets]
     for entry in result.untrusted:
-        for name, d in entry.scores.items():
+        for name, d in ((name, entry.scores[name]) for name in names):
             cells = [_cell(e) for e in (d.auroc, d.aupr_out, d.aupr_in, d.fpr95, d.detection_rate)]
             table.add_row(Text(one_line(entry.name)), str(entry.images), name, *cells)
     console.print(table)
+    if len(result.untrusted) > 1:
+        means = Table("score", "AUROC", "FPR95", title="Mean over the untrusted sets")
+        for mean in result.mean_over_sets:
+            means.add_row(mean.score, _cell(mean.auroc), _cell(mean.fpr95))
+        console.print(means)
     console.print(
         "FPR95: share of trusted images flagged at the threshold that catches 95% of the untrusted."
     )
@@ -241,12 +247,12 @@ def show_evaluation(result: "EvaluationResult") -> None:
         if entry.success_rate is not None:
             rate = _cell(entry.success_rate)
             console.print(Text(f"{one_line(entry.name)} deceives the network on {rate} per cent"))
-    names = list(result.points[0].coverage)
+    sets = list(result.points[0].coverage)
     coverage = Table("point", "neurons", title="Coverage: share of neurons inside their range")
-    for name in names:
+    for name in sets:
         coverage.add_column(Text(one_line(name)))
     for point in result.points:
-        shares = [f"{point.coverage[name]:.2%}" for name in names]
+        shares = [f"{point.coverage[name]:.2%}" for name in sets]
         coverage.add_row(Text(one_line(point.name)), str(point.neurons), *shares)
     console.print(coverage)
     _show_confidence(console, result)

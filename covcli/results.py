@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from covcli.metrics import Bin, Detection, Estimate, Kept
+from covcli.metrics import Bin, Detection, Estimate, Kept, MeanDetection
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class EvaluationConfig:
     method: str | None = None
     trusted: str | None = None
     alpha: float = 0.05
+    baselines: tuple[str, ...] = ()
     model: str | None = None
     runs: Path = Path("runs")
     data_dir: Path | None = None
@@ -52,7 +53,10 @@ class TrustedSet:
 
 @dataclass(frozen=True)
 class UntrustedSet:
-    """One untrusted set: each score's figures, and for an attack how often it deceived."""
+    """One untrusted set: each score's figures, and for an attack how often it deceived.
+
+    `scores` has "coverage", "softmax" and the baselines that were asked for.
+    """
 
     name: str
     images: int
@@ -85,6 +89,8 @@ class EvaluationResult:
         Method, files, fingerprints and calibration of what was evaluated.
     trusted, untrusted, points
         The figures.
+    mean_over_sets
+        Each score's mean over the untrusted sets: "coverage" first, the others by their AUROC.
     confidence_bins, confidence_thresholds
         Accuracy on the trusted images by "coverage" and by "softmax" confidence.
     files
@@ -98,6 +104,7 @@ class EvaluationResult:
     signature: dict[str, Any]
     trusted: TrustedSet
     untrusted: list[UntrustedSet]
+    mean_over_sets: list[MeanDetection]
     points: list[PointCoverage]
     confidence_bins: list[Bin]
     confidence_thresholds: list[Kept]

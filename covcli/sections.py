@@ -14,6 +14,7 @@ from covcli.registry import Registry
 
 # Okabe and Ito's colours, which the colour-blind tell apart; the first is for trusted images.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#000000"]
+STYLES = ["-", "--", ":"]
 SCORES = {"coverage": "score", "softmax": "softmax_confidence"}
 
 
@@ -128,13 +129,17 @@ def summary(data: ReportData) -> Section:
 
 @SECTIONS.add("detection")
 def detection(data: ReportData) -> Section:
-    """Tabulate the figures of each untrusted set, ours beside the baseline's."""
+    """Tabulate the figures of each untrusted set, ours beside the baselines'."""
+    means = data.evaluation["mean_over_sets"]
     keys = ["auroc", "aupr_out", "aupr_in", "fpr95", "detection_rate"]
     rows = [
-        [entry["name"], str(entry["images"]), name, *[_interval(figures[key]) for key in keys]]
+        [
+            entry["name"], str(entry["images"]), mean["score"],
+            *[_interval(entry["scores"][mean["score"]][key]) for key in keys],
+        ]
         for entry in data.evaluation["untrusted"]
-        for name, figures in entry["scores"].items()
-    ]
+        for mean in means
+    ]  # fmt: skip
     blocks: list[str | Table | Picture] = [
         Table(
             ["untrusted", "images", "score", "AUROC", "AUPR-out", "AUPR-in", "FPR95",
@@ -142,7 +147,11 @@ def detection(data: ReportData) -> Section:
             rows,
         ),
         "In per cent, with 95% bootstrap intervals. FPR95 is the share of trusted images flagged "
-        "at the threshold that catches 95% of the untrusted.",
+        "at the threshold that catches 95% of the untrusted. On average over the untrusted sets:",
+        Table(
+            ["score", "AUROC", "FPR95"],
+            [[m["score"], _interval(m["auroc"]), _interval(m["fpr95"])] for m in means],
+        ),
     ]  # fmt: skip
     blocks += [
         f"{entry['name']} deceives the network on {_interval(entry['success_rate'])}%."
@@ -203,6 +212,31 @@ def roc(data: ReportData) -> Section:
     axes.set_ylabel("share of untrusted images flagged")
     axes.legend(fontsize=7, loc="lower right")
     return Section("ROC curves", [Picture("roc", "ROC curves by set and score", figure)])
+
+
+@SECTIONS.add("baselines")
+def baselines(data: ReportData) -> Section | None:
+    """Draw the ROC curves of each set, ours in black and the baselines in colour."""
+    ours = {"coverage", "softmax"}
+    names = [m["score"] for m in data.evaluation["mean_over_sets"] if m["score"] not in ours]
+    if not names:
+        return None
+    trusted = data.scores[data.scores["set"] == "trusted"]
+    pictures: list[str | Table | Picture] = []
+    for i, name in enumerate(data.sets[1:]):
+        mine = data.scores[data.scores["set"] == name]
+        figure, axes = _axes(6.5, 5.0)
+        axes.plot(*_roc(trusted["score"], mine["score"]), color="black", label="coverage")
+        for j, score in enumerate(names):
+            colour, style = COLOURS[j % 7], STYLES[j // 7 % len(STYLES)]
+            curve = _roc(trusted[f"{score}_score"], mine[f"{score}_score"])
+            axes.plot(*curve, style, color=colour, label=score, linewidth=1)
+        axes.set_title(_label(name), fontsize=9)
+        axes.set_xlabel("share of trusted images flagged")
+        axes.set_ylabel("share of untrusted images flagged")
+        axes.legend(fontsize=7, loc="lower right")
+        pictures.append(Picture(f"baselines-{i}", f"ROC curves of set {i + 1} by score", figure))
+    return Section("ROC curves of the baselines", pictures)
 
 
 def _roc(trusted: pd.Series, untrusted: pd.Series) -> tuple[np.ndarray, np.ndarray]:

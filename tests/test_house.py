@@ -12,9 +12,10 @@ ROOT = Path(covcli.__file__).parent
 ROOMS = [
     "__main__", "cli", "render", "reporting", "sections", "gates", "training", "session",
     "settings", "watching", "evaluation", "results", "measuring", "monitor", "signing", "fitting",
-    "attacks", "losses", "engine", "checkpoint", "signature", "calibration", "metrics", "methods",
-    "methods.ranges", "methods.base", "models", "activations", "data", "images", "progress",
-    "runtime", "runs", "store", "guard", "specs", "registry", "errors", "__init__",
+    "attacks", "losses", "comparison", "baselines", "layers", "engine", "checkpoint", "signature",
+    "calibration", "metrics", "methods", "methods.ranges", "methods.base", "models", "activations",
+    "data", "images", "progress", "runtime", "runs", "store", "guard", "specs", "registry",
+    "errors", "__init__",
 ]  # fmt: skip
 
 
