@@ -252,6 +252,10 @@ def evaluate(
         GuaranteeMode | None,
         typer.Option(help="marginal or certified; default: the signature's."),
     ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="Detector of pytorch-ood to compare with, or all; may repeat."),
+    ] = None,
     explain: Annotated[
         int,
         typer.Option(min=0, help="How many images of each set to explain, most suspicious first."),
@@ -293,7 +297,8 @@ def evaluate(
         wanted += gates.read_baseline(baseline_results, tolerance, tuple(untrusted))
     config = evaluation.EvaluationConfig(
         untrusted=tuple(untrusted), checkpoint=checkpoint, signature=signature, method=method,
-        trusted=trusted, alpha=alpha, guarantee=guarantee, explain=explain, model=model, runs=runs,
+        trusted=trusted, alpha=alpha, guarantee=guarantee, baselines=tuple(baseline or ()),
+        explain=explain, model=model, runs=runs,
         data_dir=data_dir, output=output, force=force, device=device, seed=seed,
     )  # fmt: skip
     with render.reporter(quiet) as progress:

@@ -31,11 +31,14 @@ class Swept:
         Shape (B, classes).
     neurons
         Shape (B, N), on the network's device like the logits.
+    inputs
+        What the network was given: pixels in [0, 1] of shape (B, C, H, W), on its device.
     """
 
     rows: Tensor
     logits: Tensor
     neurons: Tensor
+    inputs: Tensor
 
 
 def to_network(images: Tensor, device: torch.device) -> Tensor:
@@ -96,9 +99,10 @@ def sweep(
     progress.start(title, len(images))
     with capture(model.network, points, granularity) as recorder:
         for rows, pixels in batches(images, parts, model.spec.shape):
+            inputs = to_network(pixels, device)
             with torch.inference_mode():
-                logits, neurons = forward(model, recorder, to_network(pixels, device))
-            yield Swept(rows, logits, neurons)
+                logits, neurons = forward(model, recorder, inputs)
+            yield Swept(rows, logits, neurons, inputs)
             progress.advance(len(rows))
 
 

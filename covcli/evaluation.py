@@ -1,20 +1,20 @@
 """evaluate: how well a signature tells untrusted images from trusted ones."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import covcli
 from covcli import (
     adaptive,
     alarms,
     attacks,
+    comparison,
     data,
     metrics,
     runs,
@@ -25,12 +25,14 @@ from covcli import (
 )
 from covcli import checkpoint as checkpoints
 from covcli.calibration import Calibration
+from covcli.comparison import Comparison, Plan
 from covcli.errors import CovcliError
 from covcli.explaining import Explanation, explain_sets
-from covcli.images import ImageSet, MemorySource, in_memory
+from covcli.images import ImageSet
 from covcli.measuring import Measured, Parts, measure, samples, table
-from covcli.metrics import Detection, Estimate
+from covcli.metrics import Detection, Estimate, MeanDetection
 from covcli.models import Classifier
+from covcli.openers import Opener, opener
 from covcli.progress import Progress
 from covcli.results import (
     Deceived,
@@ -63,6 +65,7 @@ class _Job:
     rules: dict[str, Rule]
     record: dict[str, Any]
     trusted: ImageSet
+    plan: Plan
     warnings: list[str]
 
 
@@ -78,18 +81,25 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
         writing into the same folder.
     """
     job = _load(config)
-    openers = {"trusted": _Opener.of(job.trusted)}
-    openers |= {text: _opener(text, job) for text in config.untrusted}
+    openers = {"trusted": Opener.of(job.trusted)}
+    threshold = job.rules["coverage"].overall
+    look = partial(adaptive.monitored, job.model, job.made, job.calibration, threshold)
+    openers |= {
+        text: opener(text, job.model, job.trusted, look, config.data_dir)
+        for text in config.untrusted
+    }
     output = job.files["evaluation.json"].parent
     with runs.locked(output):
         parts = Parts(output, _key(job))
-        images, measured = _measure_all(job, openers, parts, progress)
+        baselines = comparison.fit(job.plan, job.rules["coverage"].guarantee, progress)
+        images, measured = _measure_all(job, baselines, openers, parts, progress)
         explanations, explained = explain_sets(
             job.model, job.made, job.calibration, images,
             {name: m.scores["coverage"] for name, m in measured.items()}, config.explain,
             job.rules["coverage"],
         )  # fmt: skip
-        result = _result(job, images, measured, explanations)
+        rules = {**job.rules, **baselines.rules}
+        result = _result(replace(job, rules=rules), images, measured, explanations)
         store.write_bytes(job.files["scores.csv.gz"], table(measured))
         pixels = samples(images, measured, job.model.spec.shape, explained)
         store.write_bytes(job.files["samples.npz"], pixels)
@@ -124,9 +134,11 @@ def _load(config: EvaluationConfig) -> _Job:
             f"the signature is of {made.model.name!r}", where=f"--model {config.model}"
         )
     trusted, warnings = _trusted(config, record, made.model.classes)
+    model = source.model.on(device)
+    plan = comparison.prepare(config.baselines, model, record, config.data_dir)
     return _Job(
-        config, files, checkpoint_path, signature_path, source.model.on(device), made.to(device),
-        calibration, rules, record, trusted, warnings,
+        config, files, checkpoint_path, signature_path, model, made.to(device),
+        calibration, rules, record, trusted, plan, warnings,
     )  # fmt: skip
 
 
@@ -134,25 +146,32 @@ def _key(job: _Job) -> str:
     """Return a digest of what every figure depends on beside the images."""
     guarantee = job.rules["coverage"].guarantee
     versions = [torch.__version__, covcli.__version__, str(job.model.mean.device)]
-    return store.digest([store.digest_file(job.signature), vars(guarantee), versions])
+    described = [vars(guarantee), versions, job.plan.names, job.plan.versions]
+    return store.digest([store.digest_file(job.signature), described])
 
 
 def _measure_all(
-    job: _Job, openers: dict[str, "_Opener"], parts: Parts, progress: Progress
+    job: _Job,
+    baselines: Comparison,
+    openers: dict[str, Opener],
+    parts: Parts,
+    progress: Progress,
 ) -> tuple[dict[str, ImageSet], dict[str, Measured]]:
     images: dict[str, ImageSet] = {}
     measured: dict[str, Measured] = {}
-    for name, opener in openers.items():
-        done = parts.find(opener.identity)
+    for name, entry in openers.items():
+        done = parts.find(entry.identity)
         if done is not None:  # by an evaluation that was cut short
-            images[name] = opener.open(progress) if done[1] is None else opener.made_of(done[1])
+            images[name] = entry.open(progress) if done[1] is None else entry.made_of(done[1])
             measured[name] = done[0]
             continue
-        images[name] = opener.open(progress)
-        measured[name] = measure(
+        images[name] = entry.open(progress)
+        found = measure(
             job.model, job.made, job.calibration, images[name], job.rules["coverage"], progress
         )
-        parts.keep(opener.identity, measured[name], opener.pixels(images[name]))
+        theirs = baselines.score(images[name], progress)
+        measured[name] = replace(found, scores={**found.scores, **theirs})
+        parts.keep(entry.identity, measured[name], entry.pixels(images[name]))
     return images, measured
 
 
@@ -166,7 +185,7 @@ def _result(
     trusted = measured["trusted"]
     return EvaluationResult(
         schema=store.SCHEMA,
-        provenance=runtime.provenance(job.model.mean.device, config.seed),
+        provenance=runtime.provenance(job.model.mean.device, config.seed) | job.plan.versions,
         signature={
             "method": made.method.name,
             "parameters": made.method.spec(),
@@ -185,6 +204,7 @@ def _result(
         untrusted=[
             _untrusted_figures(job, images[t], trusted, measured[t]) for t in config.untrusted
         ],
+        mean_over_sets=_means(config, measured),
         points=[
             PointCoverage(p.name, p.neurons, {t: m.coverage[i] for t, m in measured.items()})
             for i, p in enumerate(made.points)
@@ -254,64 +274,6 @@ def _trusted(
     return images, warnings
 
 
-@dataclass(frozen=True)
-class _Opener:
-    """A set that was checked, and is opened when its turn comes.
-
-    Attributes
-    ----------
-    name
-        The specification.
-    identity
-        Equal for equal images.
-    open
-        Returns the images.
-    start
-        For an attack, the trusted images that it starts from.
-    """
-
-    name: str
-    identity: str
-    open: Callable[[Progress], ImageSet]
-    start: ImageSet | None = None
-
-    @classmethod
-    def of(cls, images: ImageSet) -> "_Opener":
-        """Return the opener of a set that is loaded already."""
-        return cls(images.name, images.fingerprint, lambda _progress: images)
-
-    def pixels(self, images: ImageSet) -> Tensor | None:
-        """Return an attack's images, which are dear to make again; None for others."""
-        if self.start is None or not isinstance(images.source, MemorySource):
-            return None
-        return images.source.images
-
-    def made_of(self, pixels: Tensor) -> ImageSet:
-        """Return the images that an attack made earlier."""
-        assert self.start is not None
-        return in_memory(self.name, pixels, self.start.labels, self.start.classes)
-
-
-def _opener(text: str, job: _Job) -> _Opener:
-    """Check an untrusted specification now, so that an error does not come after hours."""
-    spec = parse(text)
-    if not attacks.is_attack(spec):
-        return _Opener.of(data.load(text, "test", job.config.data_dir))
-    attack = attacks.make_attack(spec)
-    start = job.trusted.select(attacks.attacked_rows(spec, job.trusted))
-    labels = start.known_labels()
-    monitored = None
-    if attack.needs_signature:
-        threshold = job.rules["coverage"].overall
-        monitored = adaptive.monitored(job.model, job.made, job.calibration, threshold)
-    return _Opener(
-        text,
-        f"{text} {start.fingerprint}",
-        lambda progress: attacks.run_attack(spec, job.model, start, labels, progress, monitored),
-        start,
-    )
-
-
 def _trusted_figures(job: _Job, measured: Measured) -> TrustedSet:
     images, rule = job.trusted, job.rules["coverage"]
     flagged = torch.from_numpy(measured.untrusted)
@@ -367,3 +329,14 @@ def _detections(
             trusted.scores[name], scores[chosen], flags[chosen], job.config.seed
         )
     return found
+
+
+def _means(config: EvaluationConfig, measured: dict[str, Measured]) -> list[MeanDetection]:
+    """Average each score over the untrusted sets: ours first, the others by their AUROC."""
+    made = [
+        metrics.mean_detection(
+            name, scores, [measured[t].scores[name] for t in config.untrusted], config.seed
+        )
+        for name, scores in measured["trusted"].scores.items()
+    ]
+    return sorted(made, key=lambda mean: (mean.score != "coverage", -mean.auroc.value))

@@ -34,7 +34,8 @@ class Measured:
     predicted, label
         Class numbers, shape (N,); label is None where unknown.
     scores
-        "coverage" and "softmax": larger is less trusted, float64 of shape (N,).
+        "coverage", "softmax" and the baselines, by name: larger is less trusted, float64 of shape
+        (N,).
     p_value, confidence, softmax_confidence
         float64 of shape (N,).
     untrusted
@@ -96,6 +97,11 @@ def measure(
     )
 
 
+def baseline_names(measured: Measured) -> list[str]:
+    """Return the names of the scores that are neither ours nor the softmax score."""
+    return [name for name in measured.scores if name not in measured.confidences]
+
+
 def table(measured: dict[str, Measured]) -> bytes:
     """Return one row an image, as gzipped CSV; the same figures give the same bytes."""
     parts = []
@@ -112,6 +118,7 @@ def table(measured: dict[str, Measured]) -> bytes:
                     "confidence": m.confidence,
                     "untrusted": m.untrusted.astype(int),
                     "softmax_confidence": m.softmax_confidence,
+                    **{f"{name}_score": m.scores[name] for name in baseline_names(m)},
                 }
             )
         )

@@ -5,7 +5,7 @@ here rather than by scikit-learn because a thousand bootstrap samples of them ar
 scores are sorted once, and a sample is a vector of counts. The tests hold them to scikit-learn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -172,6 +172,54 @@ def _bootstrap(
     return {
         name: estimate(figure(whole), np.array(drawn[name])) for name, figure in figures.items()
     }
+
+
+@dataclass(frozen=True)
+class MeanDetection:
+    """How well a score does on average over the untrusted sets, each of them counting once."""
+
+    score: str
+    auroc: Estimate
+    fpr95: Estimate
+
+
+def mean_detection(
+    score: str,
+    trusted: Floats,
+    untrusted: Sequence[Floats],
+    seed: int = 0,
+    samples: int = BOOTSTRAP_SAMPLES,
+) -> MeanDetection:
+    """Average AUROC and FPR95 over untrusted sets, each with a 95% bootstrap interval.
+
+    A bootstrap sample draws the trusted images once for all sets, since all are held against the
+    same ones.
+
+    Parameters
+    ----------
+    score
+        The score's name.
+    trusted
+        Scores of shape (n,).
+    untrusted
+        The sets' scores, each of shape (m,).
+    seed
+        Of the bootstrap.
+    samples
+        How many bootstrap samples to draw.
+    """
+    figures = np.zeros((2, samples + 1))
+    for scores in untrusted:
+        whole = Curves(trusted, scores)
+        figures[:, 0] += whole.auroc(), whole.fpr95()
+        for i in range(samples):
+            # Its first draw is that of the trusted images: the same for every set.
+            drawn = whole.resample(np.random.default_rng([seed, i]))
+            figures[:, 1 + i] += drawn.auroc(), drawn.fpr95()
+    auroc, fpr95 = figures / len(untrusted)
+    return MeanDetection(
+        score, estimate(float(auroc[0]), auroc[1:]), estimate(float(fpr95[0]), fpr95[1:])
+    )
 
 
 def share(

@@ -233,12 +233,18 @@ def show_evaluation(result: "EvaluationResult") -> None:
         *SCORE_COLUMNS,
         title="Detection in per cent, with 95% intervals",
     )
+    names = [mean.score for mean in result.mean_over_sets]
     for entry in result.untrusted:
-        _add_scores(table, entry.name, entry.images, entry.scores)
+        _add_scores(table, entry.name, entry.images, entry.scores, names)
         if entry.deceived is not None and entry.deceived.scores is not None:
             name = f"{entry.name}, successes"
-            _add_scores(table, name, entry.deceived.images, entry.deceived.scores)
+            _add_scores(table, name, entry.deceived.images, entry.deceived.scores, names)
     console.print(table)
+    if len(result.untrusted) > 1:
+        means = Table("score", "AUROC", "FPR95", title="Mean over the untrusted sets")
+        for mean in result.mean_over_sets:
+            means.add_row(mean.score, _cell(mean.auroc), _cell(mean.fpr95))
+        console.print(means)
     console.print(
         "FPR95: share of trusted images flagged at the threshold that catches 95% of the untrusted."
     )
@@ -251,12 +257,12 @@ def show_evaluation(result: "EvaluationResult") -> None:
                     f"that it got right; {wrong} of {entry.images} were wrong before"
                 )
             )
-    names = list(result.points[0].coverage)
+    sets = list(result.points[0].coverage)
     coverage = Table("point", "neurons", title="Coverage: share of neurons inside their range")
-    for name in names:
+    for name in sets:
         coverage.add_column(Text(one_line(name)))
     for point in result.points:
-        shares = [f"{point.coverage[name]:.2%}" for name in names]
+        shares = [f"{point.coverage[name]:.2%}" for name in sets]
         coverage.add_row(Text(one_line(point.name)), str(point.neurons), *shares)
     console.print(coverage)
     _show_confidence(console, result)
@@ -321,8 +327,11 @@ def _show_explanations(console: Console, result: "EvaluationResult") -> None:
                 console.print(Text(f"    {c.label}: {c.value:.3g}, {span}{by}"))
 
 
-def _add_scores(table: Table, name: str, images: int, scores: "dict[str, Detection]") -> None:
-    for score, d in scores.items():
+def _add_scores(
+    table: Table, name: str, images: int, scores: "dict[str, Detection]", order: list[str]
+) -> None:
+    for score in order:
+        d = scores[score]
         cells = [_cell(e) for e in (d.auroc, d.aupr_out, d.aupr_in, d.fpr95, d.detection_rate)]
         table.add_row(Text(one_line(name)), str(images), score, *cells)
 

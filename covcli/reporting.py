@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 import covcli
 from covcli import guard, store
 from covcli.errors import CovcliError, one_line
-from covcli.sections import SECTIONS, Picture, ReportData, Section, Table
+from covcli.pages import Picture, ReportData, Section, Table
+from covcli.sections import SECTIONS
 
 Block: TypeAlias = str | Table | Picture
 STYLE = """

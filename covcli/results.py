@@ -6,7 +6,7 @@ from typing import Any
 
 from covcli.explaining import Explanation
 from covcli.guarantees import Mode
-from covcli.metrics import Bin, Detection, Estimate, Kept
+from covcli.metrics import Bin, Detection, Estimate, Kept, MeanDetection
 from covcli.selective import OwnErrors
 
 
@@ -24,6 +24,7 @@ class EvaluationConfig:
     trusted: str | None = None
     alpha: float | None = None
     guarantee: Mode | None = None
+    baselines: tuple[str, ...] = ()
     explain: int = 0
     model: str | None = None
     runs: Path = Path("runs")
@@ -145,8 +146,9 @@ class Deceived:
 class UntrustedSet:
     """One untrusted set: each score's figures, and for an attack what it deceived.
 
-    `success_rate` is the share deceived of the images that were classified rightly before the
-    attack; None for a set that is no attack, or where no image was.
+    `scores` has "coverage", "softmax" and the baselines that were asked for. `success_rate` is the
+    share deceived of the images that were classified rightly before the attack; None for a set
+    that is no attack, or where no image was.
     """
 
     name: str
@@ -183,6 +185,8 @@ class EvaluationResult:
         What is guaranteed of the false-alarm rate, and where that ends.
     trusted, untrusted, points
         The figures.
+    mean_over_sets
+        Each score's mean over the untrusted sets: "coverage" first, the others by their AUROC.
     confidence_bins, confidence_thresholds
         Accuracy on the trusted images by "coverage" and by "softmax" confidence.
     explanations
@@ -199,6 +203,7 @@ class EvaluationResult:
     guarantee: Guaranteed
     trusted: TrustedSet
     untrusted: list[UntrustedSet]
+    mean_over_sets: list[MeanDetection]
     points: list[PointCoverage]
     confidence_bins: list[Bin]
     confidence_thresholds: list[Kept]

@@ -1,94 +1,21 @@
 """SECTIONS: the parts of a report, in their order. Each is a function from files to blocks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from covcli.drawing import COLOURS, explanation_picture
-from covcli.drawing import label as _label
+from covcli.drawing import COLOURS, explanation_picture, label
+from covcli.pages import Picture, ReportData, Section, Table, colours, interval, new_axes, percent
 from covcli.registry import Registry
 
+STYLES = ["-", "--", ":"]
 SCORES = {"coverage": "score", "softmax": "softmax_confidence"}
-
-
-@dataclass(frozen=True)
-class ReportData:
-    """What a report is made of.
-
-    Attributes
-    ----------
-    evaluation
-        The document evaluation.json.
-    scores
-        One row an image, as in scores.csv.gz.
-    samples
-        The arrays of samples.npz.
-    training
-        The newest training log, or None.
-    """
-
-    evaluation: dict[str, Any]
-    scores: pd.DataFrame
-    samples: dict[str, np.ndarray]
-    training: dict[str, Any] | None
-
-    @property
-    def sets(self) -> list[str]:
-        """The sets' names, "trusted" first."""
-        return ["trusted", *[entry["name"] for entry in self.evaluation["untrusted"]]]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: the head and the rows, as text."""
-
-    head: list[str]
-    rows: list[list[str]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure, with a file name and a caption."""
-
-    name: str
-    caption: str
-    figure: Figure
-
-
-@dataclass(frozen=True)
-class Section:
-    """A titled part of a report: paragraphs, tables and pictures."""
-
-    title: str
-    blocks: list[str | Table | Picture]
-
 
 SectionMaker: TypeAlias = Callable[[ReportData], Section | None]
 SECTIONS: Registry[SectionMaker] = Registry("report section")
-
-
-def _axes(width: float = 7.5, height: float = 4.0) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return figure, axes
-
-
-def _percent(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f}"
-
-
-def _interval(estimate: dict[str, float] | None) -> str:
-    if estimate is None:
-        return "–"
-    low, high = _percent(estimate["low"]), _percent(estimate["high"])
-    return f"{_percent(estimate['value'])} [{low}, {high}]"
 
 
 @SECTIONS.add("summary")
@@ -100,14 +27,14 @@ def summary(data: ReportData) -> Section:
     measured = (
         f"The signature {signature['parameters']} of the checkpoint "
         f"{signature['checkpoint_fingerprint'][:12]} scored {trusted['images']} trusted test "
-        f"images ({trusted['name']}, accuracy {_percent(trusted['accuracy'])}%) and "
+        f"images ({trusted['name']}, accuracy {percent(trusted['accuracy'])}%) and "
         f"{len(e['untrusted'])} untrusted sets. It was calibrated on "
         f"{signature['calibration_scores']} scores of held-out trusted images. At "
         f"{guarantee['mode']} α = {alarms['alpha']:g} it flagged "
-        f"{_percent(alarms['value'], 2)}% of the trusted test images (95% interval "
-        f"{_percent(alarms['low'], 2)} to {_percent(alarms['high'], 2)}%); the calibration "
-        f"promises {_percent(alarms['promised_low'], 2)} to "
-        f"{_percent(alarms['promised_high'], 2)}% of so many images with 95% probability. "
+        f"{percent(alarms['value'], 2)}% of the trusted test images (95% interval "
+        f"{percent(alarms['low'], 2)} to {percent(alarms['high'], 2)}%); the calibration "
+        f"promises {percent(alarms['promised_low'], 2)} to "
+        f"{percent(alarms['promised_high'], 2)}% of so many images with 95% probability. "
         f"{guarantee['statement']}"
     )
     not_shown = (
@@ -126,7 +53,7 @@ def summary(data: ReportData) -> Section:
 def false_alarms(data: ReportData) -> Section:
     """Tabulate the false alarms by predicted class, beside what is promised of each."""
     rows = [
-        [c["name"], str(c["images"]), str(c["alarms"]), _interval(c), _percent(c["promised_high"]),
+        [c["name"], str(c["images"]), str(c["alarms"]), interval(c), percent(c["promised_high"]),
          str(c["calibration_scores"])]
         for c in data.evaluation["trusted"]["false_alarms_by_class"]
     ]  # fmt: skip
@@ -141,17 +68,19 @@ def false_alarms(data: ReportData) -> Section:
 
 @SECTIONS.add("detection")
 def detection(data: ReportData) -> Section:
-    """Tabulate the figures of each untrusted set, ours beside the baseline's."""
+    """Tabulate the figures of each untrusted set, ours beside the baselines'."""
+    means = data.evaluation["mean_over_sets"]
     keys = ["auroc", "aupr_out", "aupr_in", "fpr95", "detection_rate"]
     entries = data.evaluation["untrusted"]
     parts = [(entry["name"], entry) for entry in entries]
     parts += [(f"{entry['name']}, successes", entry["deceived"]) for entry in entries
               if entry["deceived"] and entry["deceived"]["scores"]]  # fmt: skip
     rows = [
-        [title, str(part["images"]), name, *[_interval(figures[key]) for key in keys]]
+        [title, str(part["images"]), mean["score"],
+         *[interval(part["scores"][mean["score"]][key]) for key in keys]]
         for title, part in parts
-        for name, figures in part["scores"].items()
-    ]
+        for mean in means
+    ]  # fmt: skip
     blocks: list[str | Table | Picture] = [
         Table(
             ["untrusted", "images", "score", "AUROC", "AUPR-out", "AUPR-in", "FPR95",
@@ -159,10 +88,14 @@ def detection(data: ReportData) -> Section:
             rows,
         ),
         "In per cent, with 95% bootstrap intervals. FPR95 is the share of trusted images flagged "
-        "at the threshold that catches 95% of the untrusted.",
+        "at the threshold that catches 95% of the untrusted. On average over the untrusted sets:",
+        Table(
+            ["score", "AUROC", "FPR95"],
+            [[m["score"], interval(m["auroc"]), interval(m["fpr95"])] for m in means],
+        ),
     ]  # fmt: skip
     blocks += [
-        f"{entry['name']} deceives the network on {_interval(entry['success_rate'])}% of the "
+        f"{entry['name']} deceives the network on {interval(entry['success_rate'])}% of the "
         f"images that it got right; {entry['deceived']['already_wrong']} of {entry['images']} "
         "were wrong before the attack."
         for entry in entries
@@ -175,13 +108,11 @@ def detection(data: ReportData) -> Section:
 def coverage(data: ReportData) -> Section:
     """Draw the share of neurons inside their range at each coverage point."""
     points = data.evaluation["points"]
-    figure, axes = _axes(height=4.5)
-    for name, colour in zip(data.sets, _colours(len(data.sets)), strict=True):
+    figure, axes = new_axes(height=4.5)
+    for name, colour in zip(data.sets, colours(len(data.sets)), strict=True):
         shares = [100 * point["coverage"][name] for point in points]
-        axes.plot(range(len(points)), shares, "o-", color=colour, label=_label(name), markersize=4)
-    axes.set_xticks(
-        range(len(points)), [_label(p["name"]) for p in points], rotation=60, ha="right"
-    )
+        axes.plot(range(len(points)), shares, "o-", color=colour, label=label(name), markersize=4)
+    axes.set_xticks(range(len(points)), [label(p["name"]) for p in points], rotation=60, ha="right")
     axes.set_ylabel("neurons inside their range, %")
     axes.legend(fontsize=8)
     return Section(
@@ -192,12 +123,12 @@ def coverage(data: ReportData) -> Section:
 @SECTIONS.add("scores")
 def scores(data: ReportData) -> Section:
     """Draw the distribution of the scores, with the calibrated threshold."""
-    figure, axes = _axes()
+    figure, axes = new_axes()
     low, high = data.scores["score"].quantile([0.001, 0.999])
     edges = np.linspace(low, high, 61).tolist()
-    for name, colour in zip(data.sets, _colours(len(data.sets)), strict=True):
+    for name, colour in zip(data.sets, colours(len(data.sets)), strict=True):
         values = data.scores.loc[data.scores["set"] == name, "score"].clip(low, high)
-        axes.hist(values, edges, density=True, histtype="step", color=colour, label=_label(name),
+        axes.hist(values, edges, density=True, histtype="step", color=colour, label=label(name),
                   linewidth=1.5)  # fmt: skip
     threshold = data.evaluation["signature"]["threshold"]
     axes.axvline(threshold, color="black", linestyle=":", label="overall threshold")
@@ -210,18 +141,43 @@ def scores(data: ReportData) -> Section:
 @SECTIONS.add("roc")
 def roc(data: ReportData) -> Section:
     """Draw the ROC curves, ours solid and the softmax baseline dashed."""
-    figure, axes = _axes(5.5, 5.0)
+    figure, axes = new_axes(5.5, 5.0)
     trusted = data.scores[data.scores["set"] == "trusted"]
-    for name, colour in zip(data.sets[1:], _colours(len(data.sets))[1:], strict=True):
+    for name, colour in zip(data.sets[1:], colours(len(data.sets))[1:], strict=True):
         mine = data.scores[data.scores["set"] == name]
         for score, style in (("coverage", "-"), ("softmax", "--")):
             sign = 1 if score == "coverage" else -1
             false, true = _roc(sign * trusted[SCORES[score]], sign * mine[SCORES[score]])
-            axes.plot(false, true, style, color=colour, label=f"{_label(name)}, {score}")
+            axes.plot(false, true, style, color=colour, label=f"{label(name)}, {score}")
     axes.set_xlabel("share of trusted images flagged")
     axes.set_ylabel("share of untrusted images flagged")
     axes.legend(fontsize=7, loc="lower right")
     return Section("ROC curves", [Picture("roc", "ROC curves by set and score", figure)])
+
+
+@SECTIONS.add("baselines")
+def baselines(data: ReportData) -> Section | None:
+    """Draw the ROC curves of each set, ours in black and the baselines in colour."""
+    ours = {"coverage", "softmax"}
+    names = [m["score"] for m in data.evaluation["mean_over_sets"] if m["score"] not in ours]
+    if not names:
+        return None
+    trusted = data.scores[data.scores["set"] == "trusted"]
+    pictures: list[str | Table | Picture] = []
+    for i, name in enumerate(data.sets[1:]):
+        mine = data.scores[data.scores["set"] == name]
+        figure, axes = new_axes(6.5, 5.0)
+        axes.plot(*_roc(trusted["score"], mine["score"]), color="black", label="coverage")
+        for j, score in enumerate(names):
+            colour, style = COLOURS[j % 7], STYLES[j // 7 % len(STYLES)]
+            curve = _roc(trusted[f"{score}_score"], mine[f"{score}_score"])
+            axes.plot(*curve, style, color=colour, label=score, linewidth=1)
+        axes.set_title(label(name), fontsize=9)
+        axes.set_xlabel("share of trusted images flagged")
+        axes.set_ylabel("share of untrusted images flagged")
+        axes.legend(fontsize=7, loc="lower right")
+        pictures.append(Picture(f"baselines-{i}", f"ROC curves of set {i + 1} by score", figure))
+    return Section("ROC curves of the baselines", pictures)
 
 
 def _roc(trusted: pd.Series, untrusted: pd.Series) -> tuple[np.ndarray, np.ndarray]:
@@ -235,7 +191,7 @@ def _roc(trusted: pd.Series, untrusted: pd.Series) -> tuple[np.ndarray, np.ndarr
 @SECTIONS.add("confidence")
 def confidence(data: ReportData) -> Section:
     """Draw and tabulate accuracy against confidence, on the trusted test images."""
-    figure, axes = _axes(7.5, 3.5)
+    figure, axes = new_axes(7.5, 3.5)
     names = ["coverage", "softmax"]
     bins = data.evaluation["confidence_bins"]
     for i, name in enumerate(names):
@@ -248,11 +204,11 @@ def confidence(data: ReportData) -> Section:
     axes.legend(fontsize=8)
     by_bin = [
         [entry["confidence"], f"{entry['low']:g}–{entry['high']:g}", str(entry["images"]),
-         _percent(entry["accuracy"])] for entry in bins
+         percent(entry["accuracy"])] for entry in bins
     ]  # fmt: skip
     by_threshold = [
-        [entry["confidence"], f"{entry['threshold']:g}", _percent(entry["kept"]),
-         _percent(entry["accuracy"])] for entry in data.evaluation["confidence_thresholds"]
+        [entry["confidence"], f"{entry['threshold']:g}", percent(entry["kept"]),
+         percent(entry["accuracy"])] for entry in data.evaluation["confidence_thresholds"]
     ]  # fmt: skip
     return Section(
         "Accuracy against confidence",
@@ -270,17 +226,17 @@ def errors(data: ReportData) -> Section | None:
     found = data.evaluation["trusted"]["errors"]
     if found is None:
         return None
-    figure, axes = _axes(7.5, 3.5)
-    for (name, entry), colour in zip(found.items(), _colours(len(found)), strict=True):
+    figure, axes = new_axes(7.5, 3.5)
+    for (name, entry), colour in zip(found.items(), colours(len(found)), strict=True):
         kept = [100 * point["kept"] for point in entry["curve"]]
         risks = [100 * point["risk"] for point in entry["curve"]]
-        axes.plot(kept, risks, color=colour, label=_label(name))
+        axes.plot(kept, risks, color=colour, label=label(name))
     axes.set_xlabel("trusted test images kept, the least trusted rejected first, %")
     axes.set_ylabel("errors among those kept, %")
     axes.legend(fontsize=8)
     rows = [
         [name, str(entry["wrong"]),
-         *[_interval(entry[key]) for key in ("auroc", "aurc", "excess_aurc")]]
+         *[interval(entry[key]) for key in ("auroc", "aurc", "excess_aurc")]]
         for name, entry in found.items()
     ]  # fmt: skip
     note = (
@@ -320,7 +276,7 @@ def training(data: ReportData) -> Section | None:
         head = ["epoch", *[f"coverage of {s['name']}, %" for s in watched[0]["watched"]["sets"]]]
         blocks.append(
             Table(head, [
-                [str(e["epoch"]), *[_percent(s["mean_coverage"]) for s in e["watched"]["sets"]]]
+                [str(e["epoch"]), *[percent(s["mean_coverage"]) for s in e["watched"]["sets"]]]
                 for e in watched
             ])
         )  # fmt: skip
@@ -340,7 +296,7 @@ def samples(data: ReportData) -> Section:
                 axes.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray")
             for axes in row:
                 axes.set_axis_off()
-            row[0].set_title(f"{_label(name)}: {kind}", fontsize=8, loc="left")
+            row[0].set_title(f"{label(name)}: {kind}", fontsize=8, loc="left")
         blocks.append(Picture(f"samples-{i}", f"Samples {i}: flagged above, passed below", figure))
     return Section("Flagged and missed images", blocks)
 
@@ -389,7 +345,3 @@ def provenance(data: ReportData) -> Section:
     rows += [[f"data of {entry['name']}", entry["fingerprint"]]
              for entry in [e["trusted"], *e["untrusted"]]]  # fmt: skip
     return Section("Provenance", [Table(["what", "value"], rows)])
-
-
-def _colours(number: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(number)]

@@ -1,0 +1,201 @@
+"""The baselines of an evaluation: fitted on the signature's images, then run on every set."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from covcli import data
+from covcli.baselines import BASELINES, Scorer, library
+from covcli.calibration import FIT_EVERY
+from covcli.errors import CovcliError
+from covcli.guarantees import Guarantee
+from covcli.images import ImageSet
+from covcli.layers import Network, Trusted
+from covcli.models import Classifier
+from covcli.progress import Progress
+from covcli.rules import Rule, make_rule
+
+# Counts as least trusted: what a detector says where it divides by zero or overflows.
+HIGHEST = float(torch.finfo(torch.float32).max)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Baselines that were checked, and the images that they are fitted and calibrated on.
+
+    Attributes
+    ----------
+    names
+        Names in BASELINES; with none of them, nothing else is loaded.
+    network
+        The network that is watched.
+    trusted
+        The images that built the signature.
+    held_out
+        The calibration images that rank scores.
+    """
+
+    names: tuple[str, ...]
+    network: Network
+    trusted: ImageSet | None
+    held_out: ImageSet | None
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The version of pytorch-ood, where there are baselines."""
+        return {"pytorch-ood": metadata.version("pytorch-ood")} if self.names else {}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Fitted baselines.
+
+    Attributes
+    ----------
+    scorers
+        By name.
+    rules
+        By name: the thresholds that keep the evaluation's guarantee, taken as the signature's own
+        are, from the same calibration images.
+    """
+
+    network: Network
+    scorers: dict[str, Scorer]
+    rules: dict[str, Rule]
+
+    def score(self, images: ImageSet, progress: Progress) -> dict[str, np.ndarray]:
+        """Score a set in one pass over it; return by name float64 of shape (N,)."""
+        if not self.scorers:
+            return {}
+        return _score(self.network, self.scorers, images, progress)[0]
+
+
+def expand(names: Sequence[str]) -> tuple[str, ...]:
+    """Return each of the names once, and every baseline for "all".
+
+    Raises
+    ------
+    CovcliError
+        If a name is unknown.
+    """
+    if "all" in names:
+        return tuple(BASELINES)
+    for name in names:
+        BASELINES.get(name)
+    return tuple(dict.fromkeys(names))
+
+
+def prepare(
+    names: Sequence[str], model: Classifier, record: dict[str, Any], data_dir: Path | None
+) -> Plan:
+    """Check baselines and load what they need, before any work is done.
+
+    Parameters
+    ----------
+    names
+        Names in BASELINES, or "all".
+    model
+        The network.
+    record
+        The signature's record of the images that it was made from.
+    data_dir
+        The folder that downloaded sets live in.
+
+    Raises
+    ------
+    CovcliError
+        If a name is unknown, pytorch-ood is not installed, the network has no last linear layer
+        though a baseline reads its input, or the images are no longer there.
+    """
+    chosen = expand(names)
+    network = Network(model)
+    if not chosen:
+        return Plan(chosen, network, None, None)
+    library()
+    for name in chosen:
+        if BASELINES.get(name).features and network.last is None:
+            others = [other for other in BASELINES if not BASELINES.get(other).features]
+            raise CovcliError(
+                f"its logits come from no linear layer, whose input {name!r} reads",
+                where=f"model {model.spec.name!r}",
+                fix=f"choose of {', '.join(others)}",
+            )
+    return Plan(chosen, network, _trusted(record, model, data_dir), _held_out(record, data_dir))
+
+
+def fit(plan: Plan, guarantee: Guarantee, progress: Progress) -> Comparison:
+    """Fit the planned baselines, and find their thresholds on the calibration images."""
+    if plan.trusted is None or plan.held_out is None:
+        return Comparison(plan.network, {}, {})
+    trusted = Trusted(plan.network, plan.trusted, plan.trusted.known_labels(), progress)
+    scorers = {name: BASELINES.get(name).fit(trusted) for name in plan.names}
+    found, predicted = _score(plan.network, scorers, plan.held_out, progress)
+    classes = plan.network.model.spec.classes
+    rules = {
+        name: make_rule(torch.from_numpy(scores), predicted, classes, guarantee)
+        for name, scores in found.items()
+    }
+    return Comparison(plan.network, scorers, rules)
+
+
+def _score(
+    network: Network, scorers: dict[str, Scorer], images: ImageSet, progress: Progress
+) -> tuple[dict[str, np.ndarray], Tensor]:
+    """Return the scores by name, and the predicted classes."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in scorers}
+    predicted = []
+    for batch in network.read(images, progress, f"baselines on {images.name}"):
+        predicted.append(batch.logits.argmax(1).cpu())
+        for name, scorer in scorers.items():
+            parts[name].append(scorer(batch).detach().double().cpu())
+    found = {
+        name: torch.cat(scores).nan_to_num(HIGHEST, HIGHEST, -HIGHEST).numpy()
+        for name, scores in parts.items()
+    }
+    return found, torch.cat(predicted)
+
+
+def _trusted(record: dict[str, Any], model: Classifier, data_dir: Path | None) -> ImageSet:
+    """Load the images that built the signature, less those that calibrated it."""
+    entry = record["trusted"]
+    try:
+        images = data.load(entry["spec"], "train", data_dir)
+    except CovcliError as error:
+        raise _gone(entry["spec"], str(error)) from None
+    if images.source.fingerprint == record["calibration"]["source"]:
+        images = images.without(torch.tensor(record["calibration_rows"]))
+    if images.fingerprint != entry["images"]:
+        raise _gone(entry["spec"], "its fingerprint is another")
+    data.check_labels(images, model.spec.classes)
+    return images
+
+
+def _held_out(record: dict[str, Any], data_dir: Path | None) -> ImageSet:
+    """Load the calibration images that rank scores, in the order in which they were read."""
+    entry, reason = record["calibration"], "its fingerprint is another"
+    for split in ("test", "train"):  # the record does not say which one it was
+        try:
+            images = data.load(entry["spec"], split, data_dir)
+        except CovcliError as error:
+            reason = str(error)
+            continue
+        places = {row: place for place, row in enumerate(images.rows.tolist())}
+        rows = [places[row] for row in record["calibration_rows"] if row in places]
+        chosen = images.select(torch.tensor(rows, dtype=torch.int64))
+        if chosen.fingerprint == entry["images"]:
+            return chosen.select(torch.nonzero(torch.arange(len(chosen)) % FIT_EVERY)[:, 0])
+    raise _gone(entry["spec"], reason)
+
+
+def _gone(spec: str, reason: str) -> CovcliError:
+    return CovcliError(
+        f"is not there as the signature read it, for the baselines to read ({reason})",
+        where=spec,
+        fix="restore it, or leave --baseline out",
+    )
