@@ -89,6 +89,11 @@ def split_rows(images: int, calibration_split: float, seed: int) -> tuple[Tensor
     return order[held_out:].sort().values, order[:held_out].sort().values
 
 
+def first_penalised(epochs: int) -> int:
+    """Return the first epoch, from 1 on, of the second half, once the network knows its classes."""
+    return max(2, epochs // 2 + 1)
+
+
 def save_interval(text: str) -> tuple[int | None, float | None] | None:
     """Read `--save-every`: `2` means epochs and `10m` minutes, as (epochs, seconds); else None."""
     minutes = text.endswith("m")
