@@ -40,7 +40,8 @@ class ConfidenceLoss(nn.Module):
     """Mean distance of neurons from the central range of their class, in widths of that range.
 
     The mean is over images, over a coverage point's neurons and over the points, which thus count
-    alike, as they do in the score.
+    alike, as they do in the score. Only the first half of the points is penalised: later ones
+    cluster by class of themselves, and pressed further they no longer tell other images apart.
 
     Parameters
     ----------
@@ -56,17 +57,19 @@ class ConfidenceLoss(nn.Module):
 
     def __init__(self, state: State, sizes: list[int]) -> None:
         super().__init__()
-        known = state["count"] >= LEAST_IMAGES
-        low, high = (torch.where(known[:, None], end, 0.0) for end in central_range(state))
+        early = sizes[: max(1, len(sizes) // 2)]
+        known = (state["count"] >= LEAST_IMAGES)[:, None]
+        low, high = (torch.where(known, end[:, : sum(early)], 0.0) for end in central_range(state))
         scales = []
-        for width in (high - low).split(sizes, 1):
-            typical = width[known].mean() if bool((width[known] > 0).any()) else 1.0
+        for width in (high - low).split(early, 1):
+            typical = width[known[:, 0]].mean() if bool((width > 0).any()) else 1.0
             scales.append(1 / width.clamp_min(LEAST_WIDTH * typical) / width.shape[1])
         self.register_buffer("low", low)
         self.register_buffer("high", high)
-        self.register_buffer("scale", torch.cat(scales, 1) * known[:, None] / len(sizes))
+        self.register_buffer("scale", torch.cat(scales, 1) * known / len(early))
 
     def forward(self, neurons: Tensor, labels: Tensor) -> Tensor:
         """Return the penalty of neurons (B, N) of images of those classes (B,), a scalar."""
-        nearest = neurons.clamp(self.low[labels], self.high[labels])
-        return ((neurons - nearest).abs() * self.scale[labels]).sum(1).mean()
+        early = neurons[:, : self.low.shape[1]]
+        nearest = early.clamp(self.low[labels], self.high[labels])
+        return ((early - nearest).abs() * self.scale[labels]).sum(1).mean()
