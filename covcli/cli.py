@@ -83,7 +83,9 @@ def _prepare(seed: int, threads: int, plugins: list[Path] | None) -> "Interrupts
 
 @app.command()
 def train(
-    method: Annotated[str, typer.Option(help="src, mrc or mrc?sections=10&cost=share.")] = "mrc",
+    method: Annotated[
+        str, typer.Option(help="Of the signature: ensemble, src, mrc, gauss, nrc or nac.")
+    ] = "ensemble",
     trusted: Annotated[str, typer.Option(help="Images to learn.")] = "cifar10",
     untrusted: Annotated[
         list[str] | None, typer.Option(help="Images to watch beside; may repeat.")
@@ -160,7 +162,8 @@ def train(
 def build_signature(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or a bare state dict.")],
     method: Annotated[
-        str | None, typer.Option(help="src, mrc or mrc?sections=10; default: as trained.")
+        str | None,
+        typer.Option(help="ensemble, src, mrc?sections=10, …; default: as trained, or ensemble."),
     ] = None,
     granularity: Annotated[
         Granularity, typer.Option(help="channel: mean and maximum; unit: every position.")

@@ -14,7 +14,7 @@ from covcli.engine import SUMS, Trainer
 from covcli.errors import CovcliError
 from covcli.fitting import fit_signature
 from covcli.images import Augmentation, ImageSet
-from covcli.losses import ConfidenceLoss
+from covcli.losses import RUNNING, ConfidenceLoss
 from covcli.methods import State, make_method
 from covcli.models import Classifier, ModelSpec
 from covcli.progress import Progress, Silent
@@ -24,6 +24,7 @@ from covcli.settings import (
     EpochLog,
     TrainConfig,
     describe,
+    first_penalised,
     restored_entry,
     save_interval,
     split_rows,
@@ -94,7 +95,8 @@ class Session:
         """Train for the rest of an epoch, then look at the network from outside."""
         began = time.perf_counter()
         number = len(self.history) + 1
-        due = number > 1 and (number - 2) % self.config.signature_every == 0
+        since = number - first_penalised(self.config.epochs)
+        due = since >= 0 and since % self.config.signature_every == 0
         if self.step == 0 and due and self.config.confidence_weight > 0:
             self._refresh_penalty()
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + number)
@@ -154,7 +156,7 @@ class Session:
     def _refresh_penalty(self) -> None:
         """Build the running signature that the next epochs are trained towards."""
         made, _, _ = fit_signature(
-            self.trainer.model, self._sample(SIGNATURE_IMAGES), self.classes, self.method,
+            self.trainer.model, self._sample(SIGNATURE_IMAGES), self.classes, RUNNING,
             "channel", self.config.confidence_threshold, Silent(),
         )  # fmt: skip
         self._train_towards(made.state)
@@ -226,7 +228,7 @@ class Session:
             torch.set_rng_state(content["dropout"])
             if content["cuda"]:
                 torch.cuda.set_rng_state_all(content["cuda"])
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CovcliError(f"does not hold together ({error})", where=path) from None
 
 

@@ -20,7 +20,7 @@ PAUSED_FILE = "last.pt"
 class TrainConfig:
     """What `train` is told."""
 
-    method: str = "mrc"
+    method: str = "ensemble"
     trusted: str = "cifar10"
     untrusted: tuple[str, ...] = ()
     model: str = "vgg19"
@@ -87,6 +87,11 @@ def split_rows(images: int, calibration_split: float, seed: int) -> tuple[Tensor
     order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
     held_out = round(images * calibration_split)
     return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def first_penalised(epochs: int) -> int:
+    """Return the first epoch, from 1 on, of the second half, once the network knows its classes."""
+    return max(2, epochs // 2 + 1)
 
 
 def save_interval(text: str) -> tuple[int | None, float | None] | None:

@@ -1,23 +1,31 @@
-"""ConfidenceLoss: its gradient, and its value against the formulas."""
+"""ConfidenceLoss: its ranges, its gradient, and its value against the formula."""
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from covcli.fitting import fold
-from covcli.losses import LEAST_WIDTH, ConfidenceLoss
-from covcli.methods import State, make_method
+from covcli.losses import LEAST_WIDTH, RUNNING, TAIL, ConfidenceLoss, central_range
+from covcli.methods import State
+from covcli.settings import first_penalised
 
-CLASSES, SIZES = 3, [3, 4]
+CLASSES, SIZES = 3, [3, 4, 2, 5]
+EARLY = [3, 4]  # the points that are penalised
+KNOWN = 2
 
 
-def state(spec: str, dtype: torch.dtype = torch.float64) -> State:
+def trusted() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    neurons = torch.rand(60, sum(SIZES), generator=generator)
+    neurons = torch.randn(200, sum(SIZES), generator=generator).relu()  # half of them are silent
     neurons[:, 2] = 0.25  # a constant neuron
-    labels = torch.arange(60) % 2  # the third class has no image
-    made = fold(make_method(spec), CLASSES, sum(SIZES), lambda: [(neurons, labels)])
-    tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in made.tensors.items()}
+    return neurons, torch.arange(200) % KNOWN  # the third class has no image
+
+
+def state(neurons: torch.Tensor, labels: torch.Tensor, classes: int = CLASSES) -> State:
+    made = fold(RUNNING, classes, neurons.shape[1], lambda: [(neurons, labels)])
+    tensors = {k: v.double() if v.is_floating_point() else v for k, v in made.tensors.items()}
     return State(tensors, made.reductions)
 
 
@@ -27,57 +35,70 @@ def random_neurons(n: int = 6) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("spec", ["src", "mrc", "mrc?sections=1", "mrc?sections=2"])
-def test_the_gradient_is_real(spec: str) -> None:
-    loss = ConfidenceLoss(state(spec), SIZES).double()
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=60),
+    st.lists(st.sampled_from([0.0, 0.5, 1.0]), max_size=60),
+)
+def test_the_central_range_leaves_out_a_tenth_at_each_end_and_no_more(
+    spread: list[float], repeated: list[float]
+) -> None:
+    values = torch.tensor([*spread, *repeated])
+    n = len(values)
+    made = state(values[:, None], torch.zeros(n, dtype=torch.int64), 1)
+    low, high = (end.item() for end in central_range(made))
+    x = np.sort(values.double().numpy())
+    section = (x[-1] - x[0]) / RUNNING.sections
+    slack = 1e-9 * (1 + abs(x).max())
+    assert (x < low - slack).sum() <= TAIL * n
+    assert (x > high + slack).sum() <= TAIL * n + 1e-9
+    # and one section less at either end would leave out more
+    assert (x < low + section + slack).sum() > TAIL * n
+    assert (x > high - section - slack).sum() >= TAIL * n - 1e-9
+
+
+def test_the_gradient_is_real() -> None:
+    loss = ConfidenceLoss(state(*trusted()), SIZES).double()
     neurons = random_neurons().requires_grad_()
     labels = torch.tensor([0, 1, 0, 1, 2, 0])
     assert torch.autograd.gradcheck(lambda x: loss(x, labels), neurons)
     loss(neurons, labels).backward()
     assert neurons.grad is not None
     assert bool((neurons.grad[0] != 0).any())
+    assert bool((neurons.grad[:, sum(EARLY) :] == 0).all())
     assert bool((neurons.grad[4] == 0).all())  # an unknown class is not penalised
 
 
-def widths(made: State) -> np.ndarray:
-    """The range's width, at least LEAST_WIDTH of the mean width of the point's known classes."""
-    width = (made["high"] - made["low"])[:2].numpy()
-    least = np.concatenate([np.full(n, LEAST_WIDTH * part.mean()) for n, part in
-                            zip(SIZES, np.split(width, [SIZES[0]], 1), strict=True)])  # fmt: skip
-    return np.maximum(width, least)
-
-
-def test_the_single_range_penalty_is_the_distance_in_widths() -> None:
-    made = state("src")
+def test_the_penalty_is_the_distance_in_widths_and_zero_inside() -> None:
+    made = state(*trusted())
+    low, high = (end[:KNOWN].numpy() for end in central_range(made))
     neurons, labels = random_neurons(), np.array([0, 1, 0, 1, 1, 0])
-    low, high = made["low"].numpy()[labels], made["high"].numpy()[labels]
     x = neurons.numpy()
-    distance = np.maximum(low - x, 0) + np.maximum(x - high, 0)
-    expected = (distance / widths(made)[labels]).mean()
-    found = ConfidenceLoss(made, SIZES)(neurons, torch.from_numpy(labels))
-    assert found.item() == pytest.approx(expected)
-    inside = torch.from_numpy(np.where(distance > 0, (low + high) / 2, x))
-    assert ConfidenceLoss(made, SIZES)(inside, torch.from_numpy(labels)).item() == 0
-
-
-def test_the_multi_range_penalty_is_the_papers_cost_at_section_centres() -> None:
-    made = state("mrc?sections=4")
+    distance = np.maximum(low[labels] - x, 0) + np.maximum(x - high[labels], 0)
+    points = []
+    for columns in np.split(np.arange(sum(EARLY)), [EARLY[0]]):
+        width = (high - low)[:, columns]
+        width = np.maximum(width, LEAST_WIDTH * width.mean())
+        points.append((distance[:, columns] / width[labels]).mean())
     loss = ConfidenceLoss(made, SIZES)
-    method = make_method("mrc?sections=4&cost=share")
-    for q in range(4):
-        for k in (0, 1):
-            centre = made["low"][k] + (made["high"] - made["low"])[k] * (q + 0.5) / 4
-            label = torch.tensor([k])
-            cost = method.costs(made, centre[None], label).double()
-            cost[:, 2] = 0  # a constant neuron has one section, and nowhere to go
-            assert loss(centre[None], label).item() == pytest.approx(cost.mean().item(), abs=1e-6)
+    assert loss(neurons, torch.from_numpy(labels)).item() == pytest.approx(np.mean(points))
+    inside = np.where(distance > 0, (low + high)[labels] / 2, x)
+    assert loss(torch.from_numpy(inside), torch.from_numpy(labels)).item() == 0
 
 
-def test_the_multi_range_penalty_pulls_towards_frequent_sections() -> None:
-    values = torch.cat([torch.zeros(1), torch.full((20,), 0.9), torch.ones(1)])[:, None]
-    labels = torch.zeros(22, dtype=torch.int64)
-    made = fold(make_method("mrc?sections=2"), 1, 1, lambda: [(values, labels)])
-    neuron = torch.tensor([[0.5]], requires_grad=True)
-    ConfidenceLoss(made, [1])(neuron, labels[:1]).backward()
-    assert neuron.grad is not None
-    assert neuron.grad.item() < 0  # a descent step moves it up, to where the others are
+def test_trusted_images_themselves_have_a_gradient() -> None:
+    """Not so with the extremes of the class: those leave no trusted image outside."""
+    neurons, labels = trusted()
+    neurons = neurons.double().requires_grad_()
+    ConfidenceLoss(state(neurons.detach().float(), labels), SIZES).double()(
+        neurons, labels
+    ).backward()
+    assert neurons.grad is not None
+    varying = [0, 1, 3, 4, 5, 6]
+    moved = (neurons.grad[:, varying] != 0).double().mean().item()
+    assert TAIL / 2 < moved <= 2 * TAIL  # of silent neurons none lies below the range
+
+
+@pytest.mark.parametrize(("epochs", "first"), [(1, 2), (2, 2), (3, 2), (4, 3), (7, 4), (10, 6)])
+def test_the_penalty_starts_in_the_second_half(epochs: int, first: int) -> None:
+    assert first_penalised(epochs) == first
