@@ -163,7 +163,7 @@ def build_signature(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint, or a bare state dict.")],
     method: Annotated[
         str | None,
-        typer.Option(help="ensemble, src, mrc?sections=10, …; default: as trained, or ensemble."),
+        typer.Option(help="ensemble, src, mrc, gauss, …; default: as trained, or ensemble."),
     ] = None,
     granularity: Annotated[
         Granularity, typer.Option(help="channel: mean and maximum; unit: every position.")

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from covcli.metrics import Curves, confidence_bins, confidence_thresholds, detection, share
+from covcli.metrics import (
+    Curves,
+    confidence_bins,
+    confidence_thresholds,
+    detection,
+    mean_detection,
+    share,
+)
 
 SCORES = st.lists(
     st.one_of(st.integers(0, 4).map(float), st.floats(-9, 9)), min_size=1, max_size=50
@@ -81,3 +88,24 @@ def test_bins_and_thresholds_follow_their_words(confidence: list[float], seed: i
         kept = values >= k.threshold
         assert k.kept == kept.mean()
         assert k.accuracy == (correct[kept].mean() if kept.any() else None)
+
+
+def test_the_mean_over_sets_shares_the_trusted_draw() -> None:
+    generator = np.random.default_rng(1)
+    trusted = generator.normal(0, 1, 200)
+    near, far = generator.normal(1, 1, 150), generator.normal(2, 1, 100)
+    one, other = (detection(trusted, scores, None) for scores in (near, far))
+    found = mean_detection("x", trusted, [near, far], samples=400)
+    assert found.auroc.value == pytest.approx((one.auroc.value + other.auroc.value) / 2)
+    assert found.fpr95.value == pytest.approx((one.fpr95.value + other.fpr95.value) / 2)
+    drawn = []
+    for _ in range(400):
+        t, n, f = (generator.choice(scores, len(scores)) for scores in (trusted, near, far))
+        drawn.append((Curves(t, n).auroc() + Curves(t, f).auroc()) / 2)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    assert found.auroc.low == pytest.approx(low, abs=0.006)
+    assert found.auroc.high == pytest.approx(high, abs=0.006)
+    again = mean_detection("x", trusted, [near, near, near], samples=400)
+    assert again.auroc.low == pytest.approx(
+        mean_detection("x", trusted, [near], samples=400).auroc.low
+    )
