@@ -61,7 +61,7 @@ def test_the_stages_form_a_shell_pipeline(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].endswith("signature-mrc.safetensors")
+    assert lines[0].endswith("signature-ensemble.safetensors")
     assert (tmp_path / lines[0]).is_file()
     assert lines[-1].endswith("report.html")
     assert Path(tmp_path, lines[-1]).is_file()
