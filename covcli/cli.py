@@ -105,7 +105,7 @@ def train(
     ] = 0.01,
     signature_every: Annotated[
         int, typer.Option(help="Epochs between two refreshes of the running signature.")
-    ] = 5,
+    ] = 1,
     calibration_split: Annotated[
         float, typer.Option(help="Share of the training images held out to calibrate.")
     ] = 0.1,

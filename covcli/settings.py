@@ -31,7 +31,7 @@ class TrainConfig:
     weight_decay: float = 5e-4
     confidence_threshold: float = 0.9
     confidence_weight: float = 0.01
-    signature_every: int = 5
+    signature_every: int = 1
     calibration_split: float = 0.1
     save_every: str = "1"
     augment: Augmentation | Literal["auto"] = "auto"

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from covcli.activations import pool
 from covcli.fitting import fold
 from covcli.losses import LEAST_WIDTH, RUNNING, TAIL, ConfidenceLoss, central_range
 from covcli.methods import State
@@ -97,6 +98,22 @@ def test_trusted_images_themselves_have_a_gradient() -> None:
     varying = [0, 1, 3, 4, 5, 6]
     moved = (neurons.grad[:, varying] != 0).double().mean().item()
     assert TAIL / 2 < moved <= 2 * TAIL  # of silent neurons none lies below the range
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"), [((3, 4, 5, 6), 1), ((3, 7, 4), -1), ((2, 3, 5), 1)]
+)
+def test_neurons_are_the_same_with_a_gradient_as_without(
+    shape: tuple[int, ...], channels: int
+) -> None:
+    output = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    rest = tuple(d for d in range(1, len(shape)) if d != channels % len(shape))
+    expected = np.concatenate([output.numpy().mean(rest), output.numpy().max(rest)], 1)
+    plain, tracked = (
+        pool(x, channels, "channel") for x in (output, output.clone().requires_grad_())
+    )
+    assert torch.equal(plain, tracked)
+    assert plain.numpy() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(("epochs", "first"), [(1, 2), (2, 2), (3, 2), (4, 3), (7, 4), (10, 6)])
