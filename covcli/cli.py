@@ -102,7 +102,7 @@ def train(
     ] = 0.9,
     confidence_weight: Annotated[
         float, typer.Option(help="Weight of the penalty on untrusted activations; 0: none.")
-    ] = 0.01,
+    ] = 1.0,
     signature_every: Annotated[
         int, typer.Option(help="Epochs between two refreshes of the running signature.")
     ] = 1,
