@@ -105,10 +105,10 @@ def train(
     ] = 0.9,
     confidence_weight: Annotated[
         float, typer.Option(help="Weight of the penalty on untrusted activations; 0: none.")
-    ] = 0.01,
+    ] = 1.0,
     signature_every: Annotated[
         int, typer.Option(help="Epochs between two refreshes of the running signature.")
-    ] = 5,
+    ] = 1,
     calibration_split: Annotated[
         float, typer.Option(help="Share of the training images held out to calibrate.")
     ] = 0.1,

@@ -17,6 +17,9 @@ TAIL = 0.1
 # A range narrower than this share of its point's mean width counts as that wide, or a neuron that
 # hardly ever fires on trusted images would outweigh all others.
 LEAST_WIDTH = 0.05
+# A distance of more widths counts as so many: a network whose activations were thrown far away by a
+# step is not thrown further by the next.
+MOST = 1.0
 # A range of fewer images says nothing yet: its class is not penalised.
 LEAST_IMAGES = 10
 
@@ -37,7 +40,7 @@ def central_range(state: State) -> tuple[Tensor, Tensor]:
 
 
 class ConfidenceLoss(nn.Module):
-    """Mean distance of neurons from the central range of their class, in widths of that range.
+    """Mean distance of neurons from the central range of their class, in its widths, at most 1.
 
     The mean is over images, over a coverage point's neurons and over the points, which thus count
     alike, as they do in the score. Only the first half of the points is penalised: later ones
@@ -53,23 +56,27 @@ class ConfidenceLoss(nn.Module):
 
     low: Tensor
     high: Tensor
-    scale: Tensor
+    inverse: Tensor
+    share: Tensor
 
     def __init__(self, state: State, sizes: list[int]) -> None:
         super().__init__()
         early = sizes[: max(1, len(sizes) // 2)]
         known = (state["count"] >= LEAST_IMAGES)[:, None]
         low, high = (torch.where(known, end[:, : sum(early)], 0.0) for end in central_range(state))
-        scales = []
+        inverse = []
         for width in (high - low).split(early, 1):
             typical = width[known[:, 0]].mean() if bool((width > 0).any()) else 1.0
-            scales.append(1 / width.clamp_min(LEAST_WIDTH * typical) / width.shape[1])
+            inverse.append(1 / width.clamp_min(LEAST_WIDTH * typical))
+        share = torch.cat([low.new_full((n,), 1 / n / len(early)) for n in early])
         self.register_buffer("low", low)
         self.register_buffer("high", high)
-        self.register_buffer("scale", torch.cat(scales, 1) * known / len(early))
+        self.register_buffer("inverse", torch.cat(inverse, 1) * known)
+        self.register_buffer("share", share)
 
     def forward(self, neurons: Tensor, labels: Tensor) -> Tensor:
         """Return the penalty of neurons (B, N) of images of those classes (B,), a scalar."""
         early = neurons[:, : self.low.shape[1]]
         nearest = early.clamp(self.low[labels], self.high[labels])
-        return ((early - nearest).abs() * self.scale[labels]).sum(1).mean()
+        distance = (early - nearest).abs() * self.inverse[labels]
+        return (distance.clamp_max(MOST) @ self.share).mean()

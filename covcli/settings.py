@@ -30,8 +30,8 @@ class TrainConfig:
     learning_rate: float = 0.05
     weight_decay: float = 5e-4
     confidence_threshold: float = 0.9
-    confidence_weight: float = 0.01
-    signature_every: int = 5
+    confidence_weight: float = 1.0
+    signature_every: int = 1
     calibration_split: float = 0.1
     save_every: str = "1"
     augment: Augmentation | Literal["auto"] = "auto"

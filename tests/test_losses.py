@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from covcli.activations import pool
 from covcli.fitting import fold
-from covcli.losses import LEAST_WIDTH, RUNNING, TAIL, ConfidenceLoss, central_range
+from covcli.losses import LEAST_WIDTH, MOST, RUNNING, TAIL, ConfidenceLoss, central_range
 from covcli.methods import State
 from covcli.settings import first_penalised
 
@@ -79,11 +80,21 @@ def test_the_penalty_is_the_distance_in_widths_and_zero_inside() -> None:
     for columns in np.split(np.arange(sum(EARLY)), [EARLY[0]]):
         width = (high - low)[:, columns]
         width = np.maximum(width, LEAST_WIDTH * width.mean())
-        points.append((distance[:, columns] / width[labels]).mean())
+        points.append(np.minimum(distance[:, columns] / width[labels], MOST).mean())
     loss = ConfidenceLoss(made, SIZES)
     assert loss(neurons, torch.from_numpy(labels)).item() == pytest.approx(np.mean(points))
     inside = np.where(distance > 0, (low + high)[labels] / 2, x)
     assert loss(torch.from_numpy(inside), torch.from_numpy(labels)).item() == 0
+
+
+def test_what_was_thrown_far_away_is_not_thrown_further() -> None:
+    loss = ConfidenceLoss(state(*trusted()), SIZES)
+    neurons = (1e6 * random_neurons().abs() + 1e6).requires_grad_()
+    penalty = loss(neurons, torch.tensor([0, 1, 0, 1, 0, 1]))
+    assert penalty.item() == pytest.approx(MOST)
+    penalty.backward()
+    assert neurons.grad is not None
+    assert bool((neurons.grad == 0).all())
 
 
 def test_trusted_images_themselves_have_a_gradient() -> None:
@@ -97,6 +108,22 @@ def test_trusted_images_themselves_have_a_gradient() -> None:
     varying = [0, 1, 3, 4, 5, 6]
     moved = (neurons.grad[:, varying] != 0).double().mean().item()
     assert TAIL / 2 < moved <= 2 * TAIL  # of silent neurons none lies below the range
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"), [((3, 4, 5, 6), 1), ((3, 7, 4), -1), ((2, 3, 5), 1)]
+)
+def test_neurons_are_the_same_with_a_gradient_as_without(
+    shape: tuple[int, ...], channels: int
+) -> None:
+    output = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    rest = tuple(d for d in range(1, len(shape)) if d != channels % len(shape))
+    expected = np.concatenate([output.numpy().mean(rest), output.numpy().max(rest)], 1)
+    plain, tracked = (
+        pool(x, channels, "channel") for x in (output, output.clone().requires_grad_())
+    )
+    assert torch.equal(plain, tracked)
+    assert plain.numpy() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(("epochs", "first"), [(1, 2), (2, 2), (3, 2), (4, 3), (7, 4), (10, 6)])
