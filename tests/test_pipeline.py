@@ -156,7 +156,7 @@ def test_recomputed_passes_and_spilled_ones_give_the_same_signature(
 
 def test_units_are_an_option(trained: TrainResult, tmp_path: Path) -> None:
     path = tmp_path / "unit"
-    config = SignatureConfig(trained.checkpoint, "src", granularity="unit", output=path)
+    config = SignatureConfig(trained.checkpoint, "mrc", granularity="unit", output=path)
     build_signature(config, Silent())
     made, calibration, _ = signature.load(path)
     assert made.sizes == [8 * 16 * 16, 16 * 8 * 8, 32]
