@@ -32,7 +32,7 @@ def test_every_model_keeps_the_contract(name: str) -> None:
     assert len(points) == POINTS[name]
     with capture(model.network, points, "channel") as recorder, torch.no_grad():
         model(images)
-        assert recorder.take().shape == (3, sum(p.neurons for p in points))
+        assert recorder.take(torch.empty(0)).shape == (3, sum(p.neurons for p in points))
     again = models.from_state(model.spec, model.state_dict(), "x")
     with torch.no_grad():
         assert torch.equal(again.eval()(images), logits)
@@ -64,7 +64,7 @@ def test_points_of_any_torchvision_classifier_are_found(name: str, channels: int
     assert len({p.name for p in points}) == len(points)
     with torch.no_grad(), capture(model.network, points, "channel") as recorder:
         assert model(torch.rand(2, 3, size, size)).shape == (2, 5)
-        assert recorder.take().shape == (2, sum(p.neurons for p in points))
+        assert recorder.take(torch.empty(0)).shape == (2, sum(p.neurons for p in points))
 
 
 def test_pooling_takes_mean_and_maximum_over_positions() -> None:
@@ -100,7 +100,7 @@ def test_each_call_is_a_point_and_later_changes_are_not_seen() -> None:
     with torch.no_grad(), capture(network, points, "channel") as recorder:
         for _ in range(2):  # the calls are counted anew in each pass
             out = network(x)
-            neurons = recorder.take()
+            neurons = recorder.take(torch.empty(0))
             assert torch.equal(neurons[:, :6], torch.relu(network.a(x)))
             assert torch.equal(neurons[:, 6:], out)
 
@@ -112,7 +112,7 @@ def test_hooks_are_removed_even_after_an_error() -> None:
         network(torch.randn(5, 3))
     assert not any(module._forward_hooks for module in network.modules())
     with capture(network, points, "channel") as recorder, pytest.raises(CovcliError):
-        recorder.take()
+        recorder.take(torch.empty(0))
 
 
 def test_coverage_layers_come_before_activations_and_a_network_without_either_is_refused() -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import gzip
 import json
-import math
 import pickle
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -209,7 +208,8 @@ def test_a_signature_comes_back_whole(signed: SignatureResult, tmp_path: Path) -
         {"scores": calibration.scores.flip(0)}, {"scores": calibration.scores[:-1]},
         {"combination": dataclasses.replace(combination, scale=-combination.scale)},
         {"combination": dataclasses.replace(combination, center=combination.center * torch.nan)},
-        {"combination": dataclasses.replace(combination, floor=math.inf)},
+        {"combination": dataclasses.replace(combination, spread=-combination.spread)},
+        {"combination": dataclasses.replace(combination, level=combination.level[:0])},
         {"predicted": calibration.predicted[:-1]}, {"predicted": calibration.predicted.int()},
         {"predicted": calibration.predicted + 1}, {"predicted": calibration.predicted - 1},
         {"softmax": calibration.softmax[:-1]}, {"softmax": calibration.softmax.float()},
@@ -222,7 +222,9 @@ def test_a_signature_comes_back_whole(signed: SignatureResult, tmp_path: Path) -
 
 @pytest.fixture
 def evaluated(run: Path) -> Path:
-    evaluate(EvaluationConfig(UNTRUSTED, runs=run.parent, explain=1), Silent())
+    evaluate(
+        EvaluationConfig(UNTRUSTED, runs=run.parent, baselines=("energy",), explain=1), Silent()
+    )
     return run
 
 
@@ -544,5 +546,5 @@ def test_hooks_do_not_change_the_answer(trained: TrainResult) -> None:
         bare = model(images)
         with capture(model.network, model.points("channel"), "channel") as recorder:
             watched = model(images)
-            recorder.take()
+            recorder.take(torch.empty(0))
     assert torch.equal(bare, watched)
