@@ -176,9 +176,8 @@ class Trusted:
 class Loader:
     """Batches of images and labels, as pytorch-ood's detectors read them."""
 
-    def __init__(self, trusted: Trusted, title: str) -> None:
+    def __init__(self, trusted: Trusted, size: int, title: str) -> None:
         self._trusted, self._title = trusted, title
-        size = small_batch(trusted.network)
         self._parts = torch.arange(len(trusted.images)).split(size)
 
     def __len__(self) -> int:

@@ -77,7 +77,7 @@ def by_hand(name: str, network: Network, images: ImageSet) -> nn.Module:
         "vim": lambda: detectors.ViM(encoder, 16, tiny.last.weight, tiny.last.bias),
         "react": lambda: detectors.ReAct(maps, last),
         "ash": lambda: detectors.ASH(maps, last),
-        "nac": lambda: detectors.NACUE(model, [tiny.first, tiny.second, tiny.head]),
+        "nac": lambda: detectors.NACUE(model, [tiny.second, tiny.head]),
         "gram": lambda: detectors.Gram(
             tiny.last, [first, tiny.second, rest], 10, list(GRAM_POLES)
         ).to("cpu"),
