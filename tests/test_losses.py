@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from covcli.activations import pool
 from covcli.fitting import fold
 from covcli.losses import LEAST_WIDTH, MOST, RUNNING, TAIL, ConfidenceLoss, central_range
-from covcli.methods import State
+from covcli.methods import Layout, State
 from covcli.settings import first_penalised
 
 CLASSES, SIZES = 3, [3, 4, 2, 5]
@@ -25,7 +25,8 @@ def trusted() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def state(neurons: torch.Tensor, labels: torch.Tensor, classes: int = CLASSES) -> State:
-    made = fold(RUNNING, classes, neurons.shape[1], lambda: [(neurons, labels)])
+    layout = Layout(classes, (neurons.shape[1],), (neurons.shape[1],))
+    made = fold(RUNNING, layout, lambda: [(neurons, labels)])
     tensors = {k: v.double() if v.is_floating_point() else v for k, v in made.tensors.items()}
     return State(tensors, made.reductions)
 
