@@ -15,6 +15,8 @@ from covcli.registry import Registry
 from covcli.specs import fraction, parse, positive_count
 
 Reduction: TypeAlias = Literal["sum", "min", "max", "same"]
+# The type and the shape of each tensor of a state.
+Expected: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass
@@ -22,12 +24,21 @@ class State:
     """Named tensors, each with the reduction that merges two parts of it.
 
     "same" marks what was settled by an earlier pass: parts must agree on it. The other
-    reductions are exact and commutative for the integers and extremes that they are used on,
-    so a state does not depend on the size, the order or the grouping of batches.
+    reductions are exact and commutative for integers and extremes, so that such a state does not
+    depend on the size, the order or the grouping of batches; sums of doubles do, in their last
+    bits.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     reductions: dict[str, Reduction] = field(default_factory=dict)
+
+    @classmethod
+    def of_sums(cls, expected: "Expected") -> "State":
+        """Return tensors of 0 of those types and shapes, to be summed."""
+        state = cls()
+        for name, (dtype, shape) in expected.items():
+            state.declare(name, torch.zeros(shape, dtype=dtype), "sum")
+        return state
 
     def declare(self, name: str, initial: Tensor, reduction: Reduction) -> None:
         """Add a tensor, filled with the neutral element of its reduction."""
@@ -253,7 +264,7 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def expected(self, layout: Layout) -> Expected:
         """Return each complete tensor's type and shape, to check files against."""
 
     def spec(self) -> str:

@@ -4,14 +4,13 @@ Liu, Tian, Li, Zhao and Xie, "Neuron Activation Coverage: Rethinking Out-of-Dist
 and Generalization", ICLR 2024 (arXiv 2306.02879), section 3.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Layout, Method, State
+from covcli.methods.base import METHODS, Expected, Layout, Method, State
 
 SMALLEST = 1e-6
 
@@ -54,10 +53,7 @@ class ActivationCoverage(Method):
 
     def begin(self, layout: Layout) -> State:
         """Return counts of 0."""
-        state = State()
-        for key, (dtype, shape) in self.expected(layout).items():
-            state.declare(key, torch.zeros(shape, dtype=dtype), "sum")
-        return state
+        return State.of_sums(self.expected(layout))
 
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Count the bins of a batch."""
@@ -109,7 +105,7 @@ class ActivationCoverage(Method):
         rows = classes[:, None] * width + torch.arange(width, device=neurons.device)
         return rows * self.bins + self.bin(neurons)
 
-    def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
         shape = (layout.classes, layout.neurons, self.bins)
         return {"counts": (torch.int32, shape)}

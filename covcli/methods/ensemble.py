@@ -1,13 +1,12 @@
 """The ensemble: ranges, distances and a direction that noise takes, told apart by experts."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Layout, State
+from covcli.methods.base import METHODS, Expected, Layout, State
 from covcli.methods.gaussian import Gauss, class_means, matrices
 from covcli.methods.ranges import SingleRange
 
@@ -110,7 +109,7 @@ class Ensemble(Gauss):
         """Return the ranges of those classes."""
         return RANGES.span(ready, layout, classes)
 
-    def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
         ranges = RANGES.expected(layout)
         return {

@@ -5,7 +5,7 @@ Adversarial Attacks", NeurIPS 2018, section 2: class means and one covariance fo
 at every coverage point, towards the predicted class, and with a shrunk covariance.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from covcli.errors import CovcliError
-from covcli.methods.base import METHODS, Layout, Method, State
+from covcli.methods.base import METHODS, Expected, Layout, Method, State
 
 # A neuron that hardly varies counts as deviating this share of its point's root mean square
 # deviation, or one that never fired on trusted images would outweigh all others.
@@ -59,10 +59,7 @@ class Gauss(Method):
                 f"{self.name} cannot hold the covariance of {max(layout.values)} neurons",
                 fix="use --granularity channel, or the method src or mrc",
             )
-        state = State()
-        for key, (dtype, shape) in self.expected(layout).items():
-            state.declare(key, torch.zeros(shape, dtype=dtype), "sum")
-        return state
+        return State.of_sums(self.expected(layout))
 
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Add a batch to the sums, in double precision."""
@@ -162,7 +159,7 @@ class Gauss(Method):
         high[:, columns] = ready["mean"][classes] + reach
         return low, high
 
-    def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
         packed = sum(n * (n + 1) // 2 for n in layout.values)
         return {

@@ -4,14 +4,13 @@ Rossolini, Biondi and Buttazzo, "Increasing the Confidence of Deep Neural Networ
 Analysis", IEEE TSE 2022 (arXiv 2101.12100), section IV: single-range and multi-range coverage.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Layout, Method, State
+from covcli.methods.base import METHODS, Expected, Layout, Method, State
 from covcli.methods.soft import hinge, interpolated
 
 # In soft costs a range narrower than this share of its neuron's mean width counts as that wide.
@@ -67,7 +66,7 @@ class SingleRange(Method):
         """Return the ranges of those classes."""
         return ready["low"][classes], ready["high"][classes]
 
-    def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
         shape = (layout.classes, layout.neurons)
         return {
@@ -180,7 +179,7 @@ class MultiRange(SingleRange):
         rows = classes[:, None] * width + torch.arange(width, device=neurons.device)
         return rows * sections + self.section(state, neurons, classes)
 
-    def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
         shape = (layout.classes, layout.neurons, self.sections)
         return {**super().expected(layout), "sections": (torch.int32, shape)}

@@ -4,14 +4,13 @@ The third method of Rossolini, Biondi and Buttazzo (arXiv 2101.12100) in spirit:
 to us in words only, so the exact formula is ours.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Layout, Method, State
+from covcli.methods.base import METHODS, Expected, Layout, Method, State
 
 
 @METHODS.add("nrc")
@@ -40,10 +39,7 @@ class NeuronRank(Method):
 
     def begin(self, layout: Layout) -> State:
         """Return counts of 0."""
-        state = State()
-        for key, (dtype, shape) in self.expected(layout).items():
-            state.declare(key, torch.zeros(shape, dtype=dtype), "sum")
-        return state
+        return State.of_sums(self.expected(layout))
 
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Count whose top each neuron belongs to."""
@@ -85,7 +81,7 @@ class NeuronRank(Method):
             start += size
         return weights
 
-    def expected(self, layout: Layout) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
         return {
             "top": (torch.int32, (layout.classes, layout.neurons)),
