@@ -105,7 +105,7 @@ def train(
     ] = 0.9,
     confidence_weight: Annotated[
         float, typer.Option(help="Weight of the penalty on untrusted activations; 0: none.")
-    ] = 1.0,
+    ] = 0.1,
     signature_every: Annotated[
         int, typer.Option(help="Epochs between two refreshes of the running signature.")
     ] = 1,

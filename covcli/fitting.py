@@ -185,7 +185,7 @@ def fit_signature(
         layout = layout_of(points, len(classes))
         state = fold(method, layout, passes, device)
         accuracy = float((recording.predicted == labels).double().mean())
-    if method.noisy:
+    if method.noisy and bool(trusted.chosen.any()):
         copies = distorted(_spread(images.select(trusted.chosen.nonzero()[:, 0])), "noise")
         known = copies.known_labels()
         for batch in sweep(model, copies, points, granularity, progress, "reading noisy copies"):

@@ -30,7 +30,7 @@ class TrainConfig:
     learning_rate: float = 0.05
     weight_decay: float = 5e-4
     confidence_threshold: float = 0.9
-    confidence_weight: float = 1.0
+    confidence_weight: float = 0.1
     signature_every: int = 1
     calibration_split: float = 0.1
     save_every: str = "1"
