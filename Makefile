@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml
 # The four stages on data that comes with scikit-learn: no network is needed after `install`.
 demo: install
 	rm -rf $(DEMO)
-	$(BIN)/covcli train --method mrc --trusted digits --untrusted photos --model vgg11 --epochs 8 --calibration-split 0.25 --name demo
+	$(BIN)/covcli train --trusted digits --untrusted photos --model vgg11 --epochs 8 --calibration-split 0.25 --name demo
 	$(BIN)/covcli build-signature $(DEMO)/checkpoint.pt
 	$(BIN)/covcli evaluate $(UNTRUSTED)
 	@echo "The report: $$($(BIN)/covcli report)"
