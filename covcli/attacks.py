@@ -23,7 +23,7 @@ ATTACKED_IMAGES = 1000
 NOISE_STARTS = 20
 BISECTIONS = 10
 # How far beyond the boundary an image is taken at most, so that 8 bits do not undo the attack.
-STRETCHES = (2.0, 1.5, 1.2, 1.1, 1.05, 1.02, 1.01, 1.0)
+STRETCHES = (5.0, 3.0, 2.0, 1.5, 1.2, 1.1, 1.05, 1.02, 1.01, 1.0)
 
 
 @dataclass(frozen=True)
