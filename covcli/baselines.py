@@ -5,18 +5,18 @@ means less trusted. The hyperparameters are the library's defaults, which are th
 unless a docstring says otherwise. Untrusted images chose none of them but the layers of "nac".
 """
 
-import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from covcli.activations import Point, outputs
 from covcli.errors import CovcliError
-from covcli.layers import Batch, Layer, Loader, Network, Trusted, channels_first, small_batch
+from covcli.layers import Batch, Loader, Network, Trusted, channels_first, small_batch
 from covcli.registry import Registry
 from covcli.runtime import seeded
 
@@ -222,26 +222,22 @@ class Replay:
 
     def __init__(self, network: Network) -> None:
         self._network = network
-        self._seen: dict[int, Tensor] = {}
+        self._seen: dict[str, Tensor] = {}
         self._logits = torch.empty(0)
 
     def run(self, inputs: Tensor) -> Tensor:
         """Run the network, and return the first coverage point's output."""
-        with contextlib.ExitStack() as hooks:
-            for i, layer in enumerate(self._network.layers):
-                hooks.callback(layer.register_forward_hook(self._keep(i, layer)).remove)
-            self._logits = self._network.model(inputs)
-        return self._seen[0]
+        model, points = self._network.model, self._network.points
+        with outputs(model.network, points, self._keep):
+            self._logits = model(inputs)
+        return self._seen[points[0].name]
 
-    def _keep(self, place: int, layer: Layer) -> Callable[[Any, Any, Tensor], None]:
-        def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
-            self._seen[place] = channels_first(output, layer.channel_dim).clone()
+    def _keep(self, point: Point, output: Tensor) -> None:
+        self._seen[point.name] = channels_first(output, point.channel_dim).clone()
 
-        return hook
-
-    def recall(self, place: int) -> Callable[[Tensor], Tensor]:
+    def recall(self, point: Point) -> Callable[[Tensor], Tensor]:
         """Return what returns a coverage point's output in the last run."""
-        return lambda _previous: self._seen.pop(place)
+        return lambda _previous: self._seen.pop(point.name)
 
     def logits(self, _previous: Tensor) -> Tensor:
         """Return the last run's logits."""
@@ -263,7 +259,7 @@ def gram(trusted: Trusted) -> Scorer:
     fitted = trusted.balanced(FIT_BYTES // (16 * len(GRAM_POLES) * sum(widths)))
     size = max(1, min(small_batch(network), GRAM_ENTRIES // max(widths) ** 2))
     replay = Replay(network)
-    layers = [replay.run, *[replay.recall(i) for i in range(1, len(network.layers))]]
+    layers = [replay.run, *[replay.recall(point) for point in network.points[1:]]]
     detector = library().Gram(replay.logits, layers, network.model.spec.classes, GRAM_POLES)
     detector.to(network.device)
     with seeded(0):  # the detector holds out a tenth of the images at random

@@ -42,7 +42,7 @@ class Plan:
     """
 
     names: tuple[str, ...]
-    network: Network
+    network: Network | None
     trusted: ImageSet | None
     held_out: ImageSet | None
 
@@ -65,13 +65,13 @@ class Comparison:
         are, from the same calibration images.
     """
 
-    network: Network
+    network: Network | None
     scorers: dict[str, Scorer]
     rules: dict[str, Rule]
 
     def score(self, images: ImageSet, progress: Progress) -> dict[str, np.ndarray]:
         """Score a set in one pass over it; return by name float64 of shape (N,)."""
-        if not self.scorers:
+        if self.network is None:
             return {}
         return _score(self.network, self.scorers, images, progress)[0]
 
@@ -114,10 +114,10 @@ def prepare(
         though a baseline reads its input, or the images are no longer there.
     """
     chosen = expand(names)
-    network = Network(model)
     if not chosen:
-        return Plan(chosen, network, None, None)
+        return Plan(chosen, None, None, None)
     library()
+    network = Network(model)
     for name in chosen:
         if BASELINES.get(name).features and network.last is None:
             others = [other for other in BASELINES if not BASELINES.get(other).features]
@@ -131,8 +131,8 @@ def prepare(
 
 def fit(plan: Plan, guarantee: Guarantee, progress: Progress) -> Comparison:
     """Fit the planned baselines, and find their thresholds on the calibration images."""
-    if plan.trusted is None or plan.held_out is None:
-        return Comparison(plan.network, {}, {})
+    if plan.network is None or plan.trusted is None or plan.held_out is None:
+        return Comparison(None, {}, {})
     trusted = Trusted(plan.network, plan.trusted, plan.trusted.known_labels(), progress)
     scorers = {name: BASELINES.get(name).fit(trusted) for name in plan.names}
     found, predicted = _score(plan.network, scorers, plan.held_out, progress)

@@ -186,7 +186,9 @@ def fit_signature(
         state = fold(method, layout, passes, device)
         accuracy = float((recording.predicted == labels).double().mean())
     if method.noisy and bool(trusted.chosen.any()):
-        copies = distorted(_spread(images.select(trusted.chosen.nonzero()[:, 0])), "noise")
+        copies = distorted(
+            images.select(trusted.chosen.nonzero()[:, 0]).spread(NOISY_IMAGES), "noise"
+        )
         known = copies.known_labels()
         for batch in sweep(model, copies, points, granularity, progress, "reading noisy copies"):
             method.observe_noisy(state, layout, batch.neurons, known[batch.rows].to(device))
@@ -195,11 +197,6 @@ def fit_signature(
         store.fingerprint(model.state_dict()), classes,
     )  # fmt: skip
     return made, trusted, accuracy
-
-
-def _spread(images: ImageSet) -> ImageSet:
-    """Return at most 512 images of a set, evenly spread."""
-    return images.select(torch.arange(0, len(images), -(-len(images) // NOISY_IMAGES)))
 
 
 def fit_calibration(

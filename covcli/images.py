@@ -76,6 +76,10 @@ class ImageSet:
         labels = None if self.labels is None else self.labels[rows]
         return ImageSet(self.name, self.source, self.rows[rows], labels, self.classes, self.flips)
 
+    def spread(self, most: int) -> "ImageSet":
+        """Return at most so many of the images, evenly spread; the set must hold some."""
+        return self.select(torch.arange(0, len(self), -(-len(self) // most)))
+
     def without(self, rows: Tensor) -> "ImageSet":
         """Return the set less those rows of its source."""
         return self.select(torch.nonzero(~torch.isin(self.rows, rows))[:, 0])

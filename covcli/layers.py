@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from covcli.activations import Point, outputs
 from covcli.engine import sweep, sweep_batch, to_network
 from covcli.images import ImageSet, batches
 from covcli.models import Classifier
@@ -68,19 +69,21 @@ class Network:
     ----------
     model
         The classifier.
-    layers
+    points
         Its coverage points.
+    layers
+        The same, for a library that hooks modules.
     last
         The linear layer that the logits come from, or None.
     """
 
     def __init__(self, model: Classifier) -> None:
         self.model = model.eval()
-        points = model.points("channel")
+        self.points = model.points("channel")
         modules = dict(model.network.named_modules())
-        calls = Counter(point.module for point in points)
+        calls = Counter(point.module for point in self.points)
         self.layers = [
-            Layer(modules[p.module], p.call, calls[p.module], p.channel_dim) for p in points
+            Layer(modules[p.module], p.call, calls[p.module], p.channel_dim) for p in self.points
         ]
         self.last = _last_linear(model)
 
@@ -91,27 +94,20 @@ class Network:
 
     def read(self, images: ImageSet, progress: Progress, title: str) -> Iterator[Batch]:
         """Run a set through the network in its order, and yield batch by batch."""
-        means: dict[int, Tensor] = {}
+        means: dict[str, Tensor] = {}
         features: list[Tensor] = []
+
+        def see(point: Point, output: Tensor) -> None:
+            means[point.name] = channels_first(output, point.channel_dim).flatten(2).mean(2)
+
         with contextlib.ExitStack() as hooks:
-            for i, layer in enumerate(self.layers):
-                hook = _keep(means, i, layer.channel_dim)
-                hooks.callback(layer.register_forward_hook(hook).remove)
+            hooks.enter_context(outputs(self.model.network, self.points, see))
             if self.last is not None:
                 handle = self.last.register_forward_pre_hook(lambda _m, x: features.append(x[0]))
                 hooks.callback(handle.remove)
             for swept in sweep(self.model, images, [], "channel", progress, title):
                 last = features.pop() if features else None
-                yield Batch(swept.inputs, swept.logits, last, [means[i] for i in sorted(means)])
-
-
-def _keep(
-    means: dict[int, Tensor], place: int, channel_dim: int
-) -> Callable[[Any, Any, Tensor], None]:
-    def hook(_module: Any, _inputs: Any, output: Tensor) -> None:
-        means[place] = channels_first(output, channel_dim).flatten(2).mean(2)
-
-    return hook
+                yield Batch(swept.inputs, swept.logits, last, [means[p.name] for p in self.points])
 
 
 def channels_first(output: Tensor, channel_dim: int) -> Tensor:

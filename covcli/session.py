@@ -148,7 +148,7 @@ class Session:
         if not self.untrusted:
             return None
         return watch(
-            self.trainer.model, self.method, self._sample(2 * WATCHED_IMAGES),
+            self.trainer.model, self.method, self.training.spread(2 * WATCHED_IMAGES),
             self._trusted_apart(), self.untrusted, WATCHED_IMAGES,
             self.config.confidence_threshold,
         )  # fmt: skip
@@ -156,7 +156,7 @@ class Session:
     def _refresh_penalty(self) -> None:
         """Build the running signature that the next epochs are trained towards."""
         made, _, _ = fit_signature(
-            self.trainer.model, self._sample(SIGNATURE_IMAGES), self.classes, RUNNING,
+            self.trainer.model, self.training.spread(SIGNATURE_IMAGES), self.classes, RUNNING,
             "channel", self.config.confidence_threshold, Silent(),
         )  # fmt: skip
         self._train_towards(made.state)
@@ -166,14 +166,9 @@ class Session:
         sizes = [point.neurons for point in self.trainer.points]
         self.trainer = replace(self.trainer, penalty=ConfidenceLoss(state, sizes))
 
-    def _sample(self, most: int) -> ImageSet:
-        """Return training images, evenly spread, at most so many."""
-        step = -(-len(self.training) // most)
-        return self.training.select(torch.arange(0, len(self.training), step))
-
     def _trusted_apart(self) -> ImageSet:
         """Return the calibration split, or training images where there is none."""
-        return self.held_out if len(self.held_out) else self._sample(WATCHED_IMAGES)
+        return self.held_out if len(self.held_out) else self.training.spread(WATCHED_IMAGES)
 
     def settings(self) -> dict[str, Any]:
         """Return what the run was told, as plain values, for its log."""

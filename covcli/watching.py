@@ -75,20 +75,16 @@ def watch(
     """
     names = tuple(str(k) for k in range(model.spec.classes))
     made, _, _ = fit_signature(model, training, names, method, "channel", threshold, Silent())
-    sets = [_look(model, made, "trusted", _spread(held_out, most))]
+    sets = [_look(model, made, "trusted", held_out.spread(most))]
     for text, found in untrusted.items():
         if found is None:
             spec = parse(text)
             few = held_out.select(attacks.attacked_rows(spec, held_out)[: most // 4])
             images = attacks.run_attack(spec, model, few, few.known_labels(), Silent())
         else:
-            images = _spread(found, most)
+            images = found.spread(most)
         sets.append(_look(model, made, text, images))
     return Watch([point.name for point in made.points], sets)
-
-
-def _spread(images: ImageSet, most: int) -> ImageSet:
-    return images.select(torch.arange(0, len(images), -(-len(images) // most)))
 
 
 def _look(model: Classifier, made: Signature, name: str, images: ImageSet) -> WatchedSet:

@@ -273,6 +273,21 @@ class Method(ABC):
         return f"{self.name}?{parameters}" if parameters else self.name
 
 
+def cell_index(cells: Tensor, classes: Tensor, count: int) -> Tensor:
+    """Return where counts of shape (classes, N, count), flattened, hold each neuron's cell.
+
+    Parameters
+    ----------
+    cells
+        Each neuron's cell, 0 to count − 1, int64 of shape (B, N).
+    classes
+        The class that each image is measured against, int64 of shape (B,).
+    """
+    width = cells.shape[1]
+    rows = classes[:, None] * width + torch.arange(width, device=cells.device)
+    return rows * count + cells
+
+
 def log_means(costs: Tensor, layout: Layout) -> Tensor:
     """Return log(mean + 1/neurons) of each point's costs, float64 of shape (B, L)."""
     means = layout.means(costs)

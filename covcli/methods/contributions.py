@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Expected, Layout, Method, State
+from covcli.methods.base import METHODS, Expected, Layout, Method, State, cell_index
 
 SMALLEST = 1e-6
 
@@ -101,9 +101,7 @@ class ActivationCoverage(Method):
 
     def _places(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the index of each neuron's bin in the flattened counts."""
-        width = neurons.shape[1]
-        rows = classes[:, None] * width + torch.arange(width, device=neurons.device)
-        return rows * self.bins + self.bin(neurons)
+        return cell_index(self.bin(neurons), classes, self.bins)
 
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""

@@ -87,8 +87,8 @@ class Ensemble(Gauss):
         self, outside: Tensor, ready: State, layout: Layout, neurons: Tensor, classes: Tensor
     ) -> Tensor:
         """Return the columns of `src` with those of `gauss` and along the direction beside them."""
-        distances = super().evidence(ready, layout, neurons, classes)
-        away = neurons[:, layout.value_columns] - ready["mean"][classes]
+        away = self._away(ready, layout, neurons, classes)
+        distances = self._log_distances(ready, layout, away)
         steps = (away * ready["direction"]).split(layout.values, 1)
         along = [step.sum(1, dtype=torch.float64) for step in steps]
         return torch.cat([outside, distances, torch.stack(along, 1)], 1)

@@ -118,7 +118,12 @@ class Gauss(Method):
 
     def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return log(d²/V) of each point, float64 of shape (B, L)."""
-        away = neurons[:, layout.value_columns] - ready["mean"][classes]
+        return self._log_distances(ready, layout, self._away(ready, layout, neurons, classes))
+
+    def _away(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        return neurons[:, layout.value_columns] - ready["mean"][classes]
+
+    def _log_distances(self, ready: State, layout: Layout, away: Tensor) -> Tensor:
         distances = [
             (part @ white.T).square().mean(1, dtype=torch.float64)
             for part, white in zip(
@@ -147,7 +152,7 @@ class Gauss(Method):
         return (neurons >= low) & (neurons <= high)
 
     def _apart(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        return (neurons[:, layout.value_columns] - ready["mean"][classes]) / ready["deviation"]
+        return self._away(ready, layout, neurons, classes) / ready["deviation"]
 
     def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the class's mean less and plus three deviations; no ends for maxima."""

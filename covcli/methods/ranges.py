@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Expected, Layout, Method, State
+from covcli.methods.base import METHODS, Expected, Layout, Method, State, cell_index
 from covcli.methods.soft import hinge, interpolated
 
 # In soft costs a range narrower than this share of its neuron's mean width counts as that wide.
@@ -175,9 +175,7 @@ class MultiRange(SingleRange):
 
     def _cells(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the index of each neuron's section in the flattened counts."""
-        _, width, sections = state["sections"].shape
-        rows = classes[:, None] * width + torch.arange(width, device=neurons.device)
-        return rows * sections + self.section(state, neurons, classes)
+        return cell_index(self.section(state, neurons, classes), classes, self.sections)
 
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
