@@ -113,7 +113,7 @@ def fold(
         complete = state
         for values, labels in passes():
             method.observe(complete, layout, values, labels)
-        state = method.proceed(complete)
+        state = method.proceed(complete, layout)
     return complete
 
 

@@ -24,9 +24,9 @@ class State:
     """Named tensors, each with the reduction that merges two parts of it.
 
     "same" marks what was settled by an earlier pass: parts must agree on it. The other
-    reductions are exact and commutative for integers and extremes, so that such a state does not
-    depend on the size, the order or the grouping of batches; sums of doubles do, in their last
-    bits.
+    reductions are exact and commutative for integers and extremes, so that a state does not depend
+    on the size, the order or the grouping of batches. Sums of floating-point numbers would, in
+    their last bits: no method here has any.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -176,7 +176,7 @@ class Method(ABC):
             int64 of shape (B,).
         """
 
-    def proceed(self, state: State) -> State | None:
+    def proceed(self, state: State, layout: Layout) -> State | None:
         """Return the empty state of the next pass after a complete one; None if it was the last."""
         return None
 

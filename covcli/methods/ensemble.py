@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from covcli.methods.base import METHODS, Expected, Layout, State
-from covcli.methods.gaussian import Gauss, class_means, matrices
+from covcli.methods.gaussian import Gauss, class_means, matrices, whole_numbers
 from covcli.methods.ranges import SingleRange
 
 RANGES = SingleRange()
@@ -39,7 +39,7 @@ class Ensemble(Gauss):
     experts: ClassVar[bool] = True
 
     def begin(self, layout: Layout) -> State:
-        """Return the empty states of `src` and `gauss` and sums of 0 for noisy copies."""
+        """Return the empty states of `src` and `gauss`."""
         state = super().begin(layout)
         ranges = RANGES.begin(layout)
         for key in RANGE_TENSORS:
@@ -47,21 +47,31 @@ class Ensemble(Gauss):
         return state
 
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
-        """Widen the ranges, and add to the sums."""
+        """Find peaks and ranges in the first pass; add to the sums in the second."""
+        if "unit" not in state.tensors:
+            RANGES.widen(state, neurons, labels)
         super().observe(state, layout, neurons, labels)
-        RANGES.widen(state, neurons, labels)
+
+    def proceed(self, state: State, layout: Layout) -> State | None:
+        """Settle units and ranges after the first pass, and sum in a second."""
+        summing = super().proceed(state, layout)
+        if summing is not None:
+            for key in RANGE_TENSORS:
+                summing.declare(key, state[key], "same")
+        return summing
 
     def observe_noisy(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Add noisy copies to their sums."""
-        values = neurons[:, layout.value_columns].double()
-        state["noisy_total"].index_add_(0, labels, values)
+        whole = whole_numbers(state, neurons[:, layout.value_columns]).long()
+        state["noisy_total"].index_add_(0, labels, whole)
         state["noisy_count"].add_(torch.bincount(labels, minlength=layout.classes))
 
     def prepare(self, state: State, layout: Layout) -> State:
         """Return what `gauss` reads, the ranges, and each point's unit vector along Σ⁻¹d."""
         ready = super().prepare(state, layout)
         count = state["noisy_count"].to(torch.float64)
-        shift = (state["noisy_total"] - count[:, None] * class_means(state)).sum(0)
+        noisy = state["noisy_total"] * state["unit"]
+        shift = (noisy - count[:, None] * class_means(state)).sum(0)
         directions = []
         whitening = matrices(ready["whitening"].double(), layout)
         for white, part in zip(whitening, shift.split(layout.values), strict=True):
@@ -109,12 +119,15 @@ class Ensemble(Gauss):
         """Return the ranges of those classes."""
         return RANGES.span(ready, layout, classes)
 
+    def sums(self, layout: Layout) -> Expected:
+        """Return the sums of `gauss`, and those of noisy copies."""
+        return {
+            **super().sums(layout),
+            "noisy_total": (torch.int64, (layout.classes, sum(layout.values))),
+            "noisy_count": (torch.int64, (layout.classes,)),
+        }
+
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
         ranges = RANGES.expected(layout)
-        return {
-            **super().expected(layout),
-            **{key: ranges[key] for key in RANGE_TENSORS},
-            "noisy_total": (torch.float64, (layout.classes, sum(layout.values))),
-            "noisy_count": (torch.int64, (layout.classes,)),
-        }
+        return {**super().expected(layout), **{key: ranges[key] for key in RANGE_TENSORS}}

@@ -5,6 +5,7 @@ Adversarial Attacks", NeurIPS 2018, section 2: class means and one covariance fo
 at every coverage point, towards the predicted class, and with a shrunk covariance.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,6 +21,9 @@ from covcli.methods.base import METHODS, Expected, Layout, Method, State
 LEAST_DEVIATION = 0.01
 MOST_VALUES = 4096
 SPAN = 3.0
+# Values are summed as whole numbers of at most so many bits: products of two, and sums of a batch
+# of them, are exact in double precision, and sums over 8 million images in 64-bit integers.
+BITS = 20
 
 
 @METHODS.add("gauss")
@@ -47,7 +51,7 @@ class Gauss(Method):
             raise ValueError(f"shrinkage={self.shrinkage} does not lie in (0, 1]")
 
     def begin(self, layout: Layout) -> State:
-        """Return sums of 0: of the values by class, and of their products by point.
+        """Return peaks of 0: the first pass finds how large each value gets.
 
         Raises
         ------
@@ -59,16 +63,36 @@ class Gauss(Method):
                 f"{self.name} cannot hold the covariance of {max(layout.values)} neurons",
                 fix="use --granularity channel, or the method src or mrc",
             )
-        return State.of_sums(self.expected(layout))
+        state = State()
+        state.declare("peak", torch.zeros(sum(layout.values)), "max")
+        return state
 
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
-        """Add a batch to the sums, in double precision."""
-        values = neurons[:, layout.value_columns].double()
-        state["total"].index_add_(0, labels, values)
+        """Find the largest values in the first pass; sum values and their products in the second.
+
+        The sums are of whole numbers of a unit, so no order or grouping of images changes a bit.
+        """
+        values = neurons[:, layout.value_columns]
+        if "unit" not in state.tensors:
+            largest = values.abs().amax(0) if len(values) else torch.zeros_like(state["peak"])
+            torch.maximum(state["peak"], largest, out=state["peak"])
+            return
+        whole = whole_numbers(state, values)
+        state["total"].index_add_(0, labels, whole.long())
         state["count"].add_(torch.bincount(labels, minlength=layout.classes))
-        parts = values.split(layout.values, 1)
+        parts = whole.split(layout.values, 1)
         for products, part in zip(_triangles(state["products"], layout), parts, strict=True):
-            products += _pack(part.T @ part)
+            products += _pack(part.T @ part).long()
+
+    def proceed(self, state: State, layout: Layout) -> State | None:
+        """Choose each value's unit after the first pass: a power of two, 2^20 to its peak."""
+        if "unit" in state.tensors:
+            return None
+        peaks = state["peak"]
+        units = [math.ldexp(1.0, math.frexp(peak)[1] - BITS) for peak in peaks.tolist()]
+        summing = State.of_sums(self.sums(layout)).to(peaks.device)
+        summing.declare("unit", peaks.new_tensor(units, dtype=torch.float64), "same")
+        return summing
 
     def prepare(self, state: State, layout: Layout) -> State:
         """Return class means, deviations, and each point's whitening matrix.
@@ -82,8 +106,11 @@ class Gauss(Method):
         deviations, whitening = [], []
         triangles = _triangles(state["products"], layout)
         means = mean.split(layout.values, 1)
-        for number, (triangle, center) in enumerate(zip(triangles, means, strict=True)):
-            deviation, white = self._whiten(triangle, center, state["count"], number)
+        units = state["unit"].split(layout.values)
+        parts = zip(triangles, means, units, strict=True)
+        for number, (triangle, center, unit) in enumerate(parts):
+            products = _unpack(triangle, len(unit)) * unit * unit[:, None]
+            deviation, white = self._whiten(products, center, state["count"], number)
             deviations.append(deviation)
             whitening.append(white.flatten())
         return State({
@@ -93,12 +120,12 @@ class Gauss(Method):
         })  # fmt: skip
 
     def _whiten(
-        self, triangle: Tensor, mean: Tensor, count: Tensor, number: int
+        self, products: Tensor, mean: Tensor, count: Tensor, number: int
     ) -> tuple[Tensor, Tensor]:
         """Return the deviations (V,), and a W of shape (V, V) with WᵀW = Σ⁻¹, of one point."""
         n = count.to(mean.dtype)
         between = (mean * n[:, None]).T @ mean
-        covariance = (_unpack(triangle, mean.shape[1]) - between) / n.sum().clamp_min(1)
+        covariance = (products - between) / n.sum().clamp_min(1)
         deviation = covariance.diagonal().clamp_min(0).sqrt()
         typical = float(deviation.square().mean().sqrt())
         deviation = deviation.clamp_min(LEAST_DEVIATION * typical if typical > 0 else 1.0)
@@ -164,21 +191,31 @@ class Gauss(Method):
         high[:, columns] = ready["mean"][classes] + reach
         return low, high
 
-    def expected(self, layout: Layout) -> Expected:
-        """Return what a complete state holds."""
+    def sums(self, layout: Layout) -> Expected:
+        """Return the type and shape of the tensors that the second pass sums."""
         packed = sum(n * (n + 1) // 2 for n in layout.values)
         return {
             "count": (torch.int64, (layout.classes,)),
-            "total": (torch.float64, (layout.classes, sum(layout.values))),
-            "products": (torch.float64, (packed,)),
+            "total": (torch.int64, (layout.classes, sum(layout.values))),
+            "products": (torch.int64, (packed,)),
         }
+
+    def expected(self, layout: Layout) -> Expected:
+        """Return what a complete state holds."""
+        return {**self.sums(layout), "unit": (torch.float64, (sum(layout.values),))}
 
 
 def class_means(state: State) -> Tensor:
     """Return each class's mean (K, V), float64; the mean of all for a class without images."""
     count = state["count"].to(torch.float64)[:, None]
-    overall = state["total"].sum(0) / count.sum().clamp_min(1)
-    return torch.where(count > 0, state["total"] / count.clamp_min(1), overall)
+    total = state["total"] * state["unit"]
+    overall = total.sum(0) / count.sum().clamp_min(1)
+    return torch.where(count > 0, total / count.clamp_min(1), overall)
+
+
+def whole_numbers(state: State, values: Tensor) -> Tensor:
+    """Return values (B, V) in their units, rounded, as float64."""
+    return (values.double() / state["unit"]).round()
 
 
 def matrices(flat: Tensor, layout: Layout) -> list[Tensor]:
@@ -199,9 +236,9 @@ def _pack(square: Tensor) -> Tensor:
 
 
 def _unpack(triangle: Tensor, n: int) -> Tensor:
-    """Return the symmetric matrix of a packed lower triangle."""
-    square = triangle.new_zeros(n, n)
+    """Return the symmetric matrix of a packed lower triangle, in float64."""
+    square = triangle.new_zeros(n, n, dtype=torch.float64)
     rows, columns = torch.tril_indices(n, n, device=triangle.device)
-    square[rows, columns] = triangle
-    square[columns, rows] = triangle
+    square[rows, columns] = triangle.double()
+    square[columns, rows] = triangle.double()
     return square

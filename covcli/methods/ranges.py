@@ -105,7 +105,7 @@ class MultiRange(SingleRange):
         if self.cost not in ("surprisal", "share"):
             raise ValueError(f"cost={self.cost!r} is unknown; known: surprisal, share")
 
-    def proceed(self, state: State) -> State | None:
+    def proceed(self, state: State, layout: Layout) -> State | None:
         """Settle the ranges after the first pass, and count sections in a second."""
         if "sections" in state.tensors:
             return None
