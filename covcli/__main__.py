@@ -35,15 +35,22 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(args: list[str], debug: bool) -> int:
     try:
         returned = app(args=args, prog_name="covcli", standalone_mode=False)
+        if (ranks := _ranks()) is not None:
+            ranks.stop()
         if returned == 130:  # Typer turns a KeyboardInterrupt before our handlers into this code
-            return _fail("interrupted", 130, debug=False)
+            return _fail(None, "interrupted", 130, debug=False)
         return returned if isinstance(returned, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted", 130, debug)
+        return _fail(None, "interrupted", 130, debug)
     except CovcliError as error:
-        return _fail(f"error: {error}", 2, debug)
+        return _fail(error, f"error: {error}", 2, debug)
     except Exception as error:
-        return _fail(*_describe(error), debug)
+        return _fail(error, *_describe(error), debug)
+
+
+def _ranks() -> Any:
+    """Return `covcli.distributed` if a command has loaded it: it takes torch, which is slow."""
+    return sys.modules.get("covcli.distributed")
 
 
 def _describe(error: Any) -> tuple[str, int]:
@@ -61,10 +68,13 @@ def _describe(error: Any) -> tuple[str, int]:
     return f"internal error: {kind}: {one_line(str(error))}; run again with --debug", 3
 
 
-def _fail(message: str, code: int, debug: bool) -> int:
+def _fail(error: Exception | None, message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    sys.stderr.write(message + "\n")
+    if error is not None and (ranks := _ranks()) is not None:
+        message = ranks.worded(error, message)
+    if message:
+        sys.stderr.write(message + "\n")
     return code
 
 

@@ -8,7 +8,7 @@ import foolbox
 import torch
 from torch import Tensor
 
-from covcli import runtime
+from covcli import distributed, runtime
 from covcli.adaptive import Monitored, adaptive_pgd, rounded
 from covcli.data import SELECTION
 from covcli.engine import sweep_batch, to_network
@@ -296,8 +296,8 @@ def run_attack(
     """Attack trusted images.
 
     The result is rounded to 8 bits, as a stored image is; in L∞ within ±eps when eps is a multiple
-    of 1/255. Every draw is from `seed` (0), so that a specification names the same images every
-    time.
+    of 1/255. Every draw is from `seed` (0) and the place of the batch in the set, so that a
+    specification names the same images every time. Each rank attacks its share.
 
     Parameters
     ----------
@@ -330,17 +330,17 @@ def run_attack(
     target = Target(foolbox.PyTorchModel(model.eval(), bounds=(0, 1), device=device), monitored)
     wanted = [parameter.requires_grad for parameter in model.parameters()]
     made = []
-    progress.start(f"making {spec.text}", len(trusted))
+    parts = distributed.share(torch.arange(len(trusted)).split(sweep_batch(model.spec.shape)))
+    progress.start(f"making {spec.text}", sum(map(len, parts)))
     model.requires_grad_(False)  # gradients of the weights would be computed for nothing
     try:
-        size = max(1, sweep_batch(model.spec.shape) // 2)  # gradients take room too
-        with runtime.seeded(seed):
-            for rows in torch.arange(len(trusted)).split(size):
-                pixels = to_network(trusted.batch(rows, model.spec.shape), device)
+        for rows in parts:
+            pixels = to_network(trusted.batch(rows, model.spec.shape), device)
+            with runtime.seeded((seed * 1_000_003 + int(rows[0])) % 2**63):
                 result = attack.perturb(target, pixels, labels[rows].to(device))
-                made.append((result * 255).round().to(torch.uint8).cpu())
-                progress.advance(len(rows))
+            made.append((rows, (result * 255).round().to(torch.uint8)))
+            progress.advance(len(rows))
     finally:
         for parameter, needs in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(needs)
-    return in_memory(spec.text, torch.cat(made), labels, trusted.classes)
+    return in_memory(spec.text, distributed.collect(made)[0], labels, trusted.classes)

@@ -5,15 +5,28 @@ Nothing heavy is imported before a command runs, so that `covcli --help` answers
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import Annotated
 
 import typer
 
 import covcli
-from covcli.errors import CovcliError
-
-if TYPE_CHECKING:
-    from covcli.runtime import Interrupts
+from covcli.options import (
+    Amp,
+    Augment,
+    DataDir,
+    DebugFlag,
+    Device,
+    Force,
+    Granularity,
+    GuaranteeMode,
+    JsonFlag,
+    Plugin,
+    QuietFlag,
+    Runs,
+    Seed,
+    Threads,
+    prepare,
+)
 
 app = typer.Typer(
     name="covcli",
@@ -24,29 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Runs = Annotated[Path, typer.Option(help="Folder of the run folders.")]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="COVCLI_DATA_DIR", help="Folder of downloaded sets; default: the user's cache."
-    ),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")]
-Threads = Annotated[int, typer.Option(min=0, help="Threads on the CPU; 0 leaves it to torch.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of every random choice.")]
-QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print nothing to stderr but errors.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
-DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite earlier results.")]
-Plugin = Annotated[
-    list[Path] | None,
-    typer.Option(help="Python file to run first: it can register models, datasets and methods."),
-]
-Granularity: TypeAlias = Literal["channel", "unit"]
-Augment: TypeAlias = Literal["auto", "none", "crop", "crop-flip"]
-GuaranteeMode: TypeAlias = Literal["marginal", "certified"]
-Amp: TypeAlias = Literal["off", "bf16", "auto"]
 
 
 def _show_version(wanted: bool) -> None:
@@ -63,22 +53,6 @@ def root(
     ] = False,
 ) -> None:
     """Tell which answers of an image classifier can be trusted, by coverage analysis."""
-
-
-def _prepare(seed: int, threads: int, plugins: list[Path] | None) -> "Interrupts":
-    """Set up the process for a command's work; return where its signals arrive."""
-    import runpy
-
-    from covcli import runtime
-
-    interrupts = runtime.Interrupts()
-    interrupts.install()
-    runtime.configure(seed, threads)
-    for plugin in plugins or []:
-        if not plugin.is_file():
-            raise CovcliError("no such file", where=f"--plugin {plugin}")
-        runpy.run_path(str(plugin))
-    return interrupts
 
 
 @app.command()
@@ -120,7 +94,7 @@ def train(
         typer.Option(help="Go on with an interrupted run: its folder or name, or latest."),
     ] = None,
     augment: Annotated[Augment, typer.Option(help="Of training images.")] = "auto",
-    amp: Annotated[Amp, typer.Option(help="bfloat16 in training; auto measures first.")] = "off",
+    amp: Amp = "off",
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
     runs: Runs = Path("runs"),
     data_dir: DataDir = None,
@@ -135,7 +109,7 @@ def train(
     """Train a network with the ConfidenceLoss; print the checkpoint's path."""
     from covcli import render, training
 
-    interrupts = _prepare(seed, threads, plugin)
+    process = prepare(device, seed, threads, plugin)
     config = training.TrainConfig(
         method=method, trusted=trusted, untrusted=tuple(untrusted or ()), model=model,
         pretrained=pretrained, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
@@ -144,12 +118,14 @@ def train(
         calibration_split=calibration_split, save_every=save_every, augment=augment, seed=seed,
         device=device, amp=amp, name=name, runs=runs, data_dir=data_dir,
     )  # fmt: skip
-    with render.reporter(quiet) as progress:
+    with render.reporter(quiet or not process.prints) as progress:
         if resume is None:
-            result = training.train(config, progress, interrupts)
+            result = training.train(config, progress, process.interrupts)
         else:
             folder = Path(resume) if Path(resume).is_dir() else runs / resume
-            result = training.resume(folder.resolve(), progress, data_dir, interrupts)
+            result = training.resume(folder.resolve(), progress, data_dir, process.interrupts)
+    if not process.prints:
+        return
     if not quiet:
         render.describe_training(result)
     if json:
@@ -196,6 +172,7 @@ def build_signature(
         Path | None, typer.Option(help="Signature file; default: beside the checkpoint.")
     ] = None,
     force: Force = False,
+    amp: Amp = "off",
     runs: Runs = Path("runs"),
     data_dir: DataDir = None,
     device: Device = "cpu",
@@ -210,15 +187,17 @@ def build_signature(
     from covcli import render, signing
     from covcli.models import read_statistics
 
-    _prepare(seed, threads, plugin)
+    process = prepare(device, seed, threads, plugin)
     config = signing.SignatureConfig(
         checkpoint=checkpoint, method=method, granularity=granularity, trusted=trusted,
         calibration=calibration, confidence_threshold=confidence_threshold, alpha=alpha,
         guarantee=guarantee, model=model, statistics=read_statistics(mean, std), runs=runs,
-        data_dir=data_dir, output=output, force=force, device=device, seed=seed,
+        data_dir=data_dir, output=output, force=force, device=device, amp=amp, seed=seed,
     )  # fmt: skip
-    with render.reporter(quiet) as progress:
+    with render.reporter(quiet or not process.prints) as progress:
         result = signing.build_signature(config, progress)
+    if not process.prints:
+        return
     if not quiet:
         render.describe_signature(result)
     if json:
@@ -293,7 +272,7 @@ def evaluate(
     from covcli import evaluation, gates, render
     from covcli.store import write_bytes
 
-    _prepare(seed, threads, plugin)
+    process = prepare(device, seed, threads, plugin)
     wanted = [gates.parse_gate(text) for text in fail_under or []]
     gates.check_names(wanted, tuple(untrusted))
     if baseline_results is not None:
@@ -304,8 +283,10 @@ def evaluate(
         explain=explain, model=model, runs=runs,
         data_dir=data_dir, output=output, force=force, device=device, seed=seed,
     )  # fmt: skip
-    with render.reporter(quiet) as progress:
+    with render.reporter(quiet or not process.prints) as progress:
         result = evaluation.evaluate(config, progress)
+    if not process.prints:
+        return
     with render.reader_may_leave():  # and let the gates be judged all the same
         if json:
             render.print_json(result)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 # Temperatures of the soft maximum, over the columns and over the voices.
@@ -141,7 +142,8 @@ def fit_expert(trusted: Tensor, outliers: Tensor) -> Tensor:
     columns = x.shape[1]
     bounds = [(0, None)] * columns + [(None, None)]
     start = np.append(np.full(columns, 0.01), 0.0)
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    with threadpool_limits(1):  # sums over more threads would round otherwise
+        found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
     return torch.from_numpy(found.x[:-1].copy())
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covcli import data
+from covcli import data, distributed
 from covcli.baselines import BASELINES, Scorer, library
 from covcli.calibration import FIT_EVERY
 from covcli.errors import CovcliError
@@ -134,7 +134,8 @@ def fit(plan: Plan, guarantee: Guarantee, progress: Progress) -> Comparison:
     if plan.network is None or plan.trusted is None or plan.held_out is None:
         return Comparison(None, {}, {})
     trusted = Trusted(plan.network, plan.trusted, plan.trusted.known_labels(), progress)
-    scorers = {name: BASELINES.get(name).fit(trusted) for name in plan.names}
+    with distributed.alone():  # the detectors want to see all images
+        scorers = {name: BASELINES.get(name).fit(trusted) for name in plan.names}
     found, predicted = _score(plan.network, scorers, plan.held_out, progress)
     classes = plan.network.model.spec.classes
     rules = {
@@ -148,17 +149,13 @@ def _score(
     network: Network, scorers: dict[str, Scorer], images: ImageSet, progress: Progress
 ) -> tuple[dict[str, np.ndarray], Tensor]:
     """Return the scores by name, and the predicted classes."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in scorers}
-    predicted = []
+    parts = []
     for batch in network.read(images, progress, f"baselines on {images.name}"):
-        predicted.append(batch.logits.argmax(1).cpu())
-        for name, scorer in scorers.items():
-            parts[name].append(scorer(batch).detach().double().cpu())
-    found = {
-        name: torch.cat(scores).nan_to_num(HIGHEST, HIGHEST, -HIGHEST).numpy()
-        for name, scores in parts.items()
-    }
-    return found, torch.cat(predicted)
+        theirs = [scorer(batch).detach().double() for scorer in scorers.values()]
+        parts.append((batch.rows, batch.logits.argmax(1), *theirs))
+    predicted, *found = distributed.collect(parts)
+    clean = [scores.nan_to_num(HIGHEST, HIGHEST, -HIGHEST).numpy() for scores in found]
+    return dict(zip(scorers, clean, strict=True)), predicted
 
 
 def _trusted(record: dict[str, Any], model: Classifier, data_dir: Path | None) -> ImageSet:

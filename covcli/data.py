@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covcli import guard
+from covcli import distributed, guard
 from covcli.errors import CovcliError
 from covcli.images import FileSource, ImageSet, NoiseSource, in_memory
 from covcli.registry import Registry
@@ -131,6 +131,11 @@ def _path(request: Request) -> Path:
 def _from_torchvision(request: Request, open_set: Callable[[bool], Any]) -> Any:
     """Open a torchvision set where it lies; download it if it is not there."""
     _no_argument(request)
+    with distributed.one_at_a_time():
+        return _opened(request, open_set)
+
+
+def _opened(request: Request, open_set: Callable[[bool], Any]) -> Any:
     damaged = CovcliError(
         "is damaged", where=f"{request.spec.text} in {request.data_dir}", fix="delete it there"
     )

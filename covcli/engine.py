@@ -1,22 +1,28 @@
 """The only two loops over batches: an epoch, with gradients, and a sweep, without."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from covcli import distributed
 from covcli.activations import Granularity, Point, Recorder, capture
 from covcli.errors import CovcliError
-from covcli.images import Augmentation, ImageSet, Shape, augment, batches
-from covcli.models import Classifier
+from covcli.images import Augmentation, ImageSet, Shape, augment, batches, draw_moves
+from covcli.models import Classifier, Precision
 from covcli.progress import Progress
 
-# A sweep's batch: at most so many images, and so many positions of an image in all.
-SWEEP_IMAGES = 250
+# A sweep's batch: at most so many images, and so many positions of an image in all. Which images
+# make a batch depends on the set alone, so that ranks compute the same bits as one process.
+SWEEP_IMAGES = 64
 SWEEP_POSITIONS = 1 << 21
+MEASURED: tuple[Precision, ...] = ("float32", "bfloat16")
+Amp: TypeAlias = Literal["off", "bf16", "auto"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,8 @@ def sweep(
 ) -> Iterator[Swept]:
     """Run a network over a set in its order, and yield logits and neurons batch by batch.
 
+    Under torchrun each rank gets the batches of its share.
+
     Raises
     ------
     CovcliError
@@ -95,8 +103,8 @@ def sweep(
     """
     device = model.mean.device
     model.eval()
-    parts = torch.arange(len(images)).split(sweep_batch(model.spec.shape))
-    progress.start(title, len(images))
+    parts = distributed.share(torch.arange(len(images)).split(sweep_batch(model.spec.shape)))
+    progress.start(title, sum(map(len, parts)))
     with capture(model.network, points, granularity) as recorder:
         for rows, pixels in batches(images, parts, model.spec.shape):
             inputs = to_network(pixels, device)
@@ -117,6 +125,8 @@ class Trainer:
     ----------
     model, optimizer, schedule
         The network and how it learns; the schedule is stepped once a batch.
+    together
+        The network as all ranks train it.
     penalty
         Maps neurons (B, N) and labels (B,) to the penalty, a scalar; None to go without.
     weight
@@ -125,11 +135,10 @@ class Trainer:
         Where the penalty looks.
     confidence_threshold
         From which softmax confidence on an image counts as confident.
-    autocast
-        Whether to compute in bfloat16 where that is safe.
     """
 
     model: Classifier
+    together: nn.Module
     optimizer: Optimizer
     schedule: LRScheduler
     penalty: Callable[[Tensor, Tensor], Tensor] | None
@@ -137,7 +146,6 @@ class Trainer:
     points: Sequence[Point]
     granularity: Granularity
     confidence_threshold: float
-    autocast: bool
 
 
 def epoch(
@@ -150,6 +158,8 @@ def epoch(
 ) -> Iterator[Tensor]:
     """Train on one batch after another, and yield after each step what it adds to the log.
 
+    Each rank computes its part of every batch; the step is that of the whole batch.
+
     Parameters
     ----------
     labels
@@ -157,7 +167,8 @@ def epoch(
     parts
         The rows of each batch.
     how, generator
-        How images are augmented, and where its randomness comes from.
+        How images are augmented, and where the randomness of a step comes from, that of the
+        network's own layers included.
 
     Yields
     ------
@@ -172,24 +183,27 @@ def epoch(
         If the loss is no longer finite.
     """
     model, device = trainer.model, trainer.model.mean.device
+    shape = model.spec.shape
     model.train()
     watched = trainer.points if trainer.penalty is not None else []
     with capture(model.network, watched, trainer.granularity) as recorder:
-        for rows, pixels in batches(images, parts, model.spec.shape):
-            inputs = to_network(augment(pixels, how, generator), device)
+        mine = [distributed.part(rows) for rows in parts]
+        for whole, (rows, pixels) in zip(parts, batches(images, mine, shape), strict=True):
+            moves = draw_moves(how, len(whole), shape, generator)
+            torch.manual_seed(draw_seed(generator) + distributed.rank())
+            inputs = to_network(augment(pixels, distributed.part(moves)), device)
             targets = labels[rows].to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=trainer.autocast):
-                logits = model(inputs)
-            logits = logits.float()
+            logits = trainer.together(inputs)
             cross_entropy = torch.nn.functional.cross_entropy(logits, targets)
             penalty = torch.zeros((), device=device)
             if trainer.penalty is not None:
-                penalty = trainer.penalty(recorder.take(logits).float(), targets)
+                penalty = trainer.penalty(recorder.take(logits), targets)
             loss = cross_entropy + trainer.weight * penalty
             if not bool(loss.isfinite()):
                 raise CovcliError("the loss is no longer finite", fix="lower --learning-rate")
             trainer.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            # Ranks average their gradients; their parts of the batch may differ by an image.
+            (loss * (distributed.size() * len(rows) / len(whole))).backward()
             trainer.optimizer.step()
             trainer.schedule.step()
             with torch.no_grad():
@@ -198,4 +212,38 @@ def epoch(
                 confident = sure >= trainer.confidence_threshold
                 means = torch.stack([loss, cross_entropy, penalty]).double() * len(rows)
                 counts = [right.sum(), (right & confident).sum(), confident.sum()]
-            yield torch.cat([means, torch.stack(counts).double()]).cpu()
+            yield distributed.total(torch.cat([means, torch.stack(counts).double()]).cpu())
+    distributed.take_over_buffers(model)
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """Return a seed for the draws of one step."""
+    return int(torch.randint(2**62, (), generator=generator))
+
+
+def choose_precision(amp: Amp, model: Classifier, work: Callable[[Tensor], object]) -> Precision:
+    """Return the precision asked for; for "auto" the one in which the network works faster.
+
+    Parameters
+    ----------
+    work
+        Does the work on images (B, C, H, W), with the network in the precision that it is in.
+    """
+    if amp != "auto":
+        return "bfloat16" if amp == "bf16" else "float32"
+    return distributed.agree(_faster(model, work))
+
+
+def _faster(model: Classifier, work: Callable[[Tensor], object]) -> Precision:
+    images = torch.zeros(16, *model.spec.shape, device=model.mean.device)
+    images = images.to(memory_format=torch.channels_last)
+    chosen, times = model.precision, dict[Precision, float]()
+    for precision in [*MEASURED, *MEASURED]:  # the second time counts: warm
+        model.precision = precision
+        began = time.perf_counter()
+        work(images)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        times[precision] = time.perf_counter() - began
+    model.precision = chosen
+    return min(MEASURED, key=lambda precision: times[precision])

@@ -1,6 +1,7 @@
 """evaluate: how well a signature tells untrusted images from trusted ones."""
 
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from covcli import (
     attacks,
     comparison,
     data,
+    distributed,
     metrics,
     runs,
     runtime,
@@ -89,22 +91,24 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
         for text in config.untrusted
     }
     output = job.files["evaluation.json"].parent
-    with runs.locked(output):
+    with runs.locked(output) if distributed.is_first() else nullcontext():
         parts = Parts(output, _key(job))
         baselines = comparison.fit(job.plan, job.rules["coverage"].guarantee, progress)
         images, measured = _measure_all(job, baselines, openers, parts, progress)
-        explanations, explained = explain_sets(
-            job.model, job.made, job.calibration, images,
-            {name: m.scores["coverage"] for name, m in measured.items()}, config.explain,
-            job.rules["coverage"],
-        )  # fmt: skip
+        with distributed.alone():  # a few images each
+            explanations, explained = explain_sets(
+                job.model, job.made, job.calibration, images,
+                {name: m.scores["coverage"] for name, m in measured.items()}, config.explain,
+                job.rules["coverage"],
+            )  # fmt: skip
         rules = {**job.rules, **baselines.rules}
         result = _result(replace(job, rules=rules), images, measured, explanations)
-        store.write_bytes(job.files["scores.csv.gz"], table(measured))
-        pixels = samples(images, measured, job.model.spec.shape, explained)
-        store.write_bytes(job.files["samples.npz"], pixels)
-        store.write_json(job.files["evaluation.json"], store.plain(asdict(result)))
-        parts.clear()
+        if distributed.is_first():
+            store.write_bytes(job.files["scores.csv.gz"], table(measured))
+            pixels = samples(images, measured, job.model.spec.shape, explained)
+            store.write_bytes(job.files["samples.npz"], pixels)
+            store.write_json(job.files["evaluation.json"], store.plain(asdict(result)))
+            parts.clear()
     return result
 
 
@@ -135,6 +139,7 @@ def _load(config: EvaluationConfig) -> _Job:
         )
     trusted, warnings = _trusted(config, record, made.model.classes)
     model = source.model.on(device)
+    model.precision = made.precision
     plan = comparison.prepare(config.baselines, model, record, config.data_dir)
     return _Job(
         config, files, checkpoint_path, signature_path, model, made.to(device),
@@ -160,7 +165,7 @@ def _measure_all(
     images: dict[str, ImageSet] = {}
     measured: dict[str, Measured] = {}
     for name, entry in openers.items():
-        done = parts.find(entry.identity)
+        done = distributed.agree(parts.find(entry.identity))
         if done is not None:  # by an evaluation that was cut short
             images[name] = entry.open(progress) if done[1] is None else entry.made_of(done[1])
             measured[name] = done[0]
@@ -171,7 +176,8 @@ def _measure_all(
         )
         theirs = baselines.score(images[name], progress)
         measured[name] = replace(found, scores={**found.scores, **theirs})
-        parts.keep(entry.identity, measured[name], entry.pixels(images[name]))
+        if distributed.is_first():
+            parts.keep(entry.identity, measured[name], entry.pixels(images[name]))
     return images, measured
 
 
@@ -190,6 +196,7 @@ def _result(
             "method": made.method.name,
             "parameters": made.method.spec(),
             "granularity": made.granularity,
+            "precision": made.precision,
             "path": str(job.signature),
             "checkpoint": str(job.checkpoint),
             "checkpoint_fingerprint": made.fingerprint,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covcli import data, store
+from covcli import data, distributed, store
 from covcli.activations import Granularity, Point
 from covcli.calibration import FIT_EVERY, Calibration, calibrate, softmax_score
 from covcli.engine import Swept, sweep
@@ -52,18 +52,16 @@ class Recording(AbstractContextManager["Recording"]):
         free = shutil.disk_usage(tempfile.gettempdir()).free
         fits = wanted <= min(SPILL_BYTES, free // 2)
         self._file = cast(BinaryIO, tempfile.TemporaryFile()) if fits else None  # noqa: SIM115
-        self._sizes: list[int] = []
-        predicted, confidence = [], []
+        self._rows: list[Tensor] = []
+        found = []
         for batch in self._sweep("reading trusted images"):
             sure, best = batch.logits.softmax(1).max(1)
-            predicted.append(best.cpu())
-            confidence.append(sure.cpu())
+            found.append((batch.rows, best, sure))
             self._spill(batch)
-        self.predicted = torch.cat(predicted)
-        self.confidence = torch.cat(confidence)
+        self.predicted, self.confidence = distributed.collect(found)
 
     def _spill(self, batch: Swept) -> None:
-        self._sizes.append(len(batch.rows))
+        self._rows.append(batch.rows)
         if self._file is None:
             return
         try:
@@ -74,18 +72,15 @@ class Recording(AbstractContextManager["Recording"]):
             self._file = None
 
     def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the rows and neurons of each batch, in the set's order."""
+        """Yield the rows and neurons of each batch that this rank has run."""
         if self._file is None:
             for batch in self._sweep("reading trusted images again"):
                 yield batch.rows, batch.neurons
             return
         self._file.seek(0)
-        start = 0
-        for size in self._sizes:
-            buffer = np.fromfile(self._file, np.float32, size * self._width)
-            neurons = torch.from_numpy(buffer).view(size, self._width).to(self._device)
-            yield torch.arange(start, start + size), neurons
-            start += size
+        for rows in self._rows:
+            buffer = np.fromfile(self._file, np.float32, len(rows) * self._width)
+            yield rows, torch.from_numpy(buffer).view(len(rows), -1).to(self._device)
 
     def __enter__(self) -> Self:
         return self
@@ -103,6 +98,8 @@ def fold(
 ) -> State:
     """Go over the trusted data as often as the method asks, and return its complete state.
 
+    Each rank goes over its own share; the state is that of all of them.
+
     Parameters
     ----------
     passes
@@ -113,6 +110,7 @@ def fold(
         complete = state
         for values, labels in passes():
             method.observe(complete, layout, values, labels)
+        distributed.reduce(complete.tensors, complete.reductions)
         state = method.proceed(complete, layout)
     return complete
 
@@ -185,16 +183,22 @@ def fit_signature(
         layout = layout_of(points, len(classes))
         state = fold(method, layout, passes, device)
         accuracy = float((recording.predicted == labels).double().mean())
-    if method.noisy and bool(trusted.chosen.any()):
-        copies = distorted(
-            images.select(trusted.chosen.nonzero()[:, 0]).spread(NOISY_IMAGES), "noise"
-        )
-        known = copies.known_labels()
-        for batch in sweep(model, copies, points, granularity, progress, "reading noisy copies"):
-            method.observe_noisy(state, layout, batch.neurons, known[batch.rows].to(device))
+    noisy = method.begin_noisy(state, layout)
+    if noisy is not None:
+        copied = images.select(trusted.chosen.nonzero()[:, 0])
+        if len(copied):
+            copies = distorted(copied.spread(NOISY_IMAGES), "noise")
+            known = copies.known_labels()
+            for batch in sweep(
+                model, copies, points, granularity, progress, "reading noisy copies"
+            ):
+                found = known[batch.rows].to(device)
+                method.observe_noisy(noisy, layout, batch.neurons, found)
+        distributed.reduce(noisy.tensors, noisy.reductions)
+        state.include(noisy)
     made = Signature(
         method, granularity, tuple(points), state, model.spec,
-        store.fingerprint(model.state_dict()), classes,
+        store.fingerprint(model.state_dict()), classes, model.precision,
     )  # fmt: skip
     return made, trusted, accuracy
 
@@ -204,26 +208,28 @@ def fit_calibration(
 ) -> Calibration:
     """Score calibration images against their predicted classes, and calibrate on them."""
     fitting = torch.arange(0, len(images), FIT_EVERY)[:SURROGATE_IMAGES]
-    evidence, softmax, predicted, elsewhere = [], [], [], []
+    found, elsewhere = [], []
     for batch in sweep(
         model, images, made.points, made.granularity, progress, "reading calibration images"
     ):
         best = batch.logits.argmax(1)
-        predicted.append(best.cpu())
-        evidence.append(made.evidence(batch.neurons, best).cpu())
-        softmax.append(softmax_score(batch.logits.cpu()))
+        evidence = made.evidence(batch.neurons, best)
+        found.append((batch.rows, evidence, softmax_score(batch.logits.cpu()), best))
         if made.method.experts:
-            mine = torch.isin(batch.rows, fitting).to(best.device)
-            others = other_class(best[mine], len(made.classes))
-            elsewhere.append(made.evidence(batch.neurons[mine], others).cpu())
+            mine = torch.isin(batch.rows, fitting)
+            others = other_class(best[mine.to(best.device)], len(made.classes))
+            neurons = batch.neurons[mine.to(best.device)]
+            elsewhere.append((batch.rows[mine], made.evidence(neurons, others)))
+    evidence, softmax, predicted = distributed.collect(found)
     outliers = []
     if made.method.experts:
-        surrogates = {OTHER_CLASS: torch.cat(elsewhere)}
+        (others,) = distributed.collect([part for part in elsewhere if len(part[0])])
+        surrogates = {OTHER_CLASS: others}
         for kind in DISTORTIONS:
             copies = distorted(images.select(fitting), kind)
             surrogates[kind] = _evidence(model, made, copies, progress)
         outliers = [torch.cat([surrogates[kind] for kind in kinds]) for kinds in EXPERTS.values()]
-    return calibrate(torch.cat(evidence), torch.cat(softmax), torch.cat(predicted), outliers)
+    return calibrate(evidence, softmax, predicted, outliers)
 
 
 def _evidence(model: Classifier, made: Signature, images: ImageSet, progress: Progress) -> Tensor:
@@ -231,5 +237,5 @@ def _evidence(model: Classifier, made: Signature, images: ImageSet, progress: Pr
     swept = sweep(
         model, images, made.points, made.granularity, progress, "reading surrogate outliers"
     )
-    parts = [made.evidence(batch.neurons, batch.logits.argmax(1)).cpu() for batch in swept]
-    return torch.cat(parts)
+    parts = [(b.rows, made.evidence(b.neurons, b.logits.argmax(1))) for b in swept]
+    return distributed.collect(parts)[0]

@@ -237,24 +237,36 @@ def adapt(images: Tensor, shape: Shape) -> Tensor:
     return cut
 
 
-def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to an eighth of its size and, for "crop-flip", mirror half of them.
+def draw_moves(how: Augmentation, count: int, shape: Shape, generator: torch.Generator) -> Tensor:
+    """Draw how to move each of so many images; int64 of shape (count, 3).
 
-    The whole batch is cut out by one gather; what a shift uncovers is black.
+    Down and to the right, by up to an eighth of the size either way, and for "crop-flip" whether
+    to mirror it, one half of the time. For "none" nothing moves.
     """
-    if how == "none":
+    moves = torch.zeros(count, 3, dtype=torch.int64)
+    if how != "none":
+        for axis, side in enumerate(shape[1:]):
+            reach = side // 8
+            moves[:, axis] = torch.randint(-reach, reach + 1, (count,), generator=generator)
+    if how == "crop-flip":
+        moves[:, 2] = torch.randint(0, 2, (count,), generator=generator)
+    return moves
+
+
+def augment(images: Tensor, moves: Tensor) -> Tensor:
+    """Shift and mirror each image (B, C, H, W) as `draw_moves` says; uncovered pixels are black.
+
+    The whole batch is cut out of a frame by one gather.
+    """
+    if not bool(moves.any()):
         return images
     batch, _, height, width = images.shape
-    pad_y, pad_x = height // 8, width // 8
-    padded = torch.nn.functional.pad(images, (pad_x, pad_x, pad_y, pad_y))
-    top = torch.randint(0, 2 * pad_y + 1, (batch, 1), generator=generator)
-    left = torch.randint(0, 2 * pad_x + 1, (batch, 1), generator=generator)
-    rows = top + torch.arange(height)
-    columns = left + torch.arange(width)
-    if how == "crop-flip":
-        mirrored = torch.rand((batch, 1), generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    return padded[
+    y, x = moves[:, :2].abs().amax(0).tolist()
+    framed = torch.nn.functional.pad(images, (x, x, y, y))
+    rows = y - moves[:, :1] + torch.arange(height)
+    columns = x - moves[:, 1:2] + torch.arange(width)
+    columns = torch.where(moves[:, 2:] > 0, columns.flip(1), columns)
+    return framed[
         torch.arange(batch)[:, None, None], :, rows[:, :, None], columns[:, None]
     ].permute(0, 3, 1, 2)
 

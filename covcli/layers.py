@@ -23,6 +23,8 @@ class Batch:
 
     Attributes
     ----------
+    rows
+        Which images of the set, shape (B,).
     inputs
         Pixels in [0, 1], shape (B, C, H, W).
     logits
@@ -34,6 +36,7 @@ class Batch:
         Each coverage point's output, averaged over its positions, shape (B, channels).
     """
 
+    rows: Tensor
     inputs: Tensor
     logits: Tensor
     features: Tensor | None
@@ -107,7 +110,8 @@ class Network:
                 hooks.callback(handle.remove)
             for swept in sweep(self.model, images, [], "channel", progress, title):
                 last = features.pop() if features else None
-                yield Batch(swept.inputs, swept.logits, last, [means[p.name] for p in self.points])
+                seen = [means[p.name] for p in self.points]
+                yield Batch(swept.rows, swept.inputs, swept.logits, last, seen)
 
 
 def channels_first(output: Tensor, channel_dim: int) -> Tensor:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from covcli import store
+from covcli import distributed, store
 from covcli.calibration import Calibration, softmax_score
 from covcli.engine import sweep
 from covcli.errors import CovcliError
@@ -73,18 +73,16 @@ def measure(
     rule: Rule,
     progress: Progress,
 ) -> Measured:
-    """Run a set through the network and the signature."""
-    predicted, evidence, softmax = [], [], []
-    coverage = torch.zeros(len(made.points), dtype=torch.float64)
+    """Run a set through the network and the signature; each rank its share of it."""
+    found = []
     title = f"reading {images.name}"
     for batch in sweep(model, images, made.points, made.granularity, progress, title):
         best = batch.logits.argmax(1)
-        predicted.append(best.cpu())
-        evidence.append(made.evidence(batch.neurons, best).cpu())
-        coverage += made.coverage(batch.neurons, best).sum(0).cpu()
-        softmax.append(softmax_score(batch.logits.cpu()))
-    scores, classes = calibration.score(torch.cat(evidence)), torch.cat(predicted)
-    doubt = torch.cat(softmax).numpy()
+        evidence = made.evidence(batch.neurons, best)
+        coverage = made.coverage(batch.neurons, best)
+        found.append((batch.rows, best, evidence, coverage, softmax_score(batch.logits.cpu())))
+    classes, evidence, coverage, softmax = distributed.collect(found)
+    scores, doubt = calibration.score(evidence), softmax.numpy()
     return Measured(
         predicted=classes,
         label=images.labels,
@@ -93,7 +91,7 @@ def measure(
         confidence=rule.confidence(scores, classes).numpy(),
         softmax_confidence=1 - doubt,
         untrusted=rule.untrusted(scores, classes).numpy(),
-        coverage=(coverage / len(images)).tolist(),
+        coverage=coverage.mean(0).tolist(),
     )
 
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torchvision
@@ -16,6 +16,7 @@ from covcli.registry import Registry, suggestion
 
 log = logging.getLogger(__name__)
 Statistics: TypeAlias = tuple[float, ...]
+Precision: TypeAlias = Literal["float32", "bfloat16"]
 IMAGENET: tuple[Statistics, Statistics] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR10: tuple[Statistics, Statistics] = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
@@ -73,6 +74,14 @@ class ModelSpec:
         return spec
 
 
+def precision(text: str) -> Precision:
+    """Return the precision of that name; another is a ValueError."""
+    for known in get_args(Precision):
+        if text == known:
+            return text  # type: ignore[return-value]
+    raise ValueError(f"precision {text!r}")
+
+
 class Classifier(nn.Module):
     """A network behind its normalisation.
 
@@ -82,6 +91,11 @@ class Classifier(nn.Module):
         What it was built from.
     network
         Maps normalised images (B, C, H, W) to logits (B, classes).
+
+    Attributes
+    ----------
+    precision
+        "bfloat16" computes what can be so in bfloat16 (torch.autocast); the weights stay float32.
     """
 
     mean: Tensor
@@ -91,13 +105,17 @@ class Classifier(nn.Module):
         super().__init__()
         self.spec = spec
         self.network = network
+        self.precision: Precision = "float32"
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
         self.register_buffer("deviation", torch.tensor(spec.deviation).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) of images (B, C, H, W) with pixels in [0, 1]."""
-        output = self.network((images - self.mean) / self.deviation)
-        return output if isinstance(output, Tensor) else output.logits
+        low = self.precision == "bfloat16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+            output = self.network((images - self.mean) / self.deviation)
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        return logits.float()
 
     def on(self, device: torch.device) -> "Classifier":
         """Return the network on a device, in the memory layout that convolutions like best."""

@@ -86,6 +86,7 @@ class Monitor:
         wanted = calibration.guarantee.changed(alpha, guarantee)
         self.rule = calibration.rule(wanted, made.classes)
         self.model = model.eval()
+        self.model.precision = made.precision
         self.signature = made
         self.calibration = calibration
 

@@ -1,11 +1,11 @@
 """Where and how a run computes: device, threads, seed, and the record of all that."""
 
+import os
 import platform
 import random
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ import torch
 import torchvision
 
 import covcli
+from covcli import distributed
 from covcli.errors import CovcliError
 
 
@@ -70,13 +71,16 @@ class Interrupts:
         self.check()
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal has arrived."""
-        if self._received is not None:
-            raise Interrupted(self._received)
+        """Raise `Interrupted` if a signal has arrived, on every rank if at any; all meet here."""
+        received = distributed.highest(self._received or 0)
+        if received:
+            raise Interrupted(received)
 
 
 def choose_device(name: str) -> torch.device:
     """Return the device of that name; "auto" takes CUDA, then MPS, then the CPU.
+
+    Under torchrun "cuda" is the GPU of this rank's number on its machine.
 
     Raises
     ------
@@ -86,6 +90,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -125,21 +131,7 @@ def provenance(device: torch.device, seed: int) -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "device": str(device),
         "threads": torch.get_num_threads(),
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
         "seed": seed,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def bfloat16_pays(model: torch.nn.Module, shape: tuple[int, int, int]) -> bool:
-    """Measure whether a training step is faster in bfloat16 on the device that a model is on."""
-    device = next(model.parameters()).device
-    images = torch.zeros(16, *shape, device=device).to(memory_format=torch.channels_last)
-    times = {}
-    with torch.random.fork_rng():
-        for enabled in (False, True, False, True):
-            began = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-                output = model.eval()(images)
-            torch.autograd.grad(output.float().sum(), list(model.parameters()), allow_unused=True)
-            times[enabled] = time.perf_counter() - began  # the second time counts: warm
-    return times[True] < times[False]

@@ -3,14 +3,15 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from covcli import attacks, data, engine, models, runtime, store
+from covcli import attacks, data, distributed, engine, models, runtime, store
 from covcli.checkpoint import DataRecord
-from covcli.engine import SUMS, Trainer
+from covcli.engine import SUMS, Trainer, choose_precision
 from covcli.errors import CovcliError
 from covcli.fitting import fit_signature
 from covcli.images import Augmentation, ImageSet
@@ -78,6 +79,13 @@ class Session:
             else config.augment
         )
         self.steps = -(-len(self.training) // config.batch_size)
+        if distributed.size() > 1 and len(self.training) // self.steps < 2 * distributed.size():
+            raise CovcliError(
+                f"batches of {len(self.training) // self.steps} images are too few for "
+                f"{distributed.size()} ranks",
+                where=f"--batch-size {config.batch_size}",
+                fix=f"make it at least {2 * distributed.size()}, or start fewer ranks",
+            )
         self.trainer = _trainer(config, model, self.steps)
         self.running: State | None = None  # the signature that the penalty trains towards
         self.history: list[EpochLog] = []
@@ -172,10 +180,12 @@ class Session:
 
     def settings(self) -> dict[str, Any]:
         """Return what the run was told, as plain values, for its log."""
-        return {**store.plain(asdict(self.config)), "bfloat16": self.trainer.autocast}
+        return {**store.plain(asdict(self.config)), "precision": self.trainer.model.precision}
 
     def save(self, path: Path) -> None:
-        """Write all that `restore` needs."""
+        """Write all that `restore` needs; the first rank does."""
+        if not distributed.is_first():
+            return
         running = self.running
         content = {
             "settings": self.settings(),
@@ -189,9 +199,7 @@ class Session:
             "history": [asdict(entry) for entry in self.history],
             "step": self.step,
             "sums": self.sums,
-            "augmentation": self.generator.get_state(),
-            "dropout": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "generator": self.generator.get_state(),
         }
         store.save_content(path, store.PAUSED, content)
 
@@ -211,18 +219,15 @@ class Session:
             self.trainer.model.load_state_dict(content["model"])
             self.trainer.optimizer.load_state_dict(content["optimizer"])
             self.trainer.schedule.load_state_dict(content["schedule"])
-            self.trainer = replace(self.trainer, autocast=bool(content["settings"]["bfloat16"]))
+            self.trainer.model.precision = models.precision(content["settings"]["precision"])
             if content["running"] is not None:
                 state = State(dict(content["running"]), dict(content["reductions"]))
                 self._train_towards(state.to(self.trainer.model.mean.device))
             self.history = [restored_entry(entry) for entry in content["history"]]
             self.step = int(content["step"])
             self.sums = content["sums"]
-            self.generator.set_state(content["augmentation"])
+            self.generator.set_state(content["generator"])
             torch.set_num_threads(int(content["threads"]))
-            torch.set_rng_state(content["dropout"])
-            if content["cuda"]:
-                torch.cuda.set_rng_state_all(content["cuda"])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CovcliError(f"does not hold together ({error})", where=path) from None
 
@@ -281,17 +286,21 @@ def _trainer(config: TrainConfig, model: Classifier, steps: int) -> Trainer:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=config.epochs * steps
     )
-    measured = config.amp == "auto" and runtime.bfloat16_pays(model, model.spec.shape)
+    model.precision = choose_precision(config.amp, model, partial(_gradients, model))
     return Trainer(
-        model, optimizer, schedule, None, config.confidence_weight, model.points("channel"),
-        "channel", config.confidence_threshold, measured or config.amp == "bf16",
+        model, distributed.train_together(model), optimizer, schedule, None,
+        config.confidence_weight, model.points("channel"), "channel", config.confidence_threshold,
     )  # fmt: skip
+
+
+def _gradients(model: Classifier, images: torch.Tensor) -> None:
+    """Compute the gradients of all weights, as a step of training does."""
+    output = model.eval()(images)
+    torch.autograd.grad(output.sum(), list(model.parameters()), allow_unused=True)
 
 
 def accuracy(model: Classifier, images: ImageSet) -> float:
     """Return the share of images that a network classifies correctly."""
-    right = 0
-    labels = images.known_labels()
-    for batch in engine.sweep(model, images, [], "channel", Silent(), ""):
-        right += int((batch.logits.argmax(1).cpu() == labels[batch.rows]).sum())
-    return right / len(images)
+    swept = engine.sweep(model, images, [], "channel", Silent(), "")
+    (predicted,) = distributed.collect([(b.rows, b.logits.argmax(1)) for b in swept])
+    return float((predicted == images.known_labels()).double().mean())

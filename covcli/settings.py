@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from covcli.engine import Amp
 from covcli.errors import CovcliError
 from covcli.images import Augmentation
 from covcli.watching import Watch, WatchedSet
 
-Amp: TypeAlias = Literal["off", "bf16", "auto"]
 PAUSED_FILE = "last.pt"
 
 

@@ -17,7 +17,7 @@ from covcli.combination import Combination
 from covcli.errors import CovcliError
 from covcli.guarantees import MODES, Guarantee
 from covcli.methods import Layout, Method, State, make_method
-from covcli.models import Classifier, ModelSpec
+from covcli.models import Classifier, ModelSpec, Precision, precision
 
 COMBINATION = ("center", "scale", "weights", "level", "spread")
 RANKING = ("scores", "softmax", "predicted")
@@ -43,6 +43,8 @@ class Signature:
         The fingerprint of that network's weights.
     classes
         Class names.
+    precision
+        How the network computed the activations; scoring computes them in the same way.
     """
 
     method: Method
@@ -52,6 +54,7 @@ class Signature:
     model: ModelSpec
     fingerprint: str
     classes: tuple[str, ...]
+    precision: Precision = "float32"
 
     @property
     def sizes(self) -> list[int]:
@@ -133,6 +136,7 @@ def save(
         "model": signature.model.as_dict(),
         "fingerprint": signature.fingerprint,
         "classes": list(signature.classes),
+        "precision": signature.precision,
         "floor": combination.floor,
         "guarantee": vars(calibration.guarantee),
         "record": record,
@@ -166,6 +170,7 @@ def load(path: Path) -> tuple[Signature, Calibration, dict[str, Any]]:
         signature = Signature(
             method, granularity, points, state, model,
             str(metadata["fingerprint"]), tuple(str(name) for name in metadata["classes"]),
+            precision(metadata["precision"]),
         )  # fmt: skip
         record = dict(metadata["record"])
         _check(signature, calibration)

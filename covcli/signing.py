@@ -5,11 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from covcli import checkpoint as checkpoints
-from covcli import data, runs, runtime, signature, store
+from covcli import data, distributed, runs, runtime, signature, store
 from covcli.activations import Granularity
-from covcli.calibration import check_images
+from covcli.calibration import Calibration, check_images
 from covcli.checkpoint import Checkpoint, DataRecord
+from covcli.engine import Amp, choose_precision
 from covcli.errors import CovcliError
 from covcli.fitting import MINIMUM_TRUSTED, fit_calibration, fit_signature
 from covcli.guarantees import Guarantee, Mode
@@ -17,6 +20,7 @@ from covcli.images import ImageSet
 from covcli.methods import Method, make_method
 from covcli.models import Statistics
 from covcli.progress import Progress
+from covcli.signature import Signature
 
 log = logging.getLogger(__name__)
 DEFAULT_METHOD = "ensemble"
@@ -41,6 +45,7 @@ class SignatureConfig:
     output: Path | None = None
     force: bool = False
     device: str = "cpu"
+    amp: Amp = "off"
     seed: int = 0
 
 
@@ -68,6 +73,8 @@ class SignatureResult:
         The false-alarm rate and the mode that the signature stores.
     points, neurons
         Coverage points, and neurons in all of them.
+    precision
+        How the network computed: "float32" or "bfloat16".
     bytes
         The file's size.
     checkpoint_fingerprint, signature_fingerprint
@@ -88,6 +95,7 @@ class SignatureResult:
     guarantee: Guarantee
     points: int
     neurons: int
+    precision: str
     bytes: int
     checkpoint_fingerprint: str
     signature_fingerprint: str
@@ -117,9 +125,10 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
     images, held_out = _images(config, source)
     classes = _class_names(source, images)
     check_images(len(held_out), guarantee, len(classes))
-    path = config.output or _default_path(config, source, method)
+    path = distributed.agree(config.output or _default_path(config, source, method))
     store.refuse_existing(path, config.force)
     model = source.model.on(device)
+    model.precision = choose_precision(config.amp, model, torch.inference_mode()(model))
     made, trusted, accuracy = fit_signature(
         model, images, classes, method, config.granularity, threshold, progress
     )
@@ -137,7 +146,7 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
         )  # fmt: skip
     calibration = replace(fit_calibration(model, made, held_out, progress), guarantee=guarantee)
     calibration.rule(guarantee, classes)  # refuses what no evaluation could keep
-    provenance = runtime.provenance(device, config.seed)
+    provenance = distributed.agree(runtime.provenance(device, config.seed))
     built_from, calibrated_on = DataRecord.of(images), DataRecord.of(held_out)
     record = {
         "trusted": vars(built_from),
@@ -151,11 +160,11 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
         "calibration_rows": held_out.rows.tolist(),
         "provenance": provenance,
     }
-    if config.output is None and source.bare:
-        _import(path.parent, source, classes)
-    signature.save(path, made, calibration, record)
-    if config.output is None and source.bare:
-        runs.mark_latest(path.parent)
+    written = None
+    if distributed.is_first():
+        _write(config, source, path, made, calibration, record)
+        written = path.stat().st_size, store.digest_file(path)
+    size, digest = distributed.agree(written) or (0, "")
     return SignatureResult(
         path=path,
         method=method.spec(),
@@ -167,9 +176,10 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
         guarantee=guarantee,
         points=len(made.points),
         neurons=sum(made.sizes),
-        bytes=path.stat().st_size,
+        precision=made.precision,
+        bytes=size,
         checkpoint_fingerprint=made.fingerprint,
-        signature_fingerprint=store.digest_file(path),
+        signature_fingerprint=digest,
         data=built_from,
         calibration_data=calibrated_on,
         provenance=provenance,
@@ -220,9 +230,20 @@ def _default_path(config: SignatureConfig, source: Checkpoint, method: Method) -
     return config.runs / f"{source.path.stem}-{runs.timestamp()}" / name
 
 
-def _import(folder: Path, source: Checkpoint, classes: tuple[str, ...]) -> None:
-    """Write a checkpoint of weights trained elsewhere, so that their run folder is whole."""
-    made = Checkpoint(
-        folder / "checkpoint.pt", source.model, classes, None, source.calibration_rows, {}
-    )
-    checkpoints.save(made.path, made)
+def _write(
+    config: SignatureConfig,
+    source: Checkpoint,
+    path: Path,
+    made: Signature,
+    calibration: Calibration,
+    record: dict[str, Any],
+) -> None:
+    """Write the signature; for weights trained elsewhere, a checkpoint and `latest` too."""
+    imported = config.output is None and source.bare
+    if imported:  # so that their run folder is whole
+        beside = path.parent / "checkpoint.pt"
+        rows = source.calibration_rows
+        checkpoints.save(beside, Checkpoint(beside, source.model, made.classes, None, rows, {}))
+    signature.save(path, made, calibration, record)
+    if imported:
+        runs.mark_latest(path.parent)

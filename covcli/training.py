@@ -1,11 +1,12 @@
 """train: teach a network with the ConfidenceLoss, and log what its neurons do on the way."""
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from covcli import attacks, data, runs, runtime, store
+from covcli import attacks, data, distributed, runs, runtime, store
 from covcli import checkpoint as checkpoints
 from covcli.checkpoint import Checkpoint, DataRecord
 from covcli.errors import CovcliError
@@ -78,7 +79,8 @@ def train(
     _check(config)
     session = Session(config, data.load(config.trusted, "train", config.data_dir))
     stem = f"{config.model.replace(':', '-')}-{session.method.name}"
-    run = runs.new_run(config.runs, config.name, stem)
+    made = runs.new_run(config.runs, config.name, stem) if distributed.is_first() else None
+    run = distributed.agree(made) or config.runs
     return _finish(session, run, progress, interrupts or Interrupts())
 
 
@@ -115,17 +117,21 @@ def resume(
 def _finish(session: Session, run: Path, progress: Progress, interrupts: Interrupts) -> TrainResult:
     """Train to the end in a locked run folder, saving on the way and when interrupted."""
     try:
-        with runs.locked(run):
+        with runs.locked(run) if distributed.is_first() else nullcontext():
             try:
                 session.run(run, progress, interrupts)
             except Interrupted as error:
                 error.resume = "train --resume"
                 session.save(run / PAUSED_FILE)
-                runs.mark_latest(run)
+                if distributed.is_first():
+                    runs.mark_latest(run)
                 raise
-            return _write(run, session)
+            result = _result(run, session)
+            if distributed.is_first():
+                _write(run, session, result)
+            return result
     except BaseException:
-        if not (run / PAUSED_FILE).exists():
+        if distributed.is_first() and not (run / PAUSED_FILE).exists():
             shutil.rmtree(run, ignore_errors=True)
         raise
 
@@ -158,35 +164,36 @@ def _check_untrusted(text: str) -> None:
         data.DATASETS.get(spec.name)
 
 
-def _write(run: Path, session: Session) -> TrainResult:
-    """Write the checkpoint and the logs into the run folder, and point `latest` at it."""
-    config = session.config
-    settings = session.settings()
-    provenance = runtime.provenance(session.trainer.model.mean.device, config.seed)
-    trusted = DataRecord.of(session.images)
-    result = TrainResult(
+def _result(run: Path, session: Session) -> TrainResult:
+    provenance = runtime.provenance(session.trainer.model.mean.device, session.config.seed)
+    return TrainResult(
         run=run,
         checkpoint=run / "checkpoint.pt",
-        log=run / f"training_results_{runs.timestamp()}.json",
+        log=run / distributed.agree(f"training_results_{runs.timestamp()}.json"),
         epochs=session.history,
         training_images=len(session.training),
         calibration_images=len(session.held_out),
-        data=trusted,
+        data=DataRecord.of(session.images),
         checkpoint_fingerprint=store.fingerprint(session.trainer.model.state_dict()),
-        provenance=provenance,
+        provenance=distributed.agree(provenance),
     )
+
+
+def _write(run: Path, session: Session, result: TrainResult) -> None:
+    """Write the checkpoint and the logs into the run folder, and point `latest` at it."""
+    settings = session.settings()
     checkpoints.save(
         result.checkpoint,
         Checkpoint(
-            result.checkpoint, session.trainer.model, session.classes, trusted,
+            result.checkpoint, session.trainer.model, session.classes, result.data,
             session.calibration_rows, settings,
         ),
     )  # fmt: skip
     document = {
         "schema": store.SCHEMA,
-        "provenance": provenance,
+        "provenance": result.provenance,
         "settings": settings,
-        "data": vars(trusted),
+        "data": vars(result.data),
         "checkpoint_fingerprint": result.checkpoint_fingerprint,
         "training_images": result.training_images,
         "calibration_images": result.calibration_images,
@@ -196,4 +203,3 @@ def _write(run: Path, session: Session) -> TrainResult:
     store.write_pickle(result.log.with_suffix(".pkl"), store.plain(document))
     runs.mark_latest(run)
     (run / PAUSED_FILE).unlink(missing_ok=True)
-    return result

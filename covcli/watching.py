@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
-from covcli import attacks
+from covcli import attacks, distributed
 from covcli.engine import sweep
 from covcli.fitting import fit_signature
 from covcli.images import ImageSet
@@ -88,13 +86,12 @@ def watch(
 
 
 def _look(model: Classifier, made: Signature, name: str, images: ImageSet) -> WatchedSet:
-    coverage = torch.zeros(len(made.points), dtype=torch.float64)
-    confidence = 0.0
+    found = []
     for batch in sweep(model, images, made.points, made.granularity, Silent(), ""):
         sure, predicted = batch.logits.softmax(1).max(1)
-        coverage += made.coverage(batch.neurons, predicted).sum(0).cpu()
-        confidence += float(sure.double().sum())
-    shares = (coverage / len(images)).tolist()
+        found.append((batch.rows, sure, made.coverage(batch.neurons, predicted)))
+    confidence, coverage = distributed.collect(found)
+    shares = coverage.mean(0).tolist()
     return WatchedSet(
-        name, len(images), confidence / len(images), sum(shares) / len(shares), shares
+        name, len(images), float(confidence.double().mean()), sum(shares) / len(shares), shares
     )

@@ -18,7 +18,7 @@ from PIL import Image
 
 from covcli.data import DATASETS, load
 from covcli.errors import CovcliError
-from covcli.images import adapt, augment, batches, in_memory
+from covcli.images import adapt, augment, batches, draw_moves, in_memory
 
 SHAPE = (3, 32, 32)
 
@@ -226,7 +226,8 @@ def test_colours_become_grey_by_luma() -> None:
 
 def test_augmented_images_are_shifted_and_mirrored_originals() -> None:
     images = torch.from_numpy(random_images(64, 3, 16, 16)) // 2 + 100
-    found = augment(images, "crop-flip", torch.Generator().manual_seed(0))
+    moves = draw_moves("crop-flip", 64, (3, 16, 16), torch.Generator().manual_seed(0))
+    found = augment(images, moves)
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
     seen = set()
     for original, result in zip(padded, found, strict=True):
@@ -242,8 +243,11 @@ def test_augmented_images_are_shifted_and_mirrored_originals() -> None:
         seen.add(places[0])
     assert len(seen) > 25
     assert {flip for *_, flip in seen} == {False, True}
-    assert torch.equal(augment(images, "none", torch.Generator()), images)
-    assert torch.equal(found, augment(images, "crop-flip", torch.Generator().manual_seed(0)))
+    still = draw_moves("none", 64, (3, 16, 16), torch.Generator())
+    assert torch.equal(augment(images, still), images)
+    assert torch.equal(
+        torch.cat([augment(images[:9], moves[:9]), augment(images[9:], moves[9:])]), found
+    )
 
 
 def test_noise_is_the_same_in_any_batch_and_has_its_law() -> None:

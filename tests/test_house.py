@@ -10,15 +10,15 @@ import covcli
 ROOT = Path(covcli.__file__).parent
 # From top to bottom: a room may import the rooms below it, and no other.
 ROOMS = [
-    "__main__", "cli", "render", "reporting", "sections", "pages", "drawing", "gates",
+    "__main__", "cli", "options", "render", "reporting", "sections", "pages", "drawing", "gates",
     "training", "session", "settings", "watching", "evaluation", "openers", "alarms", "results",
     "selective", "explaining", "measuring", "monitor", "signing", "fitting", "attacks",
     "adaptive", "losses", "surrogates", "comparison", "baselines", "layers", "engine",
     "checkpoint", "signature", "calibration", "combination", "rules", "guarantees", "metrics",
     "methods", "methods.ensemble", "methods.gaussian", "methods.ranges", "methods.soft",
     "methods.ranks", "methods.contributions", "methods.base", "models", "activations", "data",
-    "images", "progress", "runtime", "runs", "store", "guard", "specs", "registry", "errors",
-    "__init__",
+    "images", "progress", "runtime", "distributed", "runs", "store", "guard", "specs", "registry",
+    "errors", "__init__",
 ]  # fmt: skip
 
 

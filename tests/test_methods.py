@@ -150,8 +150,10 @@ def trusted_neurons(seed: int, images: int = 90) -> tuple[torch.Tensor, torch.Te
 
 def complete(method: Method, neurons: torch.Tensor, labels: torch.Tensor) -> State:
     state = fold(method, LAYOUT, lambda: zip(neurons.split(17), labels.split(17), strict=True))
-    if method.noisy:
-        method.observe_noisy(state, LAYOUT, neurons[:30] + 0.5, labels[:30])
+    noisy = method.begin_noisy(state, LAYOUT)
+    if noisy is not None:
+        method.observe_noisy(noisy, LAYOUT, neurons[:30] + 0.5, labels[:30])
+        state.include(noisy)
     return state
 
 

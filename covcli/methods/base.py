@@ -72,6 +72,11 @@ class State:
             else:
                 torch.maximum(mine, theirs, out=mine)
 
+    def include(self, other: "State") -> None:
+        """Take up the tensors of another state beside the own ones."""
+        self.tensors |= other.tensors
+        self.reductions |= other.reductions
+
     def to(self, device: torch.device) -> "State":
         """Return the state on a device."""
         return State({k: v.to(device) for k, v in self.tensors.items()}, dict(self.reductions))
@@ -131,15 +136,12 @@ class Method(ABC):
     contributions
         Whether its neurons are what activations contribute to the network's certainty, which
         takes gradients, rather than the activations.
-    noisy
-        Whether it also observes noisy copies of trusted images.
     experts
         Whether its calibration learns from surrogate outliers which columns of the evidence tell.
     """
 
     name: ClassVar[str]
     contributions: ClassVar[bool] = False
-    noisy: ClassVar[bool] = False
     experts: ClassVar[bool] = False
 
     def reads(self, granularity: Granularity) -> Granularity:
@@ -180,8 +182,16 @@ class Method(ABC):
         """Return the empty state of the next pass after a complete one; None if it was the last."""
         return None
 
-    def observe_noisy(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
-        """Fold noisy copies of trusted images into the complete state, if the method is `noisy`."""
+    def begin_noisy(self, state: State, layout: Layout) -> State | None:
+        """Return the empty state of a pass over noisy copies; None for a method that needs none.
+
+        The copies are of some of the trusted images that made the complete `state`, which takes up
+        the tensors of this one in the end.
+        """
+        return None
+
+    def observe_noisy(self, noisy: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+        """Fold a batch of noisy copies into what `begin_noisy` returned."""
         raise NotImplementedError
 
     def prepare(self, state: State, layout: Layout) -> State:

@@ -35,7 +35,6 @@ class Ensemble(Gauss):
     """
 
     name: ClassVar[str] = "ensemble"
-    noisy: ClassVar[bool] = True
     experts: ClassVar[bool] = True
 
     def begin(self, layout: Layout) -> State:
@@ -60,11 +59,17 @@ class Ensemble(Gauss):
                 summing.declare(key, state[key], "same")
         return summing
 
-    def observe_noisy(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+    def begin_noisy(self, state: State, layout: Layout) -> State:
+        """Return sums of 0, in the units of the others."""
+        noisy = State.of_sums(noisy_sums(layout)).to(state["unit"].device)
+        noisy.declare("unit", state["unit"], "same")
+        return noisy
+
+    def observe_noisy(self, noisy: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Add noisy copies to their sums."""
-        whole = whole_numbers(state, neurons[:, layout.value_columns]).long()
-        state["noisy_total"].index_add_(0, labels, whole)
-        state["noisy_count"].add_(torch.bincount(labels, minlength=layout.classes))
+        whole = whole_numbers(noisy, neurons[:, layout.value_columns]).long()
+        noisy["noisy_total"].index_add_(0, labels, whole)
+        noisy["noisy_count"].add_(torch.bincount(labels, minlength=layout.classes))
 
     def prepare(self, state: State, layout: Layout) -> State:
         """Return what `gauss` reads, the ranges, and each point's unit vector along Σ⁻¹d."""
@@ -119,15 +124,15 @@ class Ensemble(Gauss):
         """Return the ranges of those classes."""
         return RANGES.span(ready, layout, classes)
 
-    def sums(self, layout: Layout) -> Expected:
-        """Return the sums of `gauss`, and those of noisy copies."""
-        return {
-            **super().sums(layout),
-            "noisy_total": (torch.int64, (layout.classes, sum(layout.values))),
-            "noisy_count": (torch.int64, (layout.classes,)),
-        }
-
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
-        ranges = RANGES.expected(layout)
-        return {**super().expected(layout), **{key: ranges[key] for key in RANGE_TENSORS}}
+        ranges = {key: RANGES.expected(layout)[key] for key in RANGE_TENSORS}
+        return {**super().expected(layout), **ranges, **noisy_sums(layout)}
+
+
+def noisy_sums(layout: Layout) -> Expected:
+    """Return the type and shape of the sums over noisy copies."""
+    return {
+        "noisy_total": (torch.int64, (layout.classes, sum(layout.values))),
+        "noisy_count": (torch.int64, (layout.classes,)),
+    }

@@ -1,0 +1,67 @@
+"""The options that several commands share, and how a command's process is set up."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+
+import typer
+
+from covcli.errors import CovcliError
+
+if TYPE_CHECKING:
+    from covcli.runtime import Interrupts
+
+Runs = Annotated[Path, typer.Option(help="Folder of the run folders.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="COVCLI_DATA_DIR", help="Folder of downloaded sets; default: the user's cache."
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads on the CPU; 0 leaves it to torch.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of every random choice.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print nothing to stderr but errors.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite earlier results.")]
+Plugin = Annotated[
+    list[Path] | None,
+    typer.Option(help="Python file to run first: it can register models, datasets and methods."),
+]
+Granularity: TypeAlias = Literal["channel", "unit"]
+Augment: TypeAlias = Literal["auto", "none", "crop", "crop-flip"]
+GuaranteeMode: TypeAlias = Literal["marginal", "certified"]
+AmpMode: TypeAlias = Literal["off", "bf16", "auto"]
+Amp = Annotated[
+    AmpMode,
+    typer.Option(help="Compute in bfloat16: bf16, or auto if that measures faster at the start."),
+]
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a command knows of its process: where signals arrive, and whether it prints results.
+
+    Under torchrun only the first rank prints.
+    """
+
+    interrupts: "Interrupts"
+    prints: bool
+
+
+def prepare(device: str, seed: int, threads: int, plugins: list[Path] | None) -> Process:
+    """Set up the process for a command's work."""
+    import runpy
+
+    from covcli import distributed, runtime
+
+    interrupts = runtime.Interrupts()
+    interrupts.install()
+    distributed.start(device)
+    runtime.configure(seed, threads)
+    for plugin in plugins or []:
+        if not plugin.is_file():
+            raise CovcliError("no such file", where=f"--plugin {plugin}")
+        runpy.run_path(str(plugin))
+    return Process(interrupts, distributed.is_first())
