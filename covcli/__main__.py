@@ -29,6 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if (ranks := _ranks()) is not None and ranks.size() > 1:
+        sys.stderr.flush()
+        os._exit(code)  # a failed rank does not wait for the others to take leave
     sys.exit(code)
 
 
@@ -72,7 +75,10 @@ def _fail(error: Exception | None, message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     if error is not None and (ranks := _ranks()) is not None:
-        message = ranks.worded(error, message)
+        try:
+            message = ranks.worded(error, message)
+        except Exception:  # torchrun has ended the wait for another rank's word
+            message = ""
     if message:
         sys.stderr.write(message + "\n")
     return code

@@ -7,7 +7,7 @@ prints. Started without torchrun a process is the only rank, and nothing here co
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -23,6 +23,7 @@ T = TypeVar("T")
 PATIENCE = timedelta(hours=6)
 # How long a failed rank waits to hear whether the first one fails alike, and speaks for all.
 SECONDS_TO_HEAR = 2.0
+CONTACT = "lost contact with another rank, which torchrun names"
 
 
 class Store(Protocol):
@@ -204,22 +205,32 @@ def take_over_buffers(model: nn.Module) -> None:
 def worded(error: BaseException, message: str) -> str:
     """Word a failure for stderr so that each is read once, with its rank; "" to keep silent.
 
-    The first rank speaks for what fails everywhere. A rank that only lost contact with one that
-    failed leaves the word to that one.
+    The first rank speaks for what fails everywhere. What fails after another rank has failed in
+    another way is taken for a consequence, and left to that rank to tell.
     """
     team = _team
     if team.size == 1 or team.store is None:
         return message
     if type(error).__name__ == "Interrupted":
         return message if team.rank == 0 else ""
-    with suppress(RuntimeError):  # the store may have ended with the rank that kept it
+    others = [r for r in range(team.size) if r != team.rank]
+    try:
         if _lost_contact(error):
-            known = _heard(team.store, [r for r in range(team.size) if r != team.rank])
-            return "" if known else f"error: rank {team.rank} lost contact with another rank"
+            return "" if _heard(team.store, others) else f"error: {_named(CONTACT)}"
+        before = _heard(team.store, others, seconds=0)
         team.store.set(_key(team.rank), message)
+        if before not in (None, message):
+            return ""
         if team.rank and _heard(team.store, [0]) == message:
             return ""
-    return message.replace("error: ", f"error: rank {team.rank}: ", 1) if team.rank else message
+    except RuntimeError:  # the store has ended with the rank that kept it
+        pass
+    kind, _, text = message.partition(": ")
+    return f"{kind}: {_named(text)}" if team.rank else message
+
+
+def _named(text: str) -> str:
+    return f"rank {_team.rank}: {text}"
 
 
 def _lost_contact(error: BaseException) -> bool:
@@ -229,15 +240,16 @@ def _lost_contact(error: BaseException) -> bool:
     )
 
 
-def _heard(store: Store, ranks: list[int]) -> str | None:
-    """Return the word of the first of these ranks to fail, if one does soon."""
-    end = time.monotonic() + SECONDS_TO_HEAR
-    while time.monotonic() < end:
+def _heard(store: Store, ranks: list[int], seconds: float = SECONDS_TO_HEAR) -> str | None:
+    """Return the word of the first of these ranks to fail, if one does within some seconds."""
+    end = time.monotonic() + seconds
+    while True:
         for other in ranks:
             if store.check([_key(other)]):
                 return store.get(_key(other)).decode()
+        if time.monotonic() >= end:
+            return None
         time.sleep(0.05)
-    return None
 
 
 def _key(number: int) -> str:
