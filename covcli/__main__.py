@@ -24,6 +24,8 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in args
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each rank would warn of what is as intended
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = _run(args, debug)
     try:
         sys.stdout.flush()

@@ -189,10 +189,15 @@ def total(sums: Tensor) -> Tensor:
 
 
 def train_together(model: nn.Module) -> nn.Module:
-    """Return the network as all ranks train it: gradients are averaged over them."""
+    """Return the network as all ranks train it: gradients are averaged over them.
+
+    Weights may go unused, as in an auxiliary head. Expecting that also keeps torch from grouping
+    the gradients anew after the first step, by which a resumed run would round otherwise than one
+    that was not interrupted.
+    """
     if _team.size == 1:
         return model
-    return DistributedDataParallel(model)
+    return DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def take_over_buffers(model: nn.Module) -> None:

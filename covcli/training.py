@@ -100,9 +100,8 @@ def resume(
         If a signal arrived; the run can be resumed again.
     """
     path = run / PAUSED_FILE
-    if not path.is_file():
-        raise CovcliError("holds nothing to resume", where=run)
-    paused = store.load_content(path, store.PAUSED)
+    # All ranks go on from what the first one has saved and reads.
+    paused = distributed.agree(_paused(path) if distributed.is_first() else {})
     config = restored_config(paused, run, data_dir)
     try:
         _check(config)
@@ -112,6 +111,12 @@ def resume(
     session = Session(config, images)
     session.restore(paused, path)
     return _finish(session, run, progress, interrupts or Interrupts())
+
+
+def _paused(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CovcliError("holds nothing to resume", where=path.parent)
+    return store.load_content(path, store.PAUSED)
 
 
 def _finish(session: Session, run: Path, progress: Progress, interrupts: Interrupts) -> TrainResult:
