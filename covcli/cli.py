@@ -5,7 +5,7 @@ Nothing heavy is imported before a command runs, so that `covcli --help` answers
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ from covcli.options import (
     GuaranteeMode,
     JsonFlag,
     Plugin,
+    Process,
     QuietFlag,
     Runs,
     Seed,
@@ -53,6 +54,16 @@ def root(
     ] = False,
 ) -> None:
     """Tell which answers of an image classifier can be trusted, by coverage analysis."""
+
+
+def _print(process: Process, result: Any, path: Path, json: bool) -> None:
+    """Print what a command made: its path, or all of the result; the first rank does."""
+    from covcli import render
+
+    if process.prints and json:
+        render.print_json(result)
+    elif process.prints:
+        render.print_line(path)
 
 
 @app.command()
@@ -124,14 +135,9 @@ def train(
         else:
             folder = Path(resume) if Path(resume).is_dir() else runs / resume
             result = training.resume(folder.resolve(), progress, data_dir, process.interrupts)
-    if not process.prints:
-        return
-    if not quiet:
+    if process.prints and not quiet:
         render.describe_training(result)
-    if json:
-        render.print_json(result)
-    else:
-        render.print_line(result.checkpoint)
+    _print(process, result, result.checkpoint, json)
 
 
 @app.command("build-signature")
@@ -196,14 +202,43 @@ def build_signature(
     )  # fmt: skip
     with render.reporter(quiet or not process.prints) as progress:
         result = signing.build_signature(config, progress)
-    if not process.prints:
-        return
-    if not quiet:
+    if process.prints and not quiet:
         render.describe_signature(result)
-    if json:
-        render.print_json(result)
-    else:
-        render.print_line(result.path)
+    _print(process, result, result.path, json)
+
+
+@app.command("merge-signatures")
+def merge_signatures(
+    parts: Annotated[
+        list[Path], typer.Argument(help="Signatures of one network, of different images.")
+    ],
+    output: Annotated[Path, typer.Option(help="The merged signature's file.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Their network; default: checkpoint.pt beside the first.")
+    ] = None,
+    force: Force = False,
+    data_dir: DataDir = None,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    seed: Seed = 0,
+    plugin: Plugin = None,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Merge signatures that were built in different places, and calibrate anew; print the path."""
+    from covcli import merging, render
+
+    process = prepare(device, seed, threads, plugin)
+    config = merging.MergeConfig(
+        parts=tuple(parts), output=output, checkpoint=checkpoint, data_dir=data_dir, force=force,
+        device=device, seed=seed,
+    )  # fmt: skip
+    with render.reporter(quiet or not process.prints) as progress:
+        result = merging.merge_signatures(config, progress)
+    if process.prints and not quiet:
+        render.describe_signature(result)
+    _print(process, result, result.path, json)
 
 
 @app.command()

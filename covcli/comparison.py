@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covcli import data, distributed
+from covcli import distributed, recorded
 from covcli.baselines import BASELINES, Scorer, library
 from covcli.calibration import FIT_EVERY
 from covcli.errors import CovcliError
@@ -126,7 +126,11 @@ def prepare(
                 where=f"model {model.spec.name!r}",
                 fix=f"choose of {', '.join(others)}",
             )
-    return Plan(chosen, network, _trusted(record, model, data_dir), _held_out(record, data_dir))
+    purpose = "for the baselines to read"
+    trusted = recorded.trusted_images(record, model.spec.classes, data_dir, purpose)
+    held_out = recorded.calibration_images(record, data_dir, purpose)
+    ranking = torch.nonzero(torch.arange(len(held_out)) % FIT_EVERY)[:, 0]
+    return Plan(chosen, network, trusted, held_out.select(ranking))
 
 
 def fit(plan: Plan, guarantee: Guarantee, progress: Progress) -> Comparison:
@@ -156,43 +160,3 @@ def _score(
     predicted, *found = distributed.collect(parts)
     clean = [scores.nan_to_num(HIGHEST, HIGHEST, -HIGHEST).numpy() for scores in found]
     return dict(zip(scorers, clean, strict=True)), predicted
-
-
-def _trusted(record: dict[str, Any], model: Classifier, data_dir: Path | None) -> ImageSet:
-    """Load the images that built the signature, less those that calibrated it."""
-    entry = record["trusted"]
-    try:
-        images = data.load(entry["spec"], "train", data_dir)
-    except CovcliError as error:
-        raise _gone(entry["spec"], str(error)) from None
-    if images.source.fingerprint == record["calibration"]["source"]:
-        images = images.without(torch.tensor(record["calibration_rows"]))
-    if images.fingerprint != entry["images"]:
-        raise _gone(entry["spec"], "its fingerprint is another")
-    data.check_labels(images, model.spec.classes)
-    return images
-
-
-def _held_out(record: dict[str, Any], data_dir: Path | None) -> ImageSet:
-    """Load the calibration images that rank scores, in the order in which they were read."""
-    entry, reason = record["calibration"], "its fingerprint is another"
-    for split in ("test", "train"):  # the record does not say which one it was
-        try:
-            images = data.load(entry["spec"], split, data_dir)
-        except CovcliError as error:
-            reason = str(error)
-            continue
-        places = {row: place for place, row in enumerate(images.rows.tolist())}
-        rows = [places[row] for row in record["calibration_rows"] if row in places]
-        chosen = images.select(torch.tensor(rows, dtype=torch.int64))
-        if chosen.fingerprint == entry["images"]:
-            return chosen.select(torch.nonzero(torch.arange(len(chosen)) % FIT_EVERY)[:, 0])
-    raise _gone(entry["spec"], reason)
-
-
-def _gone(spec: str, reason: str) -> CovcliError:
-    return CovcliError(
-        f"is not there as the signature read it, for the baselines to read ({reason})",
-        where=spec,
-        fix="restore it, or leave --baseline out",
-    )

@@ -146,43 +146,54 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
         )  # fmt: skip
     calibration = replace(fit_calibration(model, made, held_out, progress), guarantee=guarantee)
     calibration.rule(guarantee, classes)  # refuses what no evaluation could keep
-    provenance = distributed.agree(runtime.provenance(device, config.seed))
-    built_from, calibrated_on = DataRecord.of(images), DataRecord.of(held_out)
     record = {
-        "trusted": vars(built_from),
+        "trusted": vars(DataRecord.of(images)),
         "trusted_images": len(images),
         "trusted_counts": trusted.counts,
         "relaxed_classes": trusted.relaxed,
         "confidence_threshold": threshold,
         "accuracy": accuracy,
-        "calibration": vars(calibrated_on),
+        "calibration": vars(DataRecord.of(held_out)),
         "calibration_images": len(held_out),
         "calibration_rows": held_out.rows.tolist(),
-        "provenance": provenance,
+        "provenance": distributed.agree(runtime.provenance(device, config.seed)),
     }
+    imported = config.output is None and source.bare and distributed.is_first()
+    if imported:
+        _import(path.parent, source, classes)
+    result = save(path, made, calibration, record)
+    if imported:
+        runs.mark_latest(path.parent)
+    return result
+
+
+def save(
+    path: Path, made: Signature, calibration: Calibration, record: dict[str, Any]
+) -> SignatureResult:
+    """Write a signature with its record; the first rank does. Return what the record says."""
     written = None
     if distributed.is_first():
-        _write(config, source, path, made, calibration, record)
+        signature.save(path, made, calibration, record)
         written = path.stat().st_size, store.digest_file(path)
     size, digest = distributed.agree(written) or (0, "")
     return SignatureResult(
         path=path,
-        method=method.spec(),
-        images=len(images),
-        accuracy=accuracy,
-        trusted=dict(zip(classes, trusted.counts, strict=True)),
-        relaxed=[classes[k] for k in trusted.relaxed],
-        calibration_images=len(held_out),
-        guarantee=guarantee,
+        method=made.method.spec(),
+        images=record["trusted_images"],
+        accuracy=record["accuracy"],
+        trusted=dict(zip(made.classes, record["trusted_counts"], strict=True)),
+        relaxed=[made.classes[k] for k in record["relaxed_classes"]],
+        calibration_images=record["calibration_images"],
+        guarantee=calibration.guarantee,
         points=len(made.points),
         neurons=sum(made.sizes),
         precision=made.precision,
         bytes=size,
         checkpoint_fingerprint=made.fingerprint,
         signature_fingerprint=digest,
-        data=built_from,
-        calibration_data=calibrated_on,
-        provenance=provenance,
+        data=DataRecord(**record["trusted"]),
+        calibration_data=DataRecord(**record["calibration"]),
+        provenance=record["provenance"],
     )
 
 
@@ -230,20 +241,9 @@ def _default_path(config: SignatureConfig, source: Checkpoint, method: Method) -
     return config.runs / f"{source.path.stem}-{runs.timestamp()}" / name
 
 
-def _write(
-    config: SignatureConfig,
-    source: Checkpoint,
-    path: Path,
-    made: Signature,
-    calibration: Calibration,
-    record: dict[str, Any],
-) -> None:
-    """Write the signature; for weights trained elsewhere, a checkpoint and `latest` too."""
-    imported = config.output is None and source.bare
-    if imported:  # so that their run folder is whole
-        beside = path.parent / "checkpoint.pt"
-        rows = source.calibration_rows
-        checkpoints.save(beside, Checkpoint(beside, source.model, made.classes, None, rows, {}))
-    signature.save(path, made, calibration, record)
-    if imported:
-        runs.mark_latest(path.parent)
+def _import(folder: Path, source: Checkpoint, classes: tuple[str, ...]) -> None:
+    """Write a checkpoint of weights trained elsewhere, so that their run folder is whole."""
+    made = Checkpoint(
+        folder / "checkpoint.pt", source.model, classes, None, source.calibration_rows, {}
+    )
+    checkpoints.save(made.path, made)

@@ -12,8 +12,8 @@ ROOT = Path(covcli.__file__).parent
 ROOMS = [
     "__main__", "cli", "options", "render", "reporting", "sections", "pages", "drawing", "gates",
     "training", "session", "settings", "watching", "evaluation", "openers", "alarms", "results",
-    "selective", "explaining", "measuring", "monitor", "signing", "fitting", "attacks",
-    "adaptive", "losses", "surrogates", "comparison", "baselines", "layers", "engine",
+    "selective", "explaining", "measuring", "monitor", "merging", "signing", "fitting", "attacks",
+    "adaptive", "losses", "surrogates", "comparison", "recorded", "baselines", "layers", "engine",
     "checkpoint", "signature", "calibration", "combination", "rules", "guarantees", "metrics",
     "methods", "methods.ensemble", "methods.gaussian", "methods.ranges", "methods.soft",
     "methods.ranks", "methods.contributions", "methods.base", "models", "activations", "data",

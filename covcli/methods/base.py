@@ -1,7 +1,7 @@
 """The frame of every method: named tensors folded over batches, and costs read from them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -181,6 +181,14 @@ class Method(ABC):
     def proceed(self, state: State, layout: Layout) -> State | None:
         """Return the empty state of the next pass after a complete one; None if it was the last."""
         return None
+
+    def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
+        """Return complete states, made from other images each, in a form in which they merge.
+
+        By default as they are. A method that settles something in an earlier pass, on which its
+        parts differ, brings them to common ground and says what that costs.
+        """
+        return list(parts)
 
     def begin_noisy(self, state: State, layout: Layout) -> State | None:
         """Return the empty state of a pass over noisy copies; None for a method that needs none.

@@ -1,5 +1,6 @@
 """The ensemble: ranges, distances and a direction that noise takes, told apart by experts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from covcli.methods.base import METHODS, Expected, Layout, State
-from covcli.methods.gaussian import Gauss, class_means, matrices, whole_numbers
+from covcli.methods.gaussian import Gauss, class_means, matrices, rescaled, whole_numbers
 from covcli.methods.ranges import SingleRange
 
 RANGES = SingleRange()
@@ -70,6 +71,23 @@ class Ensemble(Gauss):
         whole = whole_numbers(noisy, neurons[:, layout.value_columns]).long()
         noisy["noisy_total"].index_add_(0, labels, whole)
         noisy["noisy_count"].add_(torch.bincount(labels, minlength=layout.classes))
+
+    def _scaled(self, part: State, ratio: Tensor, unit: Tensor, layout: Layout) -> State:
+        """Return a part in another unit, noisy copies included."""
+        scaled = super()._scaled(part, ratio, unit, layout)
+        scaled.tensors["noisy_total"] = rescaled(part["noisy_total"], ratio)
+        return scaled
+
+    def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
+        """Return the parts in the larger unit, with the range that holds all of their ranges."""
+        aligned = super().align(parts, layout)
+        ends = {
+            "low": torch.stack([part["low"] for part in parts]).amin(0),
+            "high": torch.stack([part["high"] for part in parts]).amax(0),
+        }
+        for part in aligned:
+            part.tensors |= ends
+        return aligned
 
     def prepare(self, state: State, layout: Layout) -> State:
         """Return what `gauss` reads, the ranges, and each point's unit vector along Σ⁻¹d."""

@@ -6,7 +6,7 @@ at every coverage point, towards the predicted class, and with a shrunk covarian
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -93,6 +93,21 @@ class Gauss(Method):
         summing = State.of_sums(self.sums(layout)).to(peaks.device)
         summing.declare("unit", peaks.new_tensor(units, dtype=torch.float64), "same")
         return summing
+
+    def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
+        """Return the parts in the larger one of their units, which rounds each sum once."""
+        unit = torch.stack([part["unit"] for part in parts]).amax(0)
+        return [self._scaled(part, part["unit"] / unit, unit, layout) for part in parts]
+
+    def _scaled(self, part: State, ratio: Tensor, unit: Tensor, layout: Layout) -> State:
+        """Return a part in another unit; the ratio is that of the old one to the new one."""
+        pairs = torch.cat([_pack(r[:, None] * r) for r in ratio.split(layout.values)])
+        scaled = {
+            "unit": unit,
+            "total": rescaled(part["total"], ratio),
+            "products": rescaled(part["products"], pairs),
+        }
+        return State(part.tensors | scaled, dict(part.reductions))
 
     def prepare(self, state: State, layout: Layout) -> State:
         """Return class means, deviations, and each point's whitening matrix.
@@ -211,6 +226,11 @@ def class_means(state: State) -> Tensor:
     total = state["total"] * state["unit"]
     overall = total.sum(0) / count.sum().clamp_min(1)
     return torch.where(count > 0, total / count.clamp_min(1), overall)
+
+
+def rescaled(sums: Tensor, ratio: Tensor) -> Tensor:
+    """Return integer sums times a power of two, rounded; untouched where that is 1."""
+    return torch.where(ratio == 1, sums, (sums * ratio).round().long())
 
 
 def whole_numbers(state: State, values: Tensor) -> Tensor:

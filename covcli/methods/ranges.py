@@ -4,6 +4,7 @@ Rossolini, Biondi and Buttazzo, "Increasing the Confidence of Deep Neural Networ
 Analysis", IEEE TSE 2022 (arXiv 2101.12100), section IV: single-range and multi-range coverage.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -132,6 +133,29 @@ class MultiRange(SingleRange):
         counts.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
         count = state["count"]
         count += torch.bincount(labels, minlength=len(count))
+
+    def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
+        """Return the parts counted in sections of the range that holds all of their ranges.
+
+        A section is counted where its centre lies, so no image moves by more than one section of
+        its part. Parts with equal ranges stay as they are.
+        """
+        low = torch.stack([part["low"] for part in parts]).amin(0)
+        high = torch.stack([part["high"] for part in parts]).amax(0)
+        return [self._recounted(part, low, high) for part in parts]
+
+    def _recounted(self, part: State, low: Tensor, high: Tensor) -> State:
+        ends = {"low": low, "high": high}
+        classes = torch.arange(len(low), device=low.device)
+        known = (part["count"] > 0)[:, None]
+        width = torch.where(known, part["high"] - part["low"], 0.0)
+        counts = torch.zeros_like(part["sections"])
+        for q in range(self.sections):
+            centre = part["low"] + width * ((q + 0.5) / self.sections)
+            centre = torch.where(known, centre, low)  # without images there is nothing to count
+            places = self.section(State(dict(ends)), centre, classes)
+            counts.scatter_add_(2, places[:, :, None], part["sections"][:, :, q, None])
+        return State({**part.tensors, **ends, "sections": counts}, dict(part.reductions))
 
     def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the cost of the section that each neuron lies in."""
