@@ -12,7 +12,8 @@ The threshold is 0 for the same reason. Nothing here counts calibration; overhea
   default method also makes and runs up to 512 noisy copies, whatever N.
 - fit_PEER: a detector's own `fit(loader)` over --peer-images images (Gram: --gram-images, since it
   takes up to 20 MB of memory an image), against a bare pass over the same images; so it is a ratio
-  per image. On all coverage points, KNN on the features before the last layer.
+  per image. On all coverage points, KNN on the features before the last layer. The network must be
+  a VGG; others take --no-peers.
 - fit_PEER_over_ours: that, over the same ratio of a build of the default method over --peer-images
   images in the same repetition.
 - memory_WHAT_N: peak resident memory of a process that has loaded network and images and does
@@ -50,6 +51,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--gram-images", type=int, default=200)
     parser.add_argument("--memory-images", type=int, nargs="+", default=[1000, 10_000, 50_000])
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--no-memory", action="store_true")
     return common.read_options(parser, QUICK)
 
 
@@ -57,9 +59,9 @@ def fits(model: Classifier, images: ImageSet, what: str) -> Work:
     """Return the work of a bare pass, of a method's build or of a peer's fit."""
     if what == "bare":
         return common.bare_work(model, images)
-    found = peers(model)
-    if what in found:
-        return lambda: found[what].fit(model, images)
+    if what in PEERS:
+        peer = peers(model)[what]
+        return lambda: peer.fit(model, images)
     return lambda: common.signature(model, images, what)
 
 
@@ -139,9 +141,9 @@ def main() -> None:
         job(args)
         return
     report = common.Report()
-    # A detector of the peers needs a network that is a chain.
-    names = list(PEERS) if args.model.startswith("vgg") and not args.no_peers else []
-    peak_memory(args, names, report)  # first: see common.subprocess_job
+    names = [] if args.no_peers else list(PEERS)
+    if not args.no_memory:
+        peak_memory(args, names, report)  # first: see common.subprocess_job
     model = common.network(args)
     sets = {count: common.load_images(args, model, count, 1)[0]
             for count in {*args.images, args.peer_images}}  # fmt: skip

@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import resource
+import runpy
 import subprocess
 import sys
 import time
@@ -51,6 +52,7 @@ def parser(doc: str | None, repetitions: int) -> argparse.ArgumentParser:
     made.add_argument("--weights", type=Path, help="a state dict, or a checkpoint of covcli; "
                       "default: seeded random weights")  # fmt: skip
     made.add_argument("--model", default="vgg19", help="of a bare state dict or random weights")
+    made.add_argument("--plugin", type=Path, help="Python file that registers a model; it is run")
     made.add_argument("--repetitions", type=int, default=repetitions)
     made.add_argument("--threads", type=int, default=0, help="0: torch's default")
     made.add_argument("--quick", action="store_true", help="few images, one repetition: to try it")
@@ -65,6 +67,8 @@ def read_options(
     """Parse the command line and set torch up; `quick` names what --quick changes."""
     made.set_defaults(**(quick if made.parse_args(argv).quick else {}))
     args = made.parse_args(argv)
+    if args.plugin:
+        runpy.run_path(str(args.plugin))
     runtime.configure(0, args.threads)
     return args
 

@@ -31,7 +31,7 @@ from functools import partial
 import common
 import torch
 from common import Ratio, Work
-from peers import NEIGHBOURS, Peer, one_pass, peers
+from peers import NEIGHBOURS, one_pass, peers
 from torch import Tensor
 
 from covcli import engine
@@ -66,6 +66,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=1000, help="images of a build")
     parser.add_argument("--fitted", type=int, default=200, help="images of what only has to score")
     parser.add_argument("--features", type=int, default=10_000, help="that KNN searches")
+    parser.add_argument("--no-peers", action="store_true", help="for networks but VGGs")
     return common.read_options(parser, QUICK)
 
 
@@ -114,20 +115,17 @@ def fitted_peers(
 
     It searches random features: how long a search by brute force takes does not depend on them.
     """
-    found: dict[str, Peer] = peers(model)
+    found = peers(model)
     few = common.cycled(images, max(args.fitted, NEIGHBOURS))
     for name, peer in found.items():
         common.note(f"fitting {name}")
         peer.fit(model, few)
-    if "knn" in found:
-        width = found["knn"].detector.knn.n_features_in_
-        features = torch.rand(max(args.features, NEIGHBOURS), width)
-        found["knn"].detector.fit_features(features, torch.zeros(len(features)))
+    width = found["knn"].detector.knn.n_features_in_
+    features = torch.rand(max(args.features, NEIGHBOURS), width)
+    found["knn"].detector.fit_features(features, torch.zeros(len(features)))
     predict = {name: on_floats(peer.predict) for name, peer in found.items()}
-    if "multimahalanobis" in found:
-        again = one_pass(model, found["multimahalanobis"])
-        predict["multimahalanobis_one_pass"] = on_floats(again)
-    return predict
+    again = one_pass(model, found["multimahalanobis"])
+    return {**predict, "multimahalanobis_one_pass": on_floats(again)}
 
 
 def compared(
@@ -201,8 +199,9 @@ def main() -> None:
     report = common.Report()
     watched = monitors(model, sets, args)
     report.ratios |= monitored(model, watched, pixels, args)
-    predict = fitted_peers(model, sets[0], args)
-    report.ratios |= compared(model, watched[""], predict, pixels, args)
+    if not args.no_peers:
+        predict = fitted_peers(model, sets[0], args)
+        report.ratios |= compared(model, watched[""], predict, pixels, args)
     report.ratios |= confidence_loss(model, sets[0], args)
     report.ratios |= build(model, sets, args)
     common.note("done")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from covcli.baselines import GRAM_POLES, library
 from covcli.engine import sweep_batch
+from covcli.errors import CovcliError
 from covcli.images import ImageSet
 from covcli.layers import Loader, Network, Trusted, small_batch
 from covcli.models import Classifier, Vgg
@@ -47,7 +48,12 @@ class OnMaps(nn.Module):
 def chain(model: Classifier) -> tuple[list[nn.Module], nn.Module]:
     """Cut a VGG after each of its activations; return the parts and what follows the last."""
     whole = model.network
-    assert isinstance(whole, Vgg)
+    if not isinstance(whole, Vgg):
+        raise CovcliError(
+            "is no chain of layers, which the peers need",
+            where=f"model {model.spec.name!r}",
+            fix="take a VGG, or --no-peers",
+        )
     layers = [Normalised(model), *whole.features.children(), nn.AdaptiveAvgPool2d(1)]
     layers += [OnMaps(m) if isinstance(m, nn.Linear) else m for m in whole.classifier.children()]
     parts: list[list[nn.Module]] = [[]]
@@ -81,9 +87,7 @@ class Peer:
 
 
 def peers(model: Classifier) -> dict[str, Peer]:
-    """Return the peers, not yet fitted; none for a network that is not a VGG."""
-    if not isinstance(model.network, Vgg):
-        return {}
+    """Return the detectors that PEERS names, not yet fitted; the network must be a VGG."""
     network, detectors = Network(model), library()
     parts, head = chain(model)
     large, small = sweep_batch(model.spec.shape), small_batch(network)
