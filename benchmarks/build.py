@@ -145,8 +145,9 @@ def main() -> None:
     if not args.no_memory:
         peak_memory(args, names, report)  # first: see common.subprocess_job
     model = common.network(args)
-    sets = {count: common.load_images(args, model, count, 1)[0]
-            for count in {*args.images, args.peer_images}}  # fmt: skip
+    counts = sorted({*args.images, args.peer_images})
+    most, _ = common.load_images(args, model, counts[-1], 1)
+    sets = {count: common.cycled(most, count) for count in counts}
     few = common.cycled(sets[args.peer_images], min(WARM_UP, args.peer_images))
     for what in ("bare", *args.methods):
         fits(model, few, what)()

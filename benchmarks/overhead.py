@@ -10,6 +10,8 @@ The threshold is 0 for the same reason.
 - monitor_batch_B: `Monitor` on B uint8 images, from pixels to verdicts, against
   `model(to_network(images))` in inference mode. The method is the default one, on channels, or the
   one that is named, on channels or units.
+- bare_again_batch_B: the bare network once more in every turn, against itself; what differs from 1
+  is noise.
 - predict_batch_B_PEER: `predict` of a detector of pytorch-ood on the same images, against the same;
   on all coverage points, KNN on 10,000 features before the last layer. `multimahalanobis` runs the
   network anew for each point, `multimahalanobis_one_pass` once. peers_over_ours_batch_B_PEER is
@@ -17,7 +19,7 @@ The threshold is 0 for the same reason.
 - confidence_loss_step: a step of `engine.epoch` on 64 images with the penalty, against one without.
 - build_trusted_only: `fit_signature` of the default method over --images images against reading
   them and running the network on them once. Counted are that run, the passes over the neurons that
-  it wrote to disk, and 512 noisy copies that are made and run.
+  it wrote to disk, and up to 512 noisy copies that are made and run.
 - build: that and `fit_calibration` over --calibration images, against a bare pass over both sets.
   Counted in addition are the run over those, their scoring, five distorted copies each of up to
   250 of them that are made, run and scored, and the fit of the combination. Neither counts
@@ -101,7 +103,9 @@ def monitored(
         common.note(f"monitors, batches of {batch}")
         variants = {"bare": calls(partial(common.bare_logits, model), pixels, batch)}
         variants |= {f"ours{name}": calls(m, pixels, batch) for name, m in watched.items()}
+        variants["again"] = variants["bare"]
         seconds = common.interleaved(variants, args.repetitions)
+        found[f"bare_again_batch_{batch}"] = common.ratio(seconds["again"], seconds["bare"])
         for name in watched:
             key = f"monitor_batch_{batch}{name}"
             found[key] = common.ratio(seconds[f"ours{name}"], seconds["bare"])
@@ -205,7 +209,7 @@ def main() -> None:
     report.ratios |= confidence_loss(model, sets[0], args)
     report.ratios |= build(model, sets, args)
     common.note("done")
-    legend = "Each figure: `python benchmarks/overhead.py --help`, and the script's first lines."
+    legend = "Each figure: the script's first lines."
     report.show(args, legend, {"trusted": sets[0], "calibration": sets[1]})
 
 

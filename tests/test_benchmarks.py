@@ -50,6 +50,7 @@ def test_overhead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     expected = {f"monitor_{b}{name}" for b in batches for name in watched}
     expected |= {f"predict_{b}_{peer}" for b in batches for peer in peers}
     expected |= {f"peers_over_ours_{b}_{peer}" for b in batches for peer in peers}
+    expected |= {f"bare_again_{b}" for b in batches}
     assert found.keys() == expected | {"confidence_loss_step", "build", "build_trusted_only"}
 
 
@@ -73,7 +74,7 @@ def test_memory_in_processes_of_their_own(
 def test_pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found = printed(monkeypatch, capsys, "pipeline")
     epochs = {f"epoch_{s}{how}" for s in ("memory", "npz") for how in ("", "_augmented")}
-    assert found.keys() == epochs | {"engine_alone", "npz_load"}
+    assert found.keys() == epochs | {"engine_alone", "plain_again", "npz_load"}
 
 
 def test_scale(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
