@@ -7,9 +7,11 @@ the growth with images; the other tables take random weights, and images under t
 the network predicts, so that all of them are trusted: the most work that a build can have.
 
 build: `fit_signature` over a bare pass over the same images. scoring: `Monitor` on 64 images over
-the bare network on them. growth: a row's figure over that of the first row. In the table of
-images, every row is a process of its own, and the bare pass is one over at most 2,000 of its
-images, half of it before the build and half after it.
+the bare network on them. growth: a row's figure over that of the first row; TABLE_growth_WHAT is
+that of the last row. In the table of images, every row is a process of its own, and the bare pass
+is one over at most 2,000 of its images, half of it before the build and half after it. The method
+is the default one for images and classes (which makes and runs up to 512 noisy copies, however few
+the images are), src for neurons, mrc for sections.
 """
 
 import argparse
