@@ -40,7 +40,7 @@ QUICK = {"repetitions": 1, "images": 24, "batch_size": 8}
 
 def options() -> argparse.Namespace:
     parser = common.parser(__doc__, repetitions=5)
-    parser.add_argument("--images", type=int, default=448, help="of an epoch")
+    parser.add_argument("--images", type=int, default=384, help="of an epoch")
     parser.add_argument("--batch-size", type=int, default=64)
     return common.read_options(parser, QUICK)
 
