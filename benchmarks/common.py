@@ -111,7 +111,7 @@ def random_images(seed: int) -> ImageSet:
     """Return POOL images of uniform noise, 32×32, in memory."""
     drawn = data.load(f"noise:uniform?limit={POOL}&seed={seed}", "test")
     pixels = drawn.batch(torch.arange(POOL), (3, 32, 32))
-    return in_memory(f"{drawn.name}&seed={seed}", pixels, None, flips=True)
+    return in_memory(drawn.name, pixels, None, flips=True)
 
 
 def npz_folder(args: argparse.Namespace) -> Path | None:
