@@ -1,0 +1,156 @@
+"""The benchmarks of time and memory: what they compare is the same, and each prints its figures."""
+
+import importlib
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import covcli
+from covcli import models
+from covcli.activations import capture
+from covcli.models import Classifier, ModelSpec
+
+FOLDER = Path(covcli.__file__).parents[1] / "benchmarks"
+PLUGIN = Path(__file__).parent / "tiny_vgg.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tiny_vgg() -> None:
+    runpy.run_path(str(PLUGIN))
+
+
+def printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, *options: str
+) -> dict[str, float]:
+    """Run a benchmark as a script, and return the ratios of the one document that it prints."""
+    script = str(FOLDER / f"{name}.py")
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.delenv("COVCLI_DATA_DIR", raising=False)
+    monkeypatch.setattr(sys, "argv", [script, "--quick", "--json", "--model", "tiny-vgg",
+                                       "--plugin", str(PLUGIN), *options])  # fmt: skip
+    runpy.run_path(script, run_name="__main__")
+    document = json.loads(capsys.readouterr().out)
+    ratios = document["ratios"]
+    assert ratios.keys() == document["spread"].keys()
+    assert all(math.isfinite(value) and value > 0 for value in ratios.values())
+    return dict(ratios)
+
+
+def test_overhead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(monkeypatch, capsys, "overhead")
+    batches = ("batch_64", "batch_1")
+    watched = ("", "_src", "_mrc", "_src_unit", "_mrc_unit")
+    peers = ("gram", "nacue", "multimahalanobis", "multimahalanobis_one_pass", "knn")
+    expected = {f"monitor_{b}{name}" for b in batches for name in watched}
+    expected |= {f"predict_{b}_{peer}" for b in batches for peer in peers}
+    expected |= {f"peers_over_ours_{b}_{peer}" for b in batches for peer in peers}
+    expected |= {f"bare_again_{b}" for b in batches}
+    assert found.keys() == expected | {"confidence_loss_step", "build", "build_trusted_only"}
+
+
+def test_build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(monkeypatch, capsys, "build", "--no-memory")
+    peers = ("gram", "nacue", "multimahalanobis", "knn")
+    expected = {f"build_{method}_{n}" for method in ("src", "ensemble") for n in (20, 40)}
+    expected |= {f"fit_{peer}{what}" for peer in peers for what in ("", "_over_ours")}
+    assert found.keys() == expected
+
+
+def test_memory_in_processes_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--no-peers --methods ensemble --images 20 --peer-images 20 "
+               "--memory-images 20")  # fmt: skip
+    found = printed(monkeypatch, capsys, "build", *options.split())
+    assert found.keys() >= {"memory_ensemble_20", "memory_20_over_20"}
+
+
+def test_pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(monkeypatch, capsys, "pipeline")
+    epochs = {f"epoch_{s}{how}" for s in ("memory", "npz") for how in ("", "_augmented")}
+    assert found.keys() == epochs | {"engine_alone", "plain_again", "npz_load"}
+
+
+def test_scale(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--images 20 --networks tiny-vgg tiny-vgg/unit --sections 5 20"
+    found = printed(monkeypatch, capsys, "scale", *options.split())
+    tables = ("images", "neurons", "classes", "sections")
+    expected = {f"{table}_growth_{what}" for table in tables for what in ("build", "memory")}
+    expected |= {f"{table}_growth_scoring" for table in tables[1:]}
+    assert found.keys() >= expected
+    # Two ends a neuron: of every unit, or of each channel's mean and maximum.
+    units, channels = 8 * 64 + 512 * 4 + 1024, 2 * 8 + 2 * 512 + 1024
+    assert found["neurons_growth_memory"] == pytest.approx(units / channels, rel=1e-3)
+    # Beside the ends, a count for each of 20 or of 5 sections.
+    assert found["sections_growth_memory"] == pytest.approx((2 + 20) / (2 + 5), rel=1e-2)
+
+
+def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module(name)
+
+
+def network() -> Classifier:
+    mean, deviation = models.architecture("tiny-vgg").statistics
+    return models.build(ModelSpec("tiny-vgg", 3, (3, 32, 32), mean, deviation))
+
+
+def test_the_peers_see_what_the_coverage_points_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = load(monkeypatch, "peers")
+    model, images = network(), torch.rand(4, 3, 32, 32)
+    points = model.points("unit")
+    parts, head = peers.chain(model)
+    with torch.no_grad(), capture(model.network, points, "unit") as recorder:
+        logits = model(images)
+        neurons = recorder.take(logits).split([point.neurons for point in points], 1)
+        outputs = [images]
+        for part in parts:
+            outputs.append(part(outputs[-1]).clone())
+        torch.testing.assert_close(head(outputs[-1]), logits)
+    assert len(parts) == len(points)
+    for output, seen in zip(outputs[1:], neurons, strict=True):
+        torch.testing.assert_close(output.flatten(1), seen)
+
+
+def test_one_pass_scores_as_the_library_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    common, peers = load(monkeypatch, "common"), load(monkeypatch, "peers")
+    model = network()
+    peer = peers.peers(model)["multimahalanobis"]
+    images = common.random_images(0)
+    peer.fit(model, common.cycled(images, 600))
+    tested = images.batch(torch.arange(600, 620), (3, 32, 32)) / 255
+    found = peers.one_pass(model, peer)(tested)
+    torch.testing.assert_close(found, peer.predict(tested), rtol=1e-3, atol=1e-3)
+    assert float(found.std()) > 0
+
+
+def test_variants_take_turns_and_ratios_are_taken_within_a_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    common = load(monkeypatch, "common")
+    order: list[str] = []
+    work = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    seconds = common.interleaved(work, 2)
+    assert "".join(order) == "abc" * 3
+    assert [len(seconds[name]) for name in "abc"] == [2, 2, 2]
+    found = common.ratio([2.0, 30.0, 6.0, 8.0, 10.0], [1.0, 10.0, 1.0, 1.0, 1.0])
+    assert (found.value, found.low, found.high, found.repetitions) == (6.0, 3.0, 8.0, 5)
+
+
+def test_a_split_pass_reads_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = load(monkeypatch, "common")
+    read: list[int] = []
+    monkeypatch.setattr(
+        common, "bare_pass", lambda _model, images: read.extend(images.rows.tolist())
+    )
+    images = common.cycled(common.random_images(0), 10)
+    common.interleaved(
+        common.split_pass(network(), images, {"x": lambda: read.append(-1)}), 1, warm_up=False
+    )
+    assert read == [0, 1, 2, 3, 4, -1, 5, 6, 7, 8, 9]
