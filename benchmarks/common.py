@@ -192,8 +192,8 @@ def trainer(model: Classifier, make_penalty: Callable[[], nn.Module] | None = No
     optimizer = torch.optim.SGD(learner.parameters(), 1e-5, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _step: 1.0)
     return Trainer(
-        learner, optimizer, schedule, make_penalty and make_penalty(), 1.0,
-        learner.points("channel"), "channel", 0.9, autocast=False,
+        learner, learner, optimizer, schedule, make_penalty and make_penalty(), 1.0,
+        learner.points("channel"), "channel", 0.9,
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from covcli import data, engine
 from covcli.engine import Trainer, to_network
-from covcli.images import Augmentation, ImageSet, Shape, augment, in_memory
+from covcli.images import Augmentation, ImageSet, Shape, augment, draw_moves, in_memory
 
 QUICK = {"repetitions": 1, "images": 24, "batch_size": 8}
 
@@ -97,7 +97,8 @@ def measured(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Ratio], 
     labels = memory.known_labels()
     generator = torch.Generator().manual_seed(0)
     parts = list(torch.randperm(len(memory), generator=generator).split(args.batch_size))
-    ready = [augment(memory.batch(rows, shape), "crop-flip", generator) for rows in parts]
+    moves = [draw_moves("crop-flip", len(rows), shape, generator) for rows in parts]
+    ready = [augment(memory.batch(rows, shape), m) for rows, m in zip(parts, moves, strict=True)]
     floats = [(to_network(pixels, common.CPU), labels[rows])
               for pixels, rows in zip(ready, parts, strict=True)]  # fmt: skip
     batched = ImageSet("ready", ReadySource(ready, args.batch_size), torch.arange(len(memory)),
