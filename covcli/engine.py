@@ -17,10 +17,11 @@ from covcli.images import Augmentation, ImageSet, Shape, augment, batches, draw_
 from covcli.models import Classifier, Precision
 from covcli.progress import Progress
 
-# A sweep's batch: at most so many images, and so many positions of an image in all. Which images
+# A sweep's batch: at most so many images, positions of an image, and neurons in all. Which images
 # make a batch depends on the set alone, so that ranks compute the same bits as one process.
 SWEEP_IMAGES = 64
 SWEEP_POSITIONS = 1 << 21
+SWEEP_NEURONS = 1 << 26
 MEASURED: tuple[Precision, ...] = ("float32", "bfloat16")
 Amp: TypeAlias = Literal["off", "bf16", "auto"]
 
@@ -103,7 +104,9 @@ def sweep(
     """
     device = model.mean.device
     model.eval()
-    parts = distributed.share(torch.arange(len(images)).split(sweep_batch(model.spec.shape)))
+    most = SWEEP_NEURONS // max(1, sum(point.neurons for point in points))
+    batch = max(1, min(sweep_batch(model.spec.shape), most))
+    parts = distributed.share(torch.arange(len(images)).split(batch))
     progress.start(title, sum(map(len, parts)))
     with capture(model.network, points, granularity) as recorder:
         for rows, pixels in batches(images, parts, model.spec.shape):

@@ -24,6 +24,10 @@ from covcli.surrogates import DISTORTIONS, EXPERTS, OTHER_CLASS, distorted, othe
 
 MINIMUM_TRUSTED = 10
 SPILL_BYTES = 8 << 30
+# How much of the spilled neurons is read at once: more than a batch of the network, so that what a
+# method does once a group weighs little.
+GROUP_BYTES = 32 << 20
+MOST_ROWS = 1024
 # How many trusted images are copied with noise, and how many surrogates of each kind are made.
 NOISY_IMAGES = 512
 SURROGATE_IMAGES = 250
@@ -48,6 +52,7 @@ class Recording(AbstractContextManager["Recording"]):
         self._sweep = lambda title: sweep(model, images, points, granularity, progress, title)
         self._width = sum(point.neurons for point in points)
         self._device = model.mean.device
+        self._group = max(1, min(MOST_ROWS, GROUP_BYTES // (4 * self._width)))
         wanted = 4 * self._width * len(images)
         free = shutil.disk_usage(tempfile.gettempdir()).free
         fits = wanted <= min(SPILL_BYTES, free // 2)
@@ -72,15 +77,15 @@ class Recording(AbstractContextManager["Recording"]):
             self._file = None
 
     def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the rows and neurons of each batch that this rank has run."""
+        """Yield rows of the set with their neurons, group by group, of this rank's share."""
         if self._file is None:
             for batch in self._sweep("reading trusted images again"):
                 yield batch.rows, batch.neurons
             return
         self._file.seek(0)
-        for rows in self._rows:
-            buffer = np.fromfile(self._file, np.float32, len(rows) * self._width)
-            yield rows, torch.from_numpy(buffer).view(len(rows), -1).to(self._device)
+        for group in torch.cat(self._rows or [torch.empty(0)]).split(self._group):
+            buffer = np.fromfile(self._file, np.float32, len(group) * self._width)
+            yield group, torch.from_numpy(buffer).view(len(group), -1).to(self._device)
 
     def __enter__(self) -> Self:
         return self
