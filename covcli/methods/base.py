@@ -1,9 +1,10 @@
 """The frame of every method: named tensors folded over batches, and costs read from them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import groupby
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -111,8 +112,9 @@ class Layout:
 
     def means(self, values: Tensor) -> Tensor:
         """Return the mean over each point's neurons of values (B, N), float64 of shape (B, L)."""
-        parts = [part.mean(1, dtype=torch.float64) for part in values.split(self.sizes, 1)]
-        return torch.stack(parts, 1)
+        kind = torch.int32 if values.dtype == torch.bool else torch.float64  # counts are exact
+        sums = [block.sum(2, dtype=kind) for block in blocks(values, self.sizes)]
+        return torch.cat(sums, 1) / torch.tensor(self.sizes, dtype=torch.float64).to(values.device)
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,27 @@ class Method(ABC):
         """Return the specification that makes this method again."""
         parameters = "&".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
         return f"{self.name}?{parameters}" if parameters else self.name
+
+
+def blocks(values: Tensor, widths: Sequence[int]) -> Iterator[Tensor]:
+    """Yield what neighbouring points of equal width hold, as one tensor for all of them.
+
+    Parameters
+    ----------
+    values
+        The points side by side, shape (B, sum of widths).
+    widths
+        How much of it belongs to each point.
+
+    Yields
+    ------
+    Tensor
+        A view of shape (B, points, width).
+    """
+    runs = [(width, len(list(equal))) for width, equal in groupby(widths)]
+    parts = values.split([width * count for width, count in runs], 1)
+    for (width, count), part in zip(runs, parts, strict=True):
+        yield part.unflatten(1, (count, width))
 
 
 def cell_index(cells: Tensor, classes: Tensor, count: int) -> Tensor:
