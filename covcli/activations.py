@@ -217,6 +217,7 @@ def outputs(
     model: nn.Module, points: Sequence[Point], see: Callable[[Point, Tensor], None]
 ) -> Iterator[None]:
     """Show `see` every point's whole output during the block; the hooks are always removed."""
+    modules = dict(model.named_modules())
     by_module: dict[str, dict[int, Point]] = {}
     for point in points:
         by_module.setdefault(point.module, {})[point.call] = point
@@ -232,9 +233,7 @@ def outputs(
         return hook
 
     handles = [model.register_forward_pre_hook(lambda *_: calls.clear())]
-    handles += [
-        model.get_submodule(name).register_forward_hook(hook_for(name)) for name in by_module
-    ]
+    handles += [modules[name].register_forward_hook(hook_for(name)) for name in by_module]
     try:
         yield
     finally:

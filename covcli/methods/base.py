@@ -112,9 +112,20 @@ class Layout:
 
     def means(self, values: Tensor) -> Tensor:
         """Return the mean over each point's neurons of values (B, N), float64 of shape (B, L)."""
-        kind = torch.int32 if values.dtype == torch.bool else torch.float64  # counts are exact
-        sums = [block.sum(2, dtype=kind) for block in blocks(values, self.sizes)]
-        return torch.cat(sums, 1) / torch.tensor(self.sizes, dtype=torch.float64).to(values.device)
+        return self.sums(values) / self.widths.to(values.device)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Return the sum over each point's neurons of values (B, N), shape (B, L).
+
+        float64, or int32 of truth values, which counting is faster.
+        """
+        kind = torch.int32 if values.dtype == torch.bool else torch.float64
+        return torch.cat([block.sum(2, dtype=kind) for block in blocks(values, self.sizes)], 1)
+
+    @cached_property
+    def widths(self) -> Tensor:
+        """How many neurons each point has, float64 of shape (L,)."""
+        return torch.tensor(self.sizes, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -313,8 +324,7 @@ def cell_index(cells: Tensor, classes: Tensor, count: int) -> Tensor:
 
 def log_means(costs: Tensor, layout: Layout) -> Tensor:
     """Return log(mean + 1/neurons) of each point's costs, float64 of shape (B, L)."""
-    means = layout.means(costs)
-    return torch.log(means + 1 / means.new_tensor(layout.sizes))
+    return torch.log((layout.sums(costs) + 1) / layout.widths.to(costs.device))
 
 
 METHODS: Registry[type[Method]] = Registry("method")

@@ -73,7 +73,8 @@ class SingleRange(Method):
 
     def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the log of each point's share outside; see `Method.evidence`."""
-        return log_means(~self.inside(ready, layout, neurons, classes), layout)
+        low, high = (ready[end].index_select(0, classes) for end in ("low", "high"))
+        return log_means((neurons < low).logical_or_(neurons > high), layout)
 
     def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ranges of those classes."""
