@@ -142,7 +142,7 @@ class MultiRange(SingleRange):
             super().observe(state, layout, neurons, labels)
             return
         low, high = (state[end].index_select(0, labels) for end in ("low", "high"))
-        section = self.section(neurons - low, self._scale(low, high))
+        section = self.section(neurons - low, self._scale(low, high)).long()
         cells = cell_index(section, labels, self.sections).flatten()
         counts = state["sections"].view(-1)
         counts.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
@@ -168,10 +168,14 @@ class MultiRange(SingleRange):
     def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the cost of the section that each neuron lies in."""
         low, high, scale = (ready[key].index_select(0, classes) for key in ("low", "high", "scale"))
-        row = self.section(neurons - low, scale).add_(1)
-        row.masked_fill_((neurons < low) | (neurons > high), 0)
-        row += classes[:, None] * (self.sections + 2)
-        return ready["table"].flatten(0, 1).gather(0, row)
+        outside = (neurons < low).logical_or_(neurons > high)
+        row = torch.where(outside, 0.0, self.section(neurons - low, scale).add_(1))
+        table, width = ready["table"], neurons.shape[1]
+        kind = torch.int32 if table.numel() < 1 << 31 else torch.int64  # the smaller is faster
+        index = row.to(kind).mul_(width)
+        index += torch.arange(width, dtype=kind, device=index.device)
+        index += classes[:, None].to(kind) * (len(table[0]) * width)
+        return table.view(-1).index_select(0, index.view(-1)).view_as(neurons)
 
     def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the log of each point's mean cost; see `Method.evidence`."""
@@ -198,7 +202,7 @@ class MultiRange(SingleRange):
         return interpolated(table, classes, place) + distance
 
     def section(self, above: Tensor, scale: Tensor) -> Tensor:
-        """Return the section that each neuron lies in, 0 to Q−1, int64.
+        """Return the section that each neuron lies in, 0 to Q−1, as whole float32 numbers.
 
         Counting and scoring both take it from here: rounding may move an edge between sections,
         but the same for both.
@@ -210,7 +214,7 @@ class MultiRange(SingleRange):
         scale
             Sections per unit of activation, see `_scale`.
         """
-        return (above * scale).clamp_(0, self.sections - 1).long()
+        return (above * scale).clamp_(0, self.sections - 1).floor_()
 
     def _scale(self, low: Tensor, high: Tensor) -> Tensor:
         """Return Q/(high − low), float32 and finite; 0 for a range of no width."""
