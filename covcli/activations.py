@@ -159,13 +159,26 @@ class Recorder:
         self.points = points
         self.granularity = granularity
         self._seen: dict[str, list[Tensor]] = {}
+        self._units: Tensor | None = None
 
     def note(self, point: Point, output: Tensor) -> None:
         """Keep what a hook saw: neurons, or for contributions the activations until `take`."""
         if self.granularity == "contribution":
             self._seen[point.name] = [output]
+        elif self.granularity == "unit" and not torch.is_grad_enabled():
+            self._seen[point.name] = [self._keep(point, output)]
         else:
             self._seen[point.name] = _statistics(output, point.channel_dim, self.granularity)
+
+    def _keep(self, point: Point, output: Tensor) -> Tensor:
+        """Copy a point's units to their place among all neurons, which saves copying them twice."""
+        sizes = [each.neurons for each in self.points]
+        if self._units is None:
+            dtype = torch.promote_types(output.dtype, torch.float32)
+            self._units = output.new_empty((len(output), sum(sizes)), dtype=dtype)
+        place: Tensor = self._units.split(sizes, 1)[self.points.index(point)]
+        place.unflatten(1, output.shape[1:]).copy_(output)
+        return place
 
     def take(self, logits: Tensor) -> Tensor:
         """Return the neurons of all points side by side, shape (B, N), and start anew.
@@ -188,8 +201,11 @@ class Recorder:
             dims = [point.channel_dim for point in self.points]
             products = contributions(logits, parts)
             parts = [pool(p, d, "contribution") for p, d in zip(products, dims, strict=True)]
-        neurons = torch.cat(parts, 1) if parts else torch.empty(0, 0)
+        neurons = self._units
+        if neurons is None:
+            neurons = torch.cat(parts, 1) if parts else torch.empty(0, 0)
         self._seen.clear()
+        self._units = None
         return neurons
 
 

@@ -235,6 +235,28 @@ def test_gauss_follows_its_formula(shrinkage: float) -> None:
     np.testing.assert_allclose(found.numpy(), np.stack(expected, 1), rtol=1e-4, atol=1e-4)
 
 
+def test_points_of_any_widths_are_summed_and_measured_apart() -> None:
+    """Neighbours of equal width go through one operation: the others must not be disturbed."""
+    sizes, values = (3, 3, 2, 4, 4, 4, 3), (3, 3, 1, 2, 2, 4, 3)
+    layout, generator = Layout(2, sizes, values), torch.Generator().manual_seed(0)
+    neurons = torch.randn(60, sum(sizes), generator=generator)
+    labels = torch.arange(60) % 2
+    cuts = np.cumsum(sizes)[:-1]
+    for x in (neurons, neurons > 0):
+        expected = [part.mean(1) for part in np.split(x.numpy().astype(np.float64), cuts, 1)]
+        np.testing.assert_allclose(layout.means(x).numpy(), np.stack(expected, 1), rtol=1e-12)
+    for name in ("src", "mrc", "gauss"):
+        method = make_method(name)
+        ready = method.prepare(fold(method, layout, lambda: [(neurons, labels)]), layout)
+        found = method.evidence(ready, layout, 2 * neurons, labels)
+        for i, (size, end) in enumerate(zip(sizes, np.cumsum(sizes), strict=True)):
+            mine = neurons[:, end - size : end]
+            alone = Layout(2, (size,), values[i : i + 1])
+            state = fold(method, alone, lambda mine=mine: [(mine, labels)])
+            part = method.evidence(method.prepare(state, alone), alone, 2 * mine, labels)
+            np.testing.assert_allclose(found[:, [i]].numpy(), part.numpy(), rtol=1e-5, atol=1e-5)
+
+
 def test_the_ensemble_measures_along_the_direction_of_noise() -> None:
     neurons, labels = trusted_neurons(5)
     method = make_method("ensemble")
