@@ -87,15 +87,23 @@ def pool(output: Tensor, channel_dim: int, granularity: Granularity) -> Tensor:
     -------
     Tensor
         Shape (B, 2C), the means first; (B, C) for a fully connected layer and for contributions;
-        (B, C·positions) for units.
+        (B, C·positions) for units. float32 (float64 of an output in float64), and means are
+        summed in that precision, whatever a network under autocast computes in.
     """
+    return torch.cat(_statistics(output, channel_dim, granularity), 1)
+
+
+def _statistics(output: Tensor, channel_dim: int, granularity: Granularity) -> list[Tensor]:
+    """Return what `pool` puts side by side; no views: a later in-place layer would change them."""
+    dtype = torch.promote_types(output.dtype, torch.float32)
     if output.ndim == 2 or granularity == "unit":
-        return output.flatten(1).clone()  # not a view: a later in-place layer would change it
+        whole = output.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return [whole.flatten(1)]
     rest = [d for d in range(1, output.ndim) if d != channel_dim % output.ndim]
-    means = output.mean(rest)
+    means = output.mean(rest, dtype=dtype)
     if granularity == "contribution":
-        return means
-    return torch.cat([means, _largest(output, channel_dim, rest)], 1)
+        return [means]
+    return [means, _largest(output, channel_dim, rest).to(dtype)]
 
 
 def _largest(output: Tensor, channel_dim: int, rest: list[int]) -> Tensor:
@@ -150,13 +158,27 @@ class Recorder:
     def __init__(self, points: Sequence[Point], granularity: Granularity) -> None:
         self.points = points
         self.granularity = granularity
-        self._values: dict[str, Tensor] = {}
+        self._seen: dict[str, list[Tensor]] = {}
+        self._units: Tensor | None = None
 
     def note(self, point: Point, output: Tensor) -> None:
         """Keep what a hook saw: neurons, or for contributions the activations until `take`."""
-        if self.granularity != "contribution":
-            output = pool(output, point.channel_dim, self.granularity)
-        self._values[point.name] = output
+        if self.granularity == "contribution":
+            self._seen[point.name] = [output]
+        elif self.granularity == "unit" and not torch.is_grad_enabled():
+            self._seen[point.name] = [self._keep(point, output)]
+        else:
+            self._seen[point.name] = _statistics(output, point.channel_dim, self.granularity)
+
+    def _keep(self, point: Point, output: Tensor) -> Tensor:
+        """Copy a point's units to their place among all neurons, which saves copying them twice."""
+        sizes = [each.neurons for each in self.points]
+        if self._units is None:
+            dtype = torch.promote_types(output.dtype, torch.float32)
+            self._units = output.new_empty((len(output), sum(sizes)), dtype=dtype)
+        place: Tensor = self._units.split(sizes, 1)[self.points.index(point)]
+        place.unflatten(1, output.shape[1:]).copy_(output)
+        return place
 
     def take(self, logits: Tensor) -> Tensor:
         """Return the neurons of all points side by side, shape (B, N), and start anew.
@@ -171,16 +193,19 @@ class Recorder:
         CovcliError
             If a point was not reached by the forward pass.
         """
-        missing = [p.name for p in self.points if p.name not in self._values]
+        missing = [p.name for p in self.points if p.name not in self._seen]
         if missing:
             raise CovcliError(f"coverage point {missing[0]!r} was not reached", where="the network")
-        parts = [self._values[point.name] for point in self.points]
+        parts = [part for point in self.points for part in self._seen[point.name]]
         if self.granularity == "contribution":
             dims = [point.channel_dim for point in self.points]
             products = contributions(logits, parts)
             parts = [pool(p, d, "contribution") for p, d in zip(products, dims, strict=True)]
-        neurons = torch.cat(parts, 1) if parts else torch.empty(0, 0)
-        self._values.clear()
+        neurons = self._units
+        if neurons is None:
+            neurons = torch.cat(parts, 1) if parts else torch.empty(0, 0)
+        self._seen.clear()
+        self._units = None
         return neurons
 
 

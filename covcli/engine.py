@@ -72,7 +72,9 @@ def forward(model: Classifier, recorder: Recorder, images: Tensor) -> tuple[Tens
     else:
         logits = model(images)
         neurons = recorder.take(logits)
-    if not bool(neurons.isfinite().all() & logits.isfinite().all()):
+    # The extremes tell: NaN is passed on, and it takes one pass.
+    extremes = [end for seen in (neurons, logits) if seen.numel() for end in seen.aminmax()]
+    if not bool(torch.stack(extremes).isfinite().all()):
         raise CovcliError(_where_not_finite(recorder.points, neurons), where="the network")
     return logits, neurons
 

@@ -42,8 +42,11 @@ def folded(spec: str, neurons: np.ndarray, labels: np.ndarray, parts: list[np.nd
 def naive_section(value: float, low: float, high: float, sections: int) -> int:
     if high == low:
         return 0
-    place = (np.float64(value) - np.float64(low)) / (np.float64(high) - np.float64(low)) * sections
-    return int(min(max(math.floor(place), 0), sections - 1))
+    with np.errstate(over="ignore"):
+        width = np.float64(high) - np.float64(low)
+        scale = np.float32(min(sections / width, np.finfo(np.float32).max))
+        place = (np.float32(value) - np.float32(low)) * scale
+    return int(min(place, sections - 1))
 
 
 def naive_cost(spec: str, neurons: np.ndarray, labels: np.ndarray, x: np.ndarray, k: int) -> list:
@@ -79,10 +82,11 @@ def test_costs_follow_the_formulas(
     state = folded(spec, neurons, labels, [np.arange(len(labels))])
     x = np.concatenate([tested[0], neurons])  # values on the edges too
     classes = np.concatenate([tested[1], labels])
-    costs = make_method(spec).costs(state, LAYOUT, torch.from_numpy(x), torch.from_numpy(classes))
+    ready = make_method(spec).prepare(state, LAYOUT)
+    costs = make_method(spec).costs(ready, LAYOUT, torch.from_numpy(x), torch.from_numpy(classes))
     expected = [naive_cost(spec, neurons, labels, x[i], classes[i]) for i in range(len(x))]
     np.testing.assert_allclose(costs.numpy(), expected, rtol=1e-5, atol=1e-6)
-    inside = make_method(spec).inside(state, LAYOUT, torch.from_numpy(x), torch.from_numpy(classes))
+    inside = make_method(spec).inside(ready, LAYOUT, torch.from_numpy(x), torch.from_numpy(classes))
     outside = [naive_cost("src", neurons, labels, x[i], classes[i]) for i in range(len(x))]
     np.testing.assert_array_equal(~inside.numpy(), np.array(outside, bool))
 
@@ -238,6 +242,28 @@ def test_gauss_follows_its_formula(shrinkage: float) -> None:
     np.testing.assert_allclose(found.numpy(), np.stack(expected, 1), rtol=1e-4, atol=1e-4)
 
 
+def test_points_of_any_widths_are_summed_and_measured_apart() -> None:
+    """Neighbours of equal width go through one operation: the others must not be disturbed."""
+    sizes, values = (3, 3, 2, 4, 4, 4, 3), (3, 3, 1, 2, 2, 4, 3)
+    layout, generator = Layout(2, sizes, values), torch.Generator().manual_seed(0)
+    neurons = torch.randn(60, sum(sizes), generator=generator)
+    labels = torch.arange(60) % 2
+    cuts = np.cumsum(sizes)[:-1]
+    for x in (neurons, neurons > 0):
+        expected = [part.mean(1) for part in np.split(x.numpy().astype(np.float64), cuts, 1)]
+        np.testing.assert_allclose(layout.means(x).numpy(), np.stack(expected, 1), rtol=1e-12)
+    for name in ("src", "mrc", "gauss"):
+        method = make_method(name)
+        ready = method.prepare(fold(method, layout, lambda: [(neurons, labels)]), layout)
+        found = method.evidence(ready, layout, 2 * neurons, labels)
+        for i, (size, end) in enumerate(zip(sizes, np.cumsum(sizes), strict=True)):
+            mine = neurons[:, end - size : end]
+            alone = Layout(2, (size,), values[i : i + 1])
+            state = fold(method, alone, lambda mine=mine: [(mine, labels)])
+            part = method.evidence(method.prepare(state, alone), alone, 2 * mine, labels)
+            np.testing.assert_allclose(found[:, [i]].numpy(), part.numpy(), rtol=1e-5, atol=1e-5)
+
+
 def test_the_ensemble_measures_along_the_direction_of_noise() -> None:
     neurons, labels = trusted_neurons(5)
     method = make_method("ensemble")
@@ -350,9 +376,10 @@ def test_soft_costs_are_the_costs_where_those_are_sure(
     centres = torch.from_numpy(low + (high - low) * (place + 0.5) / sections)
     classes = torch.from_numpy(k)
     wide = (high - low) > np.maximum(1e-3, 1e-3 * np.abs(high))  # a float32 centre in its section
-    cost = method.costs(state, LAYOUT, centres.float(), classes).numpy()
-    soft = method.soft_costs(state, LAYOUT, centres, classes).numpy()
+    ready = method.prepare(state, LAYOUT)
+    cost = method.costs(ready, LAYOUT, centres.float(), classes).numpy()
+    soft = method.soft_costs(ready, LAYOUT, centres, classes).numpy()
     np.testing.assert_allclose(soft[wide], cost[wide], rtol=1e-4, atol=1e-4)
     outside = torch.from_numpy(high + 3 * np.maximum(high - low, 1e4))
-    cost = method.costs(state, LAYOUT, outside.float(), classes)
-    assert bool((method.soft_costs(state, LAYOUT, outside, classes) >= cost - 1e-4).all())
+    cost = method.costs(ready, LAYOUT, outside.float(), classes)
+    assert bool((method.soft_costs(ready, LAYOUT, outside, classes) >= cost - 1e-4).all())

@@ -1,12 +1,13 @@
 """Models and coverage points."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchvision.models import convnext_tiny, vgg19_bn
 
 from covcli import models
-from covcli.activations import CoverageLayer, capture, find_points, pool
+from covcli.activations import CoverageLayer, Granularity, capture, find_points, pool
 from covcli.checkpoint import load
 from covcli.errors import CovcliError
 from covcli.models import CIFAR10, IMAGENET, MODELS, ModelSpec
@@ -78,6 +79,45 @@ def test_pooling_takes_mean_and_maximum_over_positions() -> None:
     assert torch.equal(pool(x, 1, "unit"), x.reshape(4, 30))
     assert torch.equal(pool(x.permute(0, 2, 3, 1), -1, "channel"), found)
     assert torch.equal(pool(x[:, :, 0, 0], 1, "channel"), x[:, :, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooling_of_other_precisions_sums_in_float32_at_least(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (100 + torch.rand(3, 7, 33, 33, generator=generator)).to(dtype, memory_format=layout)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for tracked in (x, x.clone().requires_grad_()):
+        found = pool(tracked, 1, "channel").detach()
+        assert found.dtype == pool(x, 1, "unit").dtype == wide
+        exact = x.double().numpy()
+        np.testing.assert_allclose(found[:, :7].numpy(), exact.mean((2, 3)), rtol=1e-6)
+        np.testing.assert_array_equal(found[:, 7:].numpy(), exact.max((2, 3)))
+    np.testing.assert_array_equal(pool(x, 1, "unit").numpy(), exact.reshape(3, -1))
+
+
+@pytest.mark.parametrize("granularity", ["channel", "unit"])
+def test_what_is_recorded_is_each_points_pool_with_gradients_or_without(
+    granularity: Granularity,
+) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU(inplace=True)
+    )
+    network.to(memory_format=torch.channels_last)
+    points = find_points(network, torch.zeros(2, 1, 8, 8), granularity)
+    for images in (torch.randn(5, 1, 8, 8), torch.randn(2, 1, 8, 8)):
+        first = network[:2](images)
+        parts = [pool(x, 1, granularity) for x in (first, network[2:](first))]
+        expected = torch.cat(parts, 1).detach()
+        with capture(network, points, granularity) as recorder:
+            tracked = recorder.take(network(images))
+            with torch.no_grad():
+                plain = recorder.take(network(images))
+        assert torch.equal(plain, expected)
+        assert torch.equal(tracked, expected)
+        assert tracked.requires_grad
 
 
 class Shared(nn.Module):

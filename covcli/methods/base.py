@@ -1,9 +1,10 @@
 """The frame of every method: named tensors folded over batches, and costs read from them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import groupby
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -116,8 +117,20 @@ class Layout:
 
     def means(self, values: Tensor) -> Tensor:
         """Return the mean over each point's neurons of values (B, N), float64 of shape (B, L)."""
-        parts = [part.mean(1, dtype=torch.float64) for part in values.split(self.sizes, 1)]
-        return torch.stack(parts, 1)
+        return self.sums(values) / self.widths.to(values.device)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Return the sum over each point's neurons of values (B, N), shape (B, L).
+
+        float64, or int32 of truth values, which counting is faster.
+        """
+        kind = torch.int32 if values.dtype == torch.bool else torch.float64
+        return torch.cat([block.sum(2, dtype=kind) for block in blocks(values, self.sizes)], 1)
+
+    @cached_property
+    def widths(self) -> Tensor:
+        """How many neurons each point has, float64 of shape (L,)."""
+        return torch.tensor(self.sizes, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -291,6 +304,27 @@ class Method(ABC):
         return f"{self.name}?{parameters}" if parameters else self.name
 
 
+def blocks(values: Tensor, widths: Sequence[int]) -> Iterator[Tensor]:
+    """Yield what neighbouring points of equal width hold, as one tensor for all of them.
+
+    Parameters
+    ----------
+    values
+        The points side by side, shape (B, sum of widths).
+    widths
+        How much of it belongs to each point.
+
+    Yields
+    ------
+    Tensor
+        A view of shape (B, points, width).
+    """
+    runs = [(width, len(list(equal))) for width, equal in groupby(widths)]
+    parts = values.split([width * count for width, count in runs], 1)
+    for (width, count), part in zip(runs, parts, strict=True):
+        yield part.unflatten(1, (count, width))
+
+
 def cell_index(cells: Tensor, classes: Tensor, count: int) -> Tensor:
     """Return where counts of shape (classes, N, count), flattened, hold each neuron's cell.
 
@@ -308,8 +342,7 @@ def cell_index(cells: Tensor, classes: Tensor, count: int) -> Tensor:
 
 def log_means(costs: Tensor, layout: Layout) -> Tensor:
     """Return log(mean + 1/neurons) of each point's costs, float64 of shape (B, L)."""
-    means = layout.means(costs)
-    return torch.log(means + 1 / means.new_tensor(layout.sizes))
+    return torch.log((layout.sums(costs) + 1) / layout.widths.to(costs.device))
 
 
 METHODS: Registry[type[Method]] = Registry("method")

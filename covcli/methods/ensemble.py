@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Expected, Layout, State
+from covcli.methods.base import METHODS, Expected, Layout, State, blocks
 from covcli.methods.gaussian import Gauss, class_means, matrices, rescaled, whole_numbers
 from covcli.methods.ranges import SingleRange
 
@@ -122,9 +122,9 @@ class Ensemble(Gauss):
         """Return the columns of `src` with those of `gauss` and along the direction beside them."""
         away = self._away(ready, layout, neurons, classes)
         distances = self._log_distances(ready, layout, away)
-        steps = (away * ready["direction"]).split(layout.values, 1)
-        along = [step.sum(1, dtype=torch.float64) for step in steps]
-        return torch.cat([outside, distances, torch.stack(along, 1)], 1)
+        steps = blocks(away * ready["direction"], layout.values)
+        along = [step.sum(2, dtype=torch.float64) for step in steps]
+        return torch.cat([outside, distances, *along], 1)
 
     def columns(self, layout: Layout) -> int:
         """Return 3·L."""

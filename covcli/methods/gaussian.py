@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from covcli.errors import CovcliError
-from covcli.methods.base import METHODS, Expected, Layout, Method, State
+from covcli.methods.base import METHODS, Expected, Layout, Method, State, blocks
 
 # A neuron that hardly varies counts as deviating this share of its point's root mean square
 # deviation, or one that never fired on trusted images would outweigh all others.
@@ -163,17 +163,20 @@ class Gauss(Method):
         return self._log_distances(ready, layout, self._away(ready, layout, neurons, classes))
 
     def _away(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        return neurons[:, layout.value_columns] - ready["mean"][classes]
+        columns = layout.value_columns.to(neurons.device)
+        return neurons.index_select(1, columns) - ready["mean"].index_select(0, classes)
 
     def _log_distances(self, ready: State, layout: Layout, away: Tensor) -> Tensor:
-        distances = [
-            (part @ white.T).square().mean(1, dtype=torch.float64)
-            for part, white in zip(
-                away.split(layout.values, 1), matrices(ready["whitening"], layout), strict=True
-            )
-        ]
+        squares, start = [], 0
+        for block in blocks(away, layout.values):
+            points, width = block.shape[1:]
+            end = start + points * width * width
+            whitening = ready["whitening"][start:end].view(points, width, width)
+            whitened = whitening @ block.permute(1, 2, 0)  # one product for all these points
+            squares.append(whitened.square().mean(1, dtype=torch.float64))
+            start = end
         tiny = torch.finfo(torch.float64).tiny
-        return torch.log(torch.stack(distances, 1).clamp_min(tiny))
+        return torch.log(torch.cat(squares).T.clamp_min(tiny))
 
     def soft_evidence(
         self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor

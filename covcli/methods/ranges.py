@@ -11,7 +11,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Expected, Layout, Method, State, cell_index
+from covcli.methods.base import (
+    METHODS,
+    Expected,
+    Layout,
+    Method,
+    State,
+    cell_index,
+    log_means,
+)
 from covcli.methods.soft import hinge, interpolated
 
 # In soft costs a range narrower than this share of its neuron's mean width counts as that wide.
@@ -61,7 +69,13 @@ class SingleRange(Method):
 
     def inside(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return which neurons lie in the closed range of their class."""
-        return (neurons >= ready["low"][classes]) & (neurons <= ready["high"][classes])
+        low, high = (ready[end].index_select(0, classes) for end in ("low", "high"))
+        return (neurons >= low) & (neurons <= high)
+
+    def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the log of each point's share outside; see `Method.evidence`."""
+        low, high = (ready[end].index_select(0, classes) for end in ("low", "high"))
+        return log_means((neurons < low).logical_or_(neurons > high), layout)
 
     def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ranges of those classes."""
@@ -128,7 +142,9 @@ class MultiRange(SingleRange):
         if "sections" not in state.tensors:
             super().observe(state, layout, neurons, labels)
             return
-        cells = self._cells(state, neurons, labels).flatten()
+        low, high = (state[end].index_select(0, labels) for end in ("low", "high"))
+        section = self.section(neurons - low, self._scale(low, high)).long()
+        cells = cell_index(section, labels, self.sections).flatten()
         counts = state["sections"].view(-1)
         counts.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
         count = state["count"]
@@ -145,24 +161,49 @@ class MultiRange(SingleRange):
         return [self._recounted(part, low, high) for part in parts]
 
     def _recounted(self, part: State, low: Tensor, high: Tensor) -> State:
-        ends = {"low": low, "high": high}
-        classes = torch.arange(len(low), device=low.device)
-        known = (part["count"] > 0)[:, None]
+        known = (part["count"] > 0)[:, None]  # without images there is nothing to count
+        begin = torch.where(known, part["low"] - low, 0.0)
         width = torch.where(known, part["high"] - part["low"], 0.0)
+        scale = self._scale(low, high)
         counts = torch.zeros_like(part["sections"])
         for q in range(self.sections):
-            centre = part["low"] + width * ((q + 0.5) / self.sections)
-            centre = torch.where(known, centre, low)  # without images there is nothing to count
-            places = self.section(State(dict(ends)), centre, classes)
+            centre = begin + width * ((q + 0.5) / self.sections)
+            places = self.section(centre, scale).long()
             counts.scatter_add_(2, places[:, :, None], part["sections"][:, :, q, None])
-        return State({**part.tensors, **ends, "sections": counts}, dict(part.reductions))
+        tensors = {**part.tensors, "low": low, "high": high, "sections": counts}
+        return State(tensors, dict(part.reductions))
+
+    def prepare(self, state: State, layout: Layout) -> State:
+        """Return the ranges and a table of costs.
+
+        The table has shape (classes, Q + 2, N): the cost outside, of each section, and outside
+        again. Neighbouring neurons often lie in the same section, and then are neighbours in it.
+        """
+        low, high, count, sections = (state[key] for key in ("low", "high", "count", "sections"))
+        table = torch.empty(
+            (len(count), self.sections + 2, low.shape[1]), dtype=torch.float32, device=low.device
+        )
+        for mine, found, n in zip(table, sections, count.float(), strict=True):
+            mine[[0, -1]] = self._cost(torch.zeros_like(n), n)
+            mine[1:-1] = self._cost(found.T.float(), n)
+        scale = self._scale(low, high)
+        return State({"low": low, "high": high, "count": count, "scale": scale, "table": table})
 
     def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the cost of the section that each neuron lies in."""
-        n = ready["count"][classes, None].float()
-        found = ready["sections"].view(-1)[self._cells(ready, neurons, classes)].float()
-        found = torch.where(self.inside(ready, layout, neurons, classes), found, 0.0)
-        return self._cost(found, n)
+        low, high, scale = (ready[key].index_select(0, classes) for key in ("low", "high", "scale"))
+        outside = (neurons < low).logical_or_(neurons > high)
+        row = torch.where(outside, 0.0, self.section(neurons - low, scale).add_(1))
+        table, width = ready["table"], neurons.shape[1]
+        kind = torch.int32 if table.numel() < 1 << 31 else torch.int64  # the smaller is faster
+        index = row.to(kind).mul_(width)
+        index += torch.arange(width, dtype=kind, device=index.device)
+        index += classes[:, None].to(kind) * (len(table[0]) * width)
+        return table.view(-1).index_select(0, index.view(-1)).view_as(neurons)
+
+    def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the log of each point's mean cost; see `Method.evidence`."""
+        return log_means(self.costs(ready, layout, neurons, classes), layout)
 
     def _cost(self, found: Tensor, n: Tensor) -> Tensor:
         """Return the cost of sections that hold `found` of n images."""
@@ -177,29 +218,33 @@ class MultiRange(SingleRange):
         the distance, in widths of the range, has a gradient.
         """
         low, high, width = (part[classes] for part in _ranges(ready, neurons.dtype))
-        counts = torch.nn.functional.pad(ready["sections"], (1, 1))  # nothing lies outside
-        n = ready["count"][:, None, None]
-        table = self._cost(counts.to(neurons.dtype), n.to(neurons.dtype))
+        table = ready["table"].mT.to(neurons.dtype)
         distance = hinge(neurons, low, high, width)
         span = torch.where(high > low, high - low, 1.0)
         place = (neurons - low) / span * self.sections + 0.5  # 0 is the centre left of the range
         place = torch.where(high > low, place, 1 - distance)  # one section, fading on both sides
         return interpolated(table, classes, place) + distance
 
-    def section(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the section that each neuron lies in, 0 to Q−1; the nearest if outside.
+    def section(self, above: Tensor, scale: Tensor) -> Tensor:
+        """Return the section that each neuron lies in, 0 to Q−1, as whole float32 numbers.
 
-        A range of no width has one section, number 0. Computed in double precision: float32
-        differences are then exact, and no width is too small or too large to divide by.
+        Counting and scoring both take it from here: rounding may move an edge between sections,
+        but the same for both.
+
+        Parameters
+        ----------
+        above
+            How far neurons inside their range lie above its lower end.
+        scale
+            Sections per unit of activation, see `_scale`.
         """
-        low = state["low"][classes].double()
-        width = state["high"][classes].double() - low
-        place = (neurons.double() - low) / width * self.sections
-        return torch.where(width > 0, place, 0.0).clamp(0, self.sections - 1).long()
+        return (above * scale).clamp_(0, self.sections - 1).floor_()
 
-    def _cells(self, state: State, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the index of each neuron's section in the flattened counts."""
-        return cell_index(self.section(state, neurons, classes), classes, self.sections)
+    def _scale(self, low: Tensor, high: Tensor) -> Tensor:
+        """Return Q/(high − low), float32 and finite; 0 for a range of no width."""
+        width = high.double() - low.double()
+        scale = torch.where(width > 0, self.sections / width, 0.0)
+        return scale.clamp_max(torch.finfo(torch.float32).max).float()
 
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
