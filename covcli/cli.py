@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-import covcli
 from covcli.options import (
     Amp,
     Augment,
@@ -26,6 +25,7 @@ from covcli.options import (
     Runs,
     Seed,
     Threads,
+    Version,
     prepare,
 )
 
@@ -40,19 +40,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        sys.stdout.write(f"covcli {covcli.__version__}\n")
-        raise typer.Exit
-
-
 @app.callback()
-def root(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
-    ] = False,
-) -> None:
+def root(version: Version = False) -> None:
     """Tell which answers of an image classifier can be trusted, by coverage analysis."""
 
 

@@ -1,16 +1,29 @@
 """The options that several commands share, and how a command's process is set up."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
+import covcli
 from covcli.errors import CovcliError
 
 if TYPE_CHECKING:
     from covcli.runtime import Interrupts
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"covcli {covcli.__version__}\n")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+]
 Runs = Annotated[Path, typer.Option(help="Folder of the run folders.")]
 DataDir = Annotated[
     Path | None,

@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Expected, Layout, State, blocks
+from covcli.methods.base import METHODS, Layout, blocks
 from covcli.methods.gaussian import Gauss, class_means, matrices, rescaled, whole_numbers
 from covcli.methods.ranges import SingleRange
+from covcli.methods.state import Expected, State
 
 RANGES = SingleRange()
 RANGE_TENSORS = ("low", "high")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from covcli.errors import CovcliError
-from covcli.methods.base import METHODS, Expected, Layout, Method, State, blocks
+from covcli.methods.base import METHODS, Layout, Method, blocks
+from covcli.methods.state import Expected, State
 
 # A neuron that hardly varies counts as deviating this share of its point's root mean square
 # deviation, or one that never fired on trusted images would outweigh all others.

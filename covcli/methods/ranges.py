@@ -11,16 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import (
-    METHODS,
-    Expected,
-    Layout,
-    Method,
-    State,
-    cell_index,
-    log_means,
-)
+from covcli.methods.base import METHODS, Layout, Method, cell_index, log_means
 from covcli.methods.soft import hinge, interpolated
+from covcli.methods.state import Expected, State
 
 # In soft costs a range narrower than this share of its neuron's mean width counts as that wide.
 LEAST_WIDTH = 0.05

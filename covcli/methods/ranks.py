@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Expected, Layout, Method, State
+from covcli.methods.base import METHODS, Layout, Method
+from covcli.methods.state import Expected, State
 
 
 @METHODS.add("nrc")
