@@ -77,15 +77,20 @@ class Recording(AbstractContextManager["Recording"]):
             self._file = None
 
     def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield rows of the set with their neurons, group by group, of this rank's share."""
+        """Yield rows of the set with their neurons, group by group, of this rank's share.
+
+        The neurons of a group are gone once the next one is asked for.
+        """
         if self._file is None:
             for batch in self._sweep("reading trusted images again"):
                 yield batch.rows, batch.neurons
             return
         self._file.seek(0)
+        buffer = np.empty((self._group, self._width), np.float32)
         for group in torch.cat(self._rows or [torch.empty(0)]).split(self._group):
-            buffer = np.fromfile(self._file, np.float32, len(group) * self._width)
-            yield group, torch.from_numpy(buffer).view(len(group), -1).to(self._device)
+            neurons = buffer[: len(group)]
+            self._file.readinto(neurons.data)
+            yield group, torch.from_numpy(neurons).to(self._device)
 
     def __enter__(self) -> Self:
         return self

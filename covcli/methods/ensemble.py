@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from covcli.methods.base import METHODS, Layout, blocks
-from covcli.methods.gaussian import Gauss, class_means, matrices, rescaled, whole_numbers
+from covcli.methods.gaussian import (
+    Gauss,
+    class_means,
+    matrices,
+    rescaled,
+    sums_by_class,
+    whole_numbers,
+)
 from covcli.methods.ranges import SingleRange
 from covcli.methods.state import Expected, State
 
@@ -69,8 +76,10 @@ class Ensemble(Gauss):
 
     def observe_noisy(self, noisy: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Add noisy copies to their sums."""
-        whole = whole_numbers(noisy, neurons[:, layout.value_columns]).long()
-        noisy["noisy_total"].index_add_(0, labels, whole)
+        whole = whole_numbers(
+            noisy, neurons.index_select(1, layout.value_columns.to(neurons.device))
+        )
+        noisy["noisy_total"].add_(sums_by_class(whole, labels, layout.classes))
         noisy["noisy_count"].add_(torch.bincount(labels, minlength=layout.classes))
 
     def _scaled(self, part: State, ratio: Tensor, unit: Tensor, layout: Layout) -> State:

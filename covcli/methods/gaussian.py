@@ -8,6 +8,7 @@ at every coverage point, towards the predicted class, and with a shrunk covarian
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -25,6 +26,7 @@ SPAN = 3.0
 # Values are summed as whole numbers of at most so many bits: products of two, and sums of a batch
 # of them, are exact in double precision, and sums over 8 million images in 64-bit integers.
 BITS = 20
+STRIP = 128
 
 
 @METHODS.add("gauss")
@@ -73,17 +75,17 @@ class Gauss(Method):
 
         The sums are of whole numbers of a unit, so no order or grouping of images changes a bit.
         """
-        values = neurons[:, layout.value_columns]
+        values = neurons.index_select(1, layout.value_columns.to(neurons.device))
         if "unit" not in state.tensors:
             largest = values.abs().amax(0) if len(values) else torch.zeros_like(state["peak"])
             torch.maximum(state["peak"], largest, out=state["peak"])
             return
         whole = whole_numbers(state, values)
-        state["total"].index_add_(0, labels, whole.long())
+        state["total"].add_(sums_by_class(whole, labels, layout.classes))
         state["count"].add_(torch.bincount(labels, minlength=layout.classes))
         parts = whole.split(layout.values, 1)
         for products, part in zip(_triangles(state["products"], layout), parts, strict=True):
-            products += _pack(part.T @ part).long()
+            _add_products(products, part)
 
     def proceed(self, state: State, layout: Layout) -> State | None:
         """Choose each value's unit after the first pass: a power of two, 2^20 to its peak."""
@@ -239,7 +241,32 @@ def rescaled(sums: Tensor, ratio: Tensor) -> Tensor:
 
 def whole_numbers(state: State, values: Tensor) -> Tensor:
     """Return values (B, V) in their units, rounded, as float64."""
-    return (values.double() / state["unit"]).round()
+    return values.double().div_(state["unit"]).round_()
+
+
+def sums_by_class(whole: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Return the sums of whole numbers (B, V) by class, int64 of shape (classes, V)."""
+    members: Tensor = torch.nn.functional.one_hot(labels, classes).to(whole.dtype)
+    sums: Tensor = members.T @ whole
+    return sums.long()
+
+
+def _add_products(products: Tensor, part: Tensor) -> None:
+    """Add partᵀ·part to its packed lower triangle, in strips that leave out most of the upper."""
+    width = part.shape[1]
+    for begin in range(0, width, STRIP):
+        end = min(begin + STRIP, width)
+        strip = part[:, begin:end].T @ part[:, :end]
+        first, last = begin * (begin + 1) // 2, end * (end + 1) // 2
+        lower = _lower(begin, end).to(part.device)
+        products[first:last] += strip.view(-1).index_select(0, lower).long()
+
+
+@cache
+def _lower(begin: int, end: int) -> Tensor:
+    """Return where the lower triangle stands in its flattened rows `begin` to `end`, row by row."""
+    rows, columns = torch.tril_indices(end - begin, end, begin)
+    return rows * end + columns
 
 
 def matrices(flat: Tensor, layout: Layout) -> list[Tensor]:
