@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import BinaryIO, Self, cast
+from typing import Self
 
 import numpy as np
 import torch
@@ -26,11 +26,11 @@ MINIMUM_TRUSTED = 10
 SPILL_BYTES = 8 << 30
 # How much of the spilled neurons is read at once: more than a batch of the network, so that what a
 # method does once a group weighs little.
-GROUP_BYTES = 32 << 20
+GROUP_BYTES = 4 << 20
 MOST_ROWS = 1024
 # How many trusted images are copied with noise, and how many surrogates of each kind are made.
-NOISY_IMAGES = 512
-SURROGATE_IMAGES = 250
+NOISY_IMAGES = 256
+SURROGATE_IMAGES = 64
 
 
 class Recording(AbstractContextManager["Recording"]):
@@ -56,7 +56,7 @@ class Recording(AbstractContextManager["Recording"]):
         wanted = 4 * self._width * len(images)
         free = shutil.disk_usage(tempfile.gettempdir()).free
         fits = wanted <= min(SPILL_BYTES, free // 2)
-        self._file = cast(BinaryIO, tempfile.TemporaryFile()) if fits else None  # noqa: SIM115
+        self._file = tempfile.TemporaryFile() if fits else None  # noqa: SIM115
         self._rows: list[Tensor] = []
         found = []
         for batch in self._sweep("reading trusted images"):

@@ -266,7 +266,8 @@ def _add_products(products: Tensor, part: Tensor) -> None:
 def _lower(begin: int, end: int) -> Tensor:
     """Return where the lower triangle stands in its flattened rows `begin` to `end`, row by row."""
     rows, columns = torch.tril_indices(end - begin, end, begin)
-    return rows * end + columns
+    places: Tensor = rows * end + columns
+    return places
 
 
 def matrices(flat: Tensor, layout: Layout) -> list[Tensor]:
