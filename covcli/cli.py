@@ -70,21 +70,22 @@ def train(
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Start from torchvision's ImageNet weights.")
     ] = False,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images a step, of all ranks.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak of the one-cycle schedule.")] = 0.05,
-    weight_decay: Annotated[float, typer.Option(help="On weight matrices and kernels.")] = 5e-4,
+    weight_decay: Annotated[float, typer.Option(min=0, help="On matrices and kernels.")] = 5e-4,
     confidence_threshold: Annotated[
-        float, typer.Option(help="Softmax confidence from which a correct answer is trusted.")
+        float,
+        typer.Option(min=0, help="Softmax confidence from which a correct answer is trusted."),
     ] = 0.9,
     confidence_weight: Annotated[
-        float, typer.Option(help="Weight of the penalty on untrusted activations; 0: none.")
+        float, typer.Option(min=0, help="Weight of the penalty on untrusted activations.")
     ] = 0.1,
     signature_every: Annotated[
-        int, typer.Option(help="Epochs between two refreshes of the running signature.")
+        int, typer.Option(min=1, help="Epochs between two refreshes of the running signature.")
     ] = 1,
     calibration_split: Annotated[
-        float, typer.Option(help="Share of the training images held out to calibrate.")
+        float, typer.Option(min=0, max=1, help="Share of the images held out to calibrate.")
     ] = 0.1,
     save_every: Annotated[
         str, typer.Option(help="Save for --resume every so many epochs, or minutes, as 10m.")
