@@ -112,6 +112,17 @@ def configure(seed: int, threads: int) -> None:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Run a block in one thread: a matrix is factored in other roundings by several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Run a block that draws from torch's global generator, from a seed, and restore it after."""
     with torch.random.fork_rng():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from covcli import store
+from covcli import runtime, store
 from covcli.activations import GRANULARITIES, Granularity, Point
 from covcli.calibration import Calibration
 from covcli.combination import Combination
@@ -71,7 +71,8 @@ class Signature:
     @cached_property
     def ready(self) -> State:
         """What the method reads for scoring."""
-        with torch.inference_mode(False):  # first needed in a sweep, it serves gradients too
+        # First needed in a sweep, it serves gradients too.
+        with torch.inference_mode(False), runtime.one_thread():
             return self.method.prepare(self.state, self.layout)
 
     def evidence(self, neurons: Tensor, classes: Tensor) -> Tensor:
