@@ -126,9 +126,9 @@ def prepare(
                 where=f"model {model.spec.name!r}",
                 fix=f"choose of {', '.join(others)}",
             )
-    purpose = "for the baselines to read"
-    trusted = recorded.trusted_images(record, model.spec.classes, data_dir, purpose)
-    held_out = recorded.calibration_images(record, data_dir, purpose)
+    otherwise = "leave --baseline out"
+    trusted = recorded.trusted_images(record, model.spec.classes, data_dir, otherwise)
+    held_out = recorded.calibration_images(record, data_dir, otherwise)
     ranking = torch.nonzero(torch.arange(len(held_out)) % FIT_EVERY)[:, 0]
     return Plan(chosen, network, trusted, held_out.select(ranking))
 

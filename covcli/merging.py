@@ -79,7 +79,7 @@ def merge_signatures(config: MergeConfig, progress: Progress) -> SignatureResult
     first.made.check_model(source.model, first.path)
     model = source.model.on(device)
     model.precision = first.made.precision
-    held_out = recorded.calibration_images(first.record, config.data_dir, "to calibrate again")
+    held_out = recorded.calibration_images(first.record, config.data_dir, "build the parts again")
     made = replace(first.made, state=merged_state([part.made for part in parts])).to(device)
     guarantee = first.calibration.guarantee
     calibration = replace(fit_calibration(model, made, held_out, progress), guarantee=guarantee)

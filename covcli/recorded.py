@@ -11,7 +11,7 @@ from covcli.images import ImageSet
 
 
 def trusted_images(
-    record: dict[str, Any], classes: int, data_dir: Path | None, purpose: str
+    record: dict[str, Any], classes: int, data_dir: Path | None, otherwise: str
 ) -> ImageSet:
     """Load the images that built a signature, less those that calibrated it.
 
@@ -23,8 +23,8 @@ def trusted_images(
         How many classes the network tells apart.
     data_dir
         The folder that downloaded sets live in.
-    purpose
-        What the images are needed for, as "for the baselines to read".
+    otherwise
+        What the user can do without the images, as "leave --baseline out".
 
     Raises
     ------
@@ -33,20 +33,20 @@ def trusted_images(
     """
     entry = record["trusted"]
     if "parts" in record:
-        raise _gone(entry["spec"], purpose, "the signature was merged from parts")
+        raise _gone(entry["spec"], otherwise, "the signature was merged from parts")
     try:
         images = data.load(entry["spec"], "train", data_dir)
     except CovcliError as error:
-        raise _gone(entry["spec"], purpose, str(error)) from None
+        raise _gone(entry["spec"], otherwise, str(error)) from None
     if images.source.fingerprint == record["calibration"]["source"]:
         images = images.without(torch.tensor(record["calibration_rows"]))
     if images.fingerprint != entry["images"]:
-        raise _gone(entry["spec"], purpose, "its fingerprint is another")
+        raise _gone(entry["spec"], otherwise, "its fingerprint is another")
     data.check_labels(images, classes)
     return images
 
 
-def calibration_images(record: dict[str, Any], data_dir: Path | None, purpose: str) -> ImageSet:
+def calibration_images(record: dict[str, Any], data_dir: Path | None, otherwise: str) -> ImageSet:
     """Load the images that calibrated a signature, in the order in which they were read.
 
     Parameters and errors are those of `trusted_images`.
@@ -63,12 +63,12 @@ def calibration_images(record: dict[str, Any], data_dir: Path | None, purpose: s
         chosen = images.select(torch.tensor(rows, dtype=torch.int64))
         if chosen.fingerprint == entry["images"]:
             return chosen
-    raise _gone(entry["spec"], purpose, reason)
+    raise _gone(entry["spec"], otherwise, reason)
 
 
-def _gone(spec: str, purpose: str, reason: str) -> CovcliError:
+def _gone(spec: str, otherwise: str, reason: str) -> CovcliError:
     return CovcliError(
-        f"is not there as the signature read it, {purpose} ({reason})",
+        f"is not there as the signature read it ({reason})",
         where=spec,
-        fix="restore it, or do without",
+        fix=f"restore it, or {otherwise}",
     )
