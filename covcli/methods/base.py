@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from covcli.errors import CovcliError
 from covcli.methods.state import Expected, State
 from covcli.registry import Registry
 from covcli.specs import fraction, parse, positive_count
+
+# Some rows, as numbers, int64; or all of them.
+Rows: TypeAlias = Tensor | slice
 
 
 @dataclass(frozen=True)
@@ -296,13 +299,19 @@ def cell_index(cells: Tensor, classes: Tensor, count: int) -> Tensor:
     return rows * count + cells
 
 
-def by_class(classes: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield each class that occurs, and which rows are of it, int64 on the classes' device."""
+def by_class(classes: Tensor) -> Iterator[tuple[int, Rows, int]]:
+    """Yield each class that occurs, which rows are of it, and how many."""
     rows: dict[int, list[int]] = {}
     for row, k in enumerate(classes.tolist()):
         rows.setdefault(k, []).append(row)
     for k, mine in rows.items():
-        yield k, torch.tensor(mine, device=classes.device)
+        every = len(mine) == len(classes)
+        yield k, slice(None) if every else torch.tensor(mine, device=classes.device), len(mine)
+
+
+def picked(values: Tensor, rows: Rows) -> Tensor:
+    """Return those rows; a view if it is all of them."""
+    return values if isinstance(rows, slice) else values.index_select(0, rows)
 
 
 def log_means(costs: Tensor, layout: Layout) -> Tensor:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Layout, Method, by_class, cell_index, log_sums
+from covcli.methods.base import METHODS, Layout, Method, by_class, cell_index, log_sums, picked
 from covcli.methods.soft import hinge, interpolated
 from covcli.methods.state import Expected, State
 
@@ -75,14 +75,14 @@ class SingleRange(Method):
         from memory once, for all of its images.
         """
         sums = neurons.new_empty((len(neurons), len(layout.sizes)), dtype=torch.float64)
-        for k, rows in by_class(classes):
+        for k, rows, count in by_class(classes):
             # There are caches to fit on a CPU alone; elsewhere fewer and larger operations pay.
-            most = PIECE // len(rows) if neurons.device.type == "cpu" else layout.neurons
+            most = PIECE // count if neurons.device.type == "cpu" else layout.neurons
             mine = [
-                part.sums(self._class_costs(ready, k, span, neurons[:, span].index_select(0, rows)))
+                part.sums(self._class_costs(ready, k, span, picked(neurons[:, span], rows)))
                 for span, part in layout.pieces(most)
             ]
-            sums.index_copy_(0, rows, torch.cat(mine, 1))
+            sums[rows] = torch.cat(mine, 1)
         return log_sums(sums, layout)
 
     def _class_costs(self, ready: State, k: int, span: slice, neurons: Tensor) -> Tensor:
@@ -207,9 +207,9 @@ class MultiRange(SingleRange):
     def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the cost of the section that each neuron lies in."""
         costs = torch.empty_like(neurons)
-        for k, rows in by_class(classes):
-            mine = neurons.index_select(0, rows)
-            costs.index_copy_(0, rows, self._class_costs(ready, k, slice(0, len(mine[0])), mine))
+        for k, rows, _ in by_class(classes):
+            whole = slice(0, layout.neurons)
+            costs[rows] = self._class_costs(ready, k, whole, picked(neurons, rows))
         return costs
 
     def _class_costs(self, ready: State, k: int, span: slice, neurons: Tensor) -> Tensor:
