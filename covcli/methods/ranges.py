@@ -88,8 +88,7 @@ class SingleRange(Method):
     def _class_costs(self, ready: State, k: int, span: slice, neurons: Tensor) -> Tensor:
         """Return the costs, as of class k, of the neurons (B, width) that stand at `span`."""
         low, high = (ready[end][k, span] for end in ("low", "high"))
-        # In place, a comparison makes numbers; truth values, and what is done with them, are slow.
-        return neurons.clamp(low, high).ne_(neurons)
+        return _differ(neurons, neurons.clamp(low, high))
 
     def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ranges of those classes."""
@@ -216,13 +215,13 @@ class MultiRange(SingleRange):
         """Return the costs, as of class k, of the neurons (B, width) that stand at `span`."""
         low, high, scale = (ready[key][k, span] for key in ("low", "high", "scale"))
         within = neurons.clamp(low, high)
-        outside = torch.ne(neurons, within, out=torch.empty_like(within))  # 0 or 1, as numbers
+        outside = _differ(neurons, within)
         row = self.section(within.sub_(low), scale).add_(outside, alpha=self.sections)
         row.clamp_max_(self.sections)
         table = ready["table"][k, 1:]  # sections, then outside
         kind = torch.int32 if table.numel() < 1 << 31 else torch.int64  # the smaller is faster
-        index = row.to(kind).mul_(table.shape[1])
-        index += torch.arange(span.start, span.stop, dtype=kind, device=index.device)
+        columns = torch.arange(span.start, span.stop, dtype=kind, device=row.device)
+        index = torch.add(columns, row.to(kind), alpha=table.shape[1])
         return table.view(-1).index_select(0, index.view(-1)).view_as(neurons)
 
     def _cost(self, found: Tensor, n: Tensor) -> Tensor:
@@ -270,6 +269,11 @@ class MultiRange(SingleRange):
         """Return what a complete state holds."""
         shape = (layout.classes, layout.neurons, self.sections)
         return {**super().expected(layout), "sections": (torch.int32, shape)}
+
+
+def _differ(values: Tensor, others: Tensor) -> Tensor:
+    """Return 1 where they differ, else 0, as numbers: truth values are slow to make and use."""
+    return torch.ne(values, others, out=torch.empty_like(values))
 
 
 def _ranges(ready: State, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
