@@ -160,6 +160,11 @@ class Recorder:
         self.granularity = granularity
         self._seen: dict[str, list[Tensor]] = {}
         self._units: Tensor | None = None
+        self._spare: Tensor | None = None
+
+    def reuse(self, neurons: Tensor | None) -> None:
+        """Let the next pass write its units over these, which nobody reads any more."""
+        self._spare = neurons
 
     def note(self, point: Point, output: Tensor) -> None:
         """Keep what a hook saw: neurons, or for contributions the activations until `take`."""
@@ -174,11 +179,19 @@ class Recorder:
         """Copy a point's units to their place among all neurons, which saves copying them twice."""
         sizes = [each.neurons for each in self.points]
         if self._units is None:
-            dtype = torch.promote_types(output.dtype, torch.float32)
-            self._units = output.new_empty((len(output), sum(sizes)), dtype=dtype)
+            self._units = self._room(output, sum(sizes))
         place: Tensor = self._units.split(sizes, 1)[self.points.index(point)]
         place.unflatten(1, output.shape[1:]).copy_(output)
         return place
+
+    def _room(self, output: Tensor, neurons: int) -> Tensor:
+        """Return memory for a batch's units; touching fresh memory costs more than the copying."""
+        shape, dtype = (len(output), neurons), torch.promote_types(output.dtype, torch.float32)
+        spare, self._spare = self._spare, None
+        wanted = (shape, dtype, output.device)
+        if spare is not None and (spare.shape, spare.dtype, spare.device) == wanted:
+            return spare
+        return output.new_empty(shape, dtype=dtype)
 
     def take(self, logits: Tensor) -> Tensor:
         """Return the neurons of all points side by side, shape (B, N), and start anew.

@@ -89,6 +89,7 @@ class Monitor:
         self.model.precision = made.precision
         self.signature = made
         self.calibration = calibration
+        self._spare: Tensor | None = None  # memory that held the neurons of the last batch
 
     @classmethod
     def load(
@@ -134,9 +135,11 @@ class Monitor:
             torch.inference_mode(),
             capture(self.model.network, made.points, made.granularity) as recorder,
         ):
+            recorder.reuse(self._spare)
             logits, neurons = engine.forward(self.model, recorder, inputs)
         predicted = logits.argmax(1)
         scores = self.calibration.score(made.evidence(neurons, predicted).cpu())
+        self._spare = neurons
         classes = predicted.cpu()
         return Verdicts(
             logits=logits,

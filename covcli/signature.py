@@ -19,8 +19,6 @@ from covcli.guarantees import MODES, Guarantee
 from covcli.methods import Layout, Method, State, make_method
 from covcli.models import Classifier, ModelSpec, Precision, precision
 
-# Evidence is read from so many neurons at once, few enough for a processor's cache.
-PIECE = 1 << 20
 COMBINATION = ("center", "scale", "weights", "level", "spread")
 RANKING = ("scores", "softmax", "predicted")
 
@@ -85,7 +83,7 @@ class Signature:
         classes
             The class that each image is measured against, shape (B,).
         """
-        rows = max(1, PIECE // max(1, neurons.shape[1]))
+        rows = max(1, self.method.at_once // max(1, neurons.shape[1]))
         pieces = zip(neurons.split(rows), classes.split(rows), strict=True)
         return torch.cat([self.method.evidence(self.ready, self.layout, *p) for p in pieces])
 

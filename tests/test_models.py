@@ -120,6 +120,22 @@ def test_what_is_recorded_is_each_points_pool_with_gradients_or_without(
         assert tracked.requires_grad
 
 
+def test_reused_memory_shows_the_last_batch_alone() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU())
+    points = find_points(network, torch.zeros(2, 1, 8, 8), "unit")
+    with capture(network, points, "unit") as recorder, torch.inference_mode():
+        kept = recorder.take(network(torch.ones(5, 1, 8, 8)))
+        spare = recorder.take(network(torch.ones(5, 1, 8, 8)))
+        for size in (5, 5, 2):
+            images = torch.randn(size, 1, 8, 8)
+            outputs = [pool(network[:n](images), 1, "unit") for n in (2, 4)]
+            recorder.reuse(spare)
+            found = recorder.take(network(images))
+            assert torch.equal(found, torch.cat(outputs, 1))
+            assert (found.data_ptr() == spare.data_ptr()) == (size == 5)
+        assert torch.equal(kept, recorder.take(network(torch.ones(5, 1, 8, 8))))
+
+
 class Shared(nn.Module):
     """One ReLU called twice, and an in-place change of what it returned."""
 

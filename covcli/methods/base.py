@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from covcli.errors import CovcliError
 from covcli.methods.state import Expected, State
 from covcli.registry import Registry
 from covcli.specs import fraction, parse, positive_count
+
+# Some rows, as numbers, int64; or all of them.
+Rows: TypeAlias = Tensor | slice
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,25 @@ class Layout:
         kind = torch.int32 if values.dtype == torch.bool else torch.float64
         return torch.cat([block.sum(2, dtype=kind) for block in blocks(values, self.sizes)], 1)
 
+    def pieces(self, most: int) -> Iterator[tuple[slice, "Layout"]]:
+        """Yield runs of whole points, of at most so many neurons or one point.
+
+        Yields
+        ------
+        tuple of slice and Layout
+            Where the run's neurons stand among all, and which of them belong to which point.
+        """
+        first, start, end = 0, 0, 0
+        for number, size in enumerate(self.sizes):
+            if number > first and end - start + size > most:
+                yield slice(start, end), self._points(first, number)
+                first, start = number, end
+            end += size
+        yield slice(start, end), self._points(first, len(self.sizes))
+
+    def _points(self, first: int, end: int) -> "Layout":
+        return Layout(self.classes, self.sizes[first:end], self.values[first:end])
+
     @cached_property
     def widths(self) -> Tensor:
         """How many neurons each point has, float64 of shape (L,)."""
@@ -80,6 +102,8 @@ class Method(ABC):
     ----------
     name
         The name in the registry.
+    at_once
+        Up to about how many neurons, of several images, evidence is read at once.
     contributions
         Whether its neurons are what activations contribute to the network's certainty, which
         takes gradients, rather than the activations.
@@ -88,6 +112,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    at_once: ClassVar[int] = 1 << 20
     contributions: ClassVar[bool] = False
     experts: ClassVar[bool] = False
 
@@ -274,9 +299,29 @@ def cell_index(cells: Tensor, classes: Tensor, count: int) -> Tensor:
     return rows * count + cells
 
 
+def by_class(classes: Tensor) -> Iterator[tuple[int, Rows, int]]:
+    """Yield each class that occurs, which rows are of it, and how many."""
+    rows: dict[int, list[int]] = {}
+    for row, k in enumerate(classes.tolist()):
+        rows.setdefault(k, []).append(row)
+    for k, mine in rows.items():
+        every = len(mine) == len(classes)
+        yield k, slice(None) if every else torch.tensor(mine, device=classes.device), len(mine)
+
+
+def picked(values: Tensor, rows: Rows) -> Tensor:
+    """Return those rows; a view if it is all of them."""
+    return values if isinstance(rows, slice) else values.index_select(0, rows)
+
+
 def log_means(costs: Tensor, layout: Layout) -> Tensor:
     """Return log(mean + 1/neurons) of each point's costs, float64 of shape (B, L)."""
-    return torch.log((layout.sums(costs) + 1) / layout.widths.to(costs.device))
+    return log_sums(layout.sums(costs), layout)
+
+
+def log_sums(sums: Tensor, layout: Layout) -> Tensor:
+    """Return the same from the sums of each point's costs, (B, L)."""
+    return torch.log((sums + 1) / layout.widths.to(sums.device))
 
 
 METHODS: Registry[type[Method]] = Registry("method")

@@ -170,16 +170,17 @@ class Gauss(Method):
         return neurons.index_select(1, columns) - ready["mean"].index_select(0, classes)
 
     def _log_distances(self, ready: State, layout: Layout, away: Tensor) -> Tensor:
-        squares, start = [], 0
+        norms, start = [], 0
         for block in blocks(away, layout.values):
             points, width = block.shape[1:]
             end = start + points * width * width
             whitening = ready["whitening"][start:end].view(points, width, width)
             whitened = whitening @ block.permute(1, 2, 0)  # one product for all these points
-            squares.append(whitened.square().mean(1, dtype=torch.float64))
+            norms.append(torch.linalg.vector_norm(whitened, dim=1, dtype=torch.float64))
             start = end
+        widths = torch.tensor(layout.values, dtype=torch.float64, device=away.device)
         tiny = torch.finfo(torch.float64).tiny
-        return torch.log(torch.cat(squares).T.clamp_min(tiny))
+        return torch.log((torch.cat(norms).T.square() / widths).clamp_min(tiny))
 
     def soft_evidence(
         self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor

@@ -11,12 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Layout, Method, cell_index, log_means
+from covcli.methods.base import METHODS, Layout, Method, by_class, cell_index, log_sums, picked
 from covcli.methods.soft import hinge, interpolated
 from covcli.methods.state import Expected, State
 
 # In soft costs a range narrower than this share of its neuron's mean width counts as that wide.
 LEAST_WIDTH = 0.05
+# So many neurons, of one image or several, fit the cache with what they are compared with.
+PIECE = 1 << 18
 
 
 @METHODS.add("src")
@@ -29,6 +31,7 @@ class SingleRange(Method):
     """
 
     name: ClassVar[str] = "src"
+    at_once: ClassVar[int] = 1 << 25
 
     def begin(self, layout: Layout) -> State:
         """Return empty ranges, (+inf, -inf), and counts of 0."""
@@ -66,9 +69,26 @@ class SingleRange(Method):
         return (neurons >= low) & (neurons <= high)
 
     def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the log of each point's share outside; see `Method.evidence`."""
-        low, high = (ready[end].index_select(0, classes) for end in ("low", "high"))
-        return log_means((neurons < low).logical_or_(neurons > high), layout)
+        """Return the log of each point's mean cost; see `Method.evidence`.
+
+        Read class by class and a few points at a time: what a class compares these with is read
+        from memory once, for all of its images.
+        """
+        sums = neurons.new_empty((len(neurons), len(layout.sizes)), dtype=torch.float64)
+        for k, rows, count in by_class(classes):
+            # There are caches to fit on a CPU alone; elsewhere fewer and larger operations pay.
+            most = PIECE // count if neurons.device.type == "cpu" else layout.neurons
+            mine = [
+                part.sums(self._class_costs(ready, k, span, picked(neurons[:, span], rows)))
+                for span, part in layout.pieces(most)
+            ]
+            sums[rows] = torch.cat(mine, 1)
+        return log_sums(sums, layout)
+
+    def _class_costs(self, ready: State, k: int, span: slice, neurons: Tensor) -> Tensor:
+        """Return the costs, as of class k, of the neurons (B, width) that stand at `span`."""
+        low, high = (ready[end][k, span] for end in ("low", "high"))
+        return _differ(neurons, neurons.clamp(low, high))
 
     def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ranges of those classes."""
@@ -179,24 +199,30 @@ class MultiRange(SingleRange):
         for mine, found, n in zip(table, sections, count.float(), strict=True):
             mine[[0, -1]] = self._cost(torch.zeros_like(n), n)
             mine[1:-1] = self._cost(found.T.float(), n)
-        scale = self._scale(low, high)
+        # The ends of an empty range are infinite, and 0 times infinity is not a number.
+        scale = torch.where(low > high, 1.0, self._scale(low, high))
         return State({"low": low, "high": high, "count": count, "scale": scale, "table": table})
 
     def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the cost of the section that each neuron lies in."""
-        low, high, scale = (ready[key].index_select(0, classes) for key in ("low", "high", "scale"))
-        outside = (neurons < low).logical_or_(neurons > high)
-        row = torch.where(outside, 0.0, self.section(neurons - low, scale).add_(1))
-        table, width = ready["table"], neurons.shape[1]
-        kind = torch.int32 if table.numel() < 1 << 31 else torch.int64  # the smaller is faster
-        index = row.to(kind).mul_(width)
-        index += torch.arange(width, dtype=kind, device=index.device)
-        index += classes[:, None].to(kind) * (len(table[0]) * width)
-        return table.view(-1).index_select(0, index.view(-1)).view_as(neurons)
+        costs = torch.empty_like(neurons)
+        for k, rows, _ in by_class(classes):
+            whole = slice(0, layout.neurons)
+            costs[rows] = self._class_costs(ready, k, whole, picked(neurons, rows))
+        return costs
 
-    def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the log of each point's mean cost; see `Method.evidence`."""
-        return log_means(self.costs(ready, layout, neurons, classes), layout)
+    def _class_costs(self, ready: State, k: int, span: slice, neurons: Tensor) -> Tensor:
+        """Return the costs, as of class k, of the neurons (B, width) that stand at `span`."""
+        low, high, scale = (ready[key][k, span] for key in ("low", "high", "scale"))
+        within = neurons.clamp(low, high)
+        outside = _differ(neurons, within)
+        row = self.section(within.sub_(low), scale).add_(outside, alpha=self.sections)
+        row.clamp_max_(self.sections)
+        table = ready["table"][k, 1:]  # sections, then outside
+        kind = torch.int32 if table.numel() < 1 << 31 else torch.int64  # the smaller is faster
+        columns = torch.arange(span.start, span.stop, dtype=kind, device=row.device)
+        index = torch.add(columns, row.to(kind), alpha=table.shape[1])
+        return table.view(-1).index_select(0, index.view(-1)).view_as(neurons)
 
     def _cost(self, found: Tensor, n: Tensor) -> Tensor:
         """Return the cost of sections that hold `found` of n images."""
@@ -243,6 +269,11 @@ class MultiRange(SingleRange):
         """Return what a complete state holds."""
         shape = (layout.classes, layout.neurons, self.sections)
         return {**super().expected(layout), "sections": (torch.int32, shape)}
+
+
+def _differ(values: Tensor, others: Tensor) -> Tensor:
+    """Return 1 where they differ, else 0, as numbers: truth values are slow to make and use."""
+    return torch.ne(values, others, out=torch.empty_like(values))
 
 
 def _ranges(ready: State, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
