@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from covcli import checkpoint as checkpoints
 from covcli import data, engine, models, runtime
-from covcli.activations import Granularity
 from covcli.engine import Trainer, to_network
 from covcli.fitting import fit_calibration, fit_signature
 from covcli.images import ImageSet, in_memory
 from covcli.methods import make_method
 from covcli.models import Classifier, ModelSpec
 from covcli.monitor import Monitor
+from covcli.pooling import Granularity
 from covcli.progress import Silent
 from covcli.signature import Signature
 

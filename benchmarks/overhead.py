@@ -37,13 +37,13 @@ from peers import NEIGHBOURS, one_pass, peers
 from torch import Tensor
 
 from covcli import engine
-from covcli.activations import Granularity
 from covcli.engine import to_network
 from covcli.fitting import fit_calibration
 from covcli.images import ImageSet
 from covcli.losses import RUNNING, ConfidenceLoss
 from covcli.models import Classifier
 from covcli.monitor import Monitor
+from covcli.pooling import Granularity
 from covcli.progress import Silent
 from covcli.signing import DEFAULT_METHOD
 

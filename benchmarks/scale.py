@@ -23,9 +23,9 @@ import common
 import torch
 from common import Ratio, Work
 
-from covcli.activations import Granularity
 from covcli.images import ImageSet
 from covcli.models import Classifier
+from covcli.pooling import Granularity
 from covcli.signing import DEFAULT_METHOD
 
 BATCH = 64

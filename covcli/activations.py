@@ -4,22 +4,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from covcli.errors import CovcliError
+from covcli.pooling import Granularity, pool, statistics
 
-Granularity: TypeAlias = Literal["channel", "unit", "contribution"]
-GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Hardswish, nn.Softplus, nn.Tanh,
 )  # fmt: skip
 NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
-STATISTICS = ("mean", "maximum")  # of a channel over its positions, in `pool`'s order
 
 
 class CoverageLayer(nn.Module):
@@ -69,81 +66,6 @@ class Point:
     values: int
 
 
-def pool(output: Tensor, channel_dim: int, granularity: Granularity) -> Tensor:
-    """Turn a layer's output into neurons.
-
-    Parameters
-    ----------
-    output
-        Shape (B, C, ...) or (B, ..., C).
-    channel_dim
-        The dimension that counts the channels.
-    granularity
-        "channel": each channel's mean and maximum over its positions, or its value in a fully
-        connected layer. "unit": every value. "contribution": each channel's mean alone (of
-        activations times gradients, see `contributions`).
-
-    Returns
-    -------
-    Tensor
-        Shape (B, 2C), the means first; (B, C) for a fully connected layer and for contributions;
-        (B, C·positions) for units. float32 (float64 of an output in float64), and means are
-        summed in that precision, whatever a network under autocast computes in.
-    """
-    return torch.cat(_statistics(output, channel_dim, granularity), 1)
-
-
-def _statistics(output: Tensor, channel_dim: int, granularity: Granularity) -> list[Tensor]:
-    """Return what `pool` puts side by side; no views: a later in-place layer would change them."""
-    dtype = torch.promote_types(output.dtype, torch.float32)
-    if output.ndim == 2 or granularity == "unit":
-        whole = output.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        return [whole.flatten(1)]
-    rest = [d for d in range(1, output.ndim) if d != channel_dim % output.ndim]
-    means = output.mean(rest, dtype=dtype)
-    if granularity == "contribution":
-        return [means]
-    return [means, _largest(output, channel_dim, rest).to(dtype)]
-
-
-def _largest(output: Tensor, channel_dim: int, rest: list[int]) -> Tensor:
-    """Return each channel's maximum; amax is the faster way forward, and the slower one back."""
-    if output.requires_grad:
-        return output.movedim(channel_dim, -1).flatten(1, -2).max(1).values
-    return output.amax(rest)
-
-
-def locate(
-    neuron: int, shape: Sequence[int], channel_dim: int, granularity: Granularity
-) -> tuple[int, str]:
-    """Say what a neuron of `pool` stands for.
-
-    Parameters
-    ----------
-    neuron
-        Its number within the coverage point, from 0 on.
-    shape
-        The layer's output shape without the batch, as (C, H, W).
-    channel_dim, granularity
-        As in `pool`; the dimension is counted with the batch.
-
-    Returns
-    -------
-    tuple
-        The channel's number, and a label such as "channel 37, maximum", "channel 3 at (4, 7)" (row
-        and column) or, in a fully connected layer, "unit 12".
-    """
-    if len(shape) == 1:
-        return neuron, f"unit {neuron}"
-    dim = channel_dim % (len(shape) + 1) - 1
-    if granularity == "unit":
-        place = [int(i) for i in np.unravel_index(neuron, tuple(shape))]
-        channel = place.pop(dim)
-        return channel, f"channel {channel} at ({', '.join(map(str, place))})"
-    statistic, channel = divmod(neuron, shape[dim])
-    return channel, f"channel {channel}, {STATISTICS[statistic]}"
-
-
 class Recorder:
     """What the last forward pass showed at the points, filled by hooks.
 
@@ -173,7 +95,7 @@ class Recorder:
         elif self.granularity == "unit" and not torch.is_grad_enabled():
             self._seen[point.name] = [self._keep(point, output)]
         else:
-            self._seen[point.name] = _statistics(output, point.channel_dim, self.granularity)
+            self._seen[point.name] = statistics(output, point.channel_dim, self.granularity)
 
     def _keep(self, point: Point, output: Tensor) -> Tensor:
         """Copy a point's units to their place among all neurons, which saves copying them twice."""

@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from covcli import distributed
-from covcli.activations import Granularity, Point, Recorder, capture
+from covcli.activations import Point, Recorder, capture
 from covcli.errors import CovcliError
 from covcli.images import Augmentation, ImageSet, Shape, augment, batches, draw_moves
 from covcli.models import Classifier, Precision
+from covcli.pooling import Granularity
 from covcli.progress import Progress
 
 # A sweep's batch: at most so many images, positions of an image, and neurons in all. Which images

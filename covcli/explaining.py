@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covcli.activations import Point, locate, outputs
+from covcli.activations import Point, outputs
 from covcli.calibration import Calibration
 from covcli.combination import Combination
 from covcli.engine import sweep, to_network
 from covcli.images import ImageSet
 from covcli.models import Classifier
+from covcli.pooling import locate
 from covcli.progress import Silent
 from covcli.rules import Rule
 from covcli.signature import Signature

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from covcli import data, distributed, store
-from covcli.activations import Granularity, Point
+from covcli.activations import Point
 from covcli.calibration import FIT_EVERY, Calibration, calibrate, softmax_score
 from covcli.engine import Swept, sweep
 from covcli.images import ImageSet
 from covcli.methods import Layout, Method, State
 from covcli.models import Classifier
+from covcli.pooling import Granularity
 from covcli.progress import Progress
 from covcli.signature import Signature, layout_of
 from covcli.surrogates import DISTORTIONS, EXPERTS, OTHER_CLASS, distorted, other_class

@@ -9,9 +9,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from covcli.activations import Granularity, Point, find_points
+from covcli.activations import Point, find_points
 from covcli.errors import CovcliError
 from covcli.images import ImageSet, Shape
+from covcli.pooling import Granularity
 from covcli.registry import Registry, suggestion
 
 log = logging.getLogger(__name__)

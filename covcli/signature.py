@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from covcli import runtime, store
-from covcli.activations import GRANULARITIES, Granularity, Point
+from covcli.activations import Point
 from covcli.calibration import Calibration
 from covcli.combination import Combination
 from covcli.errors import CovcliError
 from covcli.guarantees import MODES, Guarantee
 from covcli.methods import Layout, Method, State, make_method
 from covcli.models import Classifier, ModelSpec, Precision, precision
+from covcli.pooling import GRANULARITIES, Granularity
 
 COMBINATION = ("center", "scale", "weights", "level", "spread")
 RANKING = ("scores", "softmax", "predicted")

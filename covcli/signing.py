@@ -9,7 +9,6 @@ import torch
 
 from covcli import checkpoint as checkpoints
 from covcli import data, distributed, runs, runtime, signature, store
-from covcli.activations import Granularity
 from covcli.calibration import Calibration, check_images
 from covcli.checkpoint import Checkpoint, DataRecord
 from covcli.engine import Amp, choose_precision
@@ -19,6 +18,7 @@ from covcli.guarantees import Guarantee, Mode
 from covcli.images import ImageSet
 from covcli.methods import Method, make_method
 from covcli.models import Statistics
+from covcli.pooling import Granularity
 from covcli.progress import Progress
 from covcli.signature import Signature
 

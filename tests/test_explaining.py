@@ -15,7 +15,6 @@ from test_cli import call
 import covcli
 from covcli import checkpoint as checkpoints
 from covcli import data, render, signature
-from covcli.activations import locate, pool
 from covcli.calibration import Calibration
 from covcli.drawing import explanation_picture
 from covcli.errors import CovcliError
@@ -24,6 +23,7 @@ from covcli.explaining import CHANNELS, POINTS, Explanation, explain, heat_map
 from covcli.images import ImageSet
 from covcli.methods import SingleRange, State
 from covcli.models import Classifier
+from covcli.pooling import locate, pool
 from covcli.progress import Silent
 from covcli.reporting import read, report
 from covcli.sections import SECTIONS

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from covcli.activations import pool
 from covcli.fitting import fold
 from covcli.losses import LEAST_WIDTH, MOST, RUNNING, TAIL, ConfidenceLoss, central_range
 from covcli.methods import Layout, State
+from covcli.pooling import pool
 from covcli.settings import first_penalised
 
 CLASSES, SIZES = 3, [3, 4, 2, 5]

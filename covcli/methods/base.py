@@ -10,9 +10,9 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from covcli.activations import Granularity
 from covcli.errors import CovcliError
 from covcli.methods.state import Expected, State
+from covcli.pooling import Granularity
 from covcli.registry import Registry
 from covcli.specs import fraction, parse, positive_count
 
