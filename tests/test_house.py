@@ -17,8 +17,8 @@ ROOMS = [
     "checkpoint", "signature", "calibration", "combination", "rules", "guarantees", "metrics",
     "methods", "methods.ensemble", "methods.gaussian", "methods.ranges", "methods.soft",
     "methods.ranks", "methods.contributions", "methods.base", "methods.state", "models",
-    "activations", "pooling", "data", "images", "progress", "runtime", "distributed", "runs", "store",
-    "guard", "specs", "registry", "errors", "__init__",
+    "activations", "pooling", "data", "images", "progress", "runtime", "distributed", "runs",
+    "store", "guard", "specs", "registry", "errors", "__init__",
 ]  # fmt: skip
 
 
