@@ -47,25 +47,30 @@ class Ensemble(Gauss):
     experts: ClassVar[bool] = True
 
     def begin(self, layout: Layout) -> State:
-        """Return the empty states of `src` and `gauss`."""
-        state = super().begin(layout)
-        ranges = RANGES.begin(layout)
+        """Return the empty ranges of `src`: the first pass finds them, as in `gauss` the peaks."""
+        self._check(layout)
+        state, ranges = State(), RANGES.begin(layout)
         for key in RANGE_TENSORS:
             state.declare(key, ranges[key], ranges.reductions[key])
         return state
 
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
-        """Find peaks and ranges in the first pass; add to the sums in the second."""
-        if "unit" not in state.tensors:
+        """Find the ranges in the first pass; add to the sums of `gauss` in the second."""
+        if "unit" in state.tensors:
+            self._sum(state, layout, neurons, labels)
+        else:
             RANGES.widen(state, neurons, labels)
-        super().observe(state, layout, neurons, labels)
 
     def proceed(self, state: State, layout: Layout) -> State | None:
-        """Settle units and ranges after the first pass, and sum in a second."""
-        summing = super().proceed(state, layout)
-        if summing is not None:
-            for key in RANGE_TENSORS:
-                summing.declare(key, state[key], "same")
+        """Settle ranges and units after the first pass, and sum in a second."""
+        if "unit" in state.tensors:
+            return None
+        ends = torch.cat([state[key] for key in RANGE_TENSORS]).abs()
+        largest = torch.where(ends.isfinite(), ends, 0.0).amax(0)  # infinite: a class not seen
+        columns = layout.value_columns.to(largest.device)
+        summing = self._summing(largest[columns], layout)
+        for key in RANGE_TENSORS:
+            summing.declare(key, state[key], "same")
         return summing
 
     def begin_noisy(self, state: State, layout: Layout) -> State:

@@ -61,26 +61,32 @@ class Gauss(Method):
         CovcliError
             If a point has more than 4,096 values: their covariance would not fit.
         """
+        self._check(layout)
+        state = State()
+        state.declare("peak", torch.zeros(sum(layout.values)), "max")
+        return state
+
+    def _check(self, layout: Layout) -> None:
         if max(layout.values) > MOST_VALUES:
             raise CovcliError(
                 f"{self.name} cannot hold the covariance of {max(layout.values)} neurons",
                 fix="use --granularity channel, or the method src or mrc",
             )
-        state = State()
-        state.declare("peak", torch.zeros(sum(layout.values)), "max")
-        return state
 
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Find the largest values in the first pass; sum values and their products in the second.
 
         The sums are of whole numbers of a unit, so no order or grouping of images changes a bit.
         """
-        values = neurons.index_select(1, layout.value_columns.to(neurons.device))
-        if "unit" not in state.tensors:
-            largest = values.abs().amax(0) if len(values) else torch.zeros_like(state["peak"])
-            torch.maximum(state["peak"], largest, out=state["peak"])
-            return
-        whole = whole_numbers(state, values)
+        if "unit" in state.tensors:
+            self._sum(state, layout, neurons, labels)
+        elif len(neurons):
+            values = neurons.index_select(1, layout.value_columns.to(neurons.device))
+            torch.maximum(state["peak"], values.abs().amax(0), out=state["peak"])
+
+    def _sum(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+        columns = layout.value_columns.to(neurons.device)
+        whole = whole_numbers(state, neurons.index_select(1, columns))
         state["total"].add_(sums_by_class(whole, labels, layout.classes))
         state["count"].add_(torch.bincount(labels, minlength=layout.classes))
         parts = whole.split(layout.values, 1)
@@ -91,7 +97,9 @@ class Gauss(Method):
         """Choose each value's unit after the first pass: a power of two, 2^20 to its peak."""
         if "unit" in state.tensors:
             return None
-        peaks = state["peak"]
+        return self._summing(state["peak"], layout)
+
+    def _summing(self, peaks: Tensor, layout: Layout) -> State:
         units = [math.ldexp(1.0, math.frexp(peak)[1] - BITS) for peak in peaks.tolist()]
         summing = State.of_sums(self.sums(layout)).to(peaks.device)
         summing.declare("unit", peaks.new_tensor(units, dtype=torch.float64), "same")
