@@ -9,7 +9,7 @@ The threshold is 0 for the same reason. Nothing here counts calibration; overhea
 
 - build_METHOD_N: `fit_signature` over N images, against reading them and running the network on
   them once. Parts of that one bare pass run before, between and after the methods' builds. The
-  default method also makes and runs up to 256 noisy copies, whatever N.
+  default method also makes and runs up to 128 noisy copies, whatever N.
 - fit_PEER: a detector's own `fit(loader)` over --peer-images images, against a bare pass over the
   same images; so it is a ratio per image. Gram gets --gram-images only: it has been seen to take
   36 MB of memory for each. On all coverage points, KNN on the features before the last layer. The

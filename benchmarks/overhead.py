@@ -19,10 +19,10 @@ The threshold is 0 for the same reason.
 - confidence_loss_step: a step of `engine.epoch` on 64 images with the penalty, against one without.
 - build_trusted_only: `fit_signature` of the default method over --images images against reading
   them and running the network on them once. Counted are that run, the passes over the neurons that
-  it wrote to disk, and up to 256 noisy copies that are made and run.
+  it wrote to disk, and up to 128 noisy copies that are made and run.
 - build: that and `fit_calibration` over --calibration images, against a bare pass over both sets.
   Counted in addition are the run over those, their scoring, five distorted copies each of up to
-  64 of them that are made, run and scored, and the fit of the combination. Neither counts
+  48 of them that are made, run and scored, and the fit of the combination. Neither counts
   loading weights and images, nor writing the signature to a file.
 """
 

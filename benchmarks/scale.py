@@ -10,7 +10,7 @@ build: `fit_signature` over a bare pass over the same images. scoring: `Monitor`
 the bare network on them. growth: a row's figure over that of the first row; TABLE_growth_WHAT is
 that of the last row. In the table of images, every row is a process of its own, and the bare pass
 is one over at most 2,000 of its images, half of it before the build and half after it. The method
-is the default one for images and classes (which makes and runs up to 256 noisy copies, however few
+is the default one for images and classes (which makes and runs up to 128 noisy copies, however few
 the images are), src for neurons, mrc for sections.
 """
 

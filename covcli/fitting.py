@@ -30,8 +30,8 @@ SPILL_BYTES = 8 << 30
 GROUP_BYTES = 4 << 20
 MOST_ROWS = 1024
 # How many trusted images are copied with noise, and how many surrogates of each kind are made.
-NOISY_IMAGES = 256
-SURROGATE_IMAGES = 64
+NOISY_IMAGES = 128
+SURROGATE_IMAGES = 48
 
 
 class Recording(AbstractContextManager["Recording"]):
@@ -88,7 +88,7 @@ class Recording(AbstractContextManager["Recording"]):
             return
         self._file.seek(0)
         buffer = np.empty((self._group, self._width), np.float32)
-        for group in torch.cat(self._rows or [torch.empty(0)]).split(self._group):
+        for group in torch.cat([*self._rows, torch.empty(0, dtype=torch.int64)]).split(self._group):
             neurons = buffer[: len(group)]
             self._file.readinto(neurons.data)
             yield group, torch.from_numpy(neurons).to(self._device)
