@@ -27,7 +27,7 @@ MINIMUM_TRUSTED = 10
 SPILL_BYTES = 8 << 30
 # How much of the spilled neurons is read at once: more than a batch of the network, so that what a
 # method does once a group weighs little.
-GROUP_BYTES = 4 << 20
+GROUP_BYTES = 16 << 20
 MOST_ROWS = 1024
 # How many trusted images are copied with noise, and how many surrogates of each kind are made.
 NOISY_IMAGES = 128
@@ -188,8 +188,9 @@ def fit_signature(
 
         def passes() -> Iterator[tuple[Tensor, Tensor]]:
             for rows, neurons in recording.passes():
-                kept = trusted.chosen[rows]
-                yield neurons[kept.to(device)], labels[rows[kept]].to(device)
+                kept = trusted.chosen[rows].nonzero()[:, 0]
+                mine = neurons.index_select(0, kept.to(device))
+                yield mine, labels[rows[kept]].to(device)
 
         layout = layout_of(points, len(classes))
         state = fold(method, layout, passes, device)

@@ -17,6 +17,8 @@ from covcli.methods.state import Expected, State
 
 # In soft costs a range narrower than this share of its neuron's mean width counts as that wide.
 LEAST_WIDTH = 0.05
+# So many neurons are counted at once: what that takes stays in the cache.
+COUNTED_AT_ONCE = 1 << 20
 # So many neurons, of one image or several, fit the cache with what they are compared with.
 PIECE = 1 << 18
 
@@ -49,8 +51,8 @@ class SingleRange(Method):
 
     def widen(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         """Widen the ranges to what the batch shows."""
-        for k in labels.unique().tolist():
-            mine = neurons[labels == k]
+        for k, rows, _ in by_class(labels):
+            mine = picked(neurons, rows)
             torch.minimum(state["low"][k], mine.amin(0), out=state["low"][k])
             torch.maximum(state["high"][k], mine.amax(0), out=state["high"][k])
 
@@ -155,13 +157,18 @@ class MultiRange(SingleRange):
         if "sections" not in state.tensors:
             super().observe(state, layout, neurons, labels)
             return
+        size = max(1, COUNTED_AT_ONCE // neurons.shape[1])
+        for some, theirs in zip(neurons.split(size), labels.split(size), strict=True):
+            self._count(state, some, theirs)
+        count = state["count"]
+        count += torch.bincount(labels, minlength=len(count))
+
+    def _count(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         low, high = (state[end].index_select(0, labels) for end in ("low", "high"))
         section = self.section(neurons - low, self._scale(low, high)).long()
         cells = cell_index(section, labels, self.sections).flatten()
         counts = state["sections"].view(-1)
         counts.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
-        count = state["count"]
-        count += torch.bincount(labels, minlength=len(count))
 
     def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
         """Return the parts counted in sections of the range that holds all of their ranges.
