@@ -221,10 +221,13 @@ def worded(error: BaseException, message: str) -> str:
     others = [r for r in range(team.size) if r != team.rank]
     try:
         if _lost_contact(error):
-            return "" if _heard(team.store, others) else f"error: {_named(CONTACT)}"
+            known = _heard(team.store, others)
+            time.sleep(SECONDS_TO_HEAR)  # so that torchrun finds the rank first that failed first
+            return "" if known else f"error: {_named(CONTACT)}"
         before = _heard(team.store, others, seconds=0)
         team.store.set(_key(team.rank), message)
         if before not in (None, message):
+            time.sleep(SECONDS_TO_HEAR)
             return ""
         if team.rank and _heard(team.store, [0]) == message:
             return ""
