@@ -43,7 +43,7 @@ def statistics(output: Tensor, channel_dim: int, granularity: Granularity) -> li
         whole = output.to(dtype, copy=True, memory_format=torch.contiguous_format)
         return [whole.flatten(1)]
     rest = [d for d in range(1, output.ndim) if d != channel_dim % output.ndim]
-    means = _means(output, rest).to(dtype)
+    means = _means(output, rest)
     if granularity == "contribution":
         return [means]
     return [means, _largest(output, channel_dim, rest).to(dtype)]

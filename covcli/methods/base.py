@@ -52,6 +52,10 @@ class Layout:
         spans = [torch.arange(a, a + n) for a, n in zip(starts, self.values, strict=True)]
         return torch.cat(spans)
 
+    def values_of(self, neurons: Tensor) -> Tensor:
+        """Return the means and values among neurons (B, N), shape (B, V)."""
+        return neurons.index_select(1, self.value_columns.to(neurons.device))
+
     def means(self, values: Tensor) -> Tensor:
         """Return the mean over each point's neurons of values (B, N), float64 of shape (B, L)."""
         return self.sums(values) / self.widths.to(values.device)

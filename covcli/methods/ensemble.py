@@ -16,7 +16,7 @@ from covcli.methods.gaussian import (
     sums_by_class,
     whole_numbers,
 )
-from covcli.methods.ranges import SingleRange
+from covcli.methods.ranges import SingleRange, united
 from covcli.methods.state import Expected, State
 
 RANGES = SingleRange()
@@ -66,9 +66,8 @@ class Ensemble(Gauss):
         if "unit" in state.tensors:
             return None
         ends = torch.cat([state[key] for key in RANGE_TENSORS]).abs()
-        largest = torch.where(ends.isfinite(), ends, 0.0).amax(0)  # infinite: a class not seen
-        columns = layout.value_columns.to(largest.device)
-        summing = self._summing(largest[columns], layout)
+        seen = torch.where(ends.isfinite(), ends, 0.0)  # infinite: a class not seen
+        summing = self._summing(layout.values_of(seen).amax(0), layout)
         for key in RANGE_TENSORS:
             summing.declare(key, state[key], "same")
         return summing
@@ -81,9 +80,7 @@ class Ensemble(Gauss):
 
     def observe_noisy(self, noisy: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Add noisy copies to their sums."""
-        whole = whole_numbers(
-            noisy, neurons.index_select(1, layout.value_columns.to(neurons.device))
-        )
+        whole = whole_numbers(noisy, layout.values_of(neurons))
         noisy["noisy_total"].add_(sums_by_class(whole, labels, layout.classes))
         noisy["noisy_count"].add_(torch.bincount(labels, minlength=layout.classes))
 
@@ -96,12 +93,9 @@ class Ensemble(Gauss):
     def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
         """Return the parts in the larger unit, with the range that holds all of their ranges."""
         aligned = super().align(parts, layout)
-        ends = {
-            "low": torch.stack([part["low"] for part in parts]).amin(0),
-            "high": torch.stack([part["high"] for part in parts]).amax(0),
-        }
+        low, high = united(parts)
         for part in aligned:
-            part.tensors |= ends
+            part.tensors |= {"low": low, "high": high}
         return aligned
 
     def prepare(self, state: State, layout: Layout) -> State:

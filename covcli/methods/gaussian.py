@@ -81,12 +81,11 @@ class Gauss(Method):
         if "unit" in state.tensors:
             self._sum(state, layout, neurons, labels)
         elif len(neurons):
-            values = neurons.index_select(1, layout.value_columns.to(neurons.device))
-            torch.maximum(state["peak"], values.abs().amax(0), out=state["peak"])
+            largest = layout.values_of(neurons).abs().amax(0)
+            torch.maximum(state["peak"], largest, out=state["peak"])
 
     def _sum(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
-        columns = layout.value_columns.to(neurons.device)
-        whole = whole_numbers(state, neurons.index_select(1, columns))
+        whole = whole_numbers(state, layout.values_of(neurons))
         state["total"].add_(sums_by_class(whole, labels, layout.classes))
         state["count"].add_(torch.bincount(labels, minlength=layout.classes))
         parts = whole.split(layout.values, 1)
@@ -174,8 +173,7 @@ class Gauss(Method):
         return self._log_distances(ready, layout, self._away(ready, layout, neurons, classes))
 
     def _away(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        columns = layout.value_columns.to(neurons.device)
-        return neurons.index_select(1, columns) - ready["mean"].index_select(0, classes)
+        return layout.values_of(neurons) - ready["mean"].index_select(0, classes)
 
     def _log_distances(self, ready: State, layout: Layout, away: Tensor) -> Tensor:
         norms, start = [], 0

@@ -176,8 +176,7 @@ class MultiRange(SingleRange):
         A section is counted where its centre lies, so no image moves by more than one section of
         its part. Parts with equal ranges stay as they are.
         """
-        low = torch.stack([part["low"] for part in parts]).amin(0)
-        high = torch.stack([part["high"] for part in parts]).amax(0)
+        low, high = united(parts)
         return [self._recounted(part, low, high) for part in parts]
 
     def _recounted(self, part: State, low: Tensor, high: Tensor) -> State:
@@ -281,6 +280,12 @@ class MultiRange(SingleRange):
 def _differ(values: Tensor, others: Tensor) -> Tensor:
     """Return 1 where they differ, else 0, as numbers: truth values are slow to make and use."""
     return torch.ne(values, others, out=torch.empty_like(values))
+
+
+def united(parts: Sequence[State]) -> tuple[Tensor, Tensor]:
+    """Return the ends of the ranges that hold the ranges of all parts."""
+    low = torch.stack([part["low"] for part in parts]).amin(0)
+    return low, torch.stack([part["high"] for part in parts]).amax(0)
 
 
 def _ranges(ready: State, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
