@@ -1,13 +1,13 @@
 """Coverage points: where activations are recorded, and how they become neurons."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from covcli.errors import CovcliError
 from covcli.pooling import Granularity, pool, statistics
@@ -66,23 +66,85 @@ class Point:
     values: int
 
 
-class Recorder:
-    """What the last forward pass showed at the points, filled by hooks.
+class Outputs:
+    """Shows every point's whole output during a `with` block; the hooks are always removed.
 
     Parameters
     ----------
+    model
+        The network.
     points
-        The coverage points.
+        Its coverage points, or some of them.
+    see
+        Called with a point and its output.
+    """
+
+    def __init__(
+        self, model: nn.Module, points: Sequence[Point], see: Callable[[Point, Tensor], None]
+    ) -> None:
+        modules = dict(model.named_modules())
+        self._model = model
+        self._see = see
+        self._by_module: dict[str, dict[int, Point]] = {}
+        for point in points:
+            self._by_module.setdefault(point.module, {})[point.call] = point
+        self._calls: Counter[str] = Counter()
+        self._hooks = [(modules[name], self._hook_for(name)) for name in self._by_module]
+        self._handles: list[RemovableHandle] = []
+
+    def _hook_for(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        points, calls, see = self._by_module[name], self._calls, self._see
+
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            point = points.get(calls[name])
+            calls[name] += 1
+            if point is not None:
+                see(point, output)
+
+        return hook
+
+    def __enter__(self) -> Self:
+        calls = self._calls
+        self._handles = [self._model.register_forward_pre_hook(lambda *_: calls.clear())]
+        self._handles += [module.register_forward_hook(hook) for module, hook in self._hooks]
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class Recorder:
+    """What the last forward pass showed at the points; records during a `with` block.
+
+    Pooling happens inside the hooks, so a later in-place operation cannot change what was seen
+    and no full activation is kept, except for contributions. Gradients flow through it.
+
+    Parameters
+    ----------
+    model
+        The network.
+    points
+        Its coverage points.
     granularity
         What the neurons are.
     """
 
-    def __init__(self, points: Sequence[Point], granularity: Granularity) -> None:
+    def __init__(self, model: nn.Module, points: Sequence[Point], granularity: Granularity) -> None:
         self.points = points
         self.granularity = granularity
+        self._outputs = Outputs(model, points, self.note)
         self._seen: dict[str, list[Tensor]] = {}
         self._units: Tensor | None = None
         self._spare: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        self._start_anew()
+        self._outputs.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._outputs.__exit__(*error)
 
     def reuse(self, neurons: Tensor | None) -> None:
         """Let the next pass write its units over these, which nobody reads any more."""
@@ -139,9 +201,12 @@ class Recorder:
         neurons = self._units
         if neurons is None:
             neurons = torch.cat(parts, 1) if parts else torch.empty(0, 0)
+        self._start_anew()
+        return neurons
+
+    def _start_anew(self) -> None:
         self._seen.clear()
         self._units = None
-        return neurons
 
 
 def contributions(logits: Tensor, activations: Sequence[Tensor]) -> list[Tensor]:
@@ -161,49 +226,6 @@ def contributions(logits: Tensor, activations: Sequence[Tensor]) -> list[Tensor]
     certainty = -(logits.softmax(1) + 1e-12).log().mean(1).sum()
     gradients = torch.autograd.grad(certainty, list(activations))
     return [(a * g).detach() for a, g in zip(activations, gradients, strict=True)]
-
-
-@contextmanager
-def outputs(
-    model: nn.Module, points: Sequence[Point], see: Callable[[Point, Tensor], None]
-) -> Iterator[None]:
-    """Show `see` every point's whole output during the block; the hooks are always removed."""
-    modules = dict(model.named_modules())
-    by_module: dict[str, dict[int, Point]] = {}
-    for point in points:
-        by_module.setdefault(point.module, {})[point.call] = point
-    calls: Counter[str] = Counter()
-
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            point = by_module[name].get(calls[name])
-            calls[name] += 1
-            if point is not None:
-                see(point, output)
-
-        return hook
-
-    handles = [model.register_forward_pre_hook(lambda *_: calls.clear())]
-    handles += [modules[name].register_forward_hook(hook_for(name)) for name in by_module]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def capture(
-    model: nn.Module, points: Sequence[Point], granularity: Granularity
-) -> Iterator[Recorder]:
-    """Record neurons at the points during the block; the hooks are always removed.
-
-    Pooling happens inside the hooks, so a later in-place operation cannot change what was seen
-    and no full activation is kept, except for contributions. Gradients flow through it.
-    """
-    recorder = Recorder(points, granularity)
-    with outputs(model, points, recorder.note):
-        yield recorder
 
 
 def find_points(model: nn.Module, example: Tensor, granularity: Granularity) -> list[Point]:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from covcli.activations import capture
+from covcli.activations import Recorder
 from covcli.calibration import Calibration
 from covcli.engine import forward
 from covcli.errors import CovcliError
@@ -64,7 +64,7 @@ def monitored(
     unit = threshold if threshold > 0 else 1.0
 
     def look(images: Tensor) -> Look:
-        with capture(model.network, made.points, made.granularity) as recorder:
+        with Recorder(model.network, made.points, made.granularity) as recorder:
             logits, neurons = forward(model, recorder, images)
         predicted = logits.argmax(1)
         with torch.no_grad():

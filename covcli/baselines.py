@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from covcli.activations import Point, outputs
+from covcli.activations import Outputs, Point
 from covcli.errors import CovcliError
 from covcli.layers import Batch, Loader, Network, Trusted, channels_first, small_batch
 from covcli.registry import Registry
@@ -228,7 +228,7 @@ class Replay:
     def run(self, inputs: Tensor) -> Tensor:
         """Run the network, and return the first coverage point's output."""
         model, points = self._network.model, self._network.points
-        with outputs(model.network, points, self._keep):
+        with Outputs(model.network, points, self._keep):
             self._logits = model(inputs)
         return self._seen[points[0].name]
 

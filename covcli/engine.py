@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from covcli import distributed
-from covcli.activations import Point, Recorder, capture
+from covcli.activations import Point, Recorder
 from covcli.errors import CovcliError
 from covcli.images import Augmentation, ImageSet, Shape, augment, batches, draw_moves
 from covcli.models import Classifier, Precision
@@ -74,19 +74,18 @@ def forward(model: Classifier, recorder: Recorder, images: Tensor) -> tuple[Tens
     else:
         logits = model(images)
         neurons = recorder.take(logits)
-    # The extremes tell: NaN is passed on, and it takes one pass.
-    extremes = [end for seen in (neurons, logits) if seen.numel() for end in seen.aminmax()]
-    if not float(torch.stack(extremes).abs().amax()) < math.inf:
-        raise CovcliError(_where_not_finite(recorder.points, neurons), where="the network")
+    # Sums pass NaN and infinity on; those of large numbers can overflow, so then each is looked at.
+    if not math.isfinite(float(neurons.sum() + logits.sum())):
+        _refuse_not_finite(recorder.points, neurons, logits)
     return logits, neurons
 
 
-def _where_not_finite(points: Sequence[Point], neurons: Tensor) -> str:
+def _refuse_not_finite(points: Sequence[Point], neurons: Tensor, logits: Tensor) -> None:
     parts = neurons.split([point.neurons for point in points], 1)
-    for point, part in zip(points, parts, strict=True):
+    names = [f"activations at coverage point {point.name!r}" for point in points]
+    for name, part in zip([*names, "logits"], [*parts, logits], strict=True):
         if not bool(part.isfinite().all()):
-            return f"activations at coverage point {point.name!r} are NaN or infinite"
-    return "logits are NaN or infinite"
+            raise CovcliError(f"{name} are NaN or infinite", where="the network")
 
 
 def sweep(
@@ -112,7 +111,7 @@ def sweep(
     batch = max(1, min(sweep_batch(model.spec.shape), most))
     parts = distributed.share(torch.arange(len(images)).split(batch))
     progress.start(title, sum(map(len, parts)))
-    with capture(model.network, points, granularity) as recorder:
+    with Recorder(model.network, points, granularity) as recorder:
         for rows, pixels in batches(images, parts, model.spec.shape):
             inputs = to_network(pixels, device)
             with torch.inference_mode():
@@ -193,7 +192,7 @@ def epoch(
     shape = model.spec.shape
     model.train()
     watched = trainer.points if trainer.penalty is not None else []
-    with capture(model.network, watched, trainer.granularity) as recorder:
+    with Recorder(model.network, watched, trainer.granularity) as recorder:
         mine = [distributed.part(rows) for rows in parts]
         for whole, (rows, pixels) in zip(parts, batches(images, mine, shape), strict=True):
             moves = draw_moves(how, len(whole), shape, generator)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covcli.activations import Point, outputs
+from covcli.activations import Outputs, Point
 from covcli.calibration import Calibration
 from covcli.combination import Combination
 from covcli.engine import sweep, to_network
@@ -139,7 +139,7 @@ def explain(
         shapes[point.name] = tuple(output.shape[1:])
 
     made: list[Explanation] = []
-    with outputs(model.network, points, see):
+    with Outputs(model.network, points, see):
         for batch in sweep(model, chosen, points, granularity, Silent(), images.name):
             best = batch.logits.argmax(1)
             evidence = signature.evidence(batch.neurons, best).cpu()
@@ -182,7 +182,7 @@ def heat_map(
         seen.append(output.select(point.channel_dim, listed[0].channel)[0].clone())
 
     pixels = images.batch(torch.tensor([explanation.row]), model.spec.shape)
-    with outputs(model.network, [point], see), torch.inference_mode():
+    with Outputs(model.network, [point], see), torch.inference_mode():
         model.eval()(to_network(pixels, model.mean.device))
     found: np.ndarray = seen[0].float().cpu().numpy()
     return found

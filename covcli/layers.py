@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from covcli.activations import Point, outputs
+from covcli.activations import Outputs, Point
 from covcli.engine import sweep, sweep_batch, to_network
 from covcli.images import ImageSet, batches
 from covcli.models import Classifier
@@ -104,7 +104,7 @@ class Network:
             means[point.name] = channels_first(output, point.channel_dim).flatten(2).mean(2)
 
         with contextlib.ExitStack() as hooks:
-            hooks.enter_context(outputs(self.model.network, self.points, see))
+            hooks.enter_context(Outputs(self.model.network, self.points, see))
             if self.last is not None:
                 handle = self.last.register_forward_pre_hook(lambda _m, x: features.append(x[0]))
                 hooks.callback(handle.remove)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from covcli import checkpoint as checkpoints
 from covcli import engine, runtime, signature
-from covcli.activations import capture
+from covcli.activations import Recorder
 from covcli.calibration import Calibration
 from covcli.errors import CovcliError
 from covcli.guarantees import Mode
@@ -89,6 +89,7 @@ class Monitor:
         self.model.precision = made.precision
         self.signature = made
         self.calibration = calibration
+        self._recorder = Recorder(model.network, made.points, made.granularity)
         self._spare: Tensor | None = None  # memory that held the neurons of the last batch
 
     @classmethod
@@ -131,10 +132,7 @@ class Monitor:
         device = self.model.mean.device
         inputs = self._inputs(images, device)
         made = self.signature
-        with (
-            torch.inference_mode(),
-            capture(self.model.network, made.points, made.granularity) as recorder,
-        ):
+        with torch.inference_mode(), self._recorder as recorder:
             recorder.reuse(self._spare)
             logits, neurons = engine.forward(self.model, recorder, inputs)
         predicted = logits.argmax(1)

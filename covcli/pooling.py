@@ -1,6 +1,7 @@
 """From a layer's output to neurons, and back to what a neuron stands for."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -38,30 +39,40 @@ def pool(output: Tensor, channel_dim: int, granularity: Granularity) -> Tensor:
 
 def statistics(output: Tensor, channel_dim: int, granularity: Granularity) -> list[Tensor]:
     """Return what `pool` puts side by side; no views: a later in-place layer would change them."""
-    dtype = torch.promote_types(output.dtype, torch.float32)
     if output.ndim == 2 or granularity == "unit":
+        dtype = torch.promote_types(output.dtype, torch.float32)
         whole = output.to(dtype, copy=True, memory_format=torch.contiguous_format)
         return [whole.flatten(1)]
-    rest = [d for d in range(1, output.ndim) if d != channel_dim % output.ndim]
-    means = _means(output, rest)
+    positions = _positions(output.ndim, channel_dim)
+    means = _means(output, positions)
     if granularity == "contribution":
         return [means]
-    return [means, _largest(output, channel_dim, rest).to(dtype)]
+    return [means, _largest(output, channel_dim, positions).to(means.dtype)]
 
 
-def _means(output: Tensor, rest: list[int]) -> Tensor:
+@cache
+def _positions(dimensions: int, channel_dim: int) -> tuple[int, ...]:
+    """Return the dimensions that are neither the batch nor the channels."""
+    return tuple(d for d in range(1, dimensions) if d != channel_dim % dimensions)
+
+
+def _means(output: Tensor, positions: tuple[int, ...]) -> Tensor:
     """Return each channel's mean, summed in float32 at least."""
-    last = output.ndim == 4 and output.is_contiguous(memory_format=torch.channels_last)
-    if last and output.dtype == torch.float32 and rest == [2, 3] and not output.requires_grad:
-        return nn.functional.avg_pool2d(output, output.shape[2:]).flatten(1)  # twice as fast there
-    return output.mean(rest, dtype=torch.promote_types(output.dtype, torch.float32))
+    if (
+        output.dtype is torch.float32
+        and positions == (2, 3)
+        and not output.requires_grad
+        and output.is_contiguous(memory_format=torch.channels_last)
+    ):  # the faster way there
+        return nn.functional.avg_pool2d(output, output.shape[2:]).flatten(1)
+    return output.mean(positions, dtype=torch.promote_types(output.dtype, torch.float32))
 
 
-def _largest(output: Tensor, channel_dim: int, rest: list[int]) -> Tensor:
+def _largest(output: Tensor, channel_dim: int, positions: tuple[int, ...]) -> Tensor:
     """Return each channel's maximum; amax is the faster way forward, and the slower one back."""
     if output.requires_grad:
         return output.movedim(channel_dim, -1).flatten(1, -2).max(1).values
-    return output.amax(rest)
+    return output.amax(positions)
 
 
 def locate(

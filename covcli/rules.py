@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,13 +50,17 @@ class Rule:
         The paper's confidence exp(−s·ln 2/τ) with the calibrated threshold τ of the predicted
         class (arXiv 2101.12100, section IV). The parameters are those of `untrusted`.
         """
-        scores, tau = scores.double(), self.thresholds[predicted]
+        tau = self.thresholds[predicted]
         flagged = scores > tau
-        positive = tau > 0
-        shape = torch.exp2(-scores.clamp_min(0) / torch.where(positive, tau, 1.0))
-        shape = torch.where(positive, shape, (~flagged).double())
+        shape = torch.exp2(-(scores.clamp_min(0) / tau))
+        if not self._all_positive:  # then nothing lies between trust and none
+            shape = torch.where(tau > 0, shape, (~flagged).double())
         half = math.nextafter(0.5, 0.0)
         return torch.where(flagged, shape.clamp_max(half), shape.clamp_min(0.5))
+
+    @cached_property
+    def _all_positive(self) -> bool:
+        return bool((self.thresholds > 0).all())
 
 
 def make_rule(scores: Tensor, predicted: Tensor, classes: int, guarantee: Guarantee) -> Rule:

@@ -13,7 +13,7 @@ import torch
 
 import covcli
 from covcli import models
-from covcli.activations import capture
+from covcli.activations import Recorder
 from covcli.models import Classifier, ModelSpec
 
 FOLDER = Path(covcli.__file__).parents[1] / "benchmarks"
@@ -106,7 +106,7 @@ def test_the_peers_see_what_the_coverage_points_show(monkeypatch: pytest.MonkeyP
     model, images = network(), torch.rand(4, 3, 32, 32)
     points = model.points("unit")
     parts, head = peers.chain(model)
-    with torch.no_grad(), capture(model.network, points, "unit") as recorder:
+    with torch.no_grad(), Recorder(model.network, points, "unit") as recorder:
         logits = model(images)
         neurons = recorder.take(logits).split([point.neurons for point in points], 1)
         outputs = [images]

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models import convnext_tiny, vgg19_bn
 
 from covcli import models
-from covcli.activations import CoverageLayer, capture, find_points
+from covcli.activations import CoverageLayer, Recorder, find_points
 from covcli.checkpoint import load
 from covcli.errors import CovcliError
 from covcli.models import CIFAR10, IMAGENET, MODELS, ModelSpec
@@ -32,7 +32,7 @@ def test_every_model_keeps_the_contract(name: str) -> None:
         assert torch.equal(logits, bare)
     points = model.points("channel")
     assert len(points) == POINTS[name]
-    with capture(model.network, points, "channel") as recorder, torch.no_grad():
+    with Recorder(model.network, points, "channel") as recorder, torch.no_grad():
         model(images)
         assert recorder.take(torch.empty(0)).shape == (3, sum(p.neurons for p in points))
     again = models.from_state(model.spec, model.state_dict(), "x")
@@ -64,7 +64,7 @@ def test_points_of_any_torchvision_classifier_are_found(name: str, channels: int
     points = model.points("channel")
     assert points[0].neurons == 2 * channels
     assert len({p.name for p in points}) == len(points)
-    with torch.no_grad(), capture(model.network, points, "channel") as recorder:
+    with torch.no_grad(), Recorder(model.network, points, "channel") as recorder:
         assert model(torch.rand(2, 3, size, size)).shape == (2, 5)
         assert recorder.take(torch.empty(0)).shape == (2, sum(p.neurons for p in points))
 
@@ -112,7 +112,7 @@ def test_what_is_recorded_is_each_points_pool_with_gradients_or_without(
         first = network[:2](images)
         parts = [pool(x, 1, granularity) for x in (first, network[2:](first))]
         expected = torch.cat(parts, 1).detach()
-        with capture(network, points, granularity) as recorder:
+        with Recorder(network, points, granularity) as recorder:
             tracked = recorder.take(network(images))
             with torch.no_grad():
                 plain = recorder.take(network(images))
@@ -125,7 +125,7 @@ def test_what_is_recorded_is_each_points_pool_with_gradients_or_without(
 def test_reused_memory_shows_the_last_batch_alone() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.ReLU())
     points = find_points(network, torch.zeros(2, 1, 8, 8), "unit")
-    with capture(network, points, "unit") as recorder, torch.inference_mode():
+    with Recorder(network, points, "unit") as recorder, torch.inference_mode():
         kept = recorder.take(network(torch.ones(5, 1, 8, 8)))
         spare = recorder.take(network(torch.ones(5, 1, 8, 8)))
         for size in (5, 5, 2):
@@ -155,7 +155,7 @@ def test_each_call_is_a_point_and_later_changes_are_not_seen() -> None:
     network, x = Shared(), torch.randn(5, 4)
     points = find_points(network, x, "channel")
     assert [p.name for p in points] == ["relu", "relu#2"]
-    with torch.no_grad(), capture(network, points, "channel") as recorder:
+    with torch.no_grad(), Recorder(network, points, "channel") as recorder:
         for _ in range(2):  # the calls are counted anew in each pass
             out = network(x)
             neurons = recorder.take(torch.empty(0))
@@ -166,10 +166,10 @@ def test_each_call_is_a_point_and_later_changes_are_not_seen() -> None:
 def test_hooks_are_removed_even_after_an_error() -> None:
     network = Shared()
     points = find_points(network, torch.randn(1, 4), "channel")
-    with pytest.raises(RuntimeError), capture(network, points, "channel"):
+    with pytest.raises(RuntimeError), Recorder(network, points, "channel"):
         network(torch.randn(5, 3))
     assert not any(module._forward_hooks for module in network.modules())
-    with capture(network, points, "channel") as recorder, pytest.raises(CovcliError):
+    with Recorder(network, points, "channel") as recorder, pytest.raises(CovcliError):
         recorder.take(torch.empty(0))
 
 

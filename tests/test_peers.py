@@ -6,7 +6,7 @@ from pytorch_ood.detector import NACUE, Mahalanobis
 
 from covcli import checkpoint as checkpoints
 from covcli import data, signature
-from covcli.activations import capture
+from covcli.activations import Recorder
 from covcli.engine import forward
 from covcli.fitting import fold
 from covcli.methods import Layout, make_method
@@ -26,7 +26,7 @@ def test_nac_agrees_with_nacue(trained: TrainResult) -> None:
     images["noise"] = torch.rand(50, *model.spec.shape)
 
     def neurons(pixels: torch.Tensor) -> torch.Tensor:
-        with capture(model.network, points, "contribution") as recorder:
+        with Recorder(model.network, points, "contribution") as recorder:
             return forward(model, recorder, pixels)[1]
 
     labels = digits["train"].known_labels()

@@ -16,7 +16,7 @@ from conftest import tiny_config
 import covcli
 from covcli import checkpoint as checkpoints
 from covcli import data, engine, fitting, runtime, signature
-from covcli.activations import capture
+from covcli.activations import Recorder
 from covcli.calibration import softmax_score
 from covcli.errors import CovcliError
 from covcli.evaluation import EvaluationConfig, evaluate
@@ -544,7 +544,7 @@ def test_hooks_do_not_change_the_answer(trained: TrainResult) -> None:
     images = torch.rand(4, 3, 32, 32)
     with torch.no_grad():
         bare = model(images)
-        with capture(model.network, model.points("channel"), "channel") as recorder:
+        with Recorder(model.network, model.points("channel"), "channel") as recorder:
             watched = model(images)
             recorder.take(torch.empty(0))
     assert torch.equal(bare, watched)

@@ -92,6 +92,11 @@ class Layout:
         """How many neurons each point has, float64 of shape (L,)."""
         return torch.tensor(self.sizes, dtype=torch.float64)
 
+    @cached_property
+    def value_counts(self) -> Tensor:
+        """How many means or values each point has, float64 of shape (L,)."""
+        return torch.tensor(self.values, dtype=torch.float64)
+
 
 @dataclass(frozen=True)
 class Method(ABC):

@@ -7,12 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Layout, blocks
+from covcli.methods.base import METHODS, Layout
 from covcli.methods.gaussian import (
     Gauss,
     class_means,
-    matrices,
+    log_distances,
     rescaled,
+    square_sums,
     sums_by_class,
     whole_numbers,
 )
@@ -45,6 +46,7 @@ class Ensemble(Gauss):
 
     name: ClassVar[str] = "ensemble"
     experts: ClassVar[bool] = True
+    directions: ClassVar[int] = 1
 
     def begin(self, layout: Layout) -> State:
         """Return the empty ranges of `src`: the first pass finds them, as in `gauss` the peaks."""
@@ -99,19 +101,23 @@ class Ensemble(Gauss):
         return aligned
 
     def prepare(self, state: State, layout: Layout) -> State:
-        """Return what `gauss` reads, the ranges, and each point's unit vector along Σ⁻¹d."""
+        """Return what `gauss` reads, and the ranges."""
         ready = super().prepare(state, layout)
+        ready.tensors |= {key: state[key] for key in (*RANGE_TENSORS, "count")}
+        return ready
+
+    def _directions(
+        self, state: State, layout: Layout, whitening: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return each point's Σ⁻¹d/√(dᵀΣ⁻¹d), shape (1, V)."""
         count = state["noisy_count"].to(torch.float64)
         noisy = state["noisy_total"] * state["unit"]
         shift = (noisy - count[:, None] * class_means(state)).sum(0)
         directions = []
-        whitening = matrices(ready["whitening"].double(), layout)
         for white, part in zip(whitening, shift.split(layout.values), strict=True):
             moved = white @ part
-            directions.append(white.T @ moved / moved.norm().clamp_min(1e-12))
-        ready.tensors |= {key: state[key] for key in (*RANGE_TENSORS, "count")}
-        ready.tensors["direction"] = torch.cat(directions).float()
-        return ready
+            directions.append((white.T @ moved / moved.norm().clamp_min(1e-12))[None])
+        return directions
 
     def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the columns of `src`, of `gauss`, and along the direction, (B, 3·L)."""
@@ -129,11 +135,10 @@ class Ensemble(Gauss):
         self, outside: Tensor, ready: State, layout: Layout, neurons: Tensor, classes: Tensor
     ) -> Tensor:
         """Return the columns of `src` with those of `gauss` and along the direction beside them."""
-        away = self._away(ready, layout, neurons, classes)
-        distances = self._log_distances(ready, layout, away)
-        steps = blocks(away * ready["direction"], layout.values)
-        along = [step.sum(2, dtype=torch.float64) for step in steps]
-        return torch.cat([outside, distances, *along], 1)
+        products = list(self._products(ready, layout, neurons, classes))
+        distances = log_distances([square_sums(part[:, :-1]) for part in products], layout)
+        along = torch.cat([part[:, -1] for part in products]).T
+        return torch.cat([outside, distances, along.double()], 1)
 
     def columns(self, layout: Layout) -> int:
         """Return 3·L."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from typing import ClassVar
 
 import torch
@@ -46,6 +47,8 @@ class Gauss(Method):
     """
 
     name: ClassVar[str] = "gauss"
+    # How many rows stand below each whitening matrix.
+    directions: ClassVar[int] = 0
     shrinkage: float = 0.05
 
     def __post_init__(self) -> None:
@@ -137,12 +140,19 @@ class Gauss(Method):
             products = _unpack(triangle, len(unit)) * unit * unit[:, None]
             deviation, white = self._whiten(products, center, state["count"], number)
             deviations.append(deviation)
-            whitening.append(white.flatten())
+            whitening.append(white)
+        pairs = zip(whitening, self._directions(state, layout, whitening), strict=True)
         return State({
             "mean": mean.float(),
             "deviation": torch.cat(deviations).float(),
-            "whitening": torch.cat(whitening).float(),
+            "matrices": _halves([torch.cat(pair) for pair in pairs]).float(),
         })  # fmt: skip
+
+    def _directions(
+        self, state: State, layout: Layout, whitening: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return what stands below each whitening matrix, shapes (directions, V)."""
+        return [white[:0] for white in whitening]
 
     def _whiten(
         self, products: Tensor, mean: Tensor, count: Tensor, number: int
@@ -170,23 +180,33 @@ class Gauss(Method):
 
     def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return log(d²/V) of each point, float64 of shape (B, L)."""
-        return self._log_distances(ready, layout, self._away(ready, layout, neurons, classes))
+        whitened = self._products(ready, layout, neurons, classes)
+        return log_distances([square_sums(part) for part in whitened], layout)
+
+    def _products(
+        self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor
+    ) -> Iterator[Tensor]:
+        """Yield the products of points' matrices with their values less the class's means.
+
+        Yields
+        ------
+        Tensor
+            Of neighbouring points of equal width at once, shape (points, rows, B).
+        """
+        start = 0
+        for block in blocks(self._away(ready, layout, neurons, classes), layout.values):
+            points, width = block.shape[1:]
+            half, rows = width // 2, width + self.directions
+            middle = start + points * half * half
+            end = middle + points * (rows - half) * width
+            upper = ready["matrices"][start:middle].view(points, half, half)
+            lower = ready["matrices"][middle:end].view(points, rows - half, width)
+            values = block.permute(1, 2, 0)
+            yield torch.cat([upper @ values[:, :half], lower @ values], 1)
+            start = end
 
     def _away(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         return layout.values_of(neurons) - ready["mean"].index_select(0, classes)
-
-    def _log_distances(self, ready: State, layout: Layout, away: Tensor) -> Tensor:
-        norms, start = [], 0
-        for block in blocks(away, layout.values):
-            points, width = block.shape[1:]
-            end = start + points * width * width
-            whitening = ready["whitening"][start:end].view(points, width, width)
-            whitened = whitening @ block.permute(1, 2, 0)  # one product for all these points
-            norms.append(torch.linalg.vector_norm(whitened, dim=1, dtype=torch.float64))
-            start = end
-        widths = torch.tensor(layout.values, dtype=torch.float64, device=away.device)
-        tiny = torch.finfo(torch.float64).tiny
-        return torch.log((torch.cat(norms).T.square() / widths).clamp_min(tiny))
 
     def soft_evidence(
         self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor
@@ -233,6 +253,31 @@ class Gauss(Method):
         return {**self.sums(layout), "unit": (torch.float64, (sum(layout.values),))}
 
 
+def square_sums(whitened: Tensor) -> Tensor:
+    """Return the squared norms (points, B) of whitened values (points, V, B), float64."""
+    return whitened.square().sum(1, dtype=torch.float64)
+
+
+def log_distances(squares: Sequence[Tensor], layout: Layout) -> Tensor:
+    """Return log(d²/V), finite, float64 of shape (B, L), from d² in parts of shape (points, B)."""
+    limits = torch.finfo(torch.float64)
+    costs = torch.cat(list(squares)).T / layout.value_counts.to(squares[0].device)
+    return torch.log(costs.clamp(limits.tiny, limits.max))
+
+
+def _halves(matrices: Sequence[Tensor]) -> Tensor:
+    """Return lower triangular matrices in one flat tensor, without their upper right quarters.
+
+    Of neighbouring matrices of equal width stand first the upper halves, then the lower ones.
+    """
+    parts = []
+    for width, run in groupby(matrices, lambda matrix: matrix.shape[1]):
+        whole = torch.stack(list(run))
+        half = width // 2
+        parts += [whole[:, :half, :half].flatten(), whole[:, half:].flatten()]
+    return torch.cat(parts)
+
+
 def class_means(state: State) -> Tensor:
     """Return each class's mean (K, V), float64; the mean of all for a class without images."""
     count = state["count"].to(torch.float64)[:, None]
@@ -275,12 +320,6 @@ def _lower(begin: int, end: int) -> Tensor:
     rows, columns = torch.tril_indices(end - begin, end, begin)
     places: Tensor = rows * end + columns
     return places
-
-
-def matrices(flat: Tensor, layout: Layout) -> list[Tensor]:
-    """Return the square matrices of all points that lie one after another in a flat tensor."""
-    parts = flat.split([n * n for n in layout.values])
-    return [part.view(n, n) for part, n in zip(parts, layout.values, strict=True)]
 
 
 def _triangles(flat: Tensor, layout: Layout) -> Iterator[Tensor]:

@@ -19,7 +19,9 @@ from covcli.methods.state import Expected, State
 LEAST_WIDTH = 0.05
 # So many neurons are counted at once: what that takes stays in the cache.
 COUNTED_AT_ONCE = 1 << 20
-# So many neurons, of one image or several, fit the cache with what they are compared with.
+# So many neurons, of one image or several, fit the cache with what they are compared with: each
+# image's ends, or those of one class.
+WHOLE = 1 << 20
 PIECE = 1 << 18
 
 
@@ -58,7 +60,8 @@ class SingleRange(Method):
 
     def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return 1 outside the range, 0 inside."""
-        return (~self.inside(ready, layout, neurons, classes)).float()
+        low, high = (ready[end].index_select(0, classes) for end in ("low", "high"))
+        return _differ(neurons, neurons.clamp(low, high))
 
     def soft_costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the distance outside the range in widths of the range, 0 inside."""
@@ -73,9 +76,11 @@ class SingleRange(Method):
     def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the log of each point's mean cost; see `Method.evidence`.
 
-        Read class by class and a few points at a time: what a class compares these with is read
-        from memory once, for all of its images.
+        Many neurons are read class by class and a few points at a time: what a class compares these
+        with is read from memory once, for all of its images.
         """
+        if neurons.numel() <= WHOLE:
+            return super().evidence(ready, layout, neurons, classes)
         sums = neurons.new_empty((len(neurons), len(layout.sizes)), dtype=torch.float64)
         for k, rows, count in by_class(classes):
             # There are caches to fit on a CPU alone; elsewhere fewer and larger operations pay.
@@ -211,23 +216,33 @@ class MultiRange(SingleRange):
 
     def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the cost of the section that each neuron lies in."""
-        costs = torch.empty_like(neurons)
-        for k, rows, _ in by_class(classes):
-            whole = slice(0, layout.neurons)
-            costs[rows] = self._class_costs(ready, k, whole, picked(neurons, rows))
-        return costs
+        ends = [ready[key].index_select(0, classes) for key in ("low", "high", "scale")]
+        columns = self._columns(ready, classes[:, None], slice(0, layout.neurons))
+        return self._looked_up(ready, columns, neurons, *ends)
 
     def _class_costs(self, ready: State, k: int, span: slice, neurons: Tensor) -> Tensor:
         """Return the costs, as of class k, of the neurons (B, width) that stand at `span`."""
-        low, high, scale = (ready[key][k, span] for key in ("low", "high", "scale"))
+        ends = [ready[key][k, span] for key in ("low", "high", "scale")]
+        return self._looked_up(ready, self._columns(ready, k, span), neurons, *ends)
+
+    def _columns(self, ready: State, classes: Tensor | int, span: slice) -> Tensor:
+        """Return where the flattened table holds the first section of each neuron."""
+        table = ready["table"]
+        kind = torch.int32 if table.numel() < 1 << 31 else torch.int64  # the smaller is faster
+        first = (classes * table.shape[1] + 1) * table.shape[2]
+        first = torch.as_tensor(first, device=table.device).to(kind)
+        return first + torch.arange(span.start, span.stop, dtype=kind, device=table.device)
+
+    def _looked_up(
+        self, ready: State, columns: Tensor, neurons: Tensor, low: Tensor, high: Tensor,
+        scale: Tensor,
+    ) -> Tensor:  # fmt: skip
         within = neurons.clamp(low, high)
         outside = _differ(neurons, within)
         row = self.section(within.sub_(low), scale).add_(outside, alpha=self.sections)
         row.clamp_max_(self.sections)
-        table = ready["table"][k, 1:]  # sections, then outside
-        kind = torch.int32 if table.numel() < 1 << 31 else torch.int64  # the smaller is faster
-        columns = torch.arange(span.start, span.stop, dtype=kind, device=row.device)
-        index = torch.add(columns, row.to(kind), alpha=table.shape[1])
+        table = ready["table"]
+        index = torch.add(columns, row.to(columns.dtype), alpha=table.shape[2])
         return table.view(-1).index_select(0, index.view(-1)).view_as(neurons)
 
     def _cost(self, found: Tensor, n: Tensor) -> Tensor:
