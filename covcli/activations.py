@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -89,29 +90,36 @@ class Outputs:
         for point in points:
             self._by_module.setdefault(point.module, {})[point.call] = point
         self._calls: Counter[str] = Counter()
-        self._hooks = [(modules[name], self._hook_for(name)) for name in self._by_module]
+        # Not closures, which could neither be pickled nor copied with the network.
+        self._hooks = [(modules[name], partial(self._end, name)) for name in self._by_module]
         self._handles: list[RemovableHandle] = []
 
-    def _hook_for(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        points, calls, see = self._by_module[name], self._calls, self._see
+    def attach(self) -> None:
+        """Put the hooks on the network."""
+        self._handles = [self._model.register_forward_pre_hook(self._begin)]
+        self._handles += [module.register_forward_hook(hook) for module, hook in self._hooks]
 
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            point = points.get(calls[name])
-            calls[name] += 1
-            if point is not None:
-                see(point, output)
+    def detach(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
-        return hook
+    def _begin(self, _model: nn.Module, _inputs: Any) -> None:
+        self._calls.clear()
+
+    def _end(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        point = self._by_module[name].get(self._calls[name])
+        self._calls[name] += 1
+        if point is not None:
+            self._see(point, output)
 
     def __enter__(self) -> Self:
-        calls = self._calls
-        self._handles = [self._model.register_forward_pre_hook(lambda *_: calls.clear())]
-        self._handles += [module.register_forward_hook(hook) for module, hook in self._hooks]
+        self.attach()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self.detach()
 
 
 class Recorder:
@@ -133,25 +141,42 @@ class Recorder:
     def __init__(self, model: nn.Module, points: Sequence[Point], granularity: Granularity) -> None:
         self.points = points
         self.granularity = granularity
-        self._outputs = Outputs(model, points, self.note)
+        self._outputs = Outputs(model, points, self._note)
+        self._stays = self._listening = False
         self._seen: dict[str, list[Tensor]] = {}
         self._units: Tensor | None = None
         self._spare: Tensor | None = None
 
+    def stay(self) -> None:
+        """Leave the hooks on the network until `leave`; outside `with` blocks they do nothing."""
+        self._stays = True
+        self._outputs.attach()
+
+    def leave(self) -> None:
+        """Take the hooks off again."""
+        self._stays = False
+        self._outputs.detach()
+
     def __enter__(self) -> Self:
         self._start_anew()
-        self._outputs.__enter__()
+        self._listening = True
+        if not self._stays:
+            self._outputs.attach()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._outputs.__exit__(*error)
+    def __exit__(self, *_error: object) -> None:
+        self._listening = False
+        if not self._stays:
+            self._outputs.detach()
 
     def reuse(self, neurons: Tensor | None) -> None:
         """Let the next pass write its units over these, which nobody reads any more."""
         self._spare = neurons
 
-    def note(self, point: Point, output: Tensor) -> None:
+    def _note(self, point: Point, output: Tensor) -> None:
         """Keep what a hook saw: neurons, or for contributions the activations until `take`."""
+        if not self._listening:
+            return
         if self.granularity == "contribution":
             self._seen[point.name] = [output]
         elif self.granularity == "unit" and not torch.is_grad_enabled():

@@ -1,5 +1,6 @@
 """Monitor: a network that says, beside its answer, whether the answer can be trusted."""
 
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -50,6 +51,8 @@ class Verdicts:
 class Monitor:
     """A network and its signature.
 
+    Its hooks stay on the network as long as the monitor lives; they do nothing outside its calls.
+
     Parameters
     ----------
     model
@@ -90,6 +93,8 @@ class Monitor:
         self.signature = made
         self.calibration = calibration
         self._recorder = Recorder(model.network, made.points, made.granularity)
+        self._recorder.stay()
+        weakref.finalize(self, self._recorder.leave)
         self._spare: Tensor | None = None  # memory that held the neurons of the last batch
 
     @classmethod

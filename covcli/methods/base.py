@@ -290,7 +290,7 @@ def blocks(values: Tensor, widths: Sequence[int]) -> Iterator[Tensor]:
     runs = [(width, len(list(equal))) for width, equal in groupby(widths)]
     parts = values.split([width * count for width, count in runs], 1)
     for (width, count), part in zip(runs, parts, strict=True):
-        yield part.unflatten(1, (count, width))
+        yield part.view(len(values), count, width)
 
 
 def cell_index(cells: Tensor, classes: Tensor, count: int) -> Tensor:

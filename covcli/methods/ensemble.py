@@ -46,7 +46,6 @@ class Ensemble(Gauss):
 
     name: ClassVar[str] = "ensemble"
     experts: ClassVar[bool] = True
-    directions: ClassVar[int] = 1
 
     def begin(self, layout: Layout) -> State:
         """Return the empty ranges of `src`: the first pass finds them, as in `gauss` the peaks."""

@@ -47,8 +47,6 @@ class Gauss(Method):
     """
 
     name: ClassVar[str] = "gauss"
-    # How many rows stand below each whitening matrix.
-    directions: ClassVar[int] = 0
     shrinkage: float = 0.05
 
     def __post_init__(self) -> None:
@@ -145,7 +143,7 @@ class Gauss(Method):
         return State({
             "mean": mean.float(),
             "deviation": torch.cat(deviations).float(),
-            "matrices": _halves([torch.cat(pair) for pair in pairs]).float(),
+            **_halves([torch.cat(pair) for pair in pairs]),
         })  # fmt: skip
 
     def _directions(
@@ -193,17 +191,11 @@ class Gauss(Method):
         Tensor
             Of neighbouring points of equal width at once, shape (points, rows, B).
         """
-        start = 0
-        for block in blocks(self._away(ready, layout, neurons, classes), layout.values):
-            points, width = block.shape[1:]
-            half, rows = width // 2, width + self.directions
-            middle = start + points * half * half
-            end = middle + points * (rows - half) * width
-            upper = ready["matrices"][start:middle].view(points, half, half)
-            lower = ready["matrices"][middle:end].view(points, rows - half, width)
+        away = self._away(ready, layout, neurons, classes)
+        for number, block in enumerate(blocks(away, layout.values)):
+            upper, lower = ready[f"upper.{number}"], ready[f"lower.{number}"]
             values = block.permute(1, 2, 0)
-            yield torch.cat([upper @ values[:, :half], lower @ values], 1)
-            start = end
+            yield torch.cat([upper @ values[:, : upper.shape[2]], lower @ values], 1)
 
     def _away(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         return layout.values_of(neurons) - ready["mean"].index_select(0, classes)
@@ -265,17 +257,18 @@ def log_distances(squares: Sequence[Tensor], layout: Layout) -> Tensor:
     return torch.log(costs.clamp(limits.tiny, limits.max))
 
 
-def _halves(matrices: Sequence[Tensor]) -> Tensor:
-    """Return lower triangular matrices in one flat tensor, without their upper right quarters.
+def _halves(matrices: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return lower triangular matrices in halves, the upper ones without their right quarters.
 
-    Of neighbouring matrices of equal width stand first the upper halves, then the lower ones.
+    Neighbouring matrices of equal width are one tensor, float32 of shape (points, rows, columns).
     """
-    parts = []
-    for width, run in groupby(matrices, lambda matrix: matrix.shape[1]):
-        whole = torch.stack(list(run))
-        half = width // 2
-        parts += [whole[:, :half, :half].flatten(), whole[:, half:].flatten()]
-    return torch.cat(parts)
+    halves = {}
+    runs = groupby(matrices, lambda matrix: matrix.shape[1])
+    for number, (width, run) in enumerate(runs):
+        whole = torch.stack(list(run)).float()
+        halves[f"upper.{number}"] = whole[:, : width // 2, : width // 2].contiguous()
+        halves[f"lower.{number}"] = whole[:, width // 2 :].contiguous()
+    return halves
 
 
 def class_means(state: State) -> Tensor:
