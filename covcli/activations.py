@@ -1,7 +1,7 @@
 """Coverage points: where activations are recorded, and how they become neurons."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -86,12 +86,14 @@ class Outputs:
         modules = dict(model.named_modules())
         self._model = model
         self._see = see
-        self._by_module: dict[str, dict[int, Point]] = {}
+        by_module: dict[str, dict[int, Point]] = {}
         for point in points:
-            self._by_module.setdefault(point.module, {})[point.call] = point
+            by_module.setdefault(point.module, {})[point.call] = point
         self._calls: Counter[str] = Counter()
         # Not closures, which could neither be pickled nor copied with the network.
-        self._hooks = [(modules[name], partial(self._end, name)) for name in self._by_module]
+        self._hooks = [
+            (modules[name], partial(self._end, name, calls)) for name, calls in by_module.items()
+        ]
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
@@ -108,9 +110,12 @@ class Outputs:
     def _begin(self, _model: nn.Module, _inputs: Any) -> None:
         self._calls.clear()
 
-    def _end(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        point = self._by_module[name].get(self._calls[name])
-        self._calls[name] += 1
+    def _end(
+        self, name: str, points: Mapping[int, Point], _module: nn.Module, _inputs: Any, output: Any
+    ) -> None:
+        call = self._calls[name]
+        self._calls[name] = call + 1
+        point = points.get(call)
         if point is not None:
             self._see(point, output)
 

@@ -13,6 +13,7 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 import torch
 from PIL import Image
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -275,7 +276,7 @@ def batches(
     images: ImageSet, parts: Sequence[Tensor], shape: Shape
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each part's rows and images, reading one batch ahead of the network."""
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=_compute_alone) as pool:
         ahead = pool.submit(images.batch, parts[0], shape) if parts else None
         for i, rows in enumerate(parts):
             assert ahead is not None
@@ -283,3 +284,9 @@ def batches(
             if i + 1 < len(parts):
                 ahead = pool.submit(images.batch, parts[i + 1], shape)
             yield rows, pixels
+
+
+def _compute_alone() -> None:
+    """Let this thread compute by itself: its helpers would take turns with those of the network."""
+    torch.get_num_threads()  # the first call in a thread sets its number
+    threadpool_limits(1, user_api="openmp")  # of this thread alone

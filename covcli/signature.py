@@ -85,6 +85,8 @@ class Signature:
             The class that each image is measured against, shape (B,).
         """
         rows = max(1, self.method.at_once // max(1, neurons.shape[1]))
+        if len(neurons) <= rows:
+            return self.method.evidence(self.ready, self.layout, neurons, classes)
         pieces = zip(neurons.split(rows), classes.split(rows), strict=True)
         return torch.cat([self.method.evidence(self.ready, self.layout, *p) for p in pieces])
 

@@ -11,7 +11,16 @@ from hypothesis.extra import numpy as npst
 
 from covcli.errors import CovcliError
 from covcli.fitting import fold
-from covcli.methods import METHODS, Layout, Method, MultiRange, SingleRange, State, make_method
+from covcli.methods import (
+    METHODS,
+    Layout,
+    Method,
+    MultiRange,
+    SingleRange,
+    State,
+    make_method,
+    ranges,
+)
 
 CLASSES, NEURONS = 3, 5
 LAYOUT = Layout(CLASSES, (2, 3), (1, 3))
@@ -240,6 +249,22 @@ def test_gauss_follows_its_formula(shrinkage: float) -> None:
         expected.append(np.log(np.sum(away @ np.linalg.inv(shrunk) * away, 1) / len(columns)))
     found = method.evidence(ready, LAYOUT, torch.from_numpy(tested).float(), labels)
     np.testing.assert_allclose(found.numpy(), np.stack(expected, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["src", "mrc", "mrc?sections=3&cost=share"])
+@given(data=samples())
+@settings(max_examples=40, deadline=None)
+def test_evidence_read_by_class_and_all_at_once_is_the_same(
+    spec: str, data: tuple[np.ndarray, np.ndarray]
+) -> None:
+    neurons, labels = (torch.from_numpy(part) for part in data)
+    method = make_method(spec)
+    ready = method.prepare(folded(spec, *data, [np.arange(len(labels))]), LAYOUT)
+    tested = [ready, LAYOUT, 1.5 * neurons.flip(0), labels]
+    at_once = method.evidence(*tested)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranges, "WHOLE", 0)
+        assert torch.equal(method.evidence(*tested), at_once)
 
 
 def test_points_of_any_widths_are_summed_and_measured_apart() -> None:

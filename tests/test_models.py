@@ -1,5 +1,7 @@
 """Models and coverage points."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -136,6 +138,18 @@ def test_reused_memory_shows_the_last_batch_alone() -> None:
             assert torch.equal(found, torch.cat(outputs, 1))
             assert (found.data_ptr() == spare.data_ptr()) == (size == 5)
         assert torch.equal(kept, recorder.take(network(torch.ones(5, 1, 8, 8))))
+
+
+def test_a_network_with_hooks_that_stay_can_be_pickled() -> None:
+    network, images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), torch.rand(2, 1, 8, 8)
+    recorder = Recorder(network, find_points(network, images, "channel"), "channel")
+    recorder.stay()
+    copied = pickle.loads(pickle.dumps(network))
+    assert torch.equal(copied(images), network(images))
+    with recorder:
+        assert recorder.take(network(images)).shape == (2, 8)
+    recorder.leave()
+    assert not any(module._forward_hooks for module in network.modules())
 
 
 class Shared(nn.Module):

@@ -1,6 +1,8 @@
 """Training, signatures, evaluation and the monitor, on a small network and real images."""
 
+import copy
 import dataclasses
+import gc
 import gzip
 import json
 import pickle
@@ -451,6 +453,34 @@ def test_activations_that_are_not_finite_are_named(trained: TrainResult) -> None
     images = in_memory("x", torch.full((2, 3, 32, 32), 255, dtype=torch.uint8), None)
     with pytest.raises(CovcliError, match=r"'second\.2' are NaN or infinite"):
         list(engine.sweep(model, images, points, "channel", Silent(), ""))
+
+
+def test_large_activations_whose_sum_overflows_are_finite(trained: TrainResult) -> None:
+    model = checkpoints.load(trained.checkpoint).model.eval()
+    images = torch.zeros(2, *model.spec.shape)
+    point, *_ = model.points("channel")
+    large = torch.full((2, point.neurons), 3e38)
+    recorder = Recorder(model.network, [point], "channel")
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode(), recorder:
+        patch.setattr(recorder, "take", lambda _logits: large)
+        assert engine.forward(model, recorder, images)[1] is large
+
+
+def test_a_monitors_hooks_are_silent_between_calls_and_leave_with_it(run: Path) -> None:
+    monitor = Monitor.load(run / "checkpoint.pt", run / "signature-mrc.safetensors")
+    model, images = monitor.model, torch.zeros(2, *monitor.model.spec.shape)
+    verdicts = monitor(images)
+    with torch.inference_mode():
+        logits = model(images)
+    assert torch.equal(logits, verdicts.logits)
+    assert torch.equal(monitor(images).score, verdicts.score)
+    with torch.inference_mode():
+        assert torch.equal(copy.deepcopy(model)(images), logits)
+    hooks = [module._forward_hooks for module in model.modules()]
+    assert any(hooks)
+    del monitor
+    gc.collect()
+    assert not any(hooks)
 
 
 def test_bare_weights_get_a_run_of_their_own(trained: TrainResult, tmp_path: Path) -> None:
