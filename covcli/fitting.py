@@ -59,15 +59,19 @@ class Recording(AbstractContextManager["Recording"]):
         fits = wanted <= min(SPILL_BYTES, free // 2)
         self._file = tempfile.TemporaryFile() if fits else None  # noqa: SIM115
         self._rows: list[Tensor] = []
-        found = []
+        # Written to their place: small tensors kept between large ones that come and go would
+        # keep the memory of those from being used again.
+        predicted = torch.empty(len(images), dtype=torch.int64)
+        confidence = torch.empty(len(images))
         for batch in self._sweep("reading trusted images"):
             sure, best = batch.logits.softmax(1).max(1)
-            found.append((batch.rows, best, sure))
+            predicted[batch.rows], confidence[batch.rows] = best.cpu(), sure.cpu()
+            self._rows.append(batch.rows)
             self._spill(batch)
+        found = [(rows, predicted[rows], confidence[rows]) for rows in self._rows]
         self.predicted, self.confidence = distributed.collect(found)
 
     def _spill(self, batch: Swept) -> None:
-        self._rows.append(batch.rows)
         if self._file is None:
             return
         try:
