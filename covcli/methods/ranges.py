@@ -60,7 +60,7 @@ class SingleRange(Method):
 
     def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return 1 outside the range, 0 inside."""
-        low, high = (ready[end].index_select(0, classes) for end in ("low", "high"))
+        low, high = self.span(ready, layout, classes)
         return _differ(neurons, neurons.clamp(low, high))
 
     def soft_costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class SingleRange(Method):
 
     def inside(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return which neurons lie in the closed range of their class."""
-        low, high = (ready[end].index_select(0, classes) for end in ("low", "high"))
+        low, high = self.span(ready, layout, classes)
         return (neurons >= low) & (neurons <= high)
 
     def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class SingleRange(Method):
 
     def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ranges of those classes."""
-        return ready["low"][classes], ready["high"][classes]
+        return ready["low"].index_select(0, classes), ready["high"].index_select(0, classes)
 
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
