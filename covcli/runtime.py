@@ -107,6 +107,8 @@ def configure(seed: int, threads: int) -> None:
     np.random.seed(seed)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # That would also fill all new memory, for whoever reads what he never wrote. Nothing does here.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if threads:
         torch.set_num_threads(threads)
 

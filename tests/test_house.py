@@ -16,9 +16,9 @@ ROOMS = [
     "adaptive", "losses", "surrogates", "comparison", "recorded", "baselines", "layers", "engine",
     "checkpoint", "signature", "calibration", "combination", "rules", "guarantees", "metrics",
     "methods", "methods.ensemble", "methods.gaussian", "methods.ranges", "methods.soft",
-    "methods.ranks", "methods.contributions", "methods.base", "methods.state", "models",
-    "activations", "pooling", "data", "images", "progress", "runtime", "distributed", "runs",
-    "store", "guard", "specs", "registry", "errors", "__init__",
+    "methods.ranks", "methods.contributions", "methods.base", "methods.layout", "methods.state",
+    "models", "activations", "pooling", "data", "images", "progress", "runtime", "distributed",
+    "runs", "store", "guard", "specs", "registry", "errors", "__init__",
 ]  # fmt: skip
 
 

@@ -3,14 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
-from itertools import groupby
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from covcli.errors import CovcliError
+from covcli.methods.layout import Layout
 from covcli.methods.state import Expected, State
 from covcli.pooling import Granularity
 from covcli.registry import Registry
@@ -18,84 +17,6 @@ from covcli.specs import fraction, parse, positive_count
 
 # Some rows, as numbers, int64; or all of them.
 Rows: TypeAlias = Tensor | slice
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which neurons belong to which coverage point; they stand side by side.
-
-    Attributes
-    ----------
-    classes
-        How many classes the network tells apart.
-    sizes
-        How many neurons each point has.
-    values
-        How many of them, the first ones, are a channel's mean or a unit's value; the others are
-        maxima of the same channels.
-    """
-
-    classes: int
-    sizes: tuple[int, ...]
-    values: tuple[int, ...]
-
-    @property
-    def neurons(self) -> int:
-        """How many neurons there are in all."""
-        return sum(self.sizes)
-
-    @cached_property
-    def value_columns(self) -> Tensor:
-        """Where the means and values stand among all neurons, int64 of shape (V,)."""
-        ends = torch.tensor(self.sizes).cumsum(0)
-        starts = (ends - torch.tensor(self.sizes)).tolist()
-        spans = [torch.arange(a, a + n) for a, n in zip(starts, self.values, strict=True)]
-        return torch.cat(spans)
-
-    def values_of(self, neurons: Tensor) -> Tensor:
-        """Return the means and values among neurons (B, N), shape (B, V)."""
-        return neurons.index_select(1, self.value_columns.to(neurons.device))
-
-    def means(self, values: Tensor) -> Tensor:
-        """Return the mean over each point's neurons of values (B, N), float64 of shape (B, L)."""
-        return self.sums(values) / self.widths.to(values.device)
-
-    def sums(self, values: Tensor) -> Tensor:
-        """Return the sum over each point's neurons of values (B, N), shape (B, L).
-
-        float64, or int32 of truth values, which counting is faster.
-        """
-        kind = torch.int32 if values.dtype == torch.bool else torch.float64
-        return torch.cat([block.sum(2, dtype=kind) for block in blocks(values, self.sizes)], 1)
-
-    def pieces(self, most: int) -> Iterator[tuple[slice, "Layout"]]:
-        """Yield runs of whole points, of at most so many neurons or one point.
-
-        Yields
-        ------
-        tuple of slice and Layout
-            Where the run's neurons stand among all, and which of them belong to which point.
-        """
-        first, start, end = 0, 0, 0
-        for number, size in enumerate(self.sizes):
-            if number > first and end - start + size > most:
-                yield slice(start, end), self._points(first, number)
-                first, start = number, end
-            end += size
-        yield slice(start, end), self._points(first, len(self.sizes))
-
-    def _points(self, first: int, end: int) -> "Layout":
-        return Layout(self.classes, self.sizes[first:end], self.values[first:end])
-
-    @cached_property
-    def widths(self) -> Tensor:
-        """How many neurons each point has, float64 of shape (L,)."""
-        return torch.tensor(self.sizes, dtype=torch.float64)
-
-    @cached_property
-    def value_counts(self) -> Tensor:
-        """How many means or values each point has, float64 of shape (L,)."""
-        return torch.tensor(self.values, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -270,27 +191,6 @@ class Method(ABC):
         """Return the specification that makes this method again."""
         parameters = "&".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
         return f"{self.name}?{parameters}" if parameters else self.name
-
-
-def blocks(values: Tensor, widths: Sequence[int]) -> Iterator[Tensor]:
-    """Yield what neighbouring points of equal width hold, as one tensor for all of them.
-
-    Parameters
-    ----------
-    values
-        The points side by side, shape (B, sum of widths).
-    widths
-        How much of it belongs to each point.
-
-    Yields
-    ------
-    Tensor
-        A view of shape (B, points, width).
-    """
-    runs = [(width, len(list(equal))) for width, equal in groupby(widths)]
-    parts = values.split([width * count for width, count in runs], 1)
-    for (width, count), part in zip(runs, parts, strict=True):
-        yield part.view(len(values), count, width)
 
 
 def cell_index(cells: Tensor, classes: Tensor, count: int) -> Tensor:

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Layout, Method, cell_index
+from covcli.methods.base import METHODS, Method, cell_index
+from covcli.methods.layout import Layout
 from covcli.methods.state import Expected, State
 
 SMALLEST = 1e-6

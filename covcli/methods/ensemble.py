@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Layout
+from covcli.methods.base import METHODS
 from covcli.methods.gaussian import (
     Gauss,
     class_means,
@@ -17,6 +17,7 @@ from covcli.methods.gaussian import (
     sums_by_class,
     whole_numbers,
 )
+from covcli.methods.layout import Layout
 from covcli.methods.ranges import SingleRange, united
 from covcli.methods.state import Expected, State
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from covcli.errors import CovcliError
-from covcli.methods.base import METHODS, Layout, Method, blocks
+from covcli.methods.base import METHODS, Method
+from covcli.methods.layout import Layout, blocks
 from covcli.methods.state import Expected, State
 
 # A neuron that hardly varies counts as deviating this share of its point's root mean square

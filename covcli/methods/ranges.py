@@ -10,8 +10,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-from covcli.methods.base import METHODS, Layout, Method, by_class, cell_index, log_sums, picked
+from covcli.methods.base import METHODS, Method, by_class, cell_index, log_sums, picked
+from covcli.methods.layout import Layout, bags
 from covcli.methods.soft import hinge, interpolated
 from covcli.methods.state import Expected, State
 
@@ -23,6 +25,10 @@ COUNTED_AT_ONCE = 1 << 20
 # image's ends, or those of one class.
 WHOLE = 1 << 20
 PIECE = 1 << 18
+# So many costs of a point are summed in float32, and these sums in float64.
+BAG = 512
+ENDS = ("low", "high")
+ALL = slice(None)
 
 
 @METHODS.add("src")
@@ -60,7 +66,11 @@ class SingleRange(Method):
 
     def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return 1 outside the range, 0 inside."""
-        low, high = self.span(ready, layout, classes)
+        return self.costs_at(ALL, ready, neurons, classes)
+
+    def costs_at(self, span: slice, ready: State, neurons: Tensor, classes: Tensor | int) -> Tensor:
+        """Return the costs of neurons (B, width) that stand at `span`; `classes` may be one."""
+        low, high = (_held(ready[key], classes, span) for key in ENDS)
         return _differ(neurons, neurons.clamp(low, high))
 
     def soft_costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
@@ -79,27 +89,28 @@ class SingleRange(Method):
         Many neurons are read class by class and a few points at a time: what a class compares these
         with is read from memory once, for all of its images.
         """
-        if neurons.numel() <= WHOLE:
-            return super().evidence(ready, layout, neurons, classes)
+        # There are caches to fit on a CPU alone; elsewhere fewer and larger operations pay.
+        if neurons.device.type != "cpu" or 1 < len(neurons) <= WHOLE // layout.neurons:
+            return log_sums(self.sums_at(ALL, layout, ready, neurons, classes), layout)
         sums = neurons.new_empty((len(neurons), len(layout.sizes)), dtype=torch.float64)
         for k, rows, count in by_class(classes):
-            # There are caches to fit on a CPU alone; elsewhere fewer and larger operations pay.
-            most = PIECE // count if neurons.device.type == "cpu" else layout.neurons
             mine = [
-                part.sums(self._class_costs(ready, k, span, picked(neurons[:, span], rows)))
-                for span, part in layout.pieces(most)
+                self.sums_at(span, part, ready, picked(neurons[:, span], rows), k)
+                for span, part in layout.pieces(PIECE // count)
             ]
             sums[rows] = torch.cat(mine, 1)
         return log_sums(sums, layout)
 
-    def _class_costs(self, ready: State, k: int, span: slice, neurons: Tensor) -> Tensor:
-        """Return the costs, as of class k, of the neurons (B, width) that stand at `span`."""
-        low, high = (ready[end][k, span] for end in ("low", "high"))
-        return _differ(neurons, neurons.clamp(low, high))
+    def sums_at(
+        self, span: slice, part: Layout, ready: State, neurons: Tensor, classes: Tensor | int
+    ) -> Tensor:
+        """Return the sums of the costs of the points that stand at `span`, shape (B, points)."""
+        return part.sums(self.costs_at(span, ready, neurons, classes))
 
     def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ranges of those classes."""
-        return ready["low"].index_select(0, classes), ready["high"].index_select(0, classes)
+        low, high = (_held(ready[key], classes, ALL) for key in ENDS)
+        return low, high
 
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
@@ -170,7 +181,7 @@ class MultiRange(SingleRange):
 
     def _count(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         low, high = (state[end].index_select(0, labels) for end in ("low", "high"))
-        section = self.section(neurons - low, self._scale(low, high)).long()
+        section = self.section(neurons - low, self._scale(low, high))
         cells = cell_index(section, labels, self.sections).flatten()
         counts = state["sections"].view(-1)
         counts.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
@@ -192,7 +203,7 @@ class MultiRange(SingleRange):
         counts = torch.zeros_like(part["sections"])
         for q in range(self.sections):
             centre = begin + width * ((q + 0.5) / self.sections)
-            places = self.section(centre, scale).long()
+            places = self.section(centre, scale)
             counts.scatter_add_(2, places[:, :, None], part["sections"][:, :, q, None])
         tensors = {**part.tensors, "low": low, "high": high, "sections": counts}
         return State(tensors, dict(part.reductions))
@@ -200,50 +211,52 @@ class MultiRange(SingleRange):
     def prepare(self, state: State, layout: Layout) -> State:
         """Return the ranges and a table of costs.
 
-        The table has shape (classes, Q + 2, N): the cost outside, of each section, and outside
-        again. Neighbouring neurons often lie in the same section, and then are neighbours in it.
+        The table has shape (classes, Q + 2, N): the cost of each section, of the last one again,
+        for the upper end, and outside. Neighbouring neurons often lie in the same section, and
+        then are neighbours in it. `columns` numbers the neurons.
         """
         low, high, count, sections = (state[key] for key in ("low", "high", "count", "sections"))
-        table = torch.empty(
-            (len(count), self.sections + 2, low.shape[1]), dtype=torch.float32, device=low.device
-        )
+        shape = (len(count), self.sections + 2, low.shape[1])
+        table = torch.empty(shape, dtype=torch.float32, device=low.device)
         for mine, found, n in zip(table, sections, count.float(), strict=True):
-            mine[[0, -1]] = self._cost(torch.zeros_like(n), n)
-            mine[1:-1] = self._cost(found.T.float(), n)
+            mine[:-2] = self._cost(found.T.float(), n)
+            mine[-2] = mine[-3]
+            mine[-1] = self._cost(torch.zeros_like(n), n)
         # The ends of an empty range are infinite, and 0 times infinity is not a number.
         scale = torch.where(low > high, 1.0, self._scale(low, high))
-        return State({"low": low, "high": high, "count": count, "scale": scale, "table": table})
-
-    def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the cost of the section that each neuron lies in."""
-        ends = [ready[key].index_select(0, classes) for key in ("low", "high", "scale")]
-        columns = self._columns(ready, classes[:, None], slice(0, layout.neurons))
-        return self._looked_up(ready, columns, neurons, *ends)
-
-    def _class_costs(self, ready: State, k: int, span: slice, neurons: Tensor) -> Tensor:
-        """Return the costs, as of class k, of the neurons (B, width) that stand at `span`."""
-        ends = [ready[key][k, span] for key in ("low", "high", "scale")]
-        return self._looked_up(ready, self._columns(ready, k, span), neurons, *ends)
-
-    def _columns(self, ready: State, classes: Tensor | int, span: slice) -> Tensor:
-        """Return where the flattened table holds the first section of each neuron."""
-        table = ready["table"]
         kind = torch.int32 if table.numel() < 1 << 31 else torch.int64  # the smaller is faster
-        first = (classes * table.shape[1] + 1) * table.shape[2]
-        first = torch.as_tensor(first, device=table.device).to(kind)
-        return first + torch.arange(span.start, span.stop, dtype=kind, device=table.device)
+        columns = torch.arange(shape[2], dtype=kind, device=low.device)
+        return State({
+            "low": low, "high": high, "count": count, "scale": scale, "table": table,
+            "columns": columns,
+        })  # fmt: skip
 
-    def _looked_up(
-        self, ready: State, columns: Tensor, neurons: Tensor, low: Tensor, high: Tensor,
-        scale: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def costs_at(self, span: slice, ready: State, neurons: Tensor, classes: Tensor | int) -> Tensor:
+        """Return the cost of the section that each neuron lies in."""
+        cells = self._cells(span, ready, neurons, classes)
+        return ready["table"].view(-1).index_select(0, cells.view(-1)).view_as(neurons)
+
+    def sums_at(
+        self, span: slice, part: Layout, ready: State, neurons: Tensor, classes: Tensor | int
+    ) -> Tensor:
+        """Return the sums of costs; a CPU looks them up and adds them in one step."""
+        if neurons.device.type != "cpu":
+            return super().sums_at(span, part, ready, neurons, classes)
+        cells = self._cells(span, ready, neurons, classes).view(-1)
+        starts, counts = bags(part.sizes, len(neurons), BAG)
+        found = embedding_bag(cells, ready["table"].view(-1, 1), starts.to(cells), mode="sum")
+        return Layout(part.classes, counts, counts).sums(found.view(len(neurons), -1))
+
+    def _cells(self, span: slice, ready: State, neurons: Tensor, classes: Tensor | int) -> Tensor:
+        """Return where the flattened table holds each neuron's cost."""
+        low, high, scale = (_held(ready[key], classes, span) for key in (*ENDS, "scale"))
         within = neurons.clamp(low, high)
         outside = _differ(neurons, within)
-        row = self.section(within.sub_(low), scale).add_(outside, alpha=self.sections)
-        row.clamp_max_(self.sections)
-        table = ready["table"]
-        index = torch.add(columns, row.to(columns.dtype), alpha=table.shape[2])
-        return table.view(-1).index_select(0, index.view(-1)).view_as(neurons)
+        row = self.place(within.sub_(low), scale).add_(outside, alpha=self.sections + 1)
+        row.clamp_max_(self.sections + 1)
+        columns, (_, rows, width) = ready["columns"], ready["table"].shape
+        first = torch.as_tensor(classes, device=columns.device).to(columns.dtype) * (rows * width)
+        return torch.add(columns[span] + first[..., None], row.to(columns.dtype), alpha=width)
 
     def _cost(self, found: Tensor, n: Tensor) -> Tensor:
         """Return the cost of sections that hold `found` of n images."""
@@ -258,7 +271,8 @@ class MultiRange(SingleRange):
         the distance, in widths of the range, has a gradient.
         """
         low, high, width = (part[classes] for part in _ranges(ready, neurons.dtype))
-        table = ready["table"].mT.to(neurons.dtype)
+        rows = [-1, *range(self.sections), -1]
+        table = ready["table"][:, rows].mT.to(neurons.dtype)
         distance = hinge(neurons, low, high, width)
         span = torch.where(high > low, high - low, 1.0)
         place = (neurons - low) / span * self.sections + 0.5  # 0 is the centre left of the range
@@ -266,7 +280,11 @@ class MultiRange(SingleRange):
         return interpolated(table, classes, place) + distance
 
     def section(self, above: Tensor, scale: Tensor) -> Tensor:
-        """Return the section that each neuron lies in, 0 to Q−1, as whole float32 numbers.
+        """Return each neuron's section, 0 to Q−1, int64; parameters as of `place`."""
+        return self.place(above, scale).long().clamp_max_(self.sections - 1)
+
+    def place(self, above: Tensor, scale: Tensor) -> Tensor:
+        """Return how many sections each neuron lies above the lower end, 0 to Q, float32.
 
         Counting and scoring both take it from here: rounding may move an edge between sections,
         but the same for both.
@@ -274,11 +292,11 @@ class MultiRange(SingleRange):
         Parameters
         ----------
         above
-            How far neurons inside their range lie above its lower end.
+            How far neurons inside their range lie above its lower end; changed in place.
         scale
             Sections per unit of activation, see `_scale`.
         """
-        return (above * scale).clamp_(0, self.sections - 1).floor_()
+        return above.mul_(scale).clamp_(0, self.sections)
 
     def _scale(self, low: Tensor, high: Tensor) -> Tensor:
         """Return Q/(high − low), float32 and finite; 0 for a range of no width."""
@@ -290,6 +308,13 @@ class MultiRange(SingleRange):
         """Return what a complete state holds."""
         shape = (layout.classes, layout.neurons, self.sections)
         return {**super().expected(layout), "sections": (torch.int32, shape)}
+
+
+def _held(tensor: Tensor, classes: Tensor | int, span: slice) -> Tensor:
+    """Return what a tensor (classes, N) holds at `span` of one class, or of each image's."""
+    if isinstance(classes, int):
+        return tensor[classes, span]
+    return tensor[:, span].index_select(0, classes)
 
 
 def _differ(values: Tensor, others: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Layout, Method
+from covcli.methods.base import METHODS, Method
+from covcli.methods.layout import Layout
 from covcli.methods.state import Expected, State
 
 
