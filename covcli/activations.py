@@ -195,7 +195,8 @@ class Recorder:
         if self._units is None:
             self._units = self._room(output, sum(sizes))
         place: Tensor = self._units.split(sizes, 1)[self.points.index(point)]
-        place.unflatten(1, output.shape[1:]).copy_(output)
+        last = output.movedim(point.channel_dim, -1)
+        place.unflatten(1, last.shape[1:]).copy_(last)
         return place
 
     def _room(self, output: Tensor, neurons: int) -> Tensor:

@@ -24,14 +24,15 @@ def pool(output: Tensor, channel_dim: int, granularity: Granularity) -> Tensor:
         The dimension that counts the channels.
     granularity
         "channel": each channel's mean and maximum over its positions, or its value in a fully
-        connected layer. "unit": every value. "contribution": each channel's mean alone (of
+        connected layer. "unit": every value, those of a position side by side, which is how
+        networks hold them in memory. "contribution": each channel's mean alone (of
         activations times gradients, see `contributions`).
 
     Returns
     -------
     Tensor
         Shape (B, 2C), the means first; (B, C) for a fully connected layer and for contributions;
-        (B, C·positions) for units. float32 (float64 of an output in float64), and means are
+        (B, positions·C) for units. float32 (float64 of an output in float64), and means are
         summed in that precision, whatever a network under autocast computes in.
     """
     return torch.cat(statistics(output, channel_dim, granularity), 1)
@@ -41,7 +42,8 @@ def statistics(output: Tensor, channel_dim: int, granularity: Granularity) -> li
     """Return what `pool` puts side by side; no views: a later in-place layer would change them."""
     if output.ndim == 2 or granularity == "unit":
         dtype = torch.promote_types(output.dtype, torch.float32)
-        whole = output.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        last = output.movedim(channel_dim, -1)
+        whole = last.to(dtype, copy=True, memory_format=torch.contiguous_format)
         return [whole.flatten(1)]
     positions = _positions(output.ndim, channel_dim)
     means = _means(output, positions)
@@ -99,8 +101,8 @@ def locate(
         return neuron, f"unit {neuron}"
     dim = channel_dim % (len(shape) + 1) - 1
     if granularity == "unit":
-        place = [int(i) for i in np.unravel_index(neuron, tuple(shape))]
-        channel = place.pop(dim)
+        positions = [size for d, size in enumerate(shape) if d != dim]
+        *place, channel = map(int, np.unravel_index(neuron, (*positions, shape[dim])))
         return channel, f"channel {channel} at ({', '.join(map(str, place))})"
     statistic, channel = divmod(neuron, shape[dim])
     return channel, f"channel {channel}, {STATISTICS[statistic]}"

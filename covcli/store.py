@@ -24,6 +24,7 @@ from covcli import guard
 from covcli.errors import CovcliError
 
 SCHEMA = 1
+SIGNATURE_SCHEMA = 2  # until 1 the units of a channel stood together
 CHECKPOINT = "covcli checkpoint"
 PAUSED = "covcli paused training"
 CHECKPOINT_FIELDS = {"model", "state", "classes", "trusted", "calibration_rows", "training"}
@@ -264,7 +265,7 @@ def _is_whole(tensor: Tensor) -> bool:
 def save_signature(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a signature: named tensors and a JSON document about them, with a checksum."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    document = {"schema": SCHEMA, **metadata}
+    document = {"schema": SIGNATURE_SCHEMA, **metadata}
     document["checksum"] = _checksum(stored, document)
     text = json.dumps(document, allow_nan=False, sort_keys=True)
     write_bytes(path, safetensors.torch.save(stored, {"covcli": text}))
@@ -293,8 +294,9 @@ def load_signature(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
         raise CovcliError("is not a covcli signature", where=path) from None
-    if not isinstance(metadata, dict) or metadata.get("schema") != SCHEMA:
-        raise CovcliError(f"has another schema, this covcli reads {SCHEMA}", where=path)
+    if not isinstance(metadata, dict) or metadata.get("schema") != SIGNATURE_SCHEMA:
+        reason = f"has another schema, this covcli reads {SIGNATURE_SCHEMA}"
+        raise CovcliError(reason, where=path, fix="build it again with build-signature")
     if metadata.get("checksum") != _checksum(tensors, metadata):
         raise CovcliError("is damaged: its content does not match its checksum", where=path)
     return tensors, metadata

@@ -82,7 +82,7 @@ def check_naively(
     logits: np.ndarray,
 ) -> None:  # fmt: skip
     parts = [
-        torch.from_numpy(o) if o.ndim == 2 or made.granularity == "unit"
+        torch.from_numpy(o).movedim(1, -1) if o.ndim == 2 or made.granularity == "unit"
         else torch.cat([torch.from_numpy(o.mean((2, 3))), torch.from_numpy(o.max((2, 3)))], 1)
         for o in outputs
     ]  # fmt: skip

@@ -133,7 +133,7 @@ def test_a_file_that_is_no_signature_is_refused(tmp_path: Path, damage: str) -> 
     raw[-2] ^= 1
     path.write_bytes({
         "text": b"hello there", "empty": b"", "no metadata": save({"t": torch.ones(1)}),
-        "flip": bytes(raw), "schema": save({}, {"covcli": json.dumps({"schema": 2})}),
+        "flip": bytes(raw), "schema": save({}, {"covcli": json.dumps({"schema": 1})}),
     }[damage])  # fmt: skip
     with pytest.raises(CovcliError):
         store.load_signature(path)

@@ -256,7 +256,10 @@ class MultiRange(SingleRange):
         row.clamp_max_(self.sections + 1)
         columns, (_, rows, width) = ready["columns"], ready["table"].shape
         first = torch.as_tensor(classes, device=columns.device).to(columns.dtype) * (rows * width)
-        return torch.add(columns[span] + first[..., None], row.to(columns.dtype), alpha=width)
+        # Written over what nobody reads any more, if that is as wide: it is in the cache.
+        cells = outside.view(torch.int32) if columns.dtype == torch.int32 else outside.long()
+        cells.copy_(row)
+        return torch.add(columns[span] + first[..., None], cells, alpha=width, out=cells)
 
     def _cost(self, found: Tensor, n: Tensor) -> Tensor:
         """Return the cost of sections that hold `found` of n images."""
