@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
+
+# So many neurons of a point make a bag: what of them is summed in float32 loses little.
+BAG = 512
 
 
 @dataclass(frozen=True)
@@ -108,18 +111,27 @@ def blocks(values: Tensor, widths: Sequence[int]) -> Iterator[Tensor]:
         yield part.view(len(values), count, width)
 
 
-@lru_cache(maxsize=1024)
-def bags(sizes: tuple[int, ...], images: int, most: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Cut points into bags of neighbouring neurons, at most so many in each.
+def bag_counts(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return into how many bags of neighbouring neurons points of these sizes are cut."""
+    return tuple(-(-size // BAG) for size in sizes)
 
-    Returns
-    -------
-    tuple
-        Where each bag starts among the neurons of the images, flattened, int64; and how many bags
-        each point has.
-    """
-    neurons, counts = sum(sizes), tuple(-(-size // most) for size in sizes)
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    parts = [torch.arange(end - size, end, most) for size, end in zip(sizes, ends, strict=True)]
-    starts = torch.arange(images)[:, None] * neurons + torch.cat(parts)
-    return starts.view(-1), counts
+
+def whole_sums(sums: Tensor, layout: Layout) -> Tensor:
+    """Return the sum of each point's costs, float64, from that or from the sums of bags."""
+    if sums.shape[1] == len(layout.sizes):
+        return sums.double()
+    counts = bag_counts(layout.sizes)
+    return Layout(layout.classes, counts, counts).sums(sums)
+
+
+@lru_cache(maxsize=1024)
+def bag_starts(sizes: tuple[int, ...], images: int, dtype: torch.dtype) -> Tensor:
+    """Return where each bag starts among the neurons of so many images, flattened."""
+    starts = [start for begin, size in _places(sizes) for start in range(begin, begin + size, BAG)]
+    every = torch.arange(images)[:, None] * sum(sizes) + torch.tensor(starts)
+    return every.view(-1).to(dtype)
+
+
+def _places(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield where each point begins, and its size."""
+    return zip(accumulate(sizes, initial=0), sizes, strict=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from covcli.methods.base import METHODS, Method, by_class, cell_index, log_sums, picked
-from covcli.methods.layout import Layout, bags
+from covcli.methods.layout import Layout, bag_starts, whole_sums
 from covcli.methods.soft import hinge, interpolated
 from covcli.methods.state import Expected, State
 
@@ -25,8 +25,6 @@ COUNTED_AT_ONCE = 1 << 20
 # image's ends, or those of one class.
 WHOLE = 1 << 20
 PIECE = 1 << 18
-# So many costs of a point are summed in float32, and these sums in float64.
-BAG = 512
 ENDS = ("low", "high")
 ALL = slice(None)
 
@@ -91,20 +89,30 @@ class SingleRange(Method):
         """
         # There are caches to fit on a CPU alone; elsewhere fewer and larger operations pay.
         if neurons.device.type != "cpu" or 1 < len(neurons) <= WHOLE // layout.neurons:
-            return log_sums(self.sums_at(ALL, layout, ready, neurons, classes), layout)
-        sums = neurons.new_empty((len(neurons), len(layout.sizes)), dtype=torch.float64)
+            sums = self.sums_at(ALL, layout, ready, neurons, classes)
+            return log_sums(whole_sums(sums, layout), layout)
+        found = []
         for k, rows, count in by_class(classes):
             mine = [
                 self.sums_at(span, part, ready, picked(neurons[:, span], rows), k)
                 for span, part in layout.pieces(PIECE // count)
             ]
-            sums[rows] = torch.cat(mine, 1)
-        return log_sums(sums, layout)
+            found.append((rows, torch.cat(mine, 1)))
+        sums = neurons.new_empty((len(neurons), found[0][1].shape[1]), dtype=torch.float64)
+        for rows, theirs in found:
+            sums[rows] = theirs.double()
+        return log_sums(whole_sums(sums, layout), layout)
 
     def sums_at(
         self, span: slice, part: Layout, ready: State, neurons: Tensor, classes: Tensor | int
     ) -> Tensor:
-        """Return the sums of the costs of the points that stand at `span`, shape (B, points)."""
+        """Return the sums of costs of the points that stand at `span`, or of their bags.
+
+        Returns
+        -------
+        Tensor
+            Shape (B, points), or (B, bags) where a point's neurons are cut into `bags`.
+        """
         return part.sums(self.costs_at(span, ready, neurons, classes))
 
     def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,33 +241,39 @@ class MultiRange(SingleRange):
 
     def costs_at(self, span: slice, ready: State, neurons: Tensor, classes: Tensor | int) -> Tensor:
         """Return the cost of the section that each neuron lies in."""
-        cells = self._cells(span, ready, neurons, classes)
-        return ready["table"].view(-1).index_select(0, cells.view(-1)).view_as(neurons)
+        table, cells = self._cells(span, ready, neurons, classes)
+        return table.index_select(0, cells.view(-1)).view_as(neurons)
 
     def sums_at(
         self, span: slice, part: Layout, ready: State, neurons: Tensor, classes: Tensor | int
     ) -> Tensor:
-        """Return the sums of costs; a CPU looks them up and adds them in one step."""
+        """Return the sums of bags of costs; a CPU looks them up and adds them in one step."""
         if neurons.device.type != "cpu":
             return super().sums_at(span, part, ready, neurons, classes)
-        cells = self._cells(span, ready, neurons, classes).view(-1)
-        starts, counts = bags(part.sizes, len(neurons), BAG)
-        found = embedding_bag(cells, ready["table"].view(-1, 1), starts.to(cells), mode="sum")
-        return Layout(part.classes, counts, counts).sums(found.view(len(neurons), -1))
+        table, cells = self._cells(span, ready, neurons, classes)
+        starts = bag_starts(part.sizes, len(neurons), cells.dtype)
+        sums: Tensor = embedding_bag(cells.view(-1), table[:, None], starts, mode="sum")
+        return sums.view(len(neurons), -1)
 
-    def _cells(self, span: slice, ready: State, neurons: Tensor, classes: Tensor | int) -> Tensor:
-        """Return where the flattened table holds each neuron's cost."""
+    def _cells(
+        self, span: slice, ready: State, neurons: Tensor, classes: Tensor | int
+    ) -> tuple[Tensor, Tensor]:
+        """Return a table of costs, flat, and where it holds each neuron's."""
         low, high, scale = (_held(ready[key], classes, span) for key in (*ENDS, "scale"))
         within = neurons.clamp(low, high)
         outside = _differ(neurons, within)
         row = self.place(within.sub_(low), scale).add_(outside, alpha=self.sections + 1)
         row.clamp_max_(self.sections + 1)
-        columns, (_, rows, width) = ready["columns"], ready["table"].shape
-        first = torch.as_tensor(classes, device=columns.device).to(columns.dtype) * (rows * width)
+        columns, table = ready["columns"][span], ready["table"]
+        rows, width = table.shape[1:]
+        if isinstance(classes, int):
+            table = table[classes]
+        else:
+            columns = columns + (classes * (rows * width)).to(columns.dtype)[:, None]
         # Written over what nobody reads any more, if that is as wide: it is in the cache.
         cells = outside.view(torch.int32) if columns.dtype == torch.int32 else outside.long()
         cells.copy_(row)
-        return torch.add(columns[span] + first[..., None], cells, alpha=width, out=cells)
+        return table.view(-1), torch.add(columns, cells, alpha=width, out=cells)
 
     def _cost(self, found: Tensor, n: Tensor) -> Tensor:
         """Return the cost of sections that hold `found` of n images."""
