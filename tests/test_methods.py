@@ -267,6 +267,30 @@ def test_evidence_read_by_class_and_all_at_once_is_the_same(
         assert torch.equal(method.evidence(*tested), at_once)
 
 
+@pytest.mark.parametrize("spec", ["src", "mrc", "mrc?sections=3&cost=share"])
+def test_evidence_of_wide_points_is_the_log_of_their_mean_cost(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read all at once, by class, and by class in pieces; in both precisions, and of no image."""
+    sizes = (1300, 5, 512, 513, 1)
+    layout, generator = Layout(CLASSES, sizes, sizes), torch.Generator().manual_seed(0)
+    neurons = torch.randn(40, sum(sizes), generator=generator).relu()
+    labels = torch.randint(CLASSES, (40,), generator=generator)
+    method = make_method(spec)
+    ready = method.prepare(fold(method, layout, lambda: [(neurons, labels)]), layout)
+    tested, classes = 1.2 * neurons.flip(0), labels
+    costs = method.costs(ready, layout, tested, classes).double().numpy()
+    parts = np.split(costs, np.cumsum(sizes)[:-1], 1)
+    expected = np.log(np.stack([(part.sum(1) + 1) / part.shape[1] for part in parts], 1))
+    for whole, piece in ((1 << 20, 1 << 18), (0, 1 << 18), (0, 6000)):
+        monkeypatch.setattr(ranges, "WHOLE", whole)
+        monkeypatch.setattr(ranges, "PIECE", piece)
+        for each in (tested, tested.double()):
+            found = method.evidence(ready, layout, each, classes)
+            np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
+        assert method.evidence(ready, layout, tested[:0], classes[:0]).shape == (0, len(sizes))
+
+
 def test_points_of_any_widths_are_summed_and_measured_apart() -> None:
     """Neighbours of equal width go through one operation: the others must not be disturbed."""
     sizes, values = (3, 3, 2, 4, 4, 4, 3), (3, 3, 1, 2, 2, 4, 3)

@@ -88,7 +88,8 @@ class SingleRange(Method):
         with is read from memory once, for all of its images.
         """
         # There are caches to fit on a CPU alone; elsewhere fewer and larger operations pay.
-        if neurons.device.type != "cpu" or 1 < len(neurons) <= WHOLE // layout.neurons:
+        few = len(neurons) != 1 and neurons.numel() <= WHOLE
+        if few or neurons.device.type != "cpu":
             sums = self.sums_at(ALL, layout, ready, neurons, classes)
             return log_sums(whole_sums(sums, layout), layout)
         found = []
@@ -271,7 +272,8 @@ class MultiRange(SingleRange):
         else:
             columns = columns + (classes * (rows * width)).to(columns.dtype)[:, None]
         # Written over what nobody reads any more, if that is as wide: it is in the cache.
-        cells = outside.view(torch.int32) if columns.dtype == torch.int32 else outside.long()
+        fits = columns.dtype.itemsize == outside.dtype.itemsize
+        cells = outside.view(columns.dtype) if fits else outside.to(columns.dtype)
         cells.copy_(row)
         return table.view(-1), torch.add(columns, cells, alpha=width, out=cells)
 
