@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from covcli.methods.base import METHODS, Method, by_class, cell_index, log_sums, picked
-from covcli.methods.layout import Layout, bag_starts, whole_sums
+from covcli.methods.layout import Layout, bag_counts, bag_starts, whole_sums
 from covcli.methods.soft import hinge, interpolated
 from covcli.methods.state import Expected, State
 
@@ -254,7 +254,7 @@ class MultiRange(SingleRange):
         table, cells = self._cells(span, ready, neurons, classes)
         starts = bag_starts(part.sizes, len(neurons), cells.dtype)
         sums: Tensor = embedding_bag(cells.view(-1), table[:, None], starts, mode="sum")
-        return sums.view(len(neurons), -1)
+        return sums.view(len(neurons), sum(bag_counts(part.sizes)))
 
     def _cells(
         self, span: slice, ready: State, neurons: Tensor, classes: Tensor | int
