@@ -115,7 +115,7 @@ def test_the_peers_see_what_the_coverage_points_show(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(head(outputs[-1]), logits)
     assert len(parts) == len(points)
     for output, seen in zip(outputs[1:], neurons, strict=True):
-        torch.testing.assert_close(output.flatten(1), seen)
+        torch.testing.assert_close(output.movedim(1, -1).flatten(1), seen)
 
 
 def test_one_pass_scores_as_the_library_does(monkeypatch: pytest.MonkeyPatch) -> None:
