@@ -75,7 +75,7 @@ def forward(model: Classifier, recorder: Recorder, images: Tensor) -> tuple[Tens
         logits = model(images)
         neurons = recorder.take(logits)
     # Sums pass NaN and infinity on; those of large numbers can overflow, so then each is looked at.
-    if not math.isfinite(float(neurons.sum() + logits.sum())):
+    if not math.isfinite(float((neurons.sum() + logits.sum()).detach())):
         _refuse_not_finite(recorder.points, neurons, logits)
     return logits, neurons
 
