@@ -39,10 +39,8 @@ class Layout:
     @cached_property
     def value_columns(self) -> Tensor:
         """Where the means and values stand among all neurons, int64 of shape (V,)."""
-        ends = torch.tensor(self.sizes).cumsum(0)
-        starts = (ends - torch.tensor(self.sizes)).tolist()
-        spans = [torch.arange(a, a + n) for a, n in zip(starts, self.values, strict=True)]
-        return torch.cat(spans)
+        begins = zip(_places(self.sizes), self.values, strict=True)
+        return torch.cat([torch.arange(begin, begin + n) for (begin, _), n in begins])
 
     def values_of(self, neurons: Tensor) -> Tensor:
         """Return the means and values among neurons (B, N), shape (B, V)."""
