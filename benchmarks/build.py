@@ -30,9 +30,9 @@ import common
 from common import Ratio, Work
 from peers import PEERS, peers
 
-from covcli.images import ImageSet
-from covcli.models import Classifier
-from covcli.signing import DEFAULT_METHOD
+from covcli.data.images import ImageSet
+from covcli.models.architectures import Classifier
+from covcli.signature.build import DEFAULT_METHOD
 
 WARM_UP = 100
 QUICK = {"repetitions": 1, "large_repetitions": 1, "images": [20, 40], "memory_images": [20, 40],

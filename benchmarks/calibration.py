@@ -29,11 +29,10 @@ import torch
 from scipy.stats import hypergeom, kstest, kstwo
 from torch import Tensor
 
-from covcli import runtime
-from covcli.evaluation import EvaluationConfig, evaluate
-from covcli.guarantees import MODES, Guarantee
-from covcli.progress import Silent
-from covcli.rules import make_rule
+from covcli.core import runtime
+from covcli.core.progress import Silent
+from covcli.evaluation.evaluate import EvaluationConfig, evaluate
+from covcli.signature.guarantee import MODES, Guarantee, make_rule
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

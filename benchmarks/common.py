@@ -25,17 +25,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from covcli import checkpoint as checkpoints
-from covcli import data, engine, models, runtime
-from covcli.engine import Trainer, to_network
-from covcli.fitting import fit_calibration, fit_signature
-from covcli.images import ImageSet, in_memory
+from covcli.core import runtime
+from covcli.core.progress import Silent
+from covcli.data import datasets
+from covcli.data.images import ImageSet, in_memory
 from covcli.methods import make_method
-from covcli.models import Classifier, ModelSpec
-from covcli.monitor import Monitor
-from covcli.pooling import Granularity
-from covcli.progress import Silent
-from covcli.signature import Signature
+from covcli.methods.state import Granularity
+from covcli.models import architectures
+from covcli.models import checkpoint as checkpoints
+from covcli.models.architectures import Classifier, ModelSpec
+from covcli.models.sweep import sweep, sweep_batch, to_network
+from covcli.signature.fit import fit_calibration, fit_signature
+from covcli.signature.monitor import Monitor
+from covcli.signature.signature import Signature
+from covcli.training.epoch import Trainer
 
 CPU = torch.device("cpu")
 CLASSES = 10
@@ -94,10 +97,10 @@ def random_network(name: str, classes: int = CLASSES) -> Classifier:
 
     Its last bias is set so that the logits are 0 on average, or it would predict one class only.
     """
-    mean, deviation = models.architecture(name).statistics
-    spec = ModelSpec(name, classes, models.input_shape(name, False), mean, deviation)
+    mean, deviation = architectures.architecture(name).statistics
+    spec = ModelSpec(name, classes, architectures.input_shape(name, False), mean, deviation)
     with runtime.seeded(0):
-        model = models.build(spec).on(CPU)
+        model = architectures.build(spec).on(CPU)
     rows = torch.arange(64)
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     logits = bare_logits(model, random_images(0).batch(rows, spec.shape))
@@ -109,7 +112,7 @@ def random_network(name: str, classes: int = CLASSES) -> Classifier:
 
 def random_images(seed: int) -> ImageSet:
     """Return POOL images of uniform noise, 32×32, in memory."""
-    drawn = data.load(f"noise:uniform?limit={POOL}&seed={seed}", "test")
+    drawn = datasets.load(f"noise:uniform?limit={POOL}&seed={seed}", "test")
     pixels = drawn.batch(torch.arange(POOL), (3, 32, 32))
     return in_memory(drawn.name, pixels, None, flips=True)
 
@@ -132,7 +135,7 @@ def load_images(
     if folder is None:
         sets = [random_images(seed) for seed in (0, 1)]
     else:
-        sets = [data.load(f"npz:{folder}", "train"), data.load(f"npz:{folder}", "test")]
+        sets = [datasets.load(f"npz:{folder}", "train"), datasets.load(f"npz:{folder}", "test")]
     if folder is None or args.weights is None:
         counts = min(POOL, trusted), min(POOL, held_out)
         sets = [predicted(model, cycled(s, n)) for s, n in zip(sets, counts, strict=True)]
@@ -141,7 +144,7 @@ def load_images(
 
 def predicted(model: Classifier, images: ImageSet) -> ImageSet:
     """Return the images under the classes that a network predicts."""
-    swept = engine.sweep(model, images, [], "channel", Silent(), "")
+    swept = sweep(model, images, [], "channel", Silent(), "")
     return replace(images, labels=torch.cat([batch.logits.argmax(1) for batch in swept]))
 
 
@@ -163,7 +166,7 @@ def bare_logits(model: Classifier, pixels: Tensor) -> Tensor:
 def bare_pass(model: Classifier, images: ImageSet) -> None:
     """Read images and run the network on them, in a sweep's batches, and do nothing else."""
     shape = model.spec.shape
-    for rows in torch.arange(len(images)).split(engine.sweep_batch(shape)):
+    for rows in torch.arange(len(images)).split(sweep_batch(shape)):
         bare_logits(model, images.batch(rows, shape))
 
 

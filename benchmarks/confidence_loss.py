@@ -21,18 +21,19 @@ from typing import Any
 from scipy.stats import t as student
 from torch import nn
 
-from covcli import models, runtime
-from covcli.evaluation import EvaluationConfig, EvaluationResult, evaluate
-from covcli.progress import Silent
-from covcli.signing import SignatureConfig, build_signature
-from covcli.training import TrainConfig, TrainResult, train
+from covcli.core import runtime
+from covcli.core.progress import Silent
+from covcli.evaluation.evaluate import EvaluationConfig, EvaluationResult, evaluate
+from covcli.models import architectures
+from covcli.signature.build import SignatureConfig, build_signature
+from covcli.training.train import TrainConfig, TrainResult, train
 
 UNTRUSTED = ["mnist?limit=1000", "photos?limit=1000", "noise:gaussian?limit=500",
              "attack:fgsm?limit=300", "attack:pgd?limit=300"]  # fmt: skip
 FIGURES = ("accuracy", "mean_auroc", "mean_fpr95")
 
 
-@models.model("small")
+@architectures.model("small")
 def small(classes: int, _pretrained: bool) -> nn.Module:
     """Six convolutions and a hidden layer: trains in a minute or two on one core."""
 

@@ -17,13 +17,13 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from covcli import comparison, runtime
-from covcli.evaluation import EvaluationConfig, EvaluationResult, evaluate
+from covcli.core import runtime
+from covcli.core.progress import Lines, Progress, Silent
+from covcli.evaluation.baselines import compare
+from covcli.evaluation.evaluate import EvaluationConfig, EvaluationResult, evaluate
+from covcli.evaluation.metrics import Estimate
 from covcli.methods import METHODS
-from covcli.metrics import Estimate
-from covcli.progress import Progress, Silent
-from covcli.render import Lines
-from covcli.signing import SignatureConfig, build_signature
+from covcli.signature.build import SignatureConfig, build_signature
 
 UNTRUSTED = [
     "mnist", "fashion-mnist", "photos", "noise:gaussian", "noise:uniform", "attack:fgsm",
@@ -91,7 +91,7 @@ def rows(found: EvaluationResult, score: str, name: str) -> list[Row]:
 
 def measured(args: argparse.Namespace, folder: Path) -> list[Row]:
     """Run every method, and the baselines once, beside the first."""
-    baselines = comparison.expand(args.baselines)
+    baselines = compare.expand(args.baselines)
     found = [
         evaluated(args, folder, method, baselines if i == 0 else ())
         for i, method in enumerate(args.methods)

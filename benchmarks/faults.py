@@ -26,9 +26,12 @@ from typing import Any
 
 import torch
 
-from covcli import checkpoint as checkpoints
-from covcli import signature, store
-from covcli.errors import CovcliError
+from covcli.core import files
+from covcli.core.errors import CovcliError
+from covcli.models import checkpoint as checkpoints
+from covcli.models.checkpoint import load_checkpoint, save_checkpoint
+from covcli.signature import signature
+from covcli.signature.signature import load_signature
 
 PLUGIN = Path(__file__).parent.parent / "tests" / "tiny_model.py"
 TRAIN = [sys.executable, "-m", "covcli", "train", "--plugin", str(PLUGIN), "--quiet"]
@@ -54,7 +57,7 @@ def content(version: int) -> dict[str, Any]:
 def kills(folder: Path, number: int, chance: random.Random) -> dict[str, int]:
     """SIGKILL a process that saves one version after the other over the same file."""
     path = folder / "kills" / "checkpoint.pt"
-    store.save_checkpoint(path, content(0))
+    save_checkpoint(path, content(0))
     whole, newest, leftovers = 0, 0, 0
     for _ in range(number):
         child = os.fork()
@@ -62,16 +65,16 @@ def kills(folder: Path, number: int, chance: random.Random) -> dict[str, int]:
             version = newest
             while True:
                 version += 1
-                store.save_checkpoint(path, content(version))
+                save_checkpoint(path, content(version))
         time.sleep(chance.uniform(0, 0.06))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         leftovers += any(path.parent.glob(".*.tmp"))
-        found = store.load_checkpoint(path)
+        found = load_checkpoint(path)
         version = found["training"]["version"]
         whole += version >= newest and bool((found["state"]["w"] == version).all())
         newest = version
-    store.save_checkpoint(path, content(0))
+    save_checkpoint(path, content(0))
     left = len(list(path.parent.iterdir())) - 1
     return {"kills": number, "whole": whole, "in_the_middle": leftovers, "files_left": left}
 
@@ -79,7 +82,7 @@ def kills(folder: Path, number: int, chance: random.Random) -> dict[str, int]:
 def limits(folder: Path, number: int, chance: random.Random) -> dict[str, int]:
     """Save under RLIMIT_FSIZE: one line, exit 2, the old file, no temporary file."""
     path = folder / "limits" / "checkpoint.pt"
-    store.save_checkpoint(path, content(0))
+    save_checkpoint(path, content(0))
     before, size, held = path.read_bytes(), path.stat().st_size, 0
     for _ in range(number):
         limit = chance.randrange(1, size)
@@ -111,12 +114,12 @@ def meaning_of_signature(path: Path) -> str:
         "scores": calibration.scores,
         "scale": calibration.combination.scale,
     }
-    return store.digest([tensors, record, made.points and [vars(p) for p in made.points]])
+    return files.digest([tensors, record, made.points and [vars(p) for p in made.points]])
 
 
 def meaning_of_checkpoint(path: Path) -> str:
     found = checkpoints.load(path)
-    return store.digest([dict(found.model.state_dict()), list(found.classes), dict(found.training)])
+    return files.digest([dict(found.model.state_dict()), list(found.classes), dict(found.training)])
 
 
 def mutate(original: bytes, chance: random.Random) -> bytes:
@@ -181,21 +184,21 @@ def pickles(folder: Path) -> dict[str, int]:
         Canary(eval, f"open({str(cage / 'd')!r}, 'w')"),
         Canary(subprocess.call, ["touch", str(cage / "e")]),
     ]  # fmt: skip
-    files = []
+    broken: list[Path] = []
     for i, call in enumerate(calls):
         for j, wrap in enumerate((call, {"state": call}, {"w": torch.ones(1), "x": [call]})):
             torch.save(wrap, folder / f"p{i}{j}.pt")
             (folder / f"q{i}{j}.pt").write_bytes(pickle.dumps(wrap))
             (folder / f"r{i}{j}.safetensors").write_bytes(pickle.dumps(wrap))
-            files += [folder / f"{letter}{i}{j}{end}" for letter, end in
+            broken += [folder / f"{letter}{i}{j}{end}" for letter, end in
                       (("p", ".pt"), ("q", ".pt"), ("r", ".safetensors"))]  # fmt: skip
-    for path in files:
-        for reader in (store.load_checkpoint, store.load_signature, store.read_json):
+    for path in broken:
+        for reader in (load_checkpoint, load_signature, files.read_json):
             try:
                 reader(path)
             except CovcliError:
                 refused += 1
-    return {"pickles": len(files), "refused": refused // 3, "ran": len(list(cage.iterdir()))}
+    return {"pickles": len(broken), "refused": refused // 3, "ran": len(list(cage.iterdir()))}
 
 
 def resumes(folder: Path, number: int, chance: random.Random) -> dict[str, int]:

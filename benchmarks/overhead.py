@@ -36,16 +36,16 @@ from common import Ratio, Work
 from peers import NEIGHBOURS, one_pass, peers
 from torch import Tensor
 
-from covcli import engine
-from covcli.engine import to_network
-from covcli.fitting import fit_calibration
-from covcli.images import ImageSet
-from covcli.losses import RUNNING, ConfidenceLoss
-from covcli.models import Classifier
-from covcli.monitor import Monitor
-from covcli.pooling import Granularity
-from covcli.progress import Silent
-from covcli.signing import DEFAULT_METHOD
+from covcli.core.progress import Silent
+from covcli.data.images import ImageSet
+from covcli.methods.state import Granularity
+from covcli.models.architectures import Classifier
+from covcli.models.sweep import to_network
+from covcli.signature.build import DEFAULT_METHOD
+from covcli.signature.fit import fit_calibration
+from covcli.signature.monitor import Monitor
+from covcli.training.epoch import epoch
+from covcli.training.loss import RUNNING, ConfidenceLoss
 
 BATCHES = (64, 1)
 STEP = 64
@@ -165,9 +165,7 @@ def confidence_loss(
     }
     order = torch.arange(STEP * (args.repetitions + 1)) % len(few)
     epochs = {
-        name: engine.epoch(
-            learner, few, few.known_labels(), order.split(STEP), "none", torch.Generator()
-        )
+        name: epoch(learner, few, few.known_labels(), order.split(STEP), "none", torch.Generator())
         for name, learner in learners.items()
     }
     steps = {name: partial(next, epoch) for name, epoch in epochs.items()}

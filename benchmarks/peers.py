@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from covcli.baselines import GRAM_POLES, library
-from covcli.engine import sweep_batch
-from covcli.errors import CovcliError
-from covcli.images import ImageSet
-from covcli.layers import Loader, Network, Trusted, small_batch
-from covcli.models import Classifier, Vgg
-from covcli.progress import Silent
+from covcli.core.errors import CovcliError
+from covcli.core.progress import Silent
+from covcli.data.images import ImageSet
+from covcli.evaluation.baselines.adapters import Loader, Network, Trusted, small_batch
+from covcli.evaluation.baselines.detectors import GRAM_POLES, library
+from covcli.models.architectures import Classifier, Vgg
+from covcli.models.sweep import sweep_batch
 
 PEERS = ("gram", "nacue", "multimahalanobis", "knn")
 NEIGHBOURS = 50  # the library's default

@@ -31,9 +31,10 @@ import torch
 from common import Ratio, Work
 from torch import Tensor
 
-from covcli import data, engine
-from covcli.engine import Trainer, to_network
-from covcli.images import Augmentation, ImageSet, Shape, augment, draw_moves, in_memory
+from covcli.data import datasets
+from covcli.data.images import ImageSet, Shape, in_memory
+from covcli.models.sweep import to_network
+from covcli.training.epoch import Augmentation, Trainer, augment, draw_moves, epoch
 
 QUICK = {"repetitions": 1, "images": 24, "batch_size": 8}
 
@@ -71,7 +72,7 @@ def plain_epoch(trainer: Trainer, batches: list[tuple[Tensor, Tensor]]) -> None:
 
 def our_epoch(trainer: Trainer, images: ImageSet, parts: list[Tensor], how: Augmentation) -> None:
     generator = torch.Generator().manual_seed(0)
-    for _ in engine.epoch(trainer, images, images.known_labels(), parts, how, generator):
+    for _ in epoch(trainer, images, images.known_labels(), parts, how, generator):
         pass
 
 
@@ -84,7 +85,7 @@ def open_file(args: argparse.Namespace, images: ImageSet, folder: Path) -> tuple
         labels = images.known_labels().numpy()
         np.savez(folder / "train.npz", images=pixels.contiguous().numpy(), labels=labels)
     spec = f"npz:{where}"
-    return spec, data.load(spec, "train")
+    return spec, datasets.load(spec, "train")
 
 
 def measured(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Ratio], ImageSet]:
@@ -119,7 +120,7 @@ def measured(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Ratio], 
     seconds = common.interleaved(variants, args.repetitions)
     found = {name: common.ratio(seconds[name], seconds["plain"]) for name in (*ours, "plain_again")}
     # By itself: the memory that it frees would slow down whichever epoch came next.
-    opening = common.interleaved({"file": lambda: data.load(spec, "train")}, args.repetitions)
+    opening = common.interleaved({"file": lambda: datasets.load(spec, "train")}, args.repetitions)
     share = args.images / len(whole)
     found["npz_load"] = common.ratio(opening["file"], seconds["plain"], share)
     return found, file

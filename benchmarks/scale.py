@@ -23,10 +23,10 @@ import common
 import torch
 from common import Ratio, Work
 
-from covcli.images import ImageSet
-from covcli.models import Classifier
-from covcli.pooling import Granularity
-from covcli.signing import DEFAULT_METHOD
+from covcli.data.images import ImageSet
+from covcli.methods.state import Granularity
+from covcli.models.architectures import Classifier
+from covcli.signature.build import DEFAULT_METHOD
 
 BATCH = 64
 BARE_IMAGES = 2000

@@ -7,14 +7,55 @@ command line's help needs none of it.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from covcli.core.version import __version__
+
 if TYPE_CHECKING:
-    from covcli.activations import CoverageLayer
-    from covcli.monitor import Monitor, Verdicts
+    from covcli.evaluation.evaluate import evaluate
+    from covcli.evaluation.results import EvaluationConfig, EvaluationResult
+    from covcli.models.points import CoverageLayer
+    from covcli.reporting.report import ReportResult, report
+    from covcli.signature.build import SignatureConfig, SignatureResult, build_signature
+    from covcli.signature.monitor import Monitor, Verdicts
+    from covcli.training.config import TrainConfig
+    from covcli.training.loss import ConfidenceLoss
+    from covcli.training.train import TrainResult, train
 
-__version__ = "0.1.0"
-__all__ = ["CoverageLayer", "Monitor", "Verdicts", "__version__"]
+__all__ = [
+    "ConfidenceLoss",
+    "CoverageLayer",
+    "EvaluationConfig",
+    "EvaluationResult",
+    "Monitor",
+    "ReportResult",
+    "SignatureConfig",
+    "SignatureResult",
+    "TrainConfig",
+    "TrainResult",
+    "Verdicts",
+    "__version__",
+    "build_signature",
+    "evaluate",
+    "report",
+    "train",
+]
 
-_HOMES = {"CoverageLayer": "activations", "Monitor": "monitor", "Verdicts": "monitor"}
+_HOMES = {
+    "ConfidenceLoss": "training.loss",
+    "CoverageLayer": "models.points",
+    "EvaluationConfig": "evaluation.results",
+    "EvaluationResult": "evaluation.results",
+    "Monitor": "signature.monitor",
+    "ReportResult": "reporting.report",
+    "SignatureConfig": "signature.build",
+    "SignatureResult": "signature.build",
+    "TrainConfig": "training.config",
+    "TrainResult": "training.train",
+    "Verdicts": "signature.monitor",
+    "build_signature": "signature.build",
+    "evaluate": "evaluation.evaluate",
+    "report": "reporting.report",
+    "train": "training.train",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from covcli.cli import app
-from covcli.errors import CovcliError, one_line
+from covcli.core.errors import CovcliError, one_line
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -54,8 +54,8 @@ def _run(args: list[str], debug: bool) -> int:
 
 
 def _ranks() -> Any:
-    """Return `covcli.distributed` if a command has loaded it: it takes torch, which is slow."""
-    return sys.modules.get("covcli.distributed")
+    """Return `core.distributed` if a command has loaded it: it takes torch, which is slow."""
+    return sys.modules.get("covcli.core.distributed")
 
 
 def _describe(error: Any) -> tuple[str, int]:

@@ -47,12 +47,12 @@ def root(version: Version = False) -> None:
 
 def _print(process: Process, result: Any, path: Path, json: bool) -> None:
     """Print what a command made: its path, or all of the result; the first rank does."""
-    from covcli import render
+    from covcli.reporting.terminal import print_json, print_line
 
     if process.prints and json:
-        render.print_json(result)
+        print_json(result)
     elif process.prints:
-        render.print_line(path)
+        print_line(path)
 
 
 @app.command()
@@ -108,7 +108,8 @@ def train(
     debug: DebugFlag = False,
 ) -> None:
     """Train a network with the ConfidenceLoss; print the checkpoint's path."""
-    from covcli import render, training
+    from covcli.core.progress import reporter
+    from covcli.training import train as training
 
     process = prepare(device, seed, threads, plugin)
     config = training.TrainConfig(
@@ -119,14 +120,14 @@ def train(
         calibration_split=calibration_split, save_every=save_every, augment=augment, seed=seed,
         device=device, amp=amp, name=name, runs=runs, data_dir=data_dir,
     )  # fmt: skip
-    with render.reporter(quiet or not process.prints) as progress:
+    with reporter(quiet or not process.prints) as progress:
         if resume is None:
             result = training.train(config, progress, process.interrupts)
         else:
             folder = Path(resume) if Path(resume).is_dir() else runs / resume
             result = training.resume(folder.resolve(), progress, data_dir, process.interrupts)
     if process.prints and not quiet:
-        render.describe_training(result)
+        training.describe_training(result)
     _print(process, result, result.checkpoint, json)
 
 
@@ -180,20 +181,21 @@ def build_signature(
     debug: DebugFlag = False,
 ) -> None:
     """Record what the neurons do on trusted images; print the signature's path."""
-    from covcli import render, signing
-    from covcli.models import read_statistics
+    from covcli.core.progress import reporter
+    from covcli.models.architectures import read_statistics
+    from covcli.signature.build import SignatureConfig, build_signature, describe_signature
 
     process = prepare(device, seed, threads, plugin)
-    config = signing.SignatureConfig(
+    config = SignatureConfig(
         checkpoint=checkpoint, method=method, granularity=granularity, trusted=trusted,
         calibration=calibration, confidence_threshold=confidence_threshold, alpha=alpha,
         guarantee=guarantee, model=model, statistics=read_statistics(mean, std), runs=runs,
         data_dir=data_dir, output=output, force=force, device=device, amp=amp, seed=seed,
     )  # fmt: skip
-    with render.reporter(quiet or not process.prints) as progress:
-        result = signing.build_signature(config, progress)
+    with reporter(quiet or not process.prints) as progress:
+        result = build_signature(config, progress)
     if process.prints and not quiet:
-        render.describe_signature(result)
+        describe_signature(result)
     _print(process, result, result.path, json)
 
 
@@ -217,17 +219,19 @@ def merge_signatures(
     debug: DebugFlag = False,
 ) -> None:
     """Merge signatures that were built in different places, and calibrate anew; print the path."""
-    from covcli import merging, render
+    from covcli.core.progress import reporter
+    from covcli.signature.build import describe_signature
+    from covcli.signature.merge import MergeConfig, merge_signatures
 
     process = prepare(device, seed, threads, plugin)
-    config = merging.MergeConfig(
+    config = MergeConfig(
         parts=tuple(parts), output=output, checkpoint=checkpoint, data_dir=data_dir, force=force,
         device=device, seed=seed,
     )  # fmt: skip
-    with render.reporter(quiet or not process.prints) as progress:
-        result = merging.merge_signatures(config, progress)
+    with reporter(quiet or not process.prints) as progress:
+        result = merge_signatures(config, progress)
     if process.prints and not quiet:
-        render.describe_signature(result)
+        describe_signature(result)
     _print(process, result, result.path, json)
 
 
@@ -294,34 +298,37 @@ def evaluate(
     debug: DebugFlag = False,
 ) -> None:
     """Measure how well a signature tells untrusted images from trusted ones."""
-    from covcli import evaluation, gates, render
-    from covcli.store import write_bytes
+    from covcli.core.files import write_bytes
+    from covcli.core.progress import reporter
+    from covcli.evaluation import gates
+    from covcli.evaluation.evaluate import EvaluationConfig, evaluate
+    from covcli.reporting import tables, terminal
 
     process = prepare(device, seed, threads, plugin)
     wanted = [gates.parse_gate(text) for text in fail_under or []]
     gates.check_names(wanted, tuple(untrusted))
     if baseline_results is not None:
         wanted += gates.read_baseline(baseline_results, tolerance, tuple(untrusted))
-    config = evaluation.EvaluationConfig(
+    config = EvaluationConfig(
         untrusted=tuple(untrusted), checkpoint=checkpoint, signature=signature, method=method,
         trusted=trusted, alpha=alpha, guarantee=guarantee, baselines=tuple(baseline or ()),
         explain=explain, model=model, runs=runs,
         data_dir=data_dir, output=output, force=force, device=device, seed=seed,
     )  # fmt: skip
-    with render.reporter(quiet or not process.prints) as progress:
-        result = evaluation.evaluate(config, progress)
+    with reporter(quiet or not process.prints) as progress:
+        result = evaluate(config, progress)
     if not process.prints:
         return
-    with render.reader_may_leave():  # and let the gates be judged all the same
+    with terminal.reader_may_leave():  # and let the gates be judged all the same
         if json:
-            render.print_json(result)
+            terminal.print_json(result)
         else:
-            render.show_evaluation(result)
+            terminal.show_evaluation(result)
     checks = gates.check(result, wanted)
     if junit is not None:
         write_bytes(junit, gates.junit(checks))
     if summary is not None:
-        write_bytes(summary, gates.summary(result, checks).encode())
+        write_bytes(summary, tables.summary(result, checks).encode())
     failed = [check for check in checks if not check.passed]
     for check in failed:
         sys.stderr.write(f"{check}\n")
@@ -342,11 +349,12 @@ def report(
     debug: DebugFlag = False,
 ) -> None:
     """Write report.html and report.md; print the path of the first."""
-    from covcli import render, reporting
-    from covcli.runs import newest_run
+    from covcli.core.run_folders import newest_run
+    from covcli.reporting.report import report
+    from covcli.reporting.terminal import print_json, print_line
 
-    result = reporting.report(run or newest_run(runs), output, force)
+    result = report(run or newest_run(runs), output, force)
     if json:
-        render.print_json(result)
+        print_json(result)
     else:
-        render.print_line(result.html)
+        print_line(result.html)

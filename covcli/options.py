@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
-import covcli
-from covcli.errors import CovcliError
+from covcli.core.errors import CovcliError
+from covcli.core.version import __version__
 
 if TYPE_CHECKING:
-    from covcli.runtime import Interrupts
+    from covcli.core.runtime import Interrupts
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        sys.stdout.write(f"covcli {covcli.__version__}\n")
+        sys.stdout.write(f"covcli {__version__}\n")
         raise typer.Exit
 
 
@@ -67,7 +67,7 @@ def prepare(device: str, seed: int, threads: int, plugins: list[Path] | None) ->
     """Set up the process for a command's work."""
     import runpy
 
-    from covcli import distributed, runtime
+    from covcli.core import distributed, runtime
 
     interrupts = runtime.Interrupts()
     interrupts.install()

@@ -3,13 +3,18 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from covcli import runtime
-from covcli.progress import Silent
-from covcli.signing import SignatureConfig, SignatureResult, build_signature
-from covcli.training import TrainConfig, TrainResult, train
+import covcli
+from covcli.core import runtime
+from covcli.core.progress import Silent
+from covcli.data import datasets
+from covcli.evaluation.evaluate import EvaluationConfig, evaluate
+from covcli.models import checkpoint as checkpoints
+from covcli.signature.build import SignatureConfig, SignatureResult, build_signature
+from covcli.training.train import TrainConfig, TrainResult, train
 
 PLUGIN = Path(__file__).parent / "tiny_model.py"
 
@@ -56,3 +61,28 @@ def run(signed: SignatureResult, tmp_path: Path) -> Path:
     shutil.copytree(signed.path.parent, folder)
     (folder.parent / "latest").symlink_to("tiny")
     return folder
+
+
+UNTRUSTED = ("photos?limit=200", "noise:uniform?limit=100", "attack:fgsm?limit=60&eps=0.3")
+
+
+def neurons_of(path: Path, images: datasets.ImageSet) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Run a network by plain PyTorch, hooking its coverage layers by hand."""
+    model = checkpoints.load(path).model
+    seen: list[torch.Tensor] = []
+    layers = [m for m in model.modules() if isinstance(m, covcli.CoverageLayer)]
+    for layer in layers:
+        layer.register_forward_hook(lambda _m, _i, out: seen.append(out))
+    pixels = images.batch(torch.arange(len(images)), model.spec.shape).float() / 255
+    with torch.no_grad():
+        logits = model(pixels)
+    parts = [torch.cat([s.mean((2, 3)), s.amax((2, 3))], 1) if s.ndim == 4 else s for s in seen]
+    return torch.cat(parts, 1).numpy(), logits.numpy(), [p.shape[1] for p in parts]
+
+
+@pytest.fixture
+def evaluated(run: Path) -> Path:
+    evaluate(
+        EvaluationConfig(UNTRUSTED, runs=run.parent, baselines=("energy",), explain=1), Silent()
+    )
+    return run

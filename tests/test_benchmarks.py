@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import covcli
-from covcli import models
-from covcli.activations import Recorder
-from covcli.models import Classifier, ModelSpec
+from covcli.models import architectures
+from covcli.models.architectures import Classifier, ModelSpec
+from covcli.models.points import Recorder
 
 FOLDER = Path(covcli.__file__).parents[1] / "benchmarks"
 PLUGIN = Path(__file__).parent / "tiny_vgg.py"
@@ -97,8 +97,8 @@ def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
 
 
 def network() -> Classifier:
-    mean, deviation = models.architecture("tiny-vgg").statistics
-    return models.build(ModelSpec("tiny-vgg", 3, (3, 32, 32), mean, deviation))
+    mean, deviation = architectures.architecture("tiny-vgg").statistics
+    return architectures.build(ModelSpec("tiny-vgg", 3, (3, 32, 32), mean, deviation))
 
 
 def test_the_peers_see_what_the_coverage_points_show(monkeypatch: pytest.MonkeyPatch) -> None:

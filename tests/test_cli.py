@@ -253,7 +253,7 @@ def test_an_internal_error_is_3_and_never_1(
     def fail(*_: object) -> None:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("covcli.training.train", fail)
+    monkeypatch.setattr("covcli.training.train.train", fail)
     code, out, err = call(capsys, "train")
     assert (code, out) == (3, "")
     assert err == "internal error: RuntimeError: two lines; run again with --debug\n"
@@ -268,7 +268,7 @@ def test_exhausted_memory_suggests_a_smaller_batch(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("covcli.training.train", fail)
+    monkeypatch.setattr("covcli.training.train.train", fail)
     code, _, err = call(capsys, "train")
     assert code == 2
     assert err.startswith("error: memory exhausted; try a smaller --batch-size")

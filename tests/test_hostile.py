@@ -19,27 +19,31 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from covcli import checkpoint as checkpoints
-from covcli import data, guard, runs, signature, store
-from covcli.errors import CovcliError
-from covcli.images import decode
-from covcli.reporting import report
+from covcli.core import file_checks, files, run_folders
+from covcli.core.errors import CovcliError
+from covcli.data import datasets
+from covcli.data.images import decode
+from covcli.models import checkpoint as checkpoints
+from covcli.models.checkpoint import load_checkpoint
+from covcli.reporting.report import report
+from covcli.signature import signature
+from covcli.training.config import PAUSED
 
 MEANING = {
     "signature": lambda path: (
-        store.digest([signature.load(path)[i] for i in (2,)])
-        + store.fingerprint(signature.load(path)[0].state.tensors)
+        files.digest([signature.load(path)[i] for i in (2,)])
+        + files.fingerprint(signature.load(path)[0].state.tensors)
         + repr(signature.load(path)[0].points)
-        + store.fingerprint({"s": signature.load(path)[1].scores})
+        + files.fingerprint({"s": signature.load(path)[1].scores})
     ),
     "checkpoint": lambda path: (
-        store.fingerprint(checkpoints.load(path).model.state_dict())
+        files.fingerprint(checkpoints.load(path).model.state_dict())
         + repr([checkpoints.load(path).classes, checkpoints.load(path).training])
     ),
 }
 
 
-def files(run: Path) -> dict[str, Path]:
+def files_of(run: Path) -> dict[str, Path]:
     return {
         "signature": run / "signature-mrc.safetensors",
         "checkpoint": run / "checkpoint.pt",
@@ -67,7 +71,7 @@ def refused_or_unchanged(
 def test_mutated_files_are_refused_or_mean_the_same(
     run: Path, kind: str, data: st.DataObject
 ) -> None:
-    original = files(run)[kind]
+    original = files_of(run)[kind]
     content = original.read_bytes()
     path = run / f"mutated{original.suffix}"
     meaning = MEANING[kind]
@@ -88,7 +92,7 @@ def test_mutated_files_are_refused_or_mean_the_same(
 
 @pytest.mark.parametrize("kind", ["signature", "checkpoint"])
 def test_files_cut_within_their_header_or_tail_are_refused(run: Path, kind: str) -> None:
-    original = files(run)[kind]
+    original = files_of(run)[kind]
     content = original.read_bytes()
     path = run / f"cut{original.suffix}"
     for length in [*range(0, 600, 7), *range(len(content) - 200, len(content), 7)]:
@@ -125,11 +129,11 @@ def test_hostile_archives_are_refused_before_they_unpack(tmp_path: Path) -> None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name, path in made.items():
         with pytest.raises(CovcliError) as caught:
-            data.load(f"npz:{path}", "train")
+            datasets.load(f"npz:{path}", "train")
         assert "\n" not in str(caught.value), name
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
     good = archive(tmp_path / "h.npz", ("images.npy", images))
-    assert len(data.load(f"npz:{good}", "train")) == 2
+    assert len(datasets.load(f"npz:{good}", "train")) == 2
 
 
 @settings(max_examples=100, deadline=None)
@@ -144,7 +148,7 @@ def test_mutated_archives_are_refused_or_load(where: int, value: int) -> None:
         content[where % len(content)] = value
         path.write_bytes(content)
         try:
-            data.load(f"npz:{path}", "train")
+            datasets.load(f"npz:{path}", "train")
         except CovcliError as error:
             assert "\n" not in str(error)
 
@@ -157,9 +161,9 @@ def test_every_reader_refuses_the_corpus(path: Path) -> None:
     """Hostile pickles, lying and overlapping headers, bombs, ambiguous and deep documents."""
     canary = Path("/tmp/covcli-canary")  # what the pickles of the corpus would make
     readers: list[Callable[[Path], object]] = [
-        checkpoints.load, signature.load, store.read_json,
-        lambda p: store.load_content(p, store.PAUSED), lambda p: data.load(f"npz:{p}", "train"),
-        decode, guard.read_gzip,
+        checkpoints.load, signature.load, files.read_json,
+        lambda p: files.load_content(p, PAUSED), lambda p: datasets.load(f"npz:{p}", "train"),
+        decode, file_checks.read_gzip,
     ]  # fmt: skip
     for read in readers:
         with pytest.raises(CovcliError) as caught:
@@ -192,7 +196,7 @@ def test_links_that_leave_a_folder_are_refused(tmp_path: Path, run: Path) -> Non
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(CovcliError, match="leaves its folder"):
-        data.load(f"folder:{tmp_path}/images", "train")
+        datasets.load(f"folder:{tmp_path}/images", "train")
 
 
 @pytest.mark.parametrize(
@@ -207,12 +211,12 @@ def test_links_that_leave_a_folder_are_refused(tmp_path: Path, run: Path) -> Non
 )
 def test_ambiguous_json_is_refused(text: str | bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
-        guard.parse_json(text)
+        file_checks.parse_json(text)
 
 
 def evaluated_run(run: Path) -> Path:
-    from covcli.evaluation import EvaluationConfig, evaluate
-    from covcli.progress import Silent
+    from covcli.core.progress import Silent
+    from covcli.evaluation.evaluate import EvaluationConfig, evaluate
 
     evaluate(EvaluationConfig(("noise:uniform?limit=30",), runs=run.parent), Silent())
     return run
@@ -254,7 +258,7 @@ def test_names_with_control_characters_stay_off_the_terminal(tmp_path: Path) -> 
     name = "\x1b[31mred\x07"
     (tmp_path / name).mkdir()
     with pytest.raises(CovcliError) as caught:
-        data.load(f"folder:{tmp_path}/{name}", "train")
+        datasets.load(f"folder:{tmp_path}/{name}", "train")
     assert "\x1b" not in str(caught.value)
     assert "\\x1b[31mred" in str(caught.value)
 
@@ -281,21 +285,21 @@ def test_leftovers_of_the_dead_are_cleared_and_those_of_the_living_are_not(tmp_p
     path = tmp_path / "x.json"
     dead = tmp_path / ".x.json.dead.tmp"
     dead.write_bytes(b"half")
-    with store.atomic(path) as file:
+    with files.atomic(path) as file:
         assert not dead.exists()
-        store._clear_leftovers(path)
+        files._clear_leftovers(path)
         file.write(b"{}")
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_two_processes_do_not_write_one_run(tmp_path: Path) -> None:
     with (
-        runs.locked(tmp_path),
+        run_folders.locked(tmp_path),
         pytest.raises(CovcliError, match="another process"),
-        runs.locked(tmp_path),
+        run_folders.locked(tmp_path),
     ):
         pass
-    with runs.locked(tmp_path):
+    with run_folders.locked(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -304,7 +308,7 @@ def test_a_tensor_that_claims_more_than_it_stores_is_refused(tmp_path: Path) -> 
     path = tmp_path / "x.pt"
     torch.save({"w": torch.zeros(1).expand(10**10)}, path)
     with pytest.raises(CovcliError, match="is not a PyTorch checkpoint"):
-        store.load_checkpoint(path)
+        load_checkpoint(path)
 
 
 def test_a_torch_archive_must_be_plain(tmp_path: Path) -> None:
@@ -318,4 +322,4 @@ def test_a_torch_archive_must_be_plain(tmp_path: Path) -> None:
         for entry in plain.infolist():
             packed.writestr(entry.filename, plain.read(entry))
     with pytest.raises(CovcliError, match="not sound"):
-        store.load_checkpoint(path)
+        load_checkpoint(path)

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from covcli import CoverageLayer
-from covcli.models import MODELS, model
+from covcli.models.architectures import MODELS, model
 
 
 class Tiny(nn.Module):

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from covcli.models import MODELS, Vgg, model
+from covcli.models.architectures import MODELS, Vgg, model
 
 if "tiny-vgg" not in MODELS:
 

@@ -4,10 +4,9 @@ from covcli.methods.base import METHODS, Method, make_method
 from covcli.methods.contributions import ActivationCoverage
 from covcli.methods.ensemble import Ensemble
 from covcli.methods.gaussian import Gauss
-from covcli.methods.layout import Layout
 from covcli.methods.ranges import MultiRange, SingleRange
 from covcli.methods.ranks import NeuronRank
-from covcli.methods.state import Reduction, State
+from covcli.methods.state import Layout, Reduction, State
 
 __all__ = [
     "METHODS",

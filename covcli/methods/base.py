@@ -8,12 +8,9 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from covcli.errors import CovcliError
-from covcli.methods.layout import Layout
-from covcli.methods.state import Expected, State
-from covcli.pooling import Granularity
-from covcli.registry import Registry
-from covcli.specs import fraction, parse, positive_count
+from covcli.core.errors import CovcliError
+from covcli.core.specs import Registry, fraction, parse, positive_count
+from covcli.methods.state import Expected, Granularity, Layout, State
 
 # Some rows, as numbers, int64; or all of them.
 Rows: TypeAlias = Tensor | slice

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from covcli.methods.base import METHODS, Method, cell_index
-from covcli.methods.layout import Layout
-from covcli.methods.state import Expected, State
+from covcli.methods.state import Expected, Layout, State
 
 SMALLEST = 1e-6
 

@@ -17,9 +17,8 @@ from covcli.methods.gaussian import (
     sums_by_class,
     whole_numbers,
 )
-from covcli.methods.layout import Layout
 from covcli.methods.ranges import SingleRange, united
-from covcli.methods.state import Expected, State
+from covcli.methods.state import Expected, Layout, State
 
 RANGES = SingleRange()
 RANGE_TENSORS = ("low", "high")

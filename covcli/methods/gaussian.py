@@ -15,10 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.errors import CovcliError
+from covcli.core.errors import CovcliError
 from covcli.methods.base import METHODS, Method
-from covcli.methods.layout import Layout, blocks
-from covcli.methods.state import Expected, State
+from covcli.methods.state import Expected, Layout, State, blocks
 
 # A neuron that hardly varies counts as deviating this share of its point's root mean square
 # deviation, or one that never fired on trusted images would outweigh all others.

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from covcli.methods.base import METHODS, Method, by_class, cell_index, log_sums, picked
-from covcli.methods.layout import Layout, bag_counts, bag_starts, whole_sums
 from covcli.methods.soft import hinge, interpolated
-from covcli.methods.state import Expected, State
+from covcli.methods.state import Expected, Layout, State, bag_counts, bag_starts, whole_sums
 
 # In soft costs a range narrower than this share of its neuron's mean width counts as that wide.
 LEAST_WIDTH = 0.05

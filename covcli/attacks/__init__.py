@@ -1,0 +1,5 @@
+"""Attacks: adversarial images made from trusted ones."""
+
+from covcli.attacks.attacks import ATTACKS
+
+__all__ = ["ATTACKS"]

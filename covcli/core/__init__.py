@@ -1,0 +1,1 @@
+"""The ground floor: errors, specifications, files, ranks, progress. No coverage here."""

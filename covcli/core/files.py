@@ -1,0 +1,247 @@
+"""Files: whole or not at all, versioned, checked when read, never unpickled."""
+
+import contextlib
+import glob
+import hashlib
+import io
+import json
+import os
+import pickle
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from covcli.core import file_checks
+from covcli.core.errors import CovcliError
+
+SCHEMA = 1
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path` that takes its name once it is whole and on disk.
+
+    Raises
+    ------
+    CovcliError
+        If the file cannot be written; what stood at `path` before is untouched.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(path)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise CovcliError(f"cannot be written ({error.strerror})", where=path) from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            try_lock(file)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files private; a result has the permissions of any new file.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise CovcliError(f"cannot be written ({error.strerror})", where=path) from None
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def try_lock(file: IO[bytes]) -> bool:
+    """Lock a file until it is closed; return False if another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove temporary files for `path` whose writer died: nobody holds their lock."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError), leftover.open("rb") as file:
+            if try_lock(file):
+                leftover.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise a CovcliError if a result stands at `path`, unless it may be overwritten."""
+    if path.exists() and not force:
+        raise CovcliError("exists", where=path, fix="pass --force, or another --output")
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file atomically."""
+    with atomic(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document atomically; a NaN or infinity in it is a ValueError."""
+    write_bytes(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_pickle(path: Path, document: Any) -> None:
+    """Write plain Python objects (numbers, strings, lists, dictionaries) as a pickle."""
+    write_bytes(path, pickle.dumps(document, protocol=4))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document; a missing or broken one is a CovcliError."""
+    try:
+        return file_checks.parse_json(path.read_bytes())
+    except OSError as error:
+        raise CovcliError(f"cannot be read ({error.strerror})", where=path) from None
+    except ValueError:
+        raise CovcliError("is not a JSON document", where=path) from None
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of named tensors, in hexadecimal: equal for equal bits, shapes and names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def digest(content: Any) -> str:
+    """Return a digest of nested dictionaries, lists, plain values and tensors, in hexadecimal."""
+    tensors: dict[str, Tensor] = {}
+
+    def lay_out(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors[str(len(tensors))] = value
+            return {"tensor": len(tensors)}
+        if isinstance(value, Mapping):
+            return [[repr(key), lay_out(item)] for key, item in value.items()]
+        if isinstance(value, list | tuple):
+            return [lay_out(item) for item in value]
+        return repr(value)
+
+    text = json.dumps(lay_out(content))
+    return hashlib.sha256((text + fingerprint(tensors)).encode()).hexdigest()
+
+
+def save_content(path: Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Write plain values and tensors as a PyTorch file of a kind, with a digest of all of it."""
+    document = {"format": kind, "schema": SCHEMA, "digest": digest(content), "content": content}
+    buffer = io.BytesIO()
+    torch.save(document, buffer)
+    write_bytes(path, buffer.getbuffer())
+
+
+def load_content(path: Path, kind: str) -> dict[str, Any]:
+    """Read what `save_content` wrote.
+
+    Raises
+    ------
+    CovcliError
+        If the file is missing, of another kind or schema, or damaged.
+    """
+    return checked_content(path, kind, load_weights_only(path))
+
+
+def checked_content(path: Path, kind: str, document: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a document of a kind; another kind, or damage, is a CovcliError."""
+    if document.get("format") != kind:
+        raise CovcliError(f"is no {kind.removeprefix('covcli ')}", where=path)
+    if document.get("schema") != SCHEMA:
+        raise CovcliError(
+            f"has schema {document.get('schema')!r}, this covcli reads {SCHEMA}", where=path
+        )
+    content = document.get("content")
+    if not isinstance(content, dict) or digest(content) != document.get("digest"):
+        raise CovcliError("is damaged: its content does not match its digest", where=path)
+    return content
+
+
+def load_weights_only(path: Path) -> dict[str, Any]:
+    """Read a file of tensors and plain values; one that would run code is a CovcliError."""
+    wrong = CovcliError(
+        "is not a PyTorch checkpoint that loads without running code",
+        where=path,
+        fix="expected a file from `covcli train` or a state dict saved by torch.save",
+    )
+    try:
+        if path.suffix == ".safetensors":
+            return dict(safetensors.torch.load_file(path))
+        file_checks.check_torch_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an odd pickle protocol is judged below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        whole = all(map(_is_whole, _tensors(content)))
+    except CovcliError:
+        raise
+    except FileNotFoundError:
+        raise CovcliError("no such file", where=path) from None
+    except OSError as error:
+        raise CovcliError(f"cannot be read ({error.strerror})", where=path) from None
+    except Exception:  # torch.load raises a dozen kinds of errors on hostile or broken files
+        raise wrong from None
+    if not isinstance(content, dict) or not whole:
+        raise wrong
+    return content
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Return whether a tensor has the bytes that its shape claims (strides of 0 can claim more)."""
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
+
+
+def plain(value: Any) -> Any:
+    """Turn NumPy numbers and arrays, paths and tuples into what JSON knows; a NaN into None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray | Tensor):
+        return plain(value.tolist())
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def digest_file(path: Path) -> str:
+    """Return the digest of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return str(hashlib.file_digest(file, hashlib.sha256).hexdigest())

@@ -1,0 +1,157 @@
+"""What long work tells the shell while it runs; the library itself prints nothing."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich import progress as rich_progress
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from covcli.core.errors import one_line
+
+LINE_EVERY_SECONDS = 30.0
+
+
+class Progress(Protocol):
+    """Receives the start, the steps and the end of one long piece of work after another."""
+
+    def start(self, title: str, total: int) -> None:
+        """Begin a piece of work of `total` images."""
+
+    def advance(self, images: int) -> None:
+        """Count images that are done."""
+
+    def note(self, line: str) -> None:
+        """Report one line of results."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def start(self, title: str, total: int) -> None:
+        """Do nothing."""
+
+    def advance(self, images: int) -> None:
+        """Do nothing."""
+
+    def note(self, line: str) -> None:
+        """Do nothing."""
+
+
+class _Throughput(ProgressColumn):
+    """Images a second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the speed, or nothing before it is known."""
+        return Text(f"{task.speed:.0f} images/s" if task.speed else "")
+
+
+class Bar:
+    """Progress on a terminal: one bar for the work at hand."""
+
+    def __init__(self, console: Console) -> None:
+        self._bar = rich_progress.Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Throughput(),
+            TimeRemainingColumn(), console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=None)
+
+    def start(self, title: str, total: int) -> None:
+        """Begin a piece of work."""
+        self._bar.reset(self._task, description=one_line(title), total=total)
+        self._bar.start()
+
+    def advance(self, images: int) -> None:
+        """Move the bar."""
+        self._bar.advance(self._task, images)
+
+    def note(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bar.console.print(Text(one_line(line)))
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.stop()
+
+
+class Lines:
+    """Progress in a log: a line every half minute at most, and notes."""
+
+    def __init__(self) -> None:
+        self._title, self._total, self._done = "", 0, 0
+        self._began = self._last = time.monotonic()
+
+    def start(self, title: str, total: int) -> None:
+        """Begin a piece of work."""
+        self._title, self._total, self._done = one_line(title), total, 0
+        self._began = self._last = time.monotonic()
+
+    def advance(self, images: int) -> None:
+        """Count, and say so now and then."""
+        self._done += images
+        now = time.monotonic()
+        if now - self._last < LINE_EVERY_SECONDS:
+            return
+        self._last = now
+        speed = self._done / (now - self._began)
+        left = (self._total - self._done) / speed
+        self.note(
+            f"{self._title}: {self._done}/{self._total}, {speed:.0f} images/s, {left:.0f} s left"
+        )
+
+    def note(self, line: str) -> None:
+        """Print a line."""
+        sys.stderr.write(one_line(line) + "\n")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Quiet(Lines):
+    """Only errors are printed."""
+
+    def note(self, line: str) -> None:
+        """Do nothing."""
+
+
+@contextmanager
+def reporter(quiet: bool) -> Iterator[Bar | Lines]:
+    """Yield what shows progress on stderr, and let the library's log lines through it."""
+    # rich would take FORCE_COLOR for a terminal, and draw a bar into a log.
+    console = Console(stderr=True, highlight=False, force_terminal=sys.stderr.isatty())
+    shown = Quiet() if quiet else Bar(console) if console.is_terminal else Lines()
+    logger = logging.getLogger("covcli")
+    handler: logging.Handler
+    if isinstance(shown, Bar):
+        handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(message)s"))
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield shown
+    finally:
+        logger.removeHandler(handler)
+        shown.close()
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Keep names from reaching the terminal raw."""
+        text = one_line(record.getMessage())
+        return f"{record.levelname.lower()}: {text}" if record.levelno > logging.INFO else text

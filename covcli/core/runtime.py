@@ -1,0 +1,150 @@
+"""Where and how a run computes: device, threads, seed, and the record of all that."""
+
+import os
+import platform
+import random
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+
+from covcli.core import distributed
+from covcli.core.errors import CovcliError
+from covcli.core.version import __version__
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM asked the run to end.
+
+    Attributes
+    ----------
+    signal
+        The signal's number.
+    resume
+        The command that goes on with what was interrupted, if one does.
+    """
+
+    resume: str | None = None
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
+
+
+class Interrupts:
+    """Turns SIGINT and SIGTERM into `Interrupted`, at once or when a step is whole.
+
+    A second signal always ends the run at once.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._deferred = False
+
+    def install(self) -> None:
+        """Take over both signals; only the main thread may."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        first = self._received is None
+        self._received = number
+        if not (first and self._deferred):
+            raise Interrupted(number)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Hold a first signal back during the block, until `check` or the block's end."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        self.check()
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal has arrived, on every rank if at any; all meet here."""
+        received = distributed.highest(self._received or 0)
+        if received:
+            raise Interrupted(received)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" takes CUDA, then MPS, then the CPU.
+
+    Under torchrun "cuda" is the GPU of this rank's number on its machine.
+
+    Raises
+    ------
+    CovcliError
+        If torch does not know the name, or the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise CovcliError(reason, where=f"--device {name}", fix="try --device cpu") from None
+    return device
+
+
+def configure(seed: int, threads: int) -> None:
+    """Seed every generator, set the number of threads (0 leaves it), ask for repeatable kernels."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - libraries draw from the global generator
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # That would also fill all new memory, for whoever reads what he never wrote. Nothing does here.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if threads:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run a block in one thread: a matrix is factored in other roundings by several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run a block that draws from torch's global generator, from a seed, and restore it after."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def provenance(device: torch.device, seed: int) -> dict[str, Any]:
+    """Return what a result must say of its making: versions, command line, machine, seed, time."""
+    return {
+        "covcli": __version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": shlex.join(sys.argv),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "seed": seed,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

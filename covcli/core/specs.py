@@ -1,0 +1,153 @@
+"""The form `name:argument?key=value&key=value` in which data, attacks and methods are named."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fractions import Fraction
+from typing import Generic, TypeVar
+
+from covcli.core.errors import CovcliError
+
+Value = TypeVar("Value")
+
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One parsed specification.
+
+    Attributes
+    ----------
+    text
+        The specification as it was written.
+    name, argument
+        What stands before and after the first colon (`npz`, `data/cifar10`).
+    parameters
+        What stands after the question mark, as text.
+    """
+
+    text: str
+    name: str
+    argument: str
+    parameters: Mapping[str, str]
+
+    def only(self, allowed: list[str]) -> None:
+        """Raise a CovcliError that names the first parameter not in `allowed`."""
+        for key in self.parameters:
+            if key not in allowed:
+                known = suggestion(key, allowed) if allowed else "it takes none"
+                raise CovcliError(f"unknown parameter {key!r}", where=self.text, fix=known)
+
+    def take(self, key: str, convert: Callable[[str], Value], default: Value) -> Value:
+        """Return the parameter `key` through `convert`, or `default`."""
+        if key not in self.parameters:
+            return default
+        try:
+            return convert(self.parameters[key])
+        except (ValueError, ZeroDivisionError) as error:
+            raise CovcliError(
+                f"{key}={self.parameters[key]!r} is not valid", where=self.text, fix=str(error)
+            ) from None
+
+
+def parse(text: str) -> Spec:
+    """Split a specification into its parts.
+
+    Raises
+    ------
+    CovcliError
+        If it is empty, or a parameter has no value or stands twice.
+    """
+    head, question, tail = text.partition("?")
+    name, _, argument = head.partition(":")
+    if not name:
+        raise CovcliError("an empty name", where=repr(text), fix="write NAME or NAME:ARGUMENT")
+    parameters: dict[str, str] = {}
+    for pair in tail.split("&") if question else []:
+        key, equals, value = pair.partition("=")
+        if not key or not equals or not value or key in parameters:
+            raise CovcliError(
+                f"cannot read the parameter {pair!r}",
+                where=text,
+                fix="write ?key=value&key=value, each key once",
+            )
+        parameters[key] = value
+    return Spec(text, name, argument, parameters)
+
+
+def count(text: str) -> int:
+    """Read a whole number from 0 on."""
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError("expected a whole number from 0 on")
+    return int(text)
+
+
+def positive_count(text: str) -> int:
+    """Read a whole number from 1 on."""
+    if (value := count(text)) < 1:
+        raise ValueError("expected a whole number from 1 on")
+    return value
+
+
+def fraction(text: str) -> float:
+    """Read a positive finite number, a fraction such as 8/255 included."""
+    try:
+        value = float(Fraction(text))
+    except (ValueError, OverflowError):
+        raise ValueError("expected a number such as 0.03 or 8/255") from None
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError("expected a positive number")
+    return value
+
+
+def amount(text: str) -> float:
+    """Read a finite number from 0 on, a fraction such as 1/2 included."""
+    return 0.0 if text == "0" else fraction(text)
+
+
+class Registry(Generic[Entry]):
+    """A table from names to entries of one kind.
+
+    Parameters
+    ----------
+    kind
+        What an entry is, for messages: "model", "dataset", …
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry] = {}
+
+    def add(self, name: str) -> Callable[[Entry], Entry]:
+        """Return a decorator that files its object under `name`; a taken name is a ValueError."""
+
+        def decorate(entry: Entry) -> Entry:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is registered already")
+            self._entries[name] = entry
+            return entry
+
+        return decorate
+
+    def get(self, name: str) -> Entry:
+        """Return the entry of that name; an unknown one is a CovcliError with the nearest named."""
+        if name in self._entries:
+            return self._entries[name]
+        raise CovcliError(
+            f"unknown {self.kind} {name!r}", fix=suggestion(name, list(self._entries))
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+
+def suggestion(name: str, known: list[str]) -> str:
+    """Word the nearest known name, if one is near, and the list of all."""
+    near = get_close_matches(name.lower(), known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}known: {', '.join(known)}"

@@ -1,0 +1,281 @@
+"""Sets of images: in memory, in files or drawn from a generator, read in whole batches."""
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from covcli.core import file_checks
+from covcli.core.errors import CovcliError
+
+Shape: TypeAlias = tuple[int, int, int]
+
+# ITU-R BT.601 luma, the weights that PIL's "L" mode uses.
+LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+
+
+class Source(Protocol):
+    """Where the pixels of a set lie."""
+
+    def read(self, rows: Tensor, shape: Shape) -> Tensor:
+        """Return the images of those rows, uint8 of shape (len(rows), *shape)."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what the source holds, in hexadecimal."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images in their order, with their labels where they are known.
+
+    Attributes
+    ----------
+    name
+        The specification that the set was loaded from.
+    source
+        Where the pixels lie.
+    rows
+        Which rows of the source this set shows, int64 of shape (N,).
+    labels
+        Class numbers, int64 of shape (N,), or None.
+    classes
+        Class names, empty where unknown.
+    flips
+        Whether a mirrored image still belongs to its class (not so for digits).
+    """
+
+    name: str
+    source: Source
+    rows: Tensor
+    labels: Tensor | None
+    classes: tuple[str, ...] = ()
+    flips: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: Tensor, shape: Shape) -> Tensor:
+        """Return the images of those rows, uint8 of shape (len(rows), *shape)."""
+        return self.source.read(self.rows[rows], shape)
+
+    def select(self, rows: Tensor) -> "ImageSet":
+        """Return the set of those rows only; pixels are shared, not copied."""
+        labels = None if self.labels is None else self.labels[rows]
+        return ImageSet(self.name, self.source, self.rows[rows], labels, self.classes, self.flips)
+
+    def spread(self, most: int) -> "ImageSet":
+        """Return at most so many of the images, evenly spread; the set must hold some."""
+        return self.select(torch.arange(0, len(self), -(-len(self) // most)))
+
+    def without(self, rows: Tensor) -> "ImageSet":
+        """Return the set less those rows of its source."""
+        return self.select(torch.nonzero(~torch.isin(self.rows, rows))[:, 0])
+
+    def known_labels(self) -> Tensor:
+        """Return the labels; a set without any is a CovcliError."""
+        if self.labels is None:
+            raise CovcliError("has no labels", where=self.name, fix="name a labelled set")
+        return self.labels
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of the source, the rows and the labels: equal for equal data."""
+        digest = hashlib.sha256(self.source.fingerprint.encode())
+        digest.update(self.rows.numpy().tobytes())
+        digest.update(b"" if self.labels is None else self.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class MemorySource:
+    """All images of a set as one uint8 tensor of shape (N, C, H, W)."""
+
+    images: Tensor
+
+    def read(self, rows: Tensor, shape: Shape) -> Tensor:
+        """Gather the rows and turn them to the shape asked for."""
+        return adapt(self.images[rows], shape)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest the pixels."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        digest.update(np.ascontiguousarray(self.images.numpy()).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Image files, decoded when they are read; their sizes may differ."""
+
+    folder: Path
+    files: Sequence[Path]
+
+    def read(self, rows: Tensor, shape: Shape) -> Tensor:
+        """Decode the rows in a few threads (PIL releases the interpreter) and stack them."""
+        if len(rows) == 0:
+            return torch.empty((0, *shape), dtype=torch.uint8)
+        with ThreadPoolExecutor(4) as pool:
+            images = pool.map(lambda row: adapt(decode(self.files[row]), shape), rows.tolist())
+            return torch.cat(list(images))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest the files' relative names and sizes (not their pixels, which may be many)."""
+        lines = [f"{f.relative_to(self.folder)}\0{f.stat().st_size}" for f in self.files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class NoiseSource:
+    """Noise drawn per row from a counter-based generator: a row is the same in any batch."""
+
+    distribution: Literal["gaussian", "uniform"]
+    seed: int
+
+    def read(self, rows: Tensor, shape: Shape) -> Tensor:
+        """Draw the rows' pixels: uniform over 0..255, or normal with mean 127.5, deviation 64."""
+        images = np.empty((len(rows), *shape), np.uint8)
+        for image, row in zip(images, rows.tolist(), strict=True):
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, row]))
+            if self.distribution == "uniform":
+                image[:] = generator.integers(0, 256, shape, np.uint8)
+            else:
+                image[:] = np.clip(np.rint(generator.normal(127.5, 64.0, shape)), 0, 255)
+        return torch.from_numpy(images)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest what determines the pixels."""
+        return hashlib.sha256(f"noise:{self.distribution}:{self.seed}".encode()).hexdigest()
+
+
+def in_memory(
+    name: str,
+    images: np.ndarray | Tensor,
+    labels: np.ndarray | Tensor | None,
+    classes: tuple[str, ...] = (),
+    flips: bool = False,
+) -> ImageSet:
+    """Make a set of images that already lie in memory, uint8 of shape (N, C, H, W)."""
+    pixels = torch.as_tensor(images)
+    known = None if labels is None else torch.as_tensor(labels).to(torch.int64)
+    return ImageSet(name, MemorySource(pixels), torch.arange(len(pixels)), known, classes, flips)
+
+
+def decode(path: Path) -> Tensor:
+    """Read one image file as uint8 of shape (1, C, H, W); an unreadable one is a CovcliError."""
+    try:
+        with Image.open(path) as image:
+            if 3 * image.width * image.height > file_checks.allowance(path.stat().st_size):
+                raise ValueError(f"{image.width}×{image.height} pixels in so small a file")
+            mode = "L" if image.mode in ("1", "L", "I", "I;16") else "RGB"
+            pixels = np.array(image.convert(mode))
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        ArithmeticError,
+        Image.DecompressionBombError,
+        MemoryError,
+        struct.error,
+        zlib.error,
+    ) as error:  # PIL raises many kinds
+        raise CovcliError(
+            f"cannot be read as an image ({error})", where=path, fix="repair or remove it"
+        ) from None
+    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(planes))[None]
+
+
+def adapt(images: Tensor, shape: Shape) -> Tensor:
+    """Turn images to a model's channels and size.
+
+    Grey images become three equal channels, an alpha channel is dropped, colours become
+    grey by luma. The shorter side is resized (bilinear, antialiased) and the middle cut out.
+
+    Parameters
+    ----------
+    images
+        uint8 of shape (B, C, H, W) with 1 to 4 channels.
+    shape
+        Channels (1 or 3), height and width to return.
+
+    Returns
+    -------
+    Tensor
+        uint8 of shape (B, *shape).
+    """
+    channels, height, width = shape
+    if images.shape[1] in (2, 4):
+        images = images[:, :-1]
+    if images.shape[1] == 1 and channels == 3:
+        images = images.expand(-1, 3, -1, -1)
+    elif images.shape[1] == 3 and channels == 1:
+        images = (images * LUMA).sum(1, keepdim=True).round().to(torch.uint8)
+    if images.shape[2:] == (height, width):
+        return images
+    scale = max(height / images.shape[2], width / images.shape[3])
+    size = [
+        max(round(side * scale), least)
+        for side, least in zip(images.shape[2:], shape[1:], strict=True)
+    ]
+    cut: Tensor = F.center_crop(F.resize(images, size, antialias=True), [height, width])
+    return cut
+
+
+def batches(
+    images: ImageSet, parts: Sequence[Tensor], shape: Shape
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each part's rows and images, reading one batch ahead of the network."""
+    with ThreadPoolExecutor(1, initializer=_compute_alone) as pool:
+        ahead = pool.submit(images.batch, parts[0], shape) if parts else None
+        for i, rows in enumerate(parts):
+            assert ahead is not None
+            pixels = ahead.result()
+            if i + 1 < len(parts):
+                ahead = pool.submit(images.batch, parts[i + 1], shape)
+            yield rows, pixels
+
+
+def _compute_alone() -> None:
+    """Let this thread compute by itself: its helpers would take turns with those of the network."""
+    torch.get_num_threads()  # the first call in a thread sets its number
+    threadpool_limits(1, user_api="openmp")  # of this thread alone
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """Which data something was made from.
+
+    Attributes
+    ----------
+    spec
+        The data specification.
+    source
+        The fingerprint of all that the source holds.
+    images
+        The fingerprint of the images that were read of it.
+    """
+
+    spec: str
+    source: str
+    images: str
+
+    @classmethod
+    def of(cls, images: ImageSet) -> "DataRecord":
+        """Describe a loaded set."""
+        return cls(images.name, images.source.fingerprint, images.fingerprint)

@@ -1,0 +1,1 @@
+"""evaluate: how well a signature tells untrusted images from trusted ones."""

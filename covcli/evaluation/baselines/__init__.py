@@ -1,0 +1,1 @@
+"""Other detectors, run on the same images as the coverage scores."""

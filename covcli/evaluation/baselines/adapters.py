@@ -1,0 +1,196 @@
+"""A classifier taken apart: what each batch shows at its coverage points and before its end."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from covcli.core.progress import Progress
+from covcli.data.images import ImageSet, batches
+from covcli.models.architectures import Classifier
+from covcli.models.points import Outputs, Point
+from covcli.models.sweep import sweep, sweep_batch, to_network
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass tells of a batch of images.
+
+    Attributes
+    ----------
+    rows
+        Which images of the set, shape (B,).
+    inputs
+        Pixels in [0, 1], shape (B, C, H, W).
+    logits
+        Shape (B, classes).
+    features
+        The input of the last linear layer, shape (B, D); None where the logits come from no
+        linear layer.
+    means
+        Each coverage point's output, averaged over its positions, shape (B, channels).
+    """
+
+    rows: Tensor
+    inputs: Tensor
+    logits: Tensor
+    features: Tensor | None
+    means: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of a coverage point; a library that hooks modules takes it for a module."""
+
+    module: nn.Module
+    call: int
+    calls: int
+    channel_dim: int
+
+    def register_forward_hook(self, hook: Callable[[Any, Any, Tensor], None]) -> Any:
+        """Have `hook` called with this call's output in every forward pass."""
+        count = 0
+
+        def only_this_call(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            nonlocal count
+            if count % self.calls == self.call:
+                hook(module, inputs, output)
+            count += 1
+
+        return self.module.register_forward_hook(only_this_call)
+
+
+class Network:
+    """A classifier, taken apart.
+
+    Attributes
+    ----------
+    model
+        The classifier.
+    points
+        Its coverage points.
+    layers
+        The same, for a library that hooks modules.
+    last
+        The linear layer that the logits come from, or None.
+    """
+
+    def __init__(self, model: Classifier) -> None:
+        self.model = model.eval()
+        self.points = model.points("channel")
+        modules = dict(model.network.named_modules())
+        calls = Counter(point.module for point in self.points)
+        self.layers = [
+            Layer(modules[p.module], p.call, calls[p.module], p.channel_dim) for p in self.points
+        ]
+        self.last = _last_linear(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        return self.model.mean.device
+
+    def read(self, images: ImageSet, progress: Progress, title: str) -> Iterator[Batch]:
+        """Run a set through the network in its order, and yield batch by batch."""
+        means: dict[str, Tensor] = {}
+        features: list[Tensor] = []
+
+        def see(point: Point, output: Tensor) -> None:
+            means[point.name] = channels_first(output, point.channel_dim).flatten(2).mean(2)
+
+        with contextlib.ExitStack() as hooks:
+            hooks.enter_context(Outputs(self.model.network, self.points, see))
+            if self.last is not None:
+                handle = self.last.register_forward_pre_hook(lambda _m, x: features.append(x[0]))
+                hooks.callback(handle.remove)
+            for swept in sweep(self.model, images, [], "channel", progress, title):
+                last = features.pop() if features else None
+                seen = [means[p.name] for p in self.points]
+                yield Batch(swept.rows, swept.inputs, swept.logits, last, seen)
+
+
+def channels_first(output: Tensor, channel_dim: int) -> Tensor:
+    """Turn a layer's output into (B, C, positions…); a fully connected layer has one position."""
+    return output[..., None] if output.ndim == 2 else output.movedim(channel_dim, 1)
+
+
+def _last_linear(model: Classifier) -> nn.Linear | None:
+    """Return the linear layer whose output the logits are, found by watching one forward pass."""
+    seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for module in linear:
+            handle = module.register_forward_hook(lambda m, x, y: seen.append((m, x[0], y)))
+            hooks.callback(handle.remove)
+        logits = model(torch.zeros(2, *model.spec.shape, device=model.mean.device))
+    if not seen:
+        return None
+    last, inputs, output = seen[-1]
+    return last if inputs.ndim == 2 and output is logits else None
+
+
+class Trusted:
+    """The trusted images that the baselines are fitted on.
+
+    Parameters
+    ----------
+    network
+        The network that is watched.
+    images
+        Trusted training images.
+    labels
+        Their classes, int64 of shape (N,); every class of the network occurs.
+    progress
+        Is told of every pass over them.
+    """
+
+    def __init__(
+        self, network: Network, images: ImageSet, labels: Tensor, progress: Progress
+    ) -> None:
+        self.network, self.images, self.labels = network, images, labels
+        self.progress = progress
+
+    @cached_property
+    def features(self) -> Tensor:
+        """The input of the last linear layer on every image, shape (N, D), on the CPU."""
+        title = "reading trusted images for the baselines"
+        parts = [b.features for b in self.network.read(self.images, self.progress, title)]
+        return torch.cat([part.cpu() for part in parts if part is not None])
+
+    def balanced(self, limit: int) -> "Trusted":
+        """Return at most so many of the images, from every class the same number where it can."""
+        order = torch.argsort(self.labels, stable=True)
+        counts = torch.bincount(self.labels)
+        starts = counts.cumsum(0) - counts
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order)) - starts[self.labels[order]]
+        rows = torch.argsort(rank, stable=True)[:limit].sort().values
+        return Trusted(self.network, self.images.select(rows), self.labels[rows], self.progress)
+
+
+class Loader:
+    """Batches of images and labels, as pytorch-ood's detectors read them."""
+
+    def __init__(self, trusted: Trusted, size: int, title: str) -> None:
+        self._trusted, self._title = trusted, title
+        self._parts = torch.arange(len(trusted.images)).split(size)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        t = self._trusted
+        t.progress.start(self._title, len(t.images))
+        for rows, pixels in batches(t.images, self._parts, t.network.model.spec.shape):
+            yield to_network(pixels, t.network.device), t.labels[rows]
+            t.progress.advance(len(rows))
+
+
+def small_batch(network: Network) -> int:
+    """Return how many images to run at once where whole activations are kept."""
+    return max(1, sweep_batch(network.model.spec.shape) // 8)

@@ -1,0 +1,162 @@
+"""The baselines of an evaluation: fitted on the signature's images, then run on every set."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from covcli.core import distributed
+from covcli.core.errors import CovcliError
+from covcli.core.progress import Progress
+from covcli.data.images import ImageSet
+from covcli.evaluation.baselines.adapters import Network, Trusted
+from covcli.evaluation.baselines.detectors import BASELINES, Scorer, library
+from covcli.models.architectures import Classifier
+from covcli.signature.calibration import FIT_EVERY
+from covcli.signature.guarantee import Guarantee, Rule, make_rule
+from covcli.signature.record import calibration_images, trusted_images
+
+# Counts as least trusted: what a detector says where it divides by zero or overflows.
+HIGHEST = float(torch.finfo(torch.float32).max)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Baselines that were checked, and the images that they are fitted and calibrated on.
+
+    Attributes
+    ----------
+    names
+        Names in BASELINES; with none of them, nothing else is loaded.
+    network
+        The network that is watched.
+    trusted
+        The images that built the signature.
+    held_out
+        The calibration images that rank scores.
+    """
+
+    names: tuple[str, ...]
+    network: Network | None
+    trusted: ImageSet | None
+    held_out: ImageSet | None
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The version of pytorch-ood, where there are baselines."""
+        return {"pytorch-ood": metadata.version("pytorch-ood")} if self.names else {}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Fitted baselines.
+
+    Attributes
+    ----------
+    scorers
+        By name.
+    rules
+        By name: the thresholds that keep the evaluation's guarantee, taken as the signature's own
+        are, from the same calibration images.
+    """
+
+    network: Network | None
+    scorers: dict[str, Scorer]
+    rules: dict[str, Rule]
+
+    def score(self, images: ImageSet, progress: Progress) -> dict[str, np.ndarray]:
+        """Score a set in one pass over it; return by name float64 of shape (N,)."""
+        if self.network is None:
+            return {}
+        return _score(self.network, self.scorers, images, progress)[0]
+
+
+def expand(names: Sequence[str]) -> tuple[str, ...]:
+    """Return each of the names once, and every baseline for "all".
+
+    Raises
+    ------
+    CovcliError
+        If a name is unknown.
+    """
+    if "all" in names:
+        return tuple(BASELINES)
+    for name in names:
+        BASELINES.get(name)
+    return tuple(dict.fromkeys(names))
+
+
+def prepare(
+    names: Sequence[str], model: Classifier, record: dict[str, Any], data_dir: Path | None
+) -> Plan:
+    """Check baselines and load what they need, before any work is done.
+
+    Parameters
+    ----------
+    names
+        Names in BASELINES, or "all".
+    model
+        The network.
+    record
+        The signature's record of the images that it was made from.
+    data_dir
+        The folder that downloaded sets live in.
+
+    Raises
+    ------
+    CovcliError
+        If a name is unknown, pytorch-ood is not installed, the network has no last linear layer
+        though a baseline reads its input, or the images are no longer there.
+    """
+    chosen = expand(names)
+    if not chosen:
+        return Plan(chosen, None, None, None)
+    library()
+    network = Network(model)
+    for name in chosen:
+        if BASELINES.get(name).features and network.last is None:
+            others = [other for other in BASELINES if not BASELINES.get(other).features]
+            raise CovcliError(
+                f"its logits come from no linear layer, whose input {name!r} reads",
+                where=f"model {model.spec.name!r}",
+                fix=f"choose of {', '.join(others)}",
+            )
+    otherwise = "leave --baseline out"
+    trusted = trusted_images(record, model.spec.classes, data_dir, otherwise)
+    held_out = calibration_images(record, data_dir, otherwise)
+    ranking = torch.nonzero(torch.arange(len(held_out)) % FIT_EVERY)[:, 0]
+    return Plan(chosen, network, trusted, held_out.select(ranking))
+
+
+def fit(plan: Plan, guarantee: Guarantee, progress: Progress) -> Comparison:
+    """Fit the planned baselines, and find their thresholds on the calibration images."""
+    if plan.network is None or plan.trusted is None or plan.held_out is None:
+        return Comparison(None, {}, {})
+    trusted = Trusted(plan.network, plan.trusted, plan.trusted.known_labels(), progress)
+    with distributed.alone():  # the detectors want to see all images
+        scorers = {name: BASELINES.get(name).fit(trusted) for name in plan.names}
+    found, predicted = _score(plan.network, scorers, plan.held_out, progress)
+    classes = plan.network.model.spec.classes
+    rules = {
+        name: make_rule(torch.from_numpy(scores), predicted, classes, guarantee)
+        for name, scores in found.items()
+    }
+    return Comparison(plan.network, scorers, rules)
+
+
+def _score(
+    network: Network, scorers: dict[str, Scorer], images: ImageSet, progress: Progress
+) -> tuple[dict[str, np.ndarray], Tensor]:
+    """Return the scores by name, and the predicted classes."""
+    parts = []
+    for batch in network.read(images, progress, f"baselines on {images.name}"):
+        theirs = [scorer(batch).detach().double() for scorer in scorers.values()]
+        parts.append((batch.rows, batch.logits.argmax(1), *theirs))
+    predicted, *found = distributed.collect(parts)
+    clean = [scores.nan_to_num(HIGHEST, HIGHEST, -HIGHEST).numpy() for scores in found]
+    return dict(zip(scorers, clean, strict=True)), predicted

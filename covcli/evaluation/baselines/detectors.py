@@ -1,0 +1,296 @@
+"""BASELINES: detectors of pytorch-ood, to hold the coverage scores against on the same images.
+
+Each maker fits one detector on trusted training images and returns what scores a batch; larger
+means less trusted. The hyperparameters are the library's defaults, which are those of the papers,
+unless a docstring says otherwise. Untrusted images chose none of them but the layers of "nac".
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from covcli.core.errors import CovcliError
+from covcli.core.runtime import seeded
+from covcli.core.specs import Registry
+from covcli.evaluation.baselines.adapters import (
+    Batch,
+    Loader,
+    Network,
+    Trusted,
+    channels_first,
+    small_batch,
+)
+from covcli.models.points import Outputs, Point
+
+# What a detector may keep of the images that it is fitted on.
+FIT_BYTES = 1 << 30
+# Entries of a batch's Gram matrices.
+GRAM_ENTRIES = 1 << 26
+GRAM_POLES = tuple(range(1, 11))
+Scorer: TypeAlias = Callable[[Batch], Tensor]
+Maker: TypeAlias = Callable[[Trusted], Scorer]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A baseline: how it is fitted, and whether it reads the input of the last linear layer."""
+
+    fit: Maker
+    features: bool
+
+
+BASELINES: Registry[Baseline] = Registry("baseline")
+
+
+def baseline(name: str, *, features: bool = False) -> Callable[[Maker], Maker]:
+    """Register a maker under a name."""
+
+    def decorate(fit: Maker) -> Maker:
+        BASELINES.add(name)(Baseline(fit, features))
+        return fit
+
+    return decorate
+
+
+def library() -> ModuleType:
+    """Import pytorch-ood's detectors; a CovcliError says how to install them."""
+    try:
+        return importlib.import_module("pytorch_ood.detector")
+    except ImportError:
+        raise CovcliError(
+            "needs pytorch-ood, which is not installed",
+            where="--baseline",
+            fix="run `pip install 'covcli[baselines]'`",
+        ) from None
+
+
+def _features(batch: Batch) -> Tensor:
+    assert batch.features is not None
+    return batch.features.cpu()
+
+
+@baseline("max-softmax")
+def max_softmax(_trusted: Trusted) -> Scorer:
+    """Highest softmax probability, covcli's "softmax" in single precision.
+
+    Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples
+    in Neural Networks", ICLR 2017.
+    """
+    detector = library().MaxSoftmax(None)
+    return lambda batch: detector.predict_logits(batch.logits)
+
+
+@baseline("maxlogit")
+def maxlogit(_trusted: Trusted) -> Scorer:
+    """Highest logit.
+
+    Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022.
+    """
+    detector = library().MaxLogit(None)
+    return lambda batch: detector.predict_logits(batch.logits)
+
+
+@baseline("energy")
+def energy(_trusted: Trusted) -> Scorer:
+    """Free energy of the logits, at temperature 1.
+
+    Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020.
+    """
+    detector = library().EnergyBased(None)
+    return lambda batch: detector.predict_logits(batch.logits)
+
+
+@baseline("gen")
+def gen(_trusted: Trusted) -> Scorer:
+    """Generalised entropy of the softmax distribution, γ = 0.1 over all classes.
+
+    Liu et al., "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection",
+    CVPR 2023; over the 100 most probable classes, as there, where there are more.
+    """
+    detector = library().GEN(None, M=100)
+    return lambda batch: detector.predict_logits(batch.logits)
+
+
+@baseline("knn", features=True)
+def knn(trusted: Trusted) -> Scorer:
+    """Distance to the 50th nearest neighbour among all fitted images' normalised features.
+
+    Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022.
+    """
+    detector = library().KNN(None, k=min(50, len(trusted.labels)))
+    detector.knn.set_params(n_jobs=torch.get_num_threads())
+    detector.fit_features(trusted.features, trusted.labels)
+    return lambda batch: detector.predict_features(_features(batch))
+
+
+@baseline("mahalanobis", features=True)
+def mahalanobis(trusted: Trusted) -> Scorer:
+    """Mahalanobis distance to the nearest class mean, in the features; one covariance for all.
+
+    Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and
+    Adversarial Attacks", NeurIPS 2018, without the perturbation of the input.
+    """
+    detector = library().Mahalanobis(None).fit_features(trusted.features, trusted.labels)
+    return lambda batch: detector.predict_features(_features(batch))
+
+
+@baseline("rmd", features=True)
+def rmd(trusted: Trusted) -> Scorer:
+    """Mahalanobis distance relative to that of one Gaussian over all classes, in the features.
+
+    Ren et al., "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection", 2021,
+    arXiv 2106.09022.
+    """
+    detector = library().RMD(None).fit_features(trusted.features, trusted.labels)
+    return lambda batch: detector.predict_features(_features(batch))
+
+
+@baseline("vim", features=True)
+def vim(trusted: Trusted) -> Scorer:
+    """Virtual logit of the features' residual beside a principal subspace.
+
+    Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022. The subspace
+    has the dimension of the authors' code: 1,000 from 2,048 features on, 512 from 768 on, else
+    half of them.
+    """
+    weight, bias = _weights(trusted)
+    width = weight.shape[1]
+    dimension = 1000 if width >= 2048 else 512 if width >= 768 else width // 2
+    detector = library().ViM(None, dimension, weight, bias)
+    detector.fit_features(trusted.features, trusted.labels)
+    return lambda batch: detector.predict_features(_features(batch))
+
+
+def _weights(trusted: Trusted) -> tuple[Tensor, Tensor]:
+    """Return the last linear layer's weights (classes, D) and bias (classes,), on the CPU."""
+    last = trusted.network.last
+    assert last is not None
+    weight = last.weight.detach().cpu()
+    return weight, torch.zeros(len(weight)) if last.bias is None else last.bias.detach().cpu()
+
+
+def _head(trusted: Trusted) -> Callable[[Tensor], Tensor]:
+    """Return the last linear layer as a map of features (B, D, 1, 1), on the CPU."""
+    weight, bias = _weights(trusted)
+    return lambda maps: nn.functional.linear(maps.flatten(1), weight, bias)
+
+
+@baseline("react", features=True)
+def react(trusted: Trusted) -> Scorer:
+    """Energy after the features are clipped at their 90th percentile.
+
+    Sun et al., "ReAct: Out-of-distribution Detection With Rectified Activations", NeurIPS 2021:
+    at the penultimate layer, the input of the last linear one.
+    """
+    detector = library().ReAct(nn.Identity(), _head(trusted))
+    detector.fit_feature_maps(trusted.features[:, :, None, None], trusted.labels)
+    return lambda batch: detector.predict_feature_maps(_features(batch)[:, :, None, None])
+
+
+@baseline("ash", features=True)
+def ash(trusted: Trusted) -> Scorer:
+    """Energy after 65% of an image's features are pruned and the others scaled (ASH-S).
+
+    Djurisic et al., "Extremely Simple Activation Shaping for Out-of-Distribution Detection",
+    ICLR 2023. At the input of the last linear layer, in the form (B, D, 1, 1) that the library
+    documents for pooled features.
+    """
+    detector = library().ASH(nn.Identity(), _head(trusted))
+    return lambda batch: detector.predict_feature_maps(_features(batch)[:, :, None, None])
+
+
+@baseline("multi-mahalanobis")
+def multi_mahalanobis(trusted: Trusted) -> Scorer:
+    """Sum over all coverage points of the Mahalanobis distance between spatial means.
+
+    Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and
+    Adversarial Attacks", NeurIPS 2018, section 2.3, with equal weights (the paper fits them on
+    untrusted images). Fitted on as many images, of every class alike, as 1 GB of means is sure to
+    hold: more than 20,000 for VGG19.
+    """
+    width = sum(p.neurons for p in trusted.network.model.points("channel"))
+    fitted = trusted.balanced(FIT_BYTES // (4 * width))
+    kept: list[list[Tensor]] = []
+    title = "fitting multi-mahalanobis"
+    for batch in trusted.network.read(fitted.images, trusted.progress, title):
+        kept.append([means.cpu() for means in batch.means])
+    detector = library().MultiMahalanobis(list(trusted.network.layers))
+    detector.fit_structured([torch.cat(parts) for parts in zip(*kept, strict=True)], fitted.labels)
+    return lambda batch: detector.predict_structured(batch.means)
+
+
+class Replay:
+    """A network as the chain of layers that Gram runs: the first runs it, the others recall."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._seen: dict[str, Tensor] = {}
+        self._logits = torch.empty(0)
+
+    def run(self, inputs: Tensor) -> Tensor:
+        """Run the network, and return the first coverage point's output."""
+        model, points = self._network.model, self._network.points
+        with Outputs(model.network, points, self._keep):
+            self._logits = model(inputs)
+        return self._seen[points[0].name]
+
+    def _keep(self, point: Point, output: Tensor) -> None:
+        self._seen[point.name] = channels_first(output, point.channel_dim).clone()
+
+    def recall(self, point: Point) -> Callable[[Tensor], Tensor]:
+        """Return what returns a coverage point's output in the last run."""
+        return lambda _previous: self._seen.pop(point.name)
+
+    def logits(self, _previous: Tensor) -> Tensor:
+        """Return the last run's logits."""
+        return self._logits
+
+
+@baseline("gram")
+def gram(trusted: Trusted) -> Scorer:
+    """Deviation of the Gram matrices of all coverage points from their range in the class.
+
+    Sastry and Oore, "Detecting Out-of-Distribution Examples with Gram Matrices", ICML 2020: orders
+    1 to 10, as there, where the library's default grows with the number of layers, and higher
+    powers of an activation overflow. Fitted on as many images, of every class alike, as 256 MB of
+    statistics hold, about 560 for VGG19: while it fits, the library has been seen to take up to
+    20 MB of memory an image there.
+    """
+    network = trusted.network
+    widths = [p.neurons for p in network.model.points("channel")]
+    fitted = trusted.balanced(FIT_BYTES // (16 * len(GRAM_POLES) * sum(widths)))
+    size = max(1, min(small_batch(network), GRAM_ENTRIES // max(widths) ** 2))
+    replay = Replay(network)
+    layers = [replay.run, *[replay.recall(point) for point in network.points[1:]]]
+    detector = library().Gram(replay.logits, layers, network.model.spec.classes, GRAM_POLES)
+    detector.to(network.device)
+    with seeded(0):  # the detector holds out a tenth of the images at random
+        detector.fit(Loader(fitted, size, "fitting gram"))
+    if not all(bool(high.isfinite().all()) for orders in detector.feature_max for high in orders):
+        raise CovcliError("activations whose tenth power overflows", where="--baseline gram")
+    return lambda batch: torch.cat([detector.predict(part) for part in batch.inputs.split(size)])
+
+
+@baseline("nac")
+def nac(trusted: Trusted) -> Scorer:
+    """Coverage of neurons' activations times their gradients, at the last two coverage points.
+
+    Liu et al., "Neuron Activation Coverage: Rethinking Out-of-distribution Detection and
+    Generalization", ICLR 2024, as NAC-UE with the library's defaults, fitted on all images. The
+    library's example reads a ResNet's last two stages; on a VGG19 the last two points did better
+    than all 18, since one steepness of the sigmoid does not suit early layers.
+    """
+    network = trusted.network
+    layers = network.layers[-2:]
+    dim = 1 if any(layer.channel_dim == 1 for layer in layers) else -1
+    detector = library().NACUE(
+        network.model, layers, feature_reduce=lambda x: channels_first(x, dim).flatten(2).mean(2)
+    )
+    size = small_batch(network)
+    detector.fit(Loader(trusted, size, "fitting nac"))
+    return lambda batch: torch.cat([detector.predict(part) for part in batch.inputs.split(size)])

@@ -1,0 +1,102 @@
+"""evaluate: how well a signature tells untrusted images from trusted ones."""
+
+import logging
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+
+import torch
+
+from covcli.core import distributed, files, run_folders
+from covcli.core.progress import Progress
+from covcli.core.version import __version__
+from covcli.data.images import ImageSet
+from covcli.evaluation.baselines import compare
+from covcli.evaluation.baselines.compare import Comparison
+from covcli.evaluation.explain import explain_sets
+from covcli.evaluation.figures import result_of
+from covcli.evaluation.inputs import Job, load_job
+from covcli.evaluation.results import (
+    EvaluationConfig,
+    EvaluationResult,
+)
+from covcli.evaluation.scores import Measured, measure, samples, table
+from covcli.evaluation.sets import Opener, Parts, monitored, opener
+
+__all__ = ["EvaluationConfig", "EvaluationResult", "evaluate"]
+log = logging.getLogger(__name__)
+
+
+def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
+    """Score trusted test images and untrusted ones, and write evaluation.json and the scores.
+
+    An evaluation that was cut short does not repeat the sets that it had finished.
+
+    Raises
+    ------
+    CovcliError
+        If a file, a name or the data is bad, results exist already, or another process is
+        writing into the same folder.
+    """
+    job = load_job(config)
+    openers = {"trusted": Opener.of(job.trusted)}
+    threshold = job.rules["coverage"].overall
+    look = partial(monitored, job.model, job.made, job.calibration, threshold)
+    openers |= {
+        text: opener(text, job.model, job.trusted, look, config.data_dir)
+        for text in config.untrusted
+    }
+    output = job.files["evaluation.json"].parent
+    with run_folders.locked(output) if distributed.is_first() else nullcontext():
+        parts = Parts(output, _key(job))
+        baselines = compare.fit(job.plan, job.rules["coverage"].guarantee, progress)
+        images, measured = _measure_all(job, baselines, openers, parts, progress)
+        with distributed.alone():  # a few images each
+            explanations, explained = explain_sets(
+                job.model, job.made, job.calibration, images,
+                {name: m.scores["coverage"] for name, m in measured.items()}, config.explain,
+                job.rules["coverage"],
+            )  # fmt: skip
+        rules = {**job.rules, **baselines.rules}
+        result = result_of(replace(job, rules=rules), images, measured, explanations)
+        if distributed.is_first():
+            files.write_bytes(job.files["scores.csv.gz"], table(measured))
+            pixels = samples(images, measured, job.model.spec.shape, explained)
+            files.write_bytes(job.files["samples.npz"], pixels)
+            files.write_json(job.files["evaluation.json"], files.plain(asdict(result)))
+            parts.clear()
+    return result
+
+
+def _key(job: Job) -> str:
+    """Return a digest of what every figure depends on beside the images."""
+    guarantee = job.rules["coverage"].guarantee
+    versions = [torch.__version__, __version__, str(job.model.mean.device)]
+    described = [vars(guarantee), versions, job.plan.names, job.plan.versions]
+    return files.digest([files.digest_file(job.signature), described])
+
+
+def _measure_all(
+    job: Job,
+    baselines: Comparison,
+    openers: dict[str, Opener],
+    parts: Parts,
+    progress: Progress,
+) -> tuple[dict[str, ImageSet], dict[str, Measured]]:
+    images: dict[str, ImageSet] = {}
+    measured: dict[str, Measured] = {}
+    for name, entry in openers.items():
+        done = distributed.agree(parts.find(entry.identity))
+        if done is not None:  # by an evaluation that was cut short
+            images[name] = entry.open(progress) if done[1] is None else entry.made_of(done[1])
+            measured[name] = done[0]
+            continue
+        images[name] = entry.open(progress)
+        found = measure(
+            job.model, job.made, job.calibration, images[name], job.rules["coverage"], progress
+        )
+        theirs = baselines.score(images[name], progress)
+        measured[name] = replace(found, scores={**found.scores, **theirs})
+        if distributed.is_first():
+            parts.keep(entry.identity, measured[name], entry.pixels(images[name]))
+    return images, measured

@@ -1,0 +1,226 @@
+"""From scores to figures: detection, false alarms beside their guarantee, own errors."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from covcli.attacks import attacks
+from covcli.core import files, runtime
+from covcli.core.specs import Spec, parse
+from covcli.data.images import ImageSet
+from covcli.evaluation import metrics
+from covcli.evaluation.explain import Explanation
+from covcli.evaluation.inputs import Job
+from covcli.evaluation.metrics import Detection, Estimate, MeanDetection
+from covcli.evaluation.own_errors import own_errors
+from covcli.evaluation.results import (
+    ClassAlarms,
+    Deceived,
+    EvaluationConfig,
+    EvaluationResult,
+    FalseAlarms,
+    Guaranteed,
+    PointCoverage,
+    TrustedSet,
+    UntrustedSet,
+)
+from covcli.evaluation.scores import Measured
+from covcli.signature.guarantee import (
+    CONFIDENCE,
+    Guarantee,
+    Rule,
+    alarms_bound,
+    alarms_interval,
+    binomial_interval,
+)
+
+LEAST_DECEIVED = 10  # fewer images say too little to draw a bootstrap from
+
+
+def overall(rule: Rule, flagged: Tensor, seed: int) -> FalseAlarms:
+    """Compare the share of alarms among trusted images with what calibration promises.
+
+    Parameters
+    ----------
+    rule
+        What gave the verdicts.
+    flagged
+        The verdicts, bool of shape (N,).
+    seed
+        Of the bootstrap interval.
+    """
+    scores, images = int(rule.counts.sum()), len(flagged)
+    low, high = _promise(rule.guarantee, scores, images)
+    found = metrics.share(flagged.numpy(), seed)
+    return FalseAlarms(rule.guarantee.alpha, found.value, found.low, found.high, low, high)
+
+
+def by_class(
+    rule: Rule, flagged: Tensor, predicted: Tensor, classes: tuple[str, ...]
+) -> list[ClassAlarms]:
+    """Compare the same by predicted class, for which only certified calibration promises.
+
+    Parameters
+    ----------
+    rule, flagged
+        As for `overall`.
+    predicted
+        The same images' predicted classes, int64 of shape (N,).
+    classes
+        Class names.
+    """
+    return [_of_class(rule, k, flagged[predicted == k], name) for k, name in enumerate(classes)]
+
+
+def _of_class(rule: Rule, k: int, flagged: Tensor, name: str) -> ClassAlarms:
+    images, alarms, scores = len(flagged), int(flagged.sum()), int(rule.counts[k])
+    low, high = binomial_interval(alarms, images) if images else (None, None)
+    certified = images and rule.guarantee.mode == "certified"
+    return ClassAlarms(
+        name=name,
+        images=images,
+        alarms=alarms,
+        value=alarms / images if images else None,
+        low=low,
+        high=high,
+        calibration_scores=scores,
+        threshold=float(rule.thresholds[k]),
+        promised_high=_promise(rule.guarantee, scores, images)[1] if certified else None,
+    )
+
+
+def _promise(guarantee: Guarantee, scores: int, images: int) -> tuple[float, float]:
+    """Return where the share of alarms among so many new images lies with 95% probability.
+
+    In certified mode the other thresholds can only lower it: there is an upper bound alone.
+    """
+    rank = guarantee.rank(scores)
+    if guarantee.mode == "certified":
+        return 0.0, alarms_bound(rank, scores, images)
+    return alarms_interval(rank, scores, images)
+
+
+def guaranteed(guarantee: Guarantee) -> Guaranteed:
+    """Return a guarantee as the results state it."""
+    confidence = CONFIDENCE if guarantee.mode == "certified" else None
+    return Guaranteed(guarantee.mode, guarantee.alpha, confidence, guarantee.statement())
+
+
+def result_of(
+    job: Job,
+    images: dict[str, ImageSet],
+    measured: dict[str, Measured],
+    explanations: list[Explanation],
+) -> EvaluationResult:
+    """Put together the figures of an evaluation."""
+    config, made, rule, record = job.config, job.made, job.rules["coverage"], job.record
+    trusted = measured["trusted"]
+    return EvaluationResult(
+        schema=files.SCHEMA,
+        provenance=runtime.provenance(job.model.mean.device, config.seed) | job.plan.versions,
+        signature={
+            "method": made.method.name,
+            "parameters": made.method.spec(),
+            "granularity": made.granularity,
+            "precision": made.precision,
+            "path": str(job.signature),
+            "checkpoint": str(job.checkpoint),
+            "checkpoint_fingerprint": made.fingerprint,
+            "signature_fingerprint": files.digest_file(job.signature),
+            "trusted": record["trusted"],
+            "calibration": record["calibration"],
+            "calibration_scores": len(job.calibration.scores),
+            "threshold": rule.overall,
+        },
+        guarantee=guaranteed(rule.guarantee),
+        trusted=_trusted_figures(job, trusted),
+        untrusted=[
+            _untrusted_figures(job, images[t], trusted, measured[t]) for t in config.untrusted
+        ],
+        mean_over_sets=_means(config, measured),
+        points=[
+            PointCoverage(p.name, p.neurons, {t: m.coverage[i] for t, m in measured.items()})
+            for i, p in enumerate(made.points)
+        ],
+        confidence_bins=[
+            entry
+            for name, values in trusted.confidences.items()
+            for entry in metrics.confidence_bins(name, values, trusted.correct)
+        ],
+        confidence_thresholds=[
+            entry
+            for name, values in trusted.confidences.items()
+            for entry in metrics.confidence_thresholds(name, values, trusted.correct)
+        ],
+        explanations=explanations,
+        files={name: str(path) for name, path in job.files.items()},
+        warnings=job.warnings,
+    )
+
+
+def _trusted_figures(job: Job, measured: Measured) -> TrustedSet:
+    images, rule = job.trusted, job.rules["coverage"]
+    flagged = torch.from_numpy(measured.untrusted)
+    return TrustedSet(
+        name=images.name,
+        images=len(images),
+        fingerprint=images.fingerprint,
+        accuracy=float(measured.correct.mean()),
+        false_alarm_rate=overall(rule, flagged, job.config.seed),
+        false_alarms_by_class=by_class(rule, flagged, measured.predicted, job.made.classes),
+        mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
+        errors=own_errors(measured.scores, measured.correct, job.config.seed),
+    )
+
+
+def _untrusted_figures(
+    job: Job, images: ImageSet, trusted: Measured, measured: Measured
+) -> UntrustedSet:
+    spec = parse(images.name)
+    attacked = attacks.is_attack(spec)
+    success, deceived = _deceived(spec, job, trusted, measured) if attacked else (None, None)
+    return UntrustedSet(
+        name=images.name,
+        images=len(images),
+        fingerprint=images.fingerprint,
+        scores=_detections(job, trusted, measured, np.ones(len(images), bool)),
+        mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
+        success_rate=success,
+        deceived=deceived,
+    )
+
+
+def _deceived(
+    spec: Spec, job: Job, trusted: Measured, measured: Measured
+) -> tuple[Estimate | None, Deceived]:
+    """Return an attack's success rate, and the figures of the images that it deceived."""
+    before = trusted.correct[attacks.attacked_rows(spec, job.trusted).numpy()]
+    hits = before & ~measured.correct
+    rate = metrics.share(hits[before], job.config.seed) if before.any() else None
+    enough = hits.sum() >= LEAST_DECEIVED
+    scores = _detections(job, trusted, measured, hits) if enough else None
+    return rate, Deceived(int(hits.sum()), int((~before).sum()), scores)
+
+
+def _detections(
+    job: Job, trusted: Measured, measured: Measured, chosen: np.ndarray
+) -> dict[str, Detection]:
+    """Return each score's figures on the chosen images of an untrusted set."""
+    found = {}
+    for name, scores in measured.scores.items():
+        flags = job.rules[name].untrusted(torch.from_numpy(scores), measured.predicted).numpy()
+        found[name] = metrics.detection(
+            trusted.scores[name], scores[chosen], flags[chosen], job.config.seed
+        )
+    return found
+
+
+def _means(config: EvaluationConfig, measured: dict[str, Measured]) -> list[MeanDetection]:
+    """Average each score over the untrusted sets: ours first, the others by their AUROC."""
+    made = [
+        metrics.mean_detection(
+            name, scores, [measured[t].scores[name] for t in config.untrusted], config.seed
+        )
+        for name, scores in measured["trusted"].scores.items()
+    ]
+    return sorted(made, key=lambda mean: (mean.score != "coverage", -mean.auroc.value))

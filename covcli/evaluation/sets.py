@@ -1,0 +1,193 @@
+"""Sets that an evaluation has checked, and opens when their turn comes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from covcli.attacks import attacks
+from covcli.attacks.adaptive import Look, Monitored
+from covcli.core import files
+from covcli.core.errors import CovcliError
+from covcli.core.progress import Progress
+from covcli.core.specs import parse
+from covcli.data import datasets
+from covcli.data.images import ImageSet, MemorySource, in_memory
+from covcli.evaluation.scores import Measured
+from covcli.models.architectures import Classifier
+from covcli.models.points import Recorder
+from covcli.models.sweep import forward
+from covcli.signature.calibration import Calibration
+from covcli.signature.signature import Signature
+
+PART = "covcli evaluation part"
+
+
+@dataclass(frozen=True)
+class Opener:
+    """A set that was checked, and is opened when its turn comes.
+
+    Attributes
+    ----------
+    name
+        The specification.
+    identity
+        Equal for equal images.
+    open
+        Returns the images.
+    start
+        For an attack, the trusted images that it starts from.
+    """
+
+    name: str
+    identity: str
+    open: Callable[[Progress], ImageSet]
+    start: ImageSet | None = None
+
+    @classmethod
+    def of(cls, images: ImageSet) -> "Opener":
+        """Return the opener of a set that is loaded already."""
+        return cls(images.name, images.fingerprint, lambda _progress: images)
+
+    def pixels(self, images: ImageSet) -> Tensor | None:
+        """Return an attack's images, which are dear to make again; None for others."""
+        if self.start is None or not isinstance(images.source, MemorySource):
+            return None
+        return images.source.images
+
+    def made_of(self, pixels: Tensor) -> ImageSet:
+        """Return the images that an attack made earlier."""
+        assert self.start is not None
+        return in_memory(self.name, pixels, self.start.labels, self.start.classes)
+
+
+def opener(
+    text: str,
+    model: Classifier,
+    trusted: ImageSet,
+    look: Callable[[], Monitored],
+    data_dir: Path | None,
+) -> Opener:
+    """Check an untrusted specification now, so that an error does not come after hours.
+
+    Parameters
+    ----------
+    text
+        The specification.
+    model
+        The network that an attack deceives.
+    trusted
+        The images that an attack starts from.
+    look
+        Returns the monitored network, for an attack that knows the monitor.
+    data_dir
+        The folder that downloaded sets live in.
+
+    Raises
+    ------
+    CovcliError
+        If the specification or its data is bad.
+    """
+    spec = parse(text)
+    if not attacks.is_attack(spec):
+        return Opener.of(datasets.load(text, "test", data_dir))
+    monitored = look() if attacks.make_attack(spec).needs_signature else None
+    start = trusted.select(attacks.attacked_rows(spec, trusted))
+    labels = start.known_labels()
+    return Opener(
+        text,
+        f"{text} {start.fingerprint}",
+        lambda progress: attacks.run_attack(spec, model, start, labels, progress, monitored),
+        start,
+    )
+
+
+class Parts:
+    """Finished sets of an evaluation, kept in files until the whole of it is written.
+
+    Parameters
+    ----------
+    folder
+        Where the evaluation writes.
+    key
+        What every figure depends on beside the set: network, signature, guarantee and versions.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder, self._key = folder, key
+        self._used: list[Path] = []
+
+    def find(self, of: str) -> tuple[Measured, Tensor | None] | None:
+        """Return what was measured of a set earlier, and its images where they were kept."""
+        path = self._path(of)
+        if not path.is_file():
+            return None
+        try:
+            content = files.load_content(path, PART)
+            fields = content["measured"]
+            measured = Measured(**{k: _to_array(k, v) for k, v in fields.items()})
+        except (CovcliError, KeyError, TypeError, AttributeError):
+            return None  # of no use: measure again
+        return measured, content["images"]
+
+    def keep(self, of: str, measured: Measured, images: Tensor | None) -> None:
+        """Keep what was measured of a set; `images` where making them again would be dear."""
+        fields = {k: _to_tensor(v) for k, v in vars(measured).items()}
+        files.save_content(self._path(of), PART, {"measured": fields, "images": images})
+
+    def _path(self, of: str) -> Path:
+        path = self._folder / f".part-{files.digest([self._key, of])[:24]}.pt"
+        self._used.append(path)
+        return path
+
+    def clear(self) -> None:
+        """Remove the files, once the evaluation is written."""
+        for path in self._used:
+            path.unlink(missing_ok=True)
+
+
+def _to_tensor(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_tensor(item) for key, item in value.items()}
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def _to_array(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_array(name, item) for key, item in value.items()}
+    kept = name in ("predicted", "label") or not isinstance(value, Tensor)
+    return value if kept else value.numpy()
+
+
+def monitored(
+    model: Classifier, made: Signature, calibration: Calibration, threshold: float
+) -> Monitored:
+    """Return the network with its coverage score, as a function that gradients flow through.
+
+    Parameters
+    ----------
+    threshold
+        The score from which images are flagged: the unit of the soft score.
+    """
+    if made.method.contributions:
+        raise CovcliError(
+            f"the score of {made.method.name} takes gradients itself and has none",
+            where="attack:adaptive-pgd",
+            fix="evaluate another method",
+        )
+    unit = threshold if threshold > 0 else 1.0
+
+    def look(images: Tensor) -> Look:
+        with Recorder(model.network, made.points, made.granularity) as recorder:
+            logits, neurons = forward(model, recorder, images)
+        predicted = logits.argmax(1)
+        with torch.no_grad():
+            score = calibration.score(made.evidence(neurons, predicted).cpu())
+        soft = calibration.score(made.soft_evidence(neurons, predicted).cpu())
+        return Look(logits, score, soft / unit)
+
+    return look

@@ -1,0 +1,107 @@
+"""From a layer's output to neurons, and back to what a neuron stands for."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from covcli.methods.state import Granularity
+
+STATISTICS = ("mean", "maximum")  # of a channel over its positions, in `pool`'s order
+
+
+def pool(output: Tensor, channel_dim: int, granularity: Granularity) -> Tensor:
+    """Turn a layer's output into neurons.
+
+    Parameters
+    ----------
+    output
+        Shape (B, C, ...) or (B, ..., C).
+    channel_dim
+        The dimension that counts the channels.
+    granularity
+        "channel": each channel's mean and maximum over its positions, or its value in a fully
+        connected layer. "unit": every value, those of a position side by side, which is how
+        networks hold them in memory. "contribution": each channel's mean alone (of
+        activations times gradients, see `contributions`).
+
+    Returns
+    -------
+    Tensor
+        Shape (B, 2C), the means first; (B, C) for a fully connected layer and for contributions;
+        (B, positions·C) for units. float32 (float64 of an output in float64), and means are
+        summed in that precision, whatever a network under autocast computes in.
+    """
+    return torch.cat(statistics(output, channel_dim, granularity), 1)
+
+
+def statistics(output: Tensor, channel_dim: int, granularity: Granularity) -> list[Tensor]:
+    """Return what `pool` puts side by side; no views: a later in-place layer would change them."""
+    if output.ndim == 2 or granularity == "unit":
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        last = output.movedim(channel_dim, -1)
+        whole = last.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return [whole.flatten(1)]
+    positions = _positions(output.ndim, channel_dim)
+    means = _means(output, positions)
+    if granularity == "contribution":
+        return [means]
+    return [means, _largest(output, channel_dim, positions).to(means.dtype)]
+
+
+@cache
+def _positions(dimensions: int, channel_dim: int) -> tuple[int, ...]:
+    """Return the dimensions that are neither the batch nor the channels."""
+    return tuple(d for d in range(1, dimensions) if d != channel_dim % dimensions)
+
+
+def _means(output: Tensor, positions: tuple[int, ...]) -> Tensor:
+    """Return each channel's mean, summed in float32 at least."""
+    if (
+        output.dtype is torch.float32
+        and positions == (2, 3)
+        and not output.requires_grad
+        and output.is_contiguous(memory_format=torch.channels_last)
+    ):  # the faster way there
+        return nn.functional.avg_pool2d(output, output.shape[2:]).flatten(1)
+    return output.mean(positions, dtype=torch.promote_types(output.dtype, torch.float32))
+
+
+def _largest(output: Tensor, channel_dim: int, positions: tuple[int, ...]) -> Tensor:
+    """Return each channel's maximum; amax is the faster way forward, and the slower one back."""
+    if output.requires_grad:
+        return output.movedim(channel_dim, -1).flatten(1, -2).max(1).values
+    return output.amax(positions)
+
+
+def locate(
+    neuron: int, shape: Sequence[int], channel_dim: int, granularity: Granularity
+) -> tuple[int, str]:
+    """Say what a neuron of `pool` stands for.
+
+    Parameters
+    ----------
+    neuron
+        Its number within the coverage point, from 0 on.
+    shape
+        The layer's output shape without the batch, as (C, H, W).
+    channel_dim, granularity
+        As in `pool`; the dimension is counted with the batch.
+
+    Returns
+    -------
+    tuple
+        The channel's number, and a label such as "channel 37, maximum", "channel 3 at (4, 7)" (row
+        and column) or, in a fully connected layer, "unit 12".
+    """
+    if len(shape) == 1:
+        return neuron, f"unit {neuron}"
+    dim = channel_dim % (len(shape) + 1) - 1
+    if granularity == "unit":
+        positions = [size for d, size in enumerate(shape) if d != dim]
+        *place, channel = map(int, np.unravel_index(neuron, (*positions, shape[dim])))
+        return channel, f"channel {channel} at ({', '.join(map(str, place))})"
+    statistic, channel = divmod(neuron, shape[dim])
+    return channel, f"channel {channel}, {STATISTICS[statistic]}"

@@ -1,0 +1,1 @@
+"""Signatures: built, calibrated, merged, and put to work by a monitor."""

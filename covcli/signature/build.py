@@ -1,0 +1,262 @@
+"""build_signature: fold a method's state over trusted images and calibrate its scores."""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from covcli.core import distributed, files, run_folders, runtime
+from covcli.core.errors import CovcliError
+from covcli.core.progress import Progress
+from covcli.data import datasets
+from covcli.data.images import DataRecord, ImageSet
+from covcli.methods import Method, make_method
+from covcli.methods.state import Granularity
+from covcli.models import checkpoint as checkpoints
+from covcli.models.architectures import Statistics
+from covcli.models.checkpoint import Checkpoint
+from covcli.models.sweep import Amp, choose_precision
+from covcli.reporting.terminal import _say
+from covcli.signature import signature
+from covcli.signature.calibration import Calibration, check_images
+from covcli.signature.fit import MINIMUM_TRUSTED, fit_calibration, fit_signature
+from covcli.signature.guarantee import Guarantee, Mode
+from covcli.signature.signature import Signature
+
+log = logging.getLogger(__name__)
+DEFAULT_METHOD = "ensemble"
+
+
+@dataclass(frozen=True)
+class SignatureConfig:
+    """What `build-signature` is told; `None` takes the checkpoint's own."""
+
+    checkpoint: Path
+    method: str | None = None
+    granularity: Granularity = "channel"
+    trusted: str | None = None
+    calibration: str | None = None
+    confidence_threshold: float | None = None
+    alpha: float = 0.05
+    guarantee: Mode = "marginal"
+    model: str | None = None
+    statistics: tuple[Statistics, Statistics] | None = None
+    runs: Path = Path("runs")
+    data_dir: Path | None = None
+    output: Path | None = None
+    force: bool = False
+    device: str = "cpu"
+    amp: Amp = "off"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SignatureResult:
+    """What `build-signature` did.
+
+    Attributes
+    ----------
+    path
+        The signature's file.
+    method
+        The method's specification.
+    images
+        How many images were read to build it.
+    accuracy
+        The network's accuracy on them.
+    trusted
+        How many of them, by class name, define the signature.
+    relaxed
+        Names of classes where confident images were too few, so that all correct ones count.
+    calibration_images
+        How many images were held out to calibrate; three in four of them rank scores.
+    guarantee
+        The false-alarm rate and the mode that the signature stores.
+    points, neurons
+        Coverage points, and neurons in all of them.
+    precision
+        How the network computed: "float32" or "bfloat16".
+    bytes
+        The file's size.
+    checkpoint_fingerprint, signature_fingerprint
+        The fingerprint of the weights, and the digest of the signature's file.
+    data, calibration_data
+        Specification and fingerprints of the images that built and that calibrated.
+    provenance
+        Versions, command line, device, threads, seed, time.
+    """
+
+    path: Path
+    method: str
+    images: int
+    accuracy: float
+    trusted: dict[str, int]
+    relaxed: list[str]
+    calibration_images: int
+    guarantee: Guarantee
+    points: int
+    neurons: int
+    precision: str
+    bytes: int
+    checkpoint_fingerprint: str
+    signature_fingerprint: str
+    data: DataRecord
+    calibration_data: DataRecord
+    provenance: dict[str, Any]
+
+
+def build_signature(config: SignatureConfig, progress: Progress) -> SignatureResult:
+    """Build, calibrate and write the signature of a checkpoint.
+
+    Raises
+    ------
+    CovcliError
+        If a file, a name or the data is bad, a class has no correctly classified image, the
+        calibration images are too few for the guarantee, or the output exists already.
+    """
+    guarantee = Guarantee(config.alpha, config.guarantee)
+    device = runtime.choose_device(config.device)
+    source = checkpoints.load(config.checkpoint, config.model, config.statistics)
+    training = source.training
+    method = make_method(config.method or str(training.get("method", DEFAULT_METHOD)))
+    default_threshold = float(training.get("confidence_threshold", 0.9))
+    threshold = (
+        default_threshold if config.confidence_threshold is None else config.confidence_threshold
+    )
+    images, held_out = _images(config, source)
+    classes = _class_names(source, images)
+    check_images(len(held_out), guarantee, len(classes))
+    path = distributed.agree(config.output or _default_path(config, source, method))
+    files.refuse_existing(path, config.force)
+    model = source.model.on(device)
+    model.precision = choose_precision(config.amp, model, torch.inference_mode()(model))
+    made, trusted, accuracy = fit_signature(
+        model, images, classes, method, config.granularity, threshold, progress
+    )
+    for k, n in enumerate(trusted.counts):
+        if n == 0:
+            raise CovcliError(
+                f"class {k} ({classes[k]}) has no correctly classified image among {len(images)}",
+                where=images.name,
+                fix="train longer, or read more images",
+            )
+    for k in trusted.relaxed:
+        log.warning(
+            "class %s has fewer than %d images of confidence %g: all correct ones are trusted",
+            classes[k], MINIMUM_TRUSTED, threshold,
+        )  # fmt: skip
+    calibration = replace(fit_calibration(model, made, held_out, progress), guarantee=guarantee)
+    calibration.rule(guarantee, classes)  # refuses what no evaluation could keep
+    record = {
+        "trusted": vars(DataRecord.of(images)),
+        "trusted_images": len(images),
+        "trusted_counts": trusted.counts,
+        "relaxed_classes": trusted.relaxed,
+        "confidence_threshold": threshold,
+        "accuracy": accuracy,
+        "calibration": vars(DataRecord.of(held_out)),
+        "calibration_images": len(held_out),
+        "calibration_rows": held_out.rows.tolist(),
+        "provenance": distributed.agree(runtime.provenance(device, config.seed)),
+    }
+    imported = config.output is None and source.bare and distributed.is_first()
+    if imported:
+        _import(path.parent, source, classes)
+    result = save(path, made, calibration, record)
+    if imported:
+        run_folders.mark_latest(path.parent)
+    return result
+
+
+def save(
+    path: Path, made: Signature, calibration: Calibration, record: dict[str, Any]
+) -> SignatureResult:
+    """Write a signature with its record; the first rank does. Return what the record says."""
+    written = None
+    if distributed.is_first():
+        signature.save(path, made, calibration, record)
+        written = path.stat().st_size, files.digest_file(path)
+    size, digest = distributed.agree(written) or (0, "")
+    return SignatureResult(
+        path=path,
+        method=made.method.spec(),
+        images=record["trusted_images"],
+        accuracy=record["accuracy"],
+        trusted=dict(zip(made.classes, record["trusted_counts"], strict=True)),
+        relaxed=[made.classes[k] for k in record["relaxed_classes"]],
+        calibration_images=record["calibration_images"],
+        guarantee=calibration.guarantee,
+        points=len(made.points),
+        neurons=sum(made.sizes),
+        precision=made.precision,
+        bytes=size,
+        checkpoint_fingerprint=made.fingerprint,
+        signature_fingerprint=digest,
+        data=DataRecord(**record["trusted"]),
+        calibration_data=DataRecord(**record["calibration"]),
+        provenance=record["provenance"],
+    )
+
+
+def _images(config: SignatureConfig, source: Checkpoint) -> tuple[ImageSet, ImageSet]:
+    """Load the images that build the signature and those that calibrate it, with none in both."""
+    text = config.trusted or (source.trusted.spec if source.trusted else None)
+    if text is None:
+        raise CovcliError("name the --trusted images", where=source.path)
+    images = datasets.load(text, "train", config.data_dir)
+    if config.calibration is not None:
+        held_out = datasets.load(config.calibration, "test", config.data_dir)
+    elif source.trusted is not None and len(source.calibration_rows):
+        trained = datasets.load(source.trusted.spec, "train", config.data_dir)
+        if trained.fingerprint != source.trusted.images:
+            raise CovcliError(
+                "is no longer the data that the network was trained on",
+                where=source.trusted.spec,
+                fix="restore it, or name held-out images by --calibration",
+            )
+        held_out = trained.select(source.calibration_rows)
+    else:
+        raise CovcliError(
+            "records no calibration split",
+            where=source.path,
+            fix="name trusted images that did not train the network by --calibration SPEC",
+        )
+    if images.source.fingerprint == held_out.source.fingerprint:
+        images = images.without(held_out.rows)
+    if len(images) == 0:
+        raise CovcliError("leaves no image that does not calibrate", where=text)
+    return images, held_out
+
+
+def _class_names(source: Checkpoint, images: ImageSet) -> tuple[str, ...]:
+    if source.bare and len(images.classes) == source.model.spec.classes:
+        return images.classes
+    return source.classes
+
+
+def _default_path(config: SignatureConfig, source: Checkpoint, method: Method) -> Path:
+    """Beside the checkpoint; for weights trained elsewhere, in a run folder of their own."""
+    name = f"signature-{method.name}.safetensors"
+    if not source.bare:
+        return run_folders.short(source.path.parent) / name
+    return config.runs / f"{source.path.stem}-{run_folders.timestamp()}" / name
+
+
+def _import(folder: Path, source: Checkpoint, classes: tuple[str, ...]) -> None:
+    """Write a checkpoint of weights trained elsewhere, so that their run folder is whole."""
+    made = Checkpoint(
+        folder / "checkpoint.pt", source.model, classes, None, source.calibration_rows, {}
+    )
+    checkpoints.save(made.path, made)
+
+
+def describe_signature(result: "SignatureResult") -> None:
+    """Tell a person on stderr what build-signature did; the path alone goes to stdout."""
+    _say(
+        f"{result.method}: {sum(result.trusted.values())} trusted of {result.images} images "
+        f"(accuracy {result.accuracy:.1%}), {result.points} coverage points, {result.neurons} "
+        f"neurons, {result.calibration_images} calibration images, {result.guarantee.mode} "
+        f"α = {result.guarantee.alpha:g}, {result.bytes / 1e6:.1f} MB"
+    )

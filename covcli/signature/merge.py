@@ -1,0 +1,146 @@
+"""merge_signatures: one signature from parts that were built from different images."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from covcli.core import distributed, files, runtime
+from covcli.core.errors import CovcliError
+from covcli.core.progress import Progress
+from covcli.methods import State
+from covcli.models import checkpoint as checkpoints
+from covcli.signature import signature
+from covcli.signature.build import SignatureResult, save
+from covcli.signature.calibration import Calibration
+from covcli.signature.fit import fit_calibration
+from covcli.signature.record import calibration_images
+from covcli.signature.signature import Signature
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """What `merge-signatures` is told; the checkpoint is by default beside the first part."""
+
+    parts: tuple[Path, ...]
+    output: Path
+    checkpoint: Path | None = None
+    data_dir: Path | None = None
+    force: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Part:
+    path: Path
+    made: Signature
+    calibration: Calibration
+    record: dict[str, Any]
+
+
+# What parts must have in common, and how it is called in an error.
+COMMON: dict[str, Callable[[_Part], Any]] = {
+    "model": lambda part: (part.made.model, part.made.fingerprint, part.made.points),
+    "method": lambda part: part.made.method,
+    "granularity": lambda part: part.made.granularity,
+    "precision": lambda part: part.made.precision,
+    "class names": lambda part: part.made.classes,
+    "confidence threshold": lambda part: part.record.get("confidence_threshold"),
+    "calibration images": lambda part: part.record["calibration"]["images"],
+    "guarantee": lambda part: part.calibration.guarantee,
+}
+# What a part's record must say for the merged one to say it too.
+COUNTED = {"trusted_images", "trusted_counts", "relaxed_classes", "accuracy", "calibration_images"}
+
+
+def merge_signatures(config: MergeConfig, progress: Progress) -> SignatureResult:
+    """Merge the states of signatures of one network, and calibrate and write what they make.
+
+    The network runs over the calibration images again, which all parts must have in common: so
+    none of them is trusted in any part. Merging is exact for src, nrc and nac; for others see
+    `align` of the method.
+
+    Raises
+    ------
+    CovcliError
+        If there are fewer than two parts, they differ in the model, the method or anything else
+        that makes them comparable, two are of the same images, a file or the data is bad, or the
+        output exists already.
+    """
+    if len(config.parts) < 2:
+        raise CovcliError("name at least two signatures", where="merge-signatures")
+    files.refuse_existing(config.output, config.force)
+    device = runtime.choose_device(config.device)
+    parts = [_load(path) for path in config.parts]
+    check_parts(parts)
+    first = parts[0]
+    source = checkpoints.load(
+        config.checkpoint or first.path.parent / "checkpoint.pt", first.made.model
+    )
+    first.made.check_model(source.model, first.path)
+    model = source.model.on(device)
+    model.precision = first.made.precision
+    held_out = calibration_images(first.record, config.data_dir, "build the parts again")
+    made = replace(first.made, state=merged_state([part.made for part in parts])).to(device)
+    guarantee = first.calibration.guarantee
+    calibration = replace(fit_calibration(model, made, held_out, progress), guarantee=guarantee)
+    calibration.rule(guarantee, made.classes)  # refuses what no evaluation could keep
+    provenance = distributed.agree(runtime.provenance(device, config.seed))
+    return save(config.output, made, calibration, _record(parts, provenance))
+
+
+def _load(path: Path) -> _Part:
+    made, calibration, record = signature.load(path)
+    part = _Part(path, made, calibration, record)
+    if not record.keys() >= COUNTED or len(record["trusted_counts"]) != len(made.classes):
+        raise CovcliError("does not record what it was built from", where=path)
+    return part
+
+
+def check_parts(parts: Sequence[_Part]) -> None:
+    """Raise a CovcliError unless parts are of one network and method, and of other images each."""
+    first = parts[0]
+    for i, part in enumerate(parts):
+        for what, look in COMMON.items():
+            if look(part) != look(first):
+                raise CovcliError(f"has another {what} than {first.path}", where=part.path)
+        for earlier in parts[:i]:
+            if earlier.record["trusted"]["images"] == part.record["trusted"]["images"]:
+                raise CovcliError(f"is of the same images as {earlier.path}", where=part.path)
+
+
+def merged_state(parts: Sequence[Signature]) -> State:
+    """Merge the states of parts that `check_parts` lets pass."""
+    first = parts[0]
+    aligned = first.method.align([part.state for part in parts], first.layout)
+    merged = State({k: v.clone() for k, v in aligned[0].tensors.items()}, aligned[0].reductions)
+    for state in aligned[1:]:
+        merged.merge(state)
+    return merged
+
+
+def _record(parts: Sequence[_Part], provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return what a merged signature records of its making; the data's name is the first part's."""
+    records = [part.record for part in parts]
+    first, images = records[0], [record["trusted_images"] for record in records]
+    sources = {record["trusted"]["source"] for record in records}
+    counts = zip(*(record["trusted_counts"] for record in records), strict=True)
+    right = sum(r["accuracy"] * n for r, n in zip(records, images, strict=True))
+    return first | {
+        "trusted": {
+            "spec": first["trusted"]["spec"],
+            "source": sources.pop() if len(sources) == 1 else files.digest(sorted(sources)),
+            "images": files.digest([record["trusted"]["images"] for record in records]),
+        },
+        "trusted_images": sum(images),
+        "trusted_counts": list(map(sum, counts)),
+        "relaxed_classes": sorted({k for record in records for k in record["relaxed_classes"]}),
+        "accuracy": right / sum(images),
+        "provenance": provenance,
+        "parts": [
+            {"file": files.digest_file(part.path), "trusted": part.record["trusted"],
+             "trusted_images": part.record["trusted_images"]}
+            for part in parts
+        ],
+    }  # fmt: skip

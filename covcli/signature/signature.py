@@ -1,0 +1,291 @@
+"""The signature: what a network's neurons do on trusted data, with its calibration, in one file."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from covcli.core import file_checks, files, runtime
+from covcli.core.errors import CovcliError
+from covcli.core.files import fingerprint, write_bytes
+from covcli.methods import Layout, Method, State, make_method
+from covcli.methods.state import GRANULARITIES, Granularity
+from covcli.models.architectures import Classifier, ModelSpec, Precision, precision
+from covcli.models.points import Point
+from covcli.signature.calibration import Calibration
+from covcli.signature.combination import Combination
+from covcli.signature.guarantee import MODES, Guarantee
+
+COMBINATION = ("center", "scale", "weights", "level", "spread")
+RANKING = ("scores", "softmax", "predicted")
+
+SIGNATURE_SCHEMA = 2  # until 1 the units of a channel stood together
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A method's state folded over trusted data.
+
+    Attributes
+    ----------
+    method
+        How the state is read.
+    granularity
+        How activations became neurons.
+    points
+        The coverage points; their neurons stand side by side in this order.
+    state
+        The method's complete state.
+    model
+        The specification of the network that it belongs to.
+    fingerprint
+        The fingerprint of that network's weights.
+    classes
+        Class names.
+    precision
+        How the network computed the activations; scoring computes them in the same way.
+    """
+
+    method: Method
+    granularity: Granularity
+    points: tuple[Point, ...]
+    state: State
+    model: ModelSpec
+    fingerprint: str
+    classes: tuple[str, ...]
+    precision: Precision = "float32"
+
+    @property
+    def sizes(self) -> list[int]:
+        """Neurons of each coverage point."""
+        return [point.neurons for point in self.points]
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Which neurons belong to which point."""
+        return layout_of(self.points, len(self.classes))
+
+    @cached_property
+    def ready(self) -> State:
+        """What the method reads for scoring."""
+        # First needed in a sweep, it serves gradients too.
+        with torch.inference_mode(False), runtime.one_thread():
+            return self.method.prepare(self.state, self.layout)
+
+    def evidence(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return what speaks against trust, float64 of shape (B, columns).
+
+        Parameters
+        ----------
+        neurons
+            Shape (B, N).
+        classes
+            The class that each image is measured against, shape (B,).
+        """
+        rows = max(1, self.method.at_once // max(1, neurons.shape[1]))
+        if len(neurons) <= rows:
+            return self.method.evidence(self.ready, self.layout, neurons, classes)
+        pieces = zip(neurons.split(rows), classes.split(rows), strict=True)
+        return torch.cat([self.method.evidence(self.ready, self.layout, *p) for p in pieces])
+
+    @property
+    def columns(self) -> int:
+        """How many columns of evidence there are."""
+        return self.method.columns(self.layout)
+
+    def soft_evidence(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return a stand-in of `evidence` with a gradient in the neurons; of the same shape."""
+        return self.method.soft_evidence(self.ready, self.layout, neurons, classes)
+
+    def coverage(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the share of each point's neurons inside their range, float64 of shape (B, L)."""
+        inside = self.method.inside(self.ready, self.layout, neurons, classes)
+        return self.layout.means(inside)
+
+    def to(self, device: torch.device) -> "Signature":
+        """Return the signature with its state on a device."""
+        return replace(self, state=self.state.to(device))
+
+    def check_model(self, model: Classifier, where: object) -> None:
+        """Raise a CovcliError unless the signature was built from exactly this network."""
+        if files.fingerprint(model.state_dict()) != self.fingerprint:
+            raise CovcliError(
+                "belongs to another checkpoint: the weights' fingerprints differ",
+                where=where,
+                fix="build one with `covcli build-signature CHECKPOINT`",
+            )
+        if tuple(model.points(self.granularity)) != self.points:
+            raise CovcliError("names coverage points that the network does not have", where=where)
+
+
+def layout_of(points: Sequence[Point], classes: int) -> Layout:
+    """Return which neurons belong to which of the points."""
+    sizes, values = [p.neurons for p in points], [p.values for p in points]
+    return Layout(classes, tuple(sizes), tuple(values))
+
+
+def save(
+    path: Path, signature: Signature, calibration: Calibration, record: dict[str, Any]
+) -> None:
+    """Write a signature with its calibration, and a record of how it was made."""
+    tensors = {f"state.{name}": tensor for name, tensor in signature.state.tensors.items()}
+    combination = calibration.combination
+    tensors |= {f"combination.{name}": getattr(combination, name) for name in COMBINATION}
+    tensors |= {f"calibration.{name}": getattr(calibration, name) for name in RANKING}
+    metadata = {
+        "method": signature.method.spec(),
+        "granularity": signature.granularity,
+        "points": [vars(point) for point in signature.points],
+        "reductions": signature.state.reductions,
+        "model": signature.model.as_dict(),
+        "fingerprint": signature.fingerprint,
+        "classes": list(signature.classes),
+        "precision": signature.precision,
+        "floor": combination.floor,
+        "guarantee": vars(calibration.guarantee),
+        "record": record,
+    }
+    save_signature(path, tensors, metadata)
+
+
+def load(path: Path) -> tuple[Signature, Calibration, dict[str, Any]]:
+    """Read what `save` wrote.
+
+    Raises
+    ------
+    CovcliError
+        If the file is missing, damaged, of another kind, or does not hold together.
+    """
+    tensors, metadata = load_signature(path)
+    try:
+        method = make_method(metadata["method"])
+        granularity = metadata["granularity"]
+        points = tuple(Point(**entry) for entry in metadata["points"])
+        model = ModelSpec.from_dict(metadata["model"], path)
+        state = State(
+            {name: tensors[f"state.{name}"] for name in metadata["reductions"]},
+            metadata["reductions"],
+        )
+        scales = {name: tensors[f"combination.{name}"] for name in COMBINATION}
+        combination = Combination(floor=float(metadata["floor"]), **scales)
+        ranking = {name: tensors[f"calibration.{name}"] for name in RANKING}
+        guarantee = _read_guarantee(metadata["guarantee"])
+        calibration = Calibration(combination, guarantee=guarantee, **ranking)
+        signature = Signature(
+            method, granularity, points, state, model,
+            str(metadata["fingerprint"]), tuple(str(name) for name in metadata["classes"]),
+            precision(metadata["precision"]),
+        )  # fmt: skip
+        record = dict(metadata["record"])
+        _check(signature, calibration)
+        _check_record(record)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CovcliError(f"does not hold together ({error!r})", where=path) from None
+    return signature, calibration, record
+
+
+def _read_guarantee(entry: dict[str, Any]) -> Guarantee:
+    """Raise a KeyError, TypeError or ValueError unless the entry is one that `save` writes."""
+    alpha, mode = entry["alpha"], entry["mode"]
+    if not isinstance(alpha, float) or not 0 < alpha < 1 or mode not in MODES or len(entry) != 2:
+        raise ValueError("a malformed guarantee")
+    return Guarantee(alpha, mode)
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    """Raise a KeyError, TypeError or ValueError unless an evaluation can rely on the record."""
+    for key in ("trusted", "calibration"):
+        entry = record[key]
+        if not all(isinstance(entry[name], str) for name in ("spec", "source", "images")):
+            raise ValueError(f"a malformed entry {key!r}")
+    rows = torch.tensor(record["calibration_rows"], dtype=torch.int64)
+    if rows.ndim != 1:
+        raise ValueError("malformed calibration rows")
+
+
+def _check(signature: Signature, calibration: Calibration) -> None:
+    """Raise a ValueError unless every part has the shape, type and values that it must have."""
+    if signature.granularity not in GRANULARITIES:
+        raise ValueError(f"granularity {signature.granularity!r}")
+    if not signature.points or any(not 1 <= p.values <= p.neurons for p in signature.points):
+        raise ValueError("a coverage point without neurons")
+    expected = signature.method.expected(signature.layout)
+    found = {k: (v.dtype, tuple(v.shape)) for k, v in signature.state.tensors.items()}
+    if found != dict(expected) or len(signature.classes) != signature.model.classes:
+        raise ValueError("tensors of other shapes than the points and classes ask for")
+    combination = calibration.combination
+    columns, experts = signature.columns, len(combination.weights)
+    shapes = [(columns,), (columns,), (experts, columns), (1 + experts,), (1 + experts,)]
+    if [tuple(getattr(combination, name).shape) for name in COMBINATION] != shapes:
+        raise ValueError("a combination of other columns")
+    scores = calibration.scores
+    if scores.ndim != 1 or len(scores) < 1 or scores.shape != calibration.softmax.shape:
+        raise ValueError("calibration scores of other shapes")
+    predicted = calibration.predicted
+    if predicted.dtype != torch.int64 or predicted.shape != scores.shape:
+        raise ValueError("calibration classes of another shape or type than the scores")
+    if bool(((predicted < 0) | (predicted >= signature.model.classes)).any()):
+        raise ValueError("calibration classes that the network does not have")
+    if bool((scores.diff() < 0).any()):
+        raise ValueError("calibration scores out of order")
+    numbers = [getattr(combination, name) for name in COMBINATION]
+    numbers += [calibration.scores, calibration.softmax]
+    if not all(t.dtype == torch.float64 and bool(t.isfinite().all()) for t in numbers):
+        raise ValueError("a calibration that is not finite")
+    if bool((combination.scale <= 0).any() | (combination.spread <= 0).any()):
+        raise ValueError("a calibration without scale")
+    if not math.isfinite(combination.floor) or bool((combination.weights < 0).any()):
+        raise ValueError("a combination that cannot be")
+    if any(
+        bool(t.isnan().any()) for t in signature.state.tensors.values() if t.is_floating_point()
+    ):
+        raise ValueError("a state that holds NaN")
+
+
+def save_signature(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a signature: named tensors and a JSON document about them, with a checksum."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    document = {"schema": SIGNATURE_SCHEMA, **metadata}
+    document["checksum"] = _checksum(stored, document)
+    text = json.dumps(document, allow_nan=False, sort_keys=True)
+    write_bytes(path, safetensors.torch.save(stored, {"covcli": text}))
+
+
+def load_signature(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a signature's tensors and its document.
+
+    Raises
+    ------
+    CovcliError
+        If the file is missing, of another kind or version, damaged, or not finite.
+    """
+    if not path.is_file():
+        raise CovcliError("no such signature", where=path, fix="make one with build-signature")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file_checks.parse_json((file.metadata() or {})["covcli"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
+        raise CovcliError("is not a covcli signature", where=path) from None
+    if not isinstance(metadata, dict) or metadata.get("schema") != SIGNATURE_SCHEMA:
+        reason = f"has another schema, this covcli reads {SIGNATURE_SCHEMA}"
+        raise CovcliError(reason, where=path, fix="build it again with build-signature")
+    if metadata.get("checksum") != _checksum(tensors, metadata):
+        raise CovcliError("is damaged: its content does not match its checksum", where=path)
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:
+    """Return a digest of a signature's tensors and of its document but the digest itself."""
+    rest = {key: value for key, value in document.items() if key != "checksum"}
+    text = json.dumps(rest, sort_keys=True) + fingerprint(tensors)
+    return hashlib.sha256(text.encode()).hexdigest()

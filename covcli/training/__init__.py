@@ -1,0 +1,1 @@
+"""train: teach a network with the ConfidenceLoss."""

@@ -1,0 +1,312 @@
+"""One training run between its steps: what it holds, and how it is saved and restored."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from covcli.attacks import attacks
+from covcli.core import distributed, files, runtime
+from covcli.core.errors import CovcliError
+from covcli.core.progress import Progress, Silent
+from covcli.core.runtime import Interrupts
+from covcli.core.specs import parse
+from covcli.data import datasets
+from covcli.data.images import DataRecord, ImageSet
+from covcli.methods import State, make_method
+from covcli.models import architectures
+from covcli.models.architectures import Classifier, ModelSpec
+from covcli.models.sweep import choose_precision, sweep
+from covcli.signature.fit import fit_signature
+from covcli.training.config import (
+    PAUSED,
+    PAUSED_FILE,
+    EpochLog,
+    TrainConfig,
+    describe,
+    first_penalised,
+    restored_entry,
+    save_interval,
+    split_rows,
+)
+from covcli.training.epoch import SUMS, Augmentation, Trainer, epoch
+from covcli.training.loss import RUNNING, ConfidenceLoss
+from covcli.training.watch import Watch, watch
+
+# A running signature is built from at most so many training images, to stay cheap.
+SIGNATURE_IMAGES = 10_000
+WATCHED_IMAGES = 1000
+
+
+class Session:
+    """The network, the data and the position of a training run.
+
+    Parameters
+    ----------
+    config
+        What `train` was told.
+    images
+        The trusted training images, of which the calibration split is held out.
+
+    Raises
+    ------
+    CovcliError
+        If the labels, a name or an untrusted set is bad.
+    """
+
+    def __init__(self, config: TrainConfig, images: ImageSet) -> None:
+        self.config = config
+        self.method = make_method(config.method)
+        self.images = images
+        training_rows, self.calibration_rows = split_rows(
+            len(images), config.calibration_split, config.seed
+        )
+        device = runtime.choose_device(config.device)
+        model, self.classes = _model(config, images, device)
+        labels = datasets.check_labels(images, len(self.classes))
+        self.training = images.select(training_rows)
+        self.labels = labels[training_rows]
+        self.held_out = images.select(self.calibration_rows)
+        self.untrusted = {
+            text: None
+            if attacks.is_attack(parse(text))
+            else datasets.load(text, "test", config.data_dir)
+            for text in config.untrusted
+        }
+        self.how: Augmentation = (
+            ("crop-flip" if images.flips else "crop")
+            if config.augment == "auto"
+            else config.augment
+        )
+        self.steps = -(-len(self.training) // config.batch_size)
+        if distributed.size() > 1 and len(self.training) // self.steps < 2 * distributed.size():
+            raise CovcliError(
+                f"batches of {len(self.training) // self.steps} images are too few for "
+                f"{distributed.size()} ranks",
+                where=f"--batch-size {config.batch_size}",
+                fix=f"make it at least {2 * distributed.size()}, or start fewer ranks",
+            )
+        self.trainer = _trainer(config, model, self.steps)
+        self.running: State | None = None  # the signature that the penalty trains towards
+        self.history: list[EpochLog] = []
+        self.generator = torch.Generator()
+        self.step = 0  # within the epoch
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
+
+    def run(self, run: Path, progress: Progress, interrupts: Interrupts) -> None:
+        """Train from where the session stands to the end, saving every so often."""
+        saver = _Saver(self.config.save_every, lambda: self.save(run / PAUSED_FILE))
+        while len(self.history) < self.config.epochs:
+            self._epoch(progress, interrupts, saver)
+
+    def _epoch(self, progress: Progress, interrupts: Interrupts, saver: "_Saver") -> None:
+        """Train for the rest of an epoch, then look at the network from outside."""
+        began = time.perf_counter()
+        number = len(self.history) + 1
+        since = number - first_penalised(self.config.epochs)
+        due = since >= 0 and since % self.config.signature_every == 0
+        if self.step == 0 and due and self.config.confidence_weight > 0:
+            self._refresh_penalty()
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + number)
+        order = torch.randperm(len(self.training), generator=generator)
+        parts = order.tensor_split(self.steps)  # of nearly equal size: none too small for a norm
+        if self.step == 0:
+            self.generator = generator
+        progress.start(f"epoch {number}/{self.config.epochs}", len(self.training))
+        progress.advance(sum(len(part) for part in parts[: self.step]))
+        remaining = parts[self.step :]
+        with interrupts.deferred():  # a signal waits until the step is whole
+            steps = epoch(
+                self.trainer, self.training, self.labels, remaining, self.how, self.generator
+            )
+            for part, sums in zip(remaining, steps, strict=True):
+                self.sums += sums
+                self.step += 1
+                progress.advance(len(part))
+                interrupts.check()
+                if self.step < self.steps:
+                    saver.after_step()
+        entry = self._log(number, self._watch(), time.perf_counter() - began)
+        with interrupts.deferred():  # the position is never half moved on
+            self.history.append(entry)
+            self.step = 0
+            self.sums = torch.zeros_like(self.sums)
+        progress.note(describe(entry, self.config.epochs))
+        if number < self.config.epochs:
+            saver.after_epoch()
+
+    def _log(self, number: int, watched: Watch | None, seconds: float) -> EpochLog:
+        sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        n, confident = len(self.training), sums["confident"]
+        return EpochLog(
+            epoch=number,
+            loss=sums["loss"] / n,
+            cross_entropy=sums["cross_entropy"] / n,
+            penalty=sums["penalty"] / n,
+            accuracy=sums["right"] / n,
+            confident_accuracy=sums["confident_right"] / confident if confident else None,
+            confident=confident / n,
+            learning_rate=float(self.trainer.schedule.get_last_lr()[0]),
+            held_out_accuracy=accuracy(self.trainer.model, self._trusted_apart()),
+            seconds=seconds,
+            watched=watched,
+        )
+
+    def _watch(self) -> Watch | None:
+        if not self.untrusted:
+            return None
+        return watch(
+            self.trainer.model, self.method, self.training.spread(2 * WATCHED_IMAGES),
+            self._trusted_apart(), self.untrusted, WATCHED_IMAGES,
+            self.config.confidence_threshold,
+        )  # fmt: skip
+
+    def _refresh_penalty(self) -> None:
+        """Build the running signature that the next epochs are trained towards."""
+        made, _, _ = fit_signature(
+            self.trainer.model, self.training.spread(SIGNATURE_IMAGES), self.classes, RUNNING,
+            "channel", self.config.confidence_threshold, Silent(),
+        )  # fmt: skip
+        self._train_towards(made.state)
+
+    def _train_towards(self, state: State) -> None:
+        self.running = state
+        sizes = [point.neurons for point in self.trainer.points]
+        self.trainer = replace(self.trainer, penalty=ConfidenceLoss(state, sizes))
+
+    def _trusted_apart(self) -> ImageSet:
+        """Return the calibration split, or training images where there is none."""
+        return self.held_out if len(self.held_out) else self.training.spread(WATCHED_IMAGES)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the run was told, as plain values, for its log."""
+        return {**files.plain(asdict(self.config)), "precision": self.trainer.model.precision}
+
+    def save(self, path: Path) -> None:
+        """Write all that `restore` needs; the first rank does."""
+        if not distributed.is_first():
+            return
+        running = self.running
+        content = {
+            "settings": self.settings(),
+            "threads": torch.get_num_threads(),
+            "trusted": DataRecord.of(self.images).images,
+            "model": self.trainer.model.state_dict(),
+            "optimizer": self.trainer.optimizer.state_dict(),
+            "schedule": self.trainer.schedule.state_dict(),
+            "running": None if running is None else running.tensors,
+            "reductions": None if running is None else running.reductions,
+            "history": [asdict(entry) for entry in self.history],
+            "step": self.step,
+            "sums": self.sums,
+            "generator": self.generator.get_state(),
+        }
+        files.save_content(path, PAUSED, content)
+
+    def restore(self, content: Mapping[str, Any], path: Path) -> None:
+        """Take over the position of a saved session.
+
+        Raises
+        ------
+        CovcliError
+            If the data is not what it was, or the file does not hold together.
+        """
+        if content.get("trusted") != DataRecord.of(self.images).images:
+            raise CovcliError(
+                "is no longer the data that the run began with", where=self.images.name
+            )
+        try:
+            self.trainer.model.load_state_dict(content["model"])
+            self.trainer.optimizer.load_state_dict(content["optimizer"])
+            self.trainer.schedule.load_state_dict(content["schedule"])
+            self.trainer.model.precision = architectures.precision(content["settings"]["precision"])
+            if content["running"] is not None:
+                state = State(dict(content["running"]), dict(content["reductions"]))
+                self._train_towards(state.to(self.trainer.model.mean.device))
+            self.history = [restored_entry(entry) for entry in content["history"]]
+            self.step = int(content["step"])
+            self.sums = content["sums"]
+            self.generator.set_state(content["generator"])
+            torch.set_num_threads(int(content["threads"]))
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CovcliError(f"does not hold together ({error})", where=path) from None
+
+
+class _Saver:
+    """Decides when a run is saved: every so many epochs, or every so many minutes."""
+
+    def __init__(self, every: str, save: Callable[[], None]) -> None:
+        self._save = save
+        self._epochs, self._seconds = save_interval(every) or (1, None)
+        self._done = 0
+        self._last = time.monotonic()
+
+    def after_step(self) -> None:
+        """Save if the minutes are over."""
+        if self._seconds is not None and time.monotonic() - self._last >= self._seconds:
+            self._save()
+            self._last = time.monotonic()
+
+    def after_epoch(self) -> None:
+        """Save if the epochs are over."""
+        self._done += 1
+        if self._epochs is not None and self._done % self._epochs == 0:
+            self._save()
+        else:
+            self.after_step()
+
+
+def _model(
+    config: TrainConfig, images: ImageSet, device: torch.device
+) -> tuple[Classifier, tuple[str, ...]]:
+    """Build the network for the classes of the training images."""
+    found = int(images.known_labels().max()) + 1
+    classes = images.classes or tuple(str(k) for k in range(found))
+    shape = architectures.input_shape(config.model, config.pretrained)
+    mean, deviation = (
+        architectures.IMAGENET
+        if config.pretrained
+        else architectures.pixel_statistics(images, shape)
+    )
+    spec = ModelSpec(config.model, len(classes), shape, mean, deviation, config.pretrained)
+    model = architectures.build(spec)
+    if config.pretrained:
+        architectures.load_pretrained(model)
+    return model.on(device), classes
+
+
+def _trainer(config: TrainConfig, model: Classifier, steps: int) -> Trainer:
+    """Set up SGD with Nesterov momentum under a one-cycle schedule; biases do not decay."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.ndim > 1]},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(
+        groups, config.learning_rate, momentum=0.9, nesterov=True,
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=config.epochs * steps
+    )
+    model.precision = choose_precision(config.amp, model, partial(_gradients, model))
+    return Trainer(
+        model, distributed.train_together(model), optimizer, schedule, None,
+        config.confidence_weight, model.points("channel"), "channel", config.confidence_threshold,
+    )  # fmt: skip
+
+
+def _gradients(model: Classifier, images: torch.Tensor) -> None:
+    """Compute the gradients of all weights, as a step of training does."""
+    output = model.eval()(images)
+    torch.autograd.grad(output.sum(), list(model.parameters()), allow_unused=True)
+
+
+def accuracy(model: Classifier, images: ImageSet) -> float:
+    """Return the share of images that a network classifies correctly."""
+    swept = sweep(model, images, [], "channel", Silent(), "")
+    (predicted,) = distributed.collect([(b.rows, b.logits.argmax(1)) for b in swept])
+    return float((predicted == images.known_labels()).double().mean())

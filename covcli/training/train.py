@@ -1,0 +1,224 @@
+"""train: teach a network with the ConfidenceLoss, and log what its neurons do on the way."""
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from covcli.attacks import attacks
+from covcli.core import distributed, files, run_folders, runtime
+from covcli.core.errors import CovcliError
+from covcli.core.progress import Progress
+from covcli.core.runtime import Interrupted, Interrupts
+from covcli.core.specs import parse
+from covcli.data import datasets
+from covcli.data.images import DataRecord
+from covcli.methods import make_method
+from covcli.models import checkpoint as checkpoints
+from covcli.models.checkpoint import Checkpoint
+from covcli.reporting.terminal import _say
+from covcli.training.config import (
+    PAUSED,
+    PAUSED_FILE,
+    EpochLog,
+    TrainConfig,
+    restored_config,
+    save_interval,
+    split_rows,
+)
+from covcli.training.session import Session
+
+__all__ = ["TrainConfig", "TrainResult", "resume", "split_rows", "train"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` did.
+
+    Attributes
+    ----------
+    run, checkpoint, log
+        The run folder, and in it the checkpoint and the JSON log (its pickle lies beside it).
+    epochs
+        One entry an epoch.
+    training_images, calibration_images
+        How many images trained the network, and how many were held out.
+    data
+        The training data's specification and fingerprints.
+    checkpoint_fingerprint
+        The fingerprint of the trained weights.
+    provenance
+        Versions, command line, device, threads, seed, time.
+    """
+
+    run: Path
+    checkpoint: Path
+    log: Path
+    epochs: list[EpochLog]
+    training_images: int
+    calibration_images: int
+    data: DataRecord
+    checkpoint_fingerprint: str
+    provenance: dict[str, Any]
+
+
+def train(
+    config: TrainConfig, progress: Progress, interrupts: Interrupts | None = None
+) -> TrainResult:
+    """Train a network and write its run folder.
+
+    Parameters
+    ----------
+    interrupts
+        Where signals arrive; an interrupted run saves what `resume` needs.
+
+    Raises
+    ------
+    CovcliError
+        If a setting, a name or the data is bad, the run folder exists, or training diverges.
+        No run folder is left behind then, unless it can be resumed.
+    Interrupted
+        If a signal arrived; the run can be resumed.
+    """
+    _check(config)
+    session = Session(config, datasets.load(config.trusted, "train", config.data_dir))
+    stem = f"{config.model.replace(':', '-')}-{session.method.name}"
+    made = run_folders.new_run(config.runs, config.name, stem) if distributed.is_first() else None
+    run = distributed.agree(made) or config.runs
+    return _finish(session, run, progress, interrupts or Interrupts())
+
+
+def resume(
+    run: Path, progress: Progress, data_dir: Path | None, interrupts: Interrupts | None = None
+) -> TrainResult:
+    """Go on with an interrupted or killed run from its last saved step.
+
+    The final weights equal those of an uninterrupted run bit for bit, on the same machine with
+    the same number of threads.
+
+    Raises
+    ------
+    CovcliError
+        If the run has nothing to resume, its data has changed, or it is running elsewhere.
+    Interrupted
+        If a signal arrived; the run can be resumed again.
+    """
+    path = run / PAUSED_FILE
+    # All ranks go on from what the first one has saved and reads.
+    paused = distributed.agree(_paused(path) if distributed.is_first() else {})
+    config = restored_config(paused, run, data_dir)
+    try:
+        _check(config)
+    except (TypeError, AttributeError) as error:
+        raise CovcliError(f"does not hold together ({error})", where=path) from None
+    images = datasets.load(config.trusted, "train", config.data_dir)
+    session = Session(config, images)
+    session.restore(paused, path)
+    return _finish(session, run, progress, interrupts or Interrupts())
+
+
+def _paused(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CovcliError("holds nothing to resume", where=path.parent)
+    return files.load_content(path, PAUSED)
+
+
+def _finish(session: Session, run: Path, progress: Progress, interrupts: Interrupts) -> TrainResult:
+    """Train to the end in a locked run folder, saving on the way and when interrupted."""
+    try:
+        with run_folders.locked(run) if distributed.is_first() else nullcontext():
+            try:
+                session.run(run, progress, interrupts)
+            except Interrupted as error:
+                error.resume = "train --resume"
+                session.save(run / PAUSED_FILE)
+                if distributed.is_first():
+                    run_folders.mark_latest(run)
+                raise
+            result = _result(run, session)
+            if distributed.is_first():
+                _write(run, session, result)
+            return result
+    except BaseException:
+        if distributed.is_first() and not (run / PAUSED_FILE).exists():
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+def _check(config: TrainConfig) -> None:
+    make_method(config.method)
+    for text in config.untrusted:
+        _check_untrusted(text)
+    bounds = [
+        ("--save-every", save_interval(config.save_every) is not None, "epochs as 1, or 10m"),
+        ("--epochs", config.epochs >= 1, "at least 1"),
+        ("--batch-size", config.batch_size >= 2, "at least 2"),
+        ("--learning-rate", 0 < config.learning_rate < float("inf"), "above 0"),
+        ("--weight-decay", 0 <= config.weight_decay < float("inf"), "at least 0"),
+        ("--confidence-threshold", 0 <= config.confidence_threshold < 1, "in [0, 1)"),
+        ("--confidence-weight", 0 <= config.confidence_weight < float("inf"), "at least 0"),
+        ("--signature-every", config.signature_every >= 1, "at least 1"),
+        ("--calibration-split", 0 <= config.calibration_split < 1, "in [0, 1)"),
+    ]
+    for option, holds, expected in bounds:
+        if not holds:
+            raise CovcliError(f"must be {expected}", where=option)
+
+
+def _check_untrusted(text: str) -> None:
+    spec = parse(text)
+    if attacks.is_attack(spec):
+        attacks.check_without_signature(text)
+    else:
+        datasets.DATASETS.get(spec.name)
+
+
+def _result(run: Path, session: Session) -> TrainResult:
+    provenance = runtime.provenance(session.trainer.model.mean.device, session.config.seed)
+    return TrainResult(
+        run=run,
+        checkpoint=run / "checkpoint.pt",
+        log=run / distributed.agree(f"training_results_{run_folders.timestamp()}.json"),
+        epochs=session.history,
+        training_images=len(session.training),
+        calibration_images=len(session.held_out),
+        data=DataRecord.of(session.images),
+        checkpoint_fingerprint=files.fingerprint(session.trainer.model.state_dict()),
+        provenance=distributed.agree(provenance),
+    )
+
+
+def _write(run: Path, session: Session, result: TrainResult) -> None:
+    """Write the checkpoint and the logs into the run folder, and point `latest` at it."""
+    settings = session.settings()
+    checkpoints.save(
+        result.checkpoint,
+        Checkpoint(
+            result.checkpoint, session.trainer.model, session.classes, result.data,
+            session.calibration_rows, settings,
+        ),
+    )  # fmt: skip
+    document = {
+        "schema": files.SCHEMA,
+        "provenance": result.provenance,
+        "settings": settings,
+        "data": vars(result.data),
+        "checkpoint_fingerprint": result.checkpoint_fingerprint,
+        "training_images": result.training_images,
+        "calibration_images": result.calibration_images,
+        "epochs": [asdict(entry) for entry in session.history],
+    }
+    files.write_json(result.log, files.plain(document))
+    files.write_pickle(result.log.with_suffix(".pkl"), files.plain(document))
+    run_folders.mark_latest(run)
+    (run / PAUSED_FILE).unlink(missing_ok=True)
+
+
+def describe_training(result: "TrainResult") -> None:
+    """Tell a person on stderr what training did; the path alone goes to stdout."""
+    last = result.epochs[-1]
+    _say(
+        f"trained on {result.training_images} images for {len(result.epochs)} epochs: held-out "
+        f"accuracy {last.held_out_accuracy:.1%} on {result.calibration_images} calibration images"
+    )

@@ -1,0 +1,98 @@
+"""What a running signature says during training: coverage, trusted against untrusted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from covcli.attacks import attacks
+from covcli.core import distributed
+from covcli.core.progress import Silent
+from covcli.core.specs import parse
+from covcli.data.images import ImageSet
+from covcli.methods import Method
+from covcli.models.architectures import Classifier
+from covcli.models.sweep import sweep
+from covcli.signature.fit import fit_signature
+from covcli.signature.signature import Signature
+
+
+@dataclass(frozen=True)
+class WatchedSet:
+    """What the network does on one set.
+
+    Attributes
+    ----------
+    name
+        "trusted", or the specification of an untrusted set.
+    images
+        How many images were read.
+    mean_confidence
+        Mean softmax confidence.
+    mean_coverage
+        Mean over the coverage points of `coverage`.
+    coverage
+        Share of each point's neurons inside the range of the predicted class.
+    """
+
+    name: str
+    images: int
+    mean_confidence: float
+    mean_coverage: float
+    coverage: list[float]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """One look at a network in training: the coverage points' names, and each set's figures."""
+
+    points: list[str]
+    sets: list[WatchedSet]
+
+
+def watch(
+    model: Classifier,
+    method: Method,
+    training: ImageSet,
+    held_out: ImageSet,
+    untrusted: Mapping[str, ImageSet | None],
+    most: int,
+    threshold: float,
+) -> Watch:
+    """Build a signature from training images, and measure coverage on held-out and untrusted ones.
+
+    Parameters
+    ----------
+    training
+        Trusted images for the ranges.
+    held_out
+        Trusted images that are not in `training`.
+    untrusted
+        Sets by their specifications; None for an attack, which starts from `held_out`.
+    most
+        How many images to read of each set, evenly spread.
+    threshold
+        The softmax confidence from which a training image is trusted.
+    """
+    names = tuple(str(k) for k in range(model.spec.classes))
+    made, _, _ = fit_signature(model, training, names, method, "channel", threshold, Silent())
+    sets = [_look(model, made, "trusted", held_out.spread(most))]
+    for text, found in untrusted.items():
+        if found is None:
+            spec = parse(text)
+            few = held_out.select(attacks.attacked_rows(spec, held_out)[: most // 4])
+            images = attacks.run_attack(spec, model, few, few.known_labels(), Silent())
+        else:
+            images = found.spread(most)
+        sets.append(_look(model, made, text, images))
+    return Watch([point.name for point in made.points], sets)
+
+
+def _look(model: Classifier, made: Signature, name: str, images: ImageSet) -> WatchedSet:
+    found = []
+    for batch in sweep(model, images, made.points, made.granularity, Silent(), ""):
+        sure, predicted = batch.logits.softmax(1).max(1)
+        found.append((batch.rows, sure, made.coverage(batch.neurons, predicted)))
+    confidence, coverage = distributed.collect(found)
+    shares = coverage.mean(0).tolist()
+    return WatchedSet(
+        name, len(images), float(confidence.double().mean()), sum(shares) / len(shares), shares
+    )

@@ -1,0 +1,114 @@
+"""evaluate against the monitor and against plain figures."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import UNTRUSTED, neurons_of
+
+from covcli.core.errors import CovcliError
+from covcli.core.progress import Silent
+from covcli.data import datasets
+from covcli.evaluation.evaluate import EvaluationConfig, evaluate
+from covcli.signature import signature
+from covcli.signature.build import SignatureResult
+from covcli.signature.monitor import Monitor
+
+
+def test_evaluation_agrees_with_the_monitor_and_with_plain_figures(evaluated: Path) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    document = json.loads((evaluated / "evaluation.json").read_text())
+    table = pd.read_csv(evaluated / "scores.csv.gz")
+    monitor = Monitor.load(
+        evaluated / "checkpoint.pt", evaluated / "signature-mrc.safetensors", alpha=0.05
+    )
+    digits = datasets.load("digits", "test")
+    verdicts = monitor(digits.batch(torch.arange(len(digits)), (3, 32, 32)))
+    mine = table[table["set"] == "trusted"]
+    np.testing.assert_allclose(mine["score"], verdicts.score, rtol=1e-4)
+    np.testing.assert_array_equal(mine["predicted"], verdicts.predicted)
+    np.testing.assert_array_equal(mine["untrusted"].astype(bool), verdicts.untrusted)
+    np.testing.assert_allclose(mine["confidence"], verdicts.confidence, rtol=1e-4)
+    trusted = document["trusted"]
+    assert trusted["accuracy"] == pytest.approx((mine["label"] == mine["predicted"]).mean())
+    assert trusted["false_alarm_rate"]["value"] == pytest.approx(mine["untrusted"].mean())
+    assert [entry["name"] for entry in document["untrusted"]] == list(UNTRUSTED)
+    for entry in document["untrusted"]:
+        other = table[table["set"] == entry["name"]]
+        assert len(other) == entry["images"]
+        truth = [0] * len(mine) + [1] * len(other)
+        for name, column, sign in (("coverage", "score", 1), ("softmax", "softmax_confidence", -1)):
+            scores = sign * pd.concat([mine[column], other[column]])
+            found = entry["scores"][name]
+            assert found["auroc"]["value"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-6)
+            assert found.keys() == {"auroc", "aupr_out", "aupr_in", "fpr95", "detection_rate"}
+        rate = entry["scores"]["coverage"]["detection_rate"]["value"]
+        assert rate == pytest.approx(other["untrusted"].mean())
+    assert document["untrusted"][0]["scores"]["coverage"]["auroc"]["value"] > 0.95
+    attacked = table[table["set"] == UNTRUSTED[2]]
+    np.testing.assert_array_equal(attacked["label"], mine["label"][:60])
+    assert document["untrusted"][0]["deceived"] is None
+    before = (mine["label"] == mine["predicted"]).to_numpy()[:60]
+    hits = before & (attacked["label"] != attacked["predicted"]).to_numpy()
+    assert document["untrusted"][2]["success_rate"]["value"] == pytest.approx(hits[before].mean())
+    deceived = document["untrusted"][2]["deceived"]
+    assert (deceived["images"], deceived["already_wrong"]) == (hits.sum(), (~before).sum())
+    assert 10 <= hits.sum() < 60
+    truth = [0] * len(mine) + [1] * int(hits.sum())
+    for name, column, sign in (("coverage", "score", 1), ("softmax", "softmax_confidence", -1)):
+        found = deceived["scores"][name]["auroc"]["value"]
+        scores = sign * pd.concat([mine[column], attacked[column][hits]])
+        assert found == pytest.approx(roc_auc_score(truth, scores), abs=1e-6)
+        wrong = mine["label"] != mine["predicted"]
+        found = trusted["errors"][name]["auroc"]["value"]
+        assert found == pytest.approx(roc_auc_score(wrong, sign * mine[column]), abs=1e-6)
+    assert [p["name"] for p in document["points"]] == ["first.2", "second.2", "head.2"]
+    assert set(document["points"][0]["coverage"]) == {"trusted", *UNTRUSTED}
+    assert {b["confidence"] for b in document["confidence_bins"]} == {"coverage", "softmax"}
+
+
+def test_coverage_by_point_is_the_share_of_neurons_in_range(evaluated: Path) -> None:
+    document = json.loads((evaluated / "evaluation.json").read_text())
+    made, _, _ = signature.load(evaluated / "signature-mrc.safetensors")
+    photos = datasets.load("photos?limit=200", "test")
+    neurons, logits, sizes = neurons_of(evaluated / "checkpoint.pt", photos)
+    k = logits.argmax(1)
+    low, high = made.state["low"].numpy()[k], made.state["high"].numpy()[k]
+    inside = (neurons >= low) & (neurons <= high)
+    starts = np.cumsum([0, *sizes])
+    for i, point in enumerate(document["points"]):
+        expected = inside[:, starts[i] : starts[i + 1]].mean()
+        assert point["coverage"]["photos?limit=200"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_evaluation_leaves_calibration_images_out_and_warns(run: Path, tmp_path: Path) -> None:
+    config = EvaluationConfig(
+        ("photos?limit=20",), runs=run.parent, trusted="digits?split=train", output=tmp_path / "x"
+    )
+    result = evaluate(config, Silent())
+    assert result.trusted.images == 1437 - 359
+    assert len(result.warnings) == 2
+    with pytest.raises(CovcliError, match="exists"):
+        evaluate(config, Silent())
+    with pytest.raises(CovcliError, match="twice"):
+        evaluate(dataclasses.replace(config, untrusted=("photos", "photos")), Silent())
+
+
+def test_results_name_what_they_were_made_of(evaluated: Path, signed: SignatureResult) -> None:
+    document = json.loads((evaluated / "evaluation.json").read_text())
+    log = json.loads(next(evaluated.glob("training_results_*.json")).read_text())
+    digits = datasets.load("digits", "train").fingerprint
+    assert log["data"]["images"] == digits
+    assert log["checkpoint_fingerprint"] == signed.checkpoint_fingerprint
+    assert document["signature"]["checkpoint_fingerprint"] == signed.checkpoint_fingerprint
+    assert document["signature"]["signature_fingerprint"] == signed.signature_fingerprint
+    assert document["signature"]["trusted"]["images"] == signed.data.images
+    assert document["signature"]["calibration"]["images"] == signed.calibration_data.images
+    assert document["trusted"]["fingerprint"] == datasets.load("digits", "test").fingerprint
+    for entry in document["untrusted"][:2]:
+        assert entry["fingerprint"] == datasets.load(entry["name"], "test").fingerprint

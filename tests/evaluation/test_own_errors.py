@@ -1,0 +1,93 @@
+"""Selective risk, against averages over real orders of ties and against closed forms."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from covcli.evaluation.own_errors import OwnErrors, own_errors
+
+
+def naive_risks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Average the selective risks over every order of the images that respects the scores."""
+    found = []
+    for order in itertools.permutations(range(len(scores))):
+        if all(scores[a] <= scores[b] for a, b in itertools.pairwise(order)):
+            errors = np.cumsum(~correct[list(order)])
+            found.append(errors / np.arange(1, len(scores) + 1))
+    return np.mean(found, 0)
+
+
+def measured(scores: np.ndarray, correct: np.ndarray, samples: int = 20) -> OwnErrors:
+    found = own_errors({"x": scores}, correct, samples=samples)
+    assert found is not None
+    return found["x"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=2, max_size=6).filter(
+        lambda images: len({correct for _, correct in images}) == 2
+    )
+)
+def test_every_figure_is_the_mean_over_the_orders_of_ties(images: list[tuple[int, bool]]) -> None:
+    scores = np.array([score for score, _ in images], float)
+    correct = np.array([right for _, right in images])
+    found = measured(scores, correct, samples=5)
+    risks = naive_risks(scores, correct)
+    assert found.aurc.value == pytest.approx(risks.mean())
+    best = naive_risks((~correct).astype(float), correct).mean()
+    assert found.excess_aurc.value == pytest.approx(risks.mean() - best, abs=1e-12)
+    assert found.auroc.value == pytest.approx(roc_auc_score(~correct, scores))
+    assert [r.risk for r in found.curve] == pytest.approx(list(risks))
+    assert [r.kept for r in found.curve] == pytest.approx(
+        list(np.arange(1, len(risks) + 1) / len(risks))
+    )
+    turned = measured(scores[::-1].copy(), correct[::-1].copy(), samples=5)
+    assert turned.curve == found.curve
+    assert turned.aurc.value == found.aurc.value
+
+
+def test_perfect_ignorant_and_random_scores_have_their_closed_forms() -> None:
+    generator = np.random.default_rng(0)
+    correct = generator.random(20_000) > 0.1
+    rate = 1 - correct.mean()
+    perfect = measured((~correct).astype(float) + generator.random(len(correct)) / 2, correct)
+    assert perfect.excess_aurc.value == pytest.approx(0, abs=1e-12)
+    assert perfect.auroc.value == 1
+    # Geifman et al. 2019, section 3: in the limit the best area is r + (1 - r) log(1 - r).
+    assert perfect.aurc.value == pytest.approx(rate + (1 - rate) * np.log(1 - rate), abs=1e-4)
+    ignorant = measured(np.zeros(len(correct)), correct)
+    assert ignorant.aurc.value == pytest.approx(rate)
+    assert ignorant.auroc.value == 0.5
+    assert {round(r.risk, 12) for r in ignorant.curve} == {round(rate, 12)}
+    random = measured(generator.random(len(correct)), correct)
+    assert random.aurc.value == pytest.approx(rate, abs=0.01)
+    assert len(random.curve) == 101
+    assert (random.curve[0].kept, random.curve[-1].kept) == (1 / 20_000, 1)
+    assert random.curve[-1].risk == pytest.approx(rate)
+
+
+def test_the_interval_is_that_of_resampled_images() -> None:
+    generator = np.random.default_rng(1)
+    correct = generator.random(400) > 0.2
+    scores = generator.normal(0, 1, 400) + ~correct
+    drawn = []
+    for _ in range(400):
+        rows = generator.integers(0, 400, 400)
+        order = np.argsort(scores[rows])
+        drawn.append((np.cumsum(~correct[rows][order]) / np.arange(1, 401)).mean())
+    found = measured(scores, correct, samples=400)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    assert found.aurc.low == pytest.approx(low, abs=0.01)
+    assert found.aurc.high == pytest.approx(high, abs=0.01)
+    assert found.excess_aurc.low <= found.excess_aurc.value <= found.excess_aurc.high
+    assert measured(scores, correct, samples=400) == found
+
+
+def test_a_network_without_errors_or_with_nothing_else_has_no_figures() -> None:
+    for correct in (np.ones(5, bool), np.zeros(5, bool)):
+        assert own_errors({"x": np.arange(5.0)}, correct) is None

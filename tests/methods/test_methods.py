@@ -1,0 +1,434 @@
+"""The methods' arithmetic, against naive NumPy, on random inputs with ties and constants."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from covcli.core.errors import CovcliError
+from covcli.methods import (
+    METHODS,
+    Layout,
+    Method,
+    MultiRange,
+    SingleRange,
+    State,
+    make_method,
+    ranges,
+)
+from covcli.signature.fit import fold
+
+CLASSES, NEURONS = 3, 5
+LAYOUT = Layout(CLASSES, (2, 3), (1, 3))
+SPECS = ["src", "mrc", "mrc?sections=1", "mrc?sections=7&cost=share", "mrc?sections=3"]
+EVERY = [*METHODS, *SPECS[2:]]
+# Few distinct values make ties and constant neurons common; some are extreme.
+VALUES = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, 1e-42, 3e38, -3e38, 0.1]),
+    st.floats(-1e3, 1e3, width=32),
+)
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    n = draw(st.integers(1, 24))
+    neurons = draw(npst.arrays(np.float32, (n, NEURONS), elements=VALUES))
+    labels = draw(npst.arrays(np.int64, n, elements=st.integers(0, CLASSES - 1)))
+    return neurons, labels
+
+
+def folded(spec: str, neurons: np.ndarray, labels: np.ndarray, parts: list[np.ndarray]) -> State:
+    def passes() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(torch.from_numpy(neurons[p]), torch.from_numpy(labels[p])) for p in parts]
+
+    return fold(make_method(spec), LAYOUT, passes)
+
+
+def naive_section(value: float, low: float, high: float, sections: int) -> int:
+    if high == low:
+        return 0
+    with np.errstate(over="ignore"):
+        width = np.float64(high) - np.float64(low)
+        scale = np.float32(min(sections / width, np.finfo(np.float32).max))
+        place = (np.float32(value) - np.float32(low)) * scale
+    return int(min(place, sections - 1))
+
+
+def naive_cost(spec: str, neurons: np.ndarray, labels: np.ndarray, x: np.ndarray, k: int) -> list:
+    """Follow the formulas word by word, one neuron at a time."""
+    method = make_method(spec)
+    mine = neurons[labels == k]
+    costs = []
+    for j in range(NEURONS):
+        column = mine[:, j]
+        outside = len(column) == 0 or x[j] < column.min() or x[j] > column.max()
+        if isinstance(method, MultiRange):
+            c = 0
+            if not outside:
+                low, high = column.min(), column.max()
+                here = naive_section(x[j], low, high, method.sections)
+                c = sum(naive_section(v, low, high, method.sections) == here for v in column)
+            if method.cost == "share":
+                costs.append(1.0 if outside else 1 - c / len(column))
+            else:
+                costs.append(-math.log((c + 0.5) / (len(column) + method.sections / 2)))
+        else:
+            costs.append(float(outside))
+    return costs
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@settings(max_examples=60, deadline=None)
+@given(trusted=samples(), tested=samples())
+def test_costs_follow_the_formulas(
+    spec: str, trusted: tuple[np.ndarray, np.ndarray], tested: tuple[np.ndarray, np.ndarray]
+) -> None:
+    neurons, labels = trusted
+    state = folded(spec, neurons, labels, [np.arange(len(labels))])
+    x = np.concatenate([tested[0], neurons])  # values on the edges too
+    classes = np.concatenate([tested[1], labels])
+    ready = make_method(spec).prepare(state, LAYOUT)
+    costs = make_method(spec).costs(ready, LAYOUT, torch.from_numpy(x), torch.from_numpy(classes))
+    expected = [naive_cost(spec, neurons, labels, x[i], classes[i]) for i in range(len(x))]
+    np.testing.assert_allclose(costs.numpy(), expected, rtol=1e-5, atol=1e-6)
+    inside = make_method(spec).inside(ready, LAYOUT, torch.from_numpy(x), torch.from_numpy(classes))
+    outside = [naive_cost("src", neurons, labels, x[i], classes[i]) for i in range(len(x))]
+    np.testing.assert_array_equal(~inside.numpy(), np.array(outside, bool))
+
+
+@pytest.mark.parametrize("spec", EVERY)
+@settings(max_examples=60, deadline=None)
+@given(data=samples(), seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(0, 24)))
+def test_any_batches_in_any_order_give_the_same_bits(
+    spec: str, data: tuple[np.ndarray, np.ndarray], seed: int, cuts: list[int]
+) -> None:
+    neurons, labels = data
+    whole = folded(spec, neurons, labels, [np.arange(len(labels))])
+    order = np.random.default_rng(seed).permutation(len(labels))
+    other = folded(spec, neurons, labels, np.split(order, sorted(c % len(labels) for c in cuts)))
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("spec", EVERY)
+@settings(max_examples=60, deadline=None)
+@given(data=samples(), cut=st.integers(0, 24))
+def test_merged_parts_give_the_same_bits(
+    spec: str, data: tuple[np.ndarray, np.ndarray], cut: int
+) -> None:
+    neurons, labels = torch.from_numpy(data[0]), torch.from_numpy(data[1])
+    method = make_method(spec)
+    state: State | None = method.begin(LAYOUT)
+    while state is not None:  # each pass folded in two places, then merged
+        parts = [State({k: v.clone() for k, v in state.tensors.items()}, state.reductions)
+                 for _ in range(2)]  # fmt: skip
+        method.observe(parts[0], LAYOUT, neurons[:cut], labels[:cut])
+        method.observe(parts[1], LAYOUT, neurons[cut:], labels[cut:])
+        parts[1].merge(parts[0])
+        complete, state = parts[1], method.proceed(parts[1], LAYOUT)
+    whole = folded(spec, data[0], data[1], [np.arange(len(labels))])
+    assert complete.tensors.keys() == whole.tensors.keys()
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(tensor, complete[name]), name
+
+
+def test_parts_that_do_not_belong_together_are_refused() -> None:
+    src, mrc = SingleRange(), MultiRange()
+    small = Layout(2, (3,), (3,))
+    one = src.begin(small)
+    with pytest.raises(ValueError, match="shape"):
+        one.merge(src.begin(Layout(2, (4,), (4,))))
+    counting = mrc.proceed(mrc.begin(small), small)
+    assert counting is not None
+    with pytest.raises(ValueError, match="different methods"):
+        one.merge(counting)
+    other = mrc.proceed(mrc.begin(small), small)
+    assert other is not None
+    other.tensors["low"] = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="'low'"):
+        counting.merge(other)
+
+
+def trusted_neurons(seed: int, images: int = 90) -> tuple[torch.Tensor, torch.Tensor]:
+    """Neurons of different heights, whose means differ by class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(images) % CLASSES
+    heights = torch.arange(NEURONS).float() + 3 * torch.nn.functional.one_hot(labels, NEURONS)
+    return heights + 0.3 * torch.randn(images, NEURONS, generator=generator), labels
+
+
+def complete(method: Method, neurons: torch.Tensor, labels: torch.Tensor) -> State:
+    state = fold(method, LAYOUT, lambda: zip(neurons.split(17), labels.split(17), strict=True))
+    noisy = method.begin_noisy(state, LAYOUT)
+    if noisy is not None:
+        method.observe_noisy(noisy, LAYOUT, neurons[:30] + 0.5, labels[:30])
+        state.include(noisy)
+    return state
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_keeps_the_contract(name: str) -> None:
+    method = METHODS.get(name)()
+    assert make_method(method.spec()) == method
+    assert method.name == name
+    neurons, labels = trusted_neurons(1)
+    state = complete(method, neurons, labels)
+    found = {k: (v.dtype, tuple(v.shape)) for k, v in state.tensors.items()}
+    assert found == dict(method.expected(LAYOUT))
+    ready = method.prepare(state, LAYOUT)
+    costs = method.costs(ready, LAYOUT, neurons, labels)
+    inside = method.inside(ready, LAYOUT, neurons, labels)
+    evidence = method.evidence(ready, LAYOUT, neurons, labels)
+    assert costs.shape == inside.shape == neurons.shape
+    assert evidence.shape == (len(neurons), method.columns(LAYOUT))
+    assert evidence.dtype == torch.float64
+    assert bool(evidence.isfinite().all() & (costs >= 0).all())
+    assert float(inside.float().mean()) > 0.95
+    strange = -20 * neurons  # other sizes, another order, other signs
+    assert float(method.costs(ready, LAYOUT, strange, labels).mean()) > float(costs.mean())
+    outside = ~method.inside(ready, LAYOUT, strange, labels)
+    assert float(outside.float().mean()) > 0.1
+    far = method.evidence(ready, LAYOUT, strange, labels)
+    points = len(LAYOUT.sizes)
+    more = far.mean(0)[:points] - evidence.mean(0)[:points]
+    assert bool((more >= 0).all())  # a point of one neuron has only one order
+    assert float(more.max()) > 0
+    low, high = method.span(ready, LAYOUT, labels)
+    assert low.shape == high.shape == neurons.shape
+    beyond = (strange < low) | (strange > high)
+    assert not bool((method.inside(ready, LAYOUT, strange, labels) & beyond).any())
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_class_without_images_and_a_dead_neuron_are_scored(name: str) -> None:
+    method = METHODS.get(name)()
+    neurons, labels = trusted_neurons(2)
+    neurons[:, 3] = 0
+    state = complete(method, neurons[labels != 2], labels[labels != 2])
+    ready = method.prepare(state, LAYOUT)
+    assert bool(method.evidence(ready, LAYOUT, neurons, labels).isfinite().all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=samples())
+def test_gauss_sums_whole_numbers_of_a_unit(data: tuple[np.ndarray, np.ndarray]) -> None:
+    neurons, labels = data
+    state = folded("gauss", neurons, labels, [np.arange(len(labels))])
+    columns = LAYOUT.value_columns.numpy()
+    whole = []  # Python's integers never round
+    for column in neurons[:, columns].T:
+        unit = 2.0 ** (math.frexp(np.abs(column).max())[1] - 20)
+        whole.append([round(float(v) / unit) for v in column])
+        assert np.abs(np.array(whole[-1]) * unit - column).max() <= unit / 2
+    for k in range(CLASSES):
+        expected = [sum(w for w, y in zip(row, labels, strict=True) if y == k) for row in whole]
+        assert state["total"][k].tolist() == expected
+    last = [[sum(map(int.__mul__, whole[i], whole[j])) for j in range(1, i + 1)]
+            for i in range(1, 4)]  # fmt: skip
+    assert state["products"].tolist()[1:] == [v for row in last for v in row]
+
+
+@pytest.mark.parametrize("shrinkage", [0.05, 0.5, 1.0])
+def test_gauss_follows_its_formula(shrinkage: float) -> None:
+    neurons, labels = trusted_neurons(4)
+    method = make_method(f"gauss?shrinkage={shrinkage}")
+    ready = method.prepare(complete(method, neurons, labels), LAYOUT)
+    x, y = neurons.double().numpy(), labels.numpy()
+    tested = 3 * x[::-1].copy()
+    expected = []
+    for columns in ([0], [2, 3, 4]):  # the first point's other neuron is a maximum
+        values = x[:, columns]
+        means = np.stack([values[y == k].mean(0) for k in range(CLASSES)])
+        covariance = np.cov((values - means[y]).T, bias=True).reshape(len(columns), -1)
+        shrunk = (1 - shrinkage) * covariance + shrinkage * np.diag(covariance.diagonal())
+        away = tested[:, columns] - means[y]
+        expected.append(np.log(np.sum(away @ np.linalg.inv(shrunk) * away, 1) / len(columns)))
+    found = method.evidence(ready, LAYOUT, torch.from_numpy(tested).float(), labels)
+    np.testing.assert_allclose(found.numpy(), np.stack(expected, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["src", "mrc", "mrc?sections=3&cost=share"])
+@given(data=samples())
+@settings(max_examples=40, deadline=None)
+def test_evidence_read_by_class_and_all_at_once_is_the_same(
+    spec: str, data: tuple[np.ndarray, np.ndarray]
+) -> None:
+    neurons, labels = (torch.from_numpy(part) for part in data)
+    method = make_method(spec)
+    ready = method.prepare(folded(spec, *data, [np.arange(len(labels))]), LAYOUT)
+    tested = [ready, LAYOUT, 1.5 * neurons.flip(0), labels]
+    at_once = method.evidence(*tested)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranges, "WHOLE", 0)
+        assert torch.equal(method.evidence(*tested), at_once)
+
+
+@pytest.mark.parametrize("spec", ["src", "mrc", "mrc?sections=3&cost=share"])
+def test_evidence_of_wide_points_is_the_log_of_their_mean_cost(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read all at once, by class, and by class in pieces; in both precisions, and of no image."""
+    sizes = (1300, 5, 512, 513, 1)
+    layout, generator = Layout(CLASSES, sizes, sizes), torch.Generator().manual_seed(0)
+    neurons = torch.randn(40, sum(sizes), generator=generator).relu()
+    labels = torch.randint(CLASSES, (40,), generator=generator)
+    method = make_method(spec)
+    ready = method.prepare(fold(method, layout, lambda: [(neurons, labels)]), layout)
+    tested, classes = 1.2 * neurons.flip(0), labels
+    costs = method.costs(ready, layout, tested, classes).double().numpy()
+    parts = np.split(costs, np.cumsum(sizes)[:-1], 1)
+    expected = np.log(np.stack([(part.sum(1) + 1) / part.shape[1] for part in parts], 1))
+    for whole, piece in ((1 << 20, 1 << 18), (0, 1 << 18), (0, 6000)):
+        monkeypatch.setattr(ranges, "WHOLE", whole)
+        monkeypatch.setattr(ranges, "PIECE", piece)
+        for each in (tested, tested.double()):
+            found = method.evidence(ready, layout, each, classes)
+            np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
+        assert method.evidence(ready, layout, tested[:0], classes[:0]).shape == (0, len(sizes))
+
+
+def test_points_of_any_widths_are_summed_and_measured_apart() -> None:
+    """Neighbours of equal width go through one operation: the others must not be disturbed."""
+    sizes, values = (3, 3, 2, 4, 4, 4, 3), (3, 3, 1, 2, 2, 4, 3)
+    layout, generator = Layout(2, sizes, values), torch.Generator().manual_seed(0)
+    neurons = torch.randn(60, sum(sizes), generator=generator)
+    labels = torch.arange(60) % 2
+    cuts = np.cumsum(sizes)[:-1]
+    for x in (neurons, neurons > 0):
+        expected = [part.mean(1) for part in np.split(x.numpy().astype(np.float64), cuts, 1)]
+        np.testing.assert_allclose(layout.means(x).numpy(), np.stack(expected, 1), rtol=1e-12)
+    for name in ("src", "mrc", "gauss"):
+        method = make_method(name)
+        ready = method.prepare(fold(method, layout, lambda: [(neurons, labels)]), layout)
+        found = method.evidence(ready, layout, 2 * neurons, labels)
+        for i, (size, end) in enumerate(zip(sizes, np.cumsum(sizes), strict=True)):
+            mine = neurons[:, end - size : end]
+            alone = Layout(2, (size,), values[i : i + 1])
+            state = fold(method, alone, lambda mine=mine: [(mine, labels)])
+            part = method.evidence(method.prepare(state, alone), alone, 2 * mine, labels)
+            np.testing.assert_allclose(found[:, [i]].numpy(), part.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_ensemble_measures_along_the_direction_of_noise() -> None:
+    neurons, labels = trusted_neurons(5)
+    method = make_method("ensemble")
+    state = complete(method, neurons, labels)
+    ready = method.prepare(state, LAYOUT)
+    x, y = neurons.double().numpy()[:, 2:], labels.numpy()
+    means = np.stack([x[y == k].mean(0) for k in range(CLASSES)])
+    covariance = np.cov((x - means[y]).T, bias=True)
+    inverse = np.linalg.inv(0.95 * covariance + 0.05 * np.diag(covariance.diagonal()))
+    shift = (x[:30] + 0.5 - means[y[:30]]).mean(0)
+    along = (x - means[y]) @ inverse @ shift / np.sqrt(shift @ inverse @ shift)
+    found = method.evidence(ready, LAYOUT, neurons, labels)
+    np.testing.assert_allclose(found[:, 5].numpy(), along, rtol=1e-3, atol=1e-3)
+    for name, columns in {"src": slice(0, 2), "gauss": slice(2, 4)}.items():
+        alone = make_method(name)
+        part = alone.prepare(complete(alone, neurons, labels), LAYOUT)
+        assert torch.equal(found[:, columns], alone.evidence(part, LAYOUT, neurons, labels))
+
+
+@settings(max_examples=60, deadline=None)
+@given(trusted=samples(), tested=samples(), share=st.sampled_from([0.1, 0.34, 0.5, 1.0]))
+def test_rank_costs_follow_the_formula(
+    trusted: tuple[np.ndarray, np.ndarray], tested: tuple[np.ndarray, np.ndarray], share: float
+) -> None:
+    def top(row: np.ndarray) -> list[int]:  # of equal values the first ranks higher
+        order = sorted(range(len(row)), key=lambda j: (-row[j], j))
+        return order[: math.ceil(share * len(row))]
+
+    method = make_method(f"nrc?share={share}")
+    ready = method.prepare(folded(method.spec(), *trusted, [np.arange(len(trusted[1]))]), LAYOUT)
+    x, classes = tested
+    costs = method.costs(ready, LAYOUT, torch.from_numpy(x), torch.from_numpy(classes))
+    for columns in ([0], [2, 3, 4]):
+        size = 2 if columns == [0] else 3
+        for i, k in enumerate(classes):
+            mine = trusted[0][trusted[1] == k][:, columns]
+            tops = [top(row) for row in mine]
+            m = math.ceil(share * len(columns))
+            total, weights = 0.0, 0.0
+            for rank, j in enumerate(top(x[i, columns])):
+                often = sum(j in t for t in tops) / max(1, len(tops))
+                total += (1 - rank / m) * (1 - often)
+                weights += 1 - rank / m
+            found = costs[i, columns].sum() / size
+            assert float(found) == pytest.approx(total / weights, abs=1e-5)
+    assert bool((costs[:, 1] == 0).all())  # a maximum
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "mcr",
+        "src?sections=3",
+        "mrc?sections=0",
+        "mrc?cost=low",
+        "mrc?sections",
+        "",
+        "mrc?a=b",
+        "gauss?shrinkage=2",
+        "nrc?share=0",
+        "nac?classes=some",
+        "nac?bins=1",
+    ],
+)
+def test_a_bad_method_is_named(spec: str) -> None:
+    with pytest.raises(CovcliError):
+        make_method(spec)
+
+
+@pytest.mark.parametrize("name", ["src", "mrc"])
+def test_soft_costs_lead_back(name: str) -> None:
+    method = METHODS.get(name)()
+    neurons, labels = trusted_neurons(6)
+    neurons[:, 2] = 0.25  # a constant neuron
+    ready = method.prepare(complete(method, neurons, labels), LAYOUT)
+    far = (neurons + 3).double().requires_grad_()  # outside, where the cost itself is flat
+    method.soft_costs(ready, LAYOUT, far, labels).sum().backward()
+    assert far.grad is not None
+    assert bool((far.grad > 0).all())
+
+
+@pytest.mark.parametrize("name", ["src", "mrc", "gauss", "ensemble"])
+def test_soft_evidence_has_a_true_gradient(name: str) -> None:
+    method = METHODS.get(name)()
+    neurons, labels = trusted_neurons(7)
+    ready = method.prepare(complete(method, neurons, labels), LAYOUT)
+    ready = State({key: value.double() for key, value in ready.tensors.items()})
+    x = neurons[:12].double() + 0.7 * torch.randn(12, NEURONS, dtype=torch.float64)
+    classes = torch.arange(12) % CLASSES
+    assert torch.autograd.gradcheck(
+        lambda t: method.soft_evidence(ready, LAYOUT, t, classes), x.requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@settings(max_examples=40, deadline=None)
+@given(trusted=samples(), tested=samples())
+def test_soft_costs_are_the_costs_where_those_are_sure(
+    spec: str, trusted: tuple[np.ndarray, np.ndarray], tested: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """Far outside the range they are at least the cost, and at section centres they are it."""
+    method = make_method(spec)
+    neurons, labels = np.clip(trusted[0], -1e3, 1e3), trusted[1]
+    state = folded(spec, neurons, labels, [np.arange(len(labels))])
+    x, k = np.clip(tested[0], -1e3, 1e3).astype(np.float64), tested[1]
+    k = np.where(np.isin(k, labels), k, labels[0])
+    low, high = state["low"].numpy().astype(np.float64)[k], state["high"].numpy()[k]
+    sections = method.sections if isinstance(method, MultiRange) else 1
+    place = np.random.default_rng(0).integers(0, sections, x.shape)
+    centres = torch.from_numpy(low + (high - low) * (place + 0.5) / sections)
+    classes = torch.from_numpy(k)
+    wide = (high - low) > np.maximum(1e-3, 1e-3 * np.abs(high))  # a float32 centre in its section
+    ready = method.prepare(state, LAYOUT)
+    cost = method.costs(ready, LAYOUT, centres.float(), classes).numpy()
+    soft = method.soft_costs(ready, LAYOUT, centres, classes).numpy()
+    np.testing.assert_allclose(soft[wide], cost[wide], rtol=1e-4, atol=1e-4)
+    outside = torch.from_numpy(high + 3 * np.maximum(high - low, 1e4))
+    cost = method.costs(ready, LAYOUT, outside.float(), classes)
+    assert bool((method.soft_costs(ready, LAYOUT, outside, classes) >= cost - 1e-4).all())

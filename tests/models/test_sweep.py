@@ -1,0 +1,44 @@
+"""The sweep over a set of images."""
+
+import pytest
+import torch
+
+from covcli.core.errors import CovcliError
+from covcli.core.progress import Silent
+from covcli.data.images import in_memory
+from covcli.models import checkpoint as checkpoints
+from covcli.models.points import Recorder
+from covcli.models.sweep import forward, sweep
+from covcli.training.train import TrainResult
+
+
+def test_activations_that_are_not_finite_are_named(trained: TrainResult) -> None:
+    model = checkpoints.load(trained.checkpoint).model
+    points = model.points("channel")
+    with torch.no_grad():
+        model.network.second[0].weight.fill_(3e38)
+    images = in_memory("x", torch.full((2, 3, 32, 32), 255, dtype=torch.uint8), None)
+    with pytest.raises(CovcliError, match=r"'second\.2' are NaN or infinite"):
+        list(sweep(model, images, points, "channel", Silent(), ""))
+
+
+def test_large_activations_whose_sum_overflows_are_finite(trained: TrainResult) -> None:
+    model = checkpoints.load(trained.checkpoint).model.eval()
+    images = torch.zeros(2, *model.spec.shape)
+    point, *_ = model.points("channel")
+    large = torch.full((2, point.neurons), 3e38)
+    recorder = Recorder(model.network, [point], "channel")
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode(), recorder:
+        patch.setattr(recorder, "take", lambda _logits: large)
+        assert forward(model, recorder, images)[1] is large
+
+
+def test_hooks_do_not_change_the_answer(trained: TrainResult) -> None:
+    model = checkpoints.load(trained.checkpoint).model
+    images = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        bare = model(images)
+        with Recorder(model.network, model.points("channel"), "channel") as recorder:
+            watched = model(images)
+            recorder.take(torch.empty(0))
+    assert torch.equal(bare, watched)

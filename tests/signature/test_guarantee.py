@@ -1,0 +1,322 @@
+"""Marginal and certified guarantees: ranks, least numbers, coverage by simulation, files."""
+
+import dataclasses
+import json
+import math
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import beta, binom
+
+from covcli import __main__ as boundary
+from covcli.core import files
+from covcli.core.errors import CovcliError
+from covcli.core.progress import Silent
+from covcli.data import datasets
+from covcli.evaluation.evaluate import EvaluationConfig, evaluate
+from covcli.reporting.report import report
+from covcli.reporting.terminal import show_evaluation
+from covcli.signature import signature
+from covcli.signature.build import SignatureConfig, build_signature
+from covcli.signature.calibration import Calibration, check_images, images_for
+from covcli.signature.combination import fit_combination
+from covcli.signature.guarantee import (
+    MODES,
+    Guarantee,
+    binomial_interval,
+    make_rule,
+    minimum_certified,
+    minimum_marginal,
+    rank_certified,
+    rank_marginal,
+)
+from covcli.signature.monitor import Monitor
+from covcli.signature.signature import load_signature, save_signature
+from covcli.training.train import TrainResult
+
+ALPHAS = ["0.001", "0.01", "0.05", "0.1", "0.29", "0.5", "0.9"]
+DRAWS = 1000
+
+
+def brute_certified(n: int, alpha: Fraction) -> int:
+    """Return the largest k with P(Binomial(n, α) ≥ k) ≥ 95/100, in exact fractions."""
+    below, k = Fraction(0), 0
+    while True:
+        below += math.comb(n, k) * alpha**k * (1 - alpha) ** (n - k)  # P(Binomial ≤ k)
+        if 1 - below < Fraction(95, 100):
+            return k
+        k += 1
+
+
+@pytest.mark.parametrize("text", ALPHAS)
+def test_ranks_are_the_largest_that_keep_the_guarantee(text: str) -> None:
+    alpha, exact = float(text), Fraction(text)
+    for n in [*range(0, 70), 99, 100, 298, 299, 300]:
+        k = rank_certified(n, alpha)
+        assert k == brute_certified(n, exact)
+        assert (k >= 1) == (n >= minimum_certified(alpha))
+        if k:  # the same said by the Beta law of the rate above the k-th largest
+            assert beta(k, n + 1 - k).cdf(alpha) >= 0.95
+            assert k == n or beta(k + 1, n - k).cdf(alpha) < 0.95
+        k = rank_marginal(n, alpha)
+        assert Fraction(k, n + 1) <= exact < Fraction(k + 1, n + 1)
+        assert (k >= 1) == (n >= minimum_marginal(alpha))
+
+
+@pytest.mark.parametrize(
+    ("mode", "alpha", "scores", "images"),
+    [("certified", 0.05, 59, 79), ("certified", 0.01, 299, 399),
+     ("marginal", 0.05, 19, 26), ("marginal", 0.01, 99, 132)],
+)  # fmt: skip
+def test_the_least_numbers(mode: str, alpha: float, scores: int, images: int) -> None:
+    guarantee = Guarantee(alpha, mode)  # type: ignore[arg-type]
+    assert guarantee.minimum() == scores
+    assert (guarantee.rank(scores - 1), guarantee.rank(scores)) == (0, 1)
+    # Of every four images the first fits the scale: so many of N rank.
+    assert [sum(i % 4 != 0 for i in range(n)) >= scores for n in (images - 1, images)] == [0, 1]
+    assert images_for(scores) == images
+    check_images(images, guarantee, 1)
+    with pytest.raises(CovcliError, match=f"at least {images} calibration images"):
+        check_images(images - 1, guarantee, 1)
+    known(scores).rule(guarantee, ("only",))
+    with pytest.raises(CovcliError, match=rf"{scores - 1} calibration .* at least {images} cal"):
+        known(scores - 1).rule(guarantee, ("only",))
+
+
+def known(*per_class: int) -> Calibration:
+    """Make a calibration with so many scores of each predicted class."""
+    scores = torch.arange(sum(per_class), dtype=torch.float64)
+    predicted = torch.repeat_interleave(torch.arange(len(per_class)), torch.tensor(per_class))
+    combination = fit_combination(torch.eye(2).double(), [])
+    return Calibration(combination, scores, scores, predicted)
+
+
+def test_every_class_needs_its_own_scores_and_the_poorest_is_named() -> None:
+    guarantee, names = Guarantee(0.05, "certified"), ("cat", "dog", "fox")
+    known(59, 59, 59).rule(guarantee, names)
+    for counts, name, short in (((59, 58, 300), "dog", 1), ((58, 300), "fox", 2)):
+        with pytest.raises(CovcliError) as caught:
+            known(*counts).rule(guarantee, names)
+        assert f"predicted as {name!r} (short: {short} of 3 classes)" in str(caught.value)
+        assert "at least 79 calibration images of each predicted class" in str(caught.value)
+        known(*counts).rule(Guarantee(0.05), names)
+    # Whatever is predicted, 3·59 scores are needed, that is 236 images.
+    check_images(236, guarantee, 3)
+    with pytest.raises(CovcliError, match="235 calibration images are too few"):
+        check_images(235, guarantee, 3)
+
+
+SHARES = np.array([0.6, 0.3, 0.1])  # of the predicted classes, whose scores are exponential
+SCALES = np.array([1.0, 2.0, 0.5])
+N = 1000
+
+
+def draw(generator: np.random.Generator, grain: float) -> tuple[torch.Tensor, torch.Tensor]:
+    predicted = generator.choice(3, N, p=SHARES)
+    scores = generator.exponential(SCALES[predicted])
+    scores = np.floor(scores / grain) * grain if grain else scores
+    return torch.from_numpy(scores), torch.from_numpy(predicted)
+
+
+def rates(thresholds: np.ndarray, grain: float) -> np.ndarray:
+    """Return P(score > threshold) by class, and overall as the last, in closed form."""
+    # With values on a grid, above τ means from the next grid point on.
+    above = np.floor(thresholds / grain + 1 + 1e-9) * grain if grain else thresholds
+    by_class = np.exp(-np.maximum(above, 0) / SCALES)
+    return np.append(by_class, (SHARES * by_class).sum())
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.1])
+@pytest.mark.parametrize("grain", [0.0, 0.25], ids=["continuous", "ties"])
+def test_certified_rates_exceed_alpha_in_five_of_a_hundred_calibrations_at_most(
+    alpha: float, grain: float
+) -> None:
+    generator = np.random.default_rng(7)
+    exceeded = np.zeros(4)
+    alone = 0
+    for _ in range(DRAWS):
+        scores, predicted = draw(generator, grain)
+        rule = make_rule(scores, predicted, 3, Guarantee(alpha, "certified"))
+        exceeded += rates(rule.thresholds.numpy(), grain) > alpha
+        few = make_rule(scores[:100], predicted[:100], 3, Guarantee(alpha, "certified"))
+        alone += rates(np.full(3, few.overall), grain)[-1] > alpha
+    assert (exceeded <= binom.ppf(0.999, DRAWS, 0.05)).all(), exceeded
+    # The overall threshold of a hundred scores has exactly the Beta law where no two are equal:
+    # a rank one higher or lower would show.
+    k = brute_certified(100, Fraction(str(alpha)))
+    chance = beta(k, 101 - k).sf(alpha)
+    assert alone <= binom.ppf(0.9995, DRAWS, chance)
+    if not grain:
+        assert alone >= binom.ppf(0.0005, DRAWS, chance)
+        assert exceeded[1] >= binom.ppf(0.0005, DRAWS, 0.03)  # the class that needs its own
+
+
+def test_a_marginal_rate_is_alpha_in_the_mean_and_no_class_is_promised_it() -> None:
+    generator = np.random.default_rng(8)
+    found = []
+    for _ in range(DRAWS):
+        rule = make_rule(*draw(generator, 0.0), 3, Guarantee(0.05))
+        found.append(rates(rule.thresholds.numpy(), 0.0))
+    mean = np.mean(found, 0)
+    k = rank_marginal(N, 0.05)
+    deviation = beta(k, N + 1 - k).std() / math.sqrt(DRAWS)
+    assert mean[3] == pytest.approx(k / (N + 1), abs=4 * deviation)
+    assert mean[1] > 0.1  # twice what was asked for, in the class of large scores
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_verdicts_and_confidences_agree_class_by_class(mode: str) -> None:
+    generator = np.random.default_rng(9)
+    scores, predicted = draw(generator, 0.25)
+    shifted = scores - 2.0  # thresholds above and below 0
+    for values in (scores, shifted):
+        rule = make_rule(values, predicted, 3, Guarantee(0.05, mode))  # type: ignore[arg-type]
+        flagged = rule.untrusted(values, predicted)
+        for k in range(3):
+            mine = values[predicted == k]
+            assert int(flagged[predicted == k].sum()) == int((mine > rule.thresholds[k]).sum())
+            if mode == "certified":  # with ties too, fewer lie above than the rank allows
+                assert int(flagged[predicted == k].sum()) < rank_certified(len(mine), 0.05)
+        confidence = rule.confidence(values, predicted)
+        assert torch.equal(flagged, confidence < 0.5)
+        assert bool(((confidence >= 0) & (confidence <= 1)).all())
+    tau = make_rule(scores, predicted, 3, Guarantee(0.05, mode)).thresholds  # type: ignore[arg-type]
+    rule = make_rule(scores, predicted, 3, Guarantee(0.05, mode))  # type: ignore[arg-type]
+    found = rule.confidence(0.5 * tau, torch.arange(3))
+    np.testing.assert_allclose(found, 2**-0.5)
+
+
+@pytest.mark.parametrize(("alarms", "images"), [(0, 20), (3, 50), (50, 50)])
+def test_the_exact_interval_is_that_of_clopper_and_pearson(alarms: int, images: int) -> None:
+    low, high = binomial_interval(alarms, images)
+    assert low == (alarms and pytest.approx(beta(alarms, images - alarms + 1).ppf(0.025)))
+    top = 1.0 if alarms == images else beta(alarms + 1, images - alarms).ppf(0.975)
+    assert high == pytest.approx(top)
+
+
+def test_a_guarantee_changes_only_where_told() -> None:
+    stored = Guarantee(0.2, "certified")
+    assert stored.changed(None, None) == stored
+    assert stored.changed(0.1, None) == Guarantee(0.1, "certified")
+    assert stored.changed(None, "marginal") == Guarantee(0.2, "marginal")
+    with pytest.raises(CovcliError, match="did you mean 'certified'"):
+        stored.changed(None, "certifed")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def certified(run: Path) -> Path:
+    """The run with a signature that stores a certified α of 0.25."""
+    config = SignatureConfig(
+        run / "checkpoint.pt", "mrc", alpha=0.25, guarantee="certified", force=True
+    )
+    assert build_signature(config, Silent()).guarantee == Guarantee(0.25, "certified")
+    return run
+
+
+def test_the_stored_guarantee_is_used_by_evaluation_and_monitor_alike(
+    certified: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, calibration, _ = signature.load(certified / "signature-mrc.safetensors")
+    assert calibration.guarantee == Guarantee(0.25, "certified")
+    config = EvaluationConfig(
+        ("noise:uniform?limit=30",), runs=certified.parent, output=tmp_path / "a"
+    )
+    result = evaluate(config, Silent())
+    digits = datasets.load("digits", "test")
+    images = digits.batch(torch.arange(len(digits)), (3, 32, 32))
+    names = (certified / "checkpoint.pt", certified / "signature-mrc.safetensors")
+    verdicts = Monitor.load(*names)(images)
+    mine = pd.read_csv(tmp_path / "a" / "scores.csv.gz").query("set == 'trusted'")
+    np.testing.assert_array_equal(mine["untrusted"].astype(bool), verdicts.untrusted)
+    np.testing.assert_allclose(mine["confidence"], verdicts.confidence, rtol=1e-4)
+    assert torch.equal(verdicts.untrusted, verdicts.confidence < 0.5)
+    # By hand: the larger of two order statistics, each with its own exact rank.
+    scores = calibration.scores.numpy()
+    overall = np.sort(scores)[-brute_certified(len(scores), Fraction(1, 4))]
+    for k, entry in enumerate(result.trusted.false_alarms_by_class):
+        own = np.sort(scores[calibration.predicted.numpy() == k])
+        threshold = max(overall, own[-brute_certified(len(own), Fraction(1, 4))])
+        here = mine[mine["predicted"] == k]
+        assert entry.threshold == threshold
+        assert (entry.images, entry.calibration_scores) == (len(here), len(own))
+        assert entry.alarms == (here["score"] > threshold).sum()
+        assert entry.promised_high is not None
+    assert sum(c.alarms for c in result.trusted.false_alarms_by_class) == mine["untrusted"].sum()
+    assert (result.guarantee.mode, result.guarantee.confidence) == ("certified", 0.95)
+
+    other = evaluate(
+        dataclasses.replace(config, guarantee="marginal", alpha=0.1, output=tmp_path / "b"),
+        Silent(),
+    )
+    assert (other.guarantee.mode, other.trusted.false_alarm_rate.alpha) == ("marginal", 0.1)
+    assert {c.promised_high for c in other.trusted.false_alarms_by_class} == {None}
+    marginal = Monitor.load(*names, alpha=0.1, guarantee="marginal")(images)
+    assert torch.equal(marginal.untrusted, marginal.p_value <= 0.1)
+    assert int(marginal.untrusted.sum()) == sum(
+        c.alarms for c in other.trusted.false_alarms_by_class
+    )
+    for found in (result, other):
+        show_evaluation(found)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert found.guarantee.statement in shown
+        assert "no longer exchangeable with the calibration images" in shown
+    page = report(tmp_path / "a").markdown.read_text()
+    assert result.guarantee.statement in page
+    assert "## False alarms by predicted class" in page
+    document = json.loads((tmp_path / "a" / "evaluation.json").read_text())
+    assert document["guarantee"] == files.plain(dataclasses.asdict(result.guarantee))
+
+
+def test_the_baseline_gets_its_thresholds_by_the_same_guarantee(certified: Path) -> None:
+    made, calibration, _ = signature.load(certified / "signature-mrc.safetensors")
+    for guarantee in (Guarantee(0.25, "certified"), Guarantee(0.1)):
+        rule = calibration.softmax_rule(guarantee, made.classes)
+        flagged = rule.untrusted(calibration.softmax, calibration.predicted)
+        assert 0 < int(flagged.sum()) < guarantee.rank(len(flagged))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [{"alpha": 0.05, "mode": "sure"}, {"alpha": "0.05", "mode": "marginal"}, {"mode": "marginal"},
+     {"alpha": 1, "mode": "marginal"}, {"alpha": 1.5, "mode": "marginal"}, None, [], 3,
+     {"alpha": 0.05, "mode": []}, {"alpha": 0.05, "mode": "marginal", "more": 1},
+     {"alpha": True, "mode": "marginal"}, {"alpha": 0.0, "mode": "certified"}],
+)  # fmt: skip
+def test_a_crafted_guarantee_is_refused(run: Path, entry: object) -> None:
+    path = run / "signature-mrc.safetensors"
+    tensors, metadata = load_signature(path)
+    del metadata["checksum"]
+    save_signature(path, tensors, {**metadata, "guarantee": entry})
+    with pytest.raises(CovcliError, match="does not hold together"):
+        signature.load(path)
+
+
+def test_too_few_images_are_refused_with_the_number_needed(
+    trained: TrainResult, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--output", str(tmp_path / "s")]
+    sign = ["build-signature", str(trained.checkpoint), "--method", "src", *out]
+    few = ["--calibration", "digits?split=train&limit=100"]
+    evaluation = ["evaluate", "--runs", str(run.parent), "--untrusted", "photos", "--force"]
+    certify = ["--guarantee", "certified"]
+    commands = {
+        "seen before any work": ([*sign, *certify], r"359 calibration images .* at least 79 "),
+        "one class short": ([*sign, *certify, "--alpha", "0.11"],
+                            r"predicted as '\d' \(short: \d.* at least \d+ calibration images of"),
+        "marginal": ([*sign, *few, "--alpha", "0.01"], r"100 calibration .* at least 132 "),
+        "evaluation": ([*evaluation, *certify], r"predicted as '\d' .* at least 79 calibration"),
+        "no such mode": ([*evaluation, "--guarantee", "sure"], "--guarantee"),
+        "no such alpha": ([*sign, "--alpha", "1"], "must lie between 0 and 1"),
+    }  # fmt: skip
+    for name, (arguments, message) in commands.items():
+        with pytest.raises(SystemExit) as caught:
+            boundary.main(arguments)
+        out_text, err = capsys.readouterr()
+        assert (name, caught.value.code, out_text) == (name, 2, "")
+        assert re.search(message, err.splitlines()[-1]), (name, err)
+    assert not (tmp_path / "s").exists()

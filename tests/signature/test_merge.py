@@ -1,0 +1,154 @@
+"""Merging: parts built from different images make what all of them together would."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from covcli.core.errors import CovcliError
+from covcli.core.progress import Silent
+from covcli.methods import METHODS, Layout, Method, MultiRange, State, make_method
+from covcli.signature.build import SignatureConfig, build_signature
+from covcli.signature.fit import fold
+from covcli.signature.merge import MergeConfig, merge_signatures
+from covcli.training.train import TrainResult
+
+LAYOUT = Layout(3, (2, 3), (1, 3))
+
+
+def complete(method: Method, neurons: torch.Tensor, labels: torch.Tensor) -> State:
+    state = fold(method, LAYOUT, lambda: [(neurons, labels)])
+    noisy = method.begin_noisy(state, LAYOUT)
+    if noisy is not None:
+        method.observe_noisy(noisy, LAYOUT, neurons + 0.5, labels)
+        state.include(noisy)
+    return state
+
+
+def merged(method: Method, parts: list[State]) -> State:
+    first, *others = method.align(parts, LAYOUT)
+    whole = State({k: v.clone() for k, v in first.tensors.items()}, dict(first.reductions))
+    for part in others:
+        whole.merge(part)
+    return whole
+
+
+def neurons_and_labels(seed: int, images: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.tensor([1.0, 30.0, 0.01, 5.0, 1.0])
+    return torch.randn(images, 5, generator=generator) * scale, torch.arange(images) % 3
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_merged_parts_are_close_to_the_whole(name: str) -> None:
+    method = METHODS.get(name)()
+    neurons, labels = neurons_and_labels(0)
+    whole = complete(method, neurons, labels)
+    found = merged(method, [complete(method, neurons[r::3], labels[r::3]) for r in range(3)])
+    assert found.reductions == whole.reductions
+    for key, tensor in whole.tensors.items():
+        if key == "sections":  # no image is lost, and each is near where it was
+            assert torch.equal(found[key].sum(2), tensor.sum(2))
+            apart = (found[key].cumsum(2) - tensor.cumsum(2)).abs()
+            assert bool((apart <= tensor + tensor.roll(-1, 2) + 2).all())
+        elif tensor.dtype == torch.int64 and key not in ("count", "noisy_count"):
+            np.testing.assert_allclose(found[key], tensor, atol=2 * len(labels), rtol=1e-5)
+        else:
+            assert torch.equal(found[key], tensor), key
+    parts = [complete(method, neurons[r], labels[r]) for r in torch.arange(200).split(90)]
+    again, backwards = merged(method, parts), merged(method, parts[::-1])
+    for key in again.tensors:
+        assert torch.equal(again[key], backwards[key]), key
+
+
+def test_parts_with_equal_ranges_merge_to_the_same_sections() -> None:
+    neurons, labels = neurons_and_labels(1)
+    ends = torch.cat([neurons.amin(0)[None], neurons.amax(0)[None]]).repeat_interleave(3, 0)
+    parts = [
+        (torch.cat([ends, neurons[r::2]]), torch.cat([torch.arange(6) % 3, labels[r::2]]))
+        for r in range(2)
+    ]
+    method = MultiRange()
+    whole = complete(method, *(torch.cat(column) for column in zip(*parts, strict=True)))
+    found = merged(method, [complete(method, *part) for part in parts])
+    for key, tensor in whole.tensors.items():
+        assert torch.equal(found[key], tensor), key
+
+
+def test_sections_are_counted_where_their_centres_lie() -> None:
+    method = MultiRange(sections=4)
+    labels = torch.zeros(4, dtype=torch.int64)
+    narrow = torch.tensor([0.0, 1.0, 2.5, 4.0])[:, None].expand(-1, 5).contiguous()
+    wide = torch.tensor([0.0, 8.0, 8.0, 8.0])[:, None].expand(-1, 5).contiguous()
+    found = merged(method, [complete(method, v, labels) for v in (narrow, wide)])
+    # Sections of the narrow part have centres 0.5, 1.5, 2.5, 3.5; those of the union are 2 wide.
+    assert found["sections"][0, 0].tolist() == [2 + 1, 2, 0, 3]
+    assert found["sections"][1:].sum() == 0
+
+
+def built(trained: TrainResult, folder: Path, name: str, **changes: object) -> Path:
+    settings = {"method": "src", "output": folder / f"{name}.safetensors"}
+    config = SignatureConfig(trained.checkpoint, **{**settings, **changes})  # type: ignore[arg-type]
+    return build_signature(config, Silent()).path
+
+
+def test_merged_signatures_are_calibrated_like_the_whole(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    halves = [
+        built(trained, tmp_path, "a", trusted="digits?limit=700"),
+        built(trained, tmp_path, "b", trusted="digits?offset=700"),
+    ]
+    whole = built(trained, tmp_path, "whole")
+    output = tmp_path / "merged.safetensors"
+    result = merge_signatures(MergeConfig(tuple(halves), output, trained.checkpoint), Silent())
+    expected, found = load_file(whole), load_file(result.path)
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+    assert sum(result.trusted.values()) == int(expected["state.count"].sum())
+    with pytest.raises(CovcliError, match="exists"):
+        merge_signatures(MergeConfig(tuple(halves), output, trained.checkpoint), Silent())
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"method": "mrc"}, "another method"),
+        ({"granularity": "unit"}, "another model"),  # other coverage points
+        ({"confidence_threshold": 0.5}, "another confidence threshold"),
+        ({"calibration": "digits?split=test"}, "another calibration images"),
+        ({"alpha": 0.1}, "another guarantee"),
+        ({"trusted": "digits?limit=700"}, "of the same images"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(
+    changes: dict[str, object], complaint: str, trained: TrainResult, tmp_path: Path
+) -> None:
+    one = built(trained, tmp_path, "one", trusted="digits?limit=700")
+    other = built(trained, tmp_path, "other", **{"trusted": "digits?offset=700", **changes})
+    config = MergeConfig((one, other), tmp_path / "merged.safetensors", trained.checkpoint)
+    with pytest.raises(CovcliError, match=complaint):
+        merge_signatures(config, Silent())
+    assert not config.output.exists()
+
+
+def test_parts_of_different_networks_are_refused(trained: TrainResult, tmp_path: Path) -> None:
+    one = built(trained, tmp_path, "one", trusted="digits?limit=700")
+    content = torch.load(trained.checkpoint, weights_only=True)["content"]
+    weights = {k.removeprefix("network."): v + 0.01 for k, v in content["state"].items()
+               if k.startswith("network.")}  # fmt: skip
+    torch.save(weights, tmp_path / "other.pt")
+    made = build_signature(
+        SignatureConfig(
+            tmp_path / "other.pt", "src", trusted="digits?offset=700", model="tiny",
+            calibration="digits?split=test", output=tmp_path / "other.safetensors",
+        ),
+        Silent(),
+    )  # fmt: skip
+    config = MergeConfig((one, made.path), tmp_path / "merged.safetensors", trained.checkpoint)
+    with pytest.raises(CovcliError, match="another model"):
+        merge_signatures(config, Silent())
+    assert make_method(made.method) == make_method("src")

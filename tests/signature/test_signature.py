@@ -1,0 +1,80 @@
+"""Signature files: whole, checked, and of one network."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from covcli.core.errors import CovcliError
+from covcli.core.progress import Silent
+from covcli.evaluation.evaluate import EvaluationConfig, evaluate
+from covcli.models import checkpoint as checkpoints
+from covcli.signature import signature
+from covcli.signature.build import SignatureResult
+from covcli.signature.monitor import Monitor
+
+
+def test_a_signature_comes_back_whole(signed: SignatureResult, tmp_path: Path) -> None:
+    made, calibration, record = signature.load(signed.path)
+    signature.save(tmp_path / "again", made, calibration, record)
+    assert (tmp_path / "again").read_bytes() == signed.path.read_bytes()
+    broken = [
+        dataclasses.replace(made, granularity="pixel"),  # type: ignore[arg-type]
+        dataclasses.replace(made, classes=made.classes[:-1]),
+        dataclasses.replace(made, points=made.points[:-1]),
+        dataclasses.replace(made, model=dataclasses.replace(made.model, classes=9)),
+    ]
+    for wrong in broken:
+        signature.save(tmp_path / "wrong", wrong, calibration, record)
+        with pytest.raises(CovcliError, match="does not hold together"):
+            signature.load(tmp_path / "wrong")
+    combination = calibration.combination
+    for changes in (
+        {"scores": calibration.scores.flip(0)}, {"scores": calibration.scores[:-1]},
+        {"combination": dataclasses.replace(combination, scale=-combination.scale)},
+        {"combination": dataclasses.replace(combination, center=combination.center * torch.nan)},
+        {"combination": dataclasses.replace(combination, spread=-combination.spread)},
+        {"combination": dataclasses.replace(combination, level=combination.level[:0])},
+        {"predicted": calibration.predicted[:-1]}, {"predicted": calibration.predicted.int()},
+        {"predicted": calibration.predicted + 1}, {"predicted": calibration.predicted - 1},
+        {"softmax": calibration.softmax[:-1]}, {"softmax": calibration.softmax.float()},
+    ):  # fmt: skip
+        other = dataclasses.replace(calibration, **changes)
+        signature.save(tmp_path / "wrong", made, other, record)
+        with pytest.raises(CovcliError, match="does not hold together"):
+            signature.load(tmp_path / "wrong")
+
+
+def test_a_crafted_signature_or_checkpoint_is_refused(run: Path) -> None:
+    """Files whose digests are right, but whose content no program of ours would write."""
+    path = run / "signature-mrc.safetensors"
+    made, calibration, record = signature.load(path)
+    for changes in (
+        {"trusted": 3}, {"calibration": {"spec": "digits"}}, {"calibration_rows": "all"},
+        {"calibration_rows": [[1]]},
+    ):  # fmt: skip
+        signature.save(path, made, calibration, {**record, **changes})
+        with pytest.raises(CovcliError, match="does not hold together"):
+            signature.load(path)
+    first = dataclasses.replace(made.points[0], module="os", channel_dim=77)
+    crafted = dataclasses.replace(made, points=(first, *made.points[1:]))
+    signature.save(path, crafted, calibration, record)
+    with pytest.raises(CovcliError, match="does not have"):
+        Monitor.load(run / "checkpoint.pt", path)
+    saved = checkpoints.load(run / "checkpoint.pt")
+    for training in ({"method": 3}, {"method": "mrc", "confidence_threshold": "x"}, {"a": 1}):
+        checkpoints.save(run / "checkpoint.pt", dataclasses.replace(saved, training=training))
+        with pytest.raises(CovcliError):
+            checkpoints.load(run / "checkpoint.pt")
+
+
+def test_another_checkpoints_signature_is_refused(run: Path) -> None:
+    other = checkpoints.load(run / "checkpoint.pt")
+    with torch.no_grad():
+        other.model.network.last.bias += 1
+    checkpoints.save(run / "checkpoint.pt", other)
+    with pytest.raises(CovcliError, match="belongs to another checkpoint"):
+        Monitor.load(run / "checkpoint.pt", run / "signature-mrc.safetensors")
+    with pytest.raises(CovcliError, match="belongs to another checkpoint"):
+        evaluate(EvaluationConfig(("photos",), runs=run.parent), Silent())

@@ -1,0 +1,66 @@
+"""Surrogate outliers: what each distortion keeps and changes."""
+
+import numpy as np
+import pytest
+import torch
+
+from covcli.data.images import in_memory
+from covcli.signature.surrogates import DISTORTIONS, EXPERTS, OTHER_CLASS, distorted, other_class
+
+
+def images(shape: tuple[int, int, int], count: int = 6) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(60, 190, (count, *shape), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kind", list(DISTORTIONS))
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 5, 7)])
+def test_every_distortion_is_of_the_image_alone(kind: str, shape: tuple[int, int, int]) -> None:
+    originals = in_memory("random", images(shape), np.arange(6))
+    made = distorted(originals, kind)
+    whole = made.batch(torch.arange(6), shape)
+    assert whole.dtype == torch.uint8
+    assert whole.shape == (6, *shape)
+    assert not torch.equal(whole, originals.batch(torch.arange(6), shape))
+    alone = [made.batch(torch.tensor([row]), shape) for row in (5, 0, 3)]
+    assert torch.equal(torch.cat(alone), whole[[5, 0, 3]])
+    assert torch.equal(made.known_labels(), originals.known_labels())
+    assert made.source.fingerprint != originals.source.fingerprint
+
+
+def test_distortions_do_what_they_say() -> None:
+    shape = (3, 32, 32)
+    original = images(shape, 40)
+    made = {
+        kind: distorted(in_memory("random", original, None), kind).batch(torch.arange(40), shape)
+        for kind in DISTORTIONS
+    }
+    added = made["noise"].double() - original.double()
+    assert float(added.std()) == pytest.approx(8, rel=0.02)
+    assert float(added.mean()) == pytest.approx(0, abs=0.1)
+    assert torch.equal(made["inversion"], 255 - original)
+    assert float(made["blur"].double().std()) < 0.4 * float(original.double().std())
+    for kind in ("tiles-4", "tiles-8"):
+        side = 32 // int(kind[-1])
+        for before, after in zip(original, made[kind], strict=True):
+            tiles = [
+                sorted(
+                    tuple(picture[:, y : y + side, x : x + side].flatten().tolist())
+                    for y in range(0, 32, side)
+                    for x in range(0, 32, side)
+                )
+                for picture in (before, after)
+            ]
+            assert tiles[0] == tiles[1]
+
+
+def test_another_class_is_never_the_same() -> None:
+    classes = torch.arange(100) % 7
+    others = other_class(classes, 7)
+    assert bool((others != classes).all())
+    assert set(others.tolist()) == set(range(7))
+
+
+def test_experts_learn_from_what_there_is() -> None:
+    known = {*DISTORTIONS, OTHER_CLASS}
+    assert {kind for kinds in EXPERTS.values() for kind in kinds} == known
