@@ -22,7 +22,7 @@ from PIL import Image
 from covcli.core import file_checks, files, run_folders
 from covcli.core.errors import CovcliError
 from covcli.data import datasets
-from covcli.data.images import decode
+from covcli.data.decoding import decode
 from covcli.models import checkpoint as checkpoints
 from covcli.models.checkpoint import load_checkpoint
 from covcli.reporting.report import report

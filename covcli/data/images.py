@@ -1,8 +1,6 @@
 """Sets of images: in memory, in files or drawn from a generator, read in whole batches."""
 
 import hashlib
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,13 +10,12 @@ from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from covcli.core import file_checks
 from covcli.core.errors import CovcliError
+from covcli.data.decoding import decode
 
 Shape: TypeAlias = tuple[int, int, int]
 
@@ -174,31 +171,6 @@ def in_memory(
     pixels = torch.as_tensor(images)
     known = None if labels is None else torch.as_tensor(labels).to(torch.int64)
     return ImageSet(name, MemorySource(pixels), torch.arange(len(pixels)), known, classes, flips)
-
-
-def decode(path: Path) -> Tensor:
-    """Read one image file as uint8 of shape (1, C, H, W); an unreadable one is a CovcliError."""
-    try:
-        with Image.open(path) as image:
-            if 3 * image.width * image.height > file_checks.allowance(path.stat().st_size):
-                raise ValueError(f"{image.width}×{image.height} pixels in so small a file")
-            mode = "L" if image.mode in ("1", "L", "I", "I;16") else "RGB"
-            pixels = np.array(image.convert(mode))
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        ArithmeticError,
-        Image.DecompressionBombError,
-        MemoryError,
-        struct.error,
-        zlib.error,
-    ) as error:  # PIL raises many kinds
-        raise CovcliError(
-            f"cannot be read as an image ({error})", where=path, fix="repair or remove it"
-        ) from None
-    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(planes))[None]
 
 
 def adapt(images: Tensor, shape: Shape) -> Tensor:
