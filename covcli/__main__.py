@@ -13,7 +13,9 @@ from typing import Any
 import typer
 
 from covcli.cli import app
+from covcli.core import output
 from covcli.core.errors import CovcliError, one_line
+from covcli.options import Command
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -22,15 +24,15 @@ def main(arguments: list[str] | None = None) -> None:
     if "--resume" in args and (args[args.index("--resume") + 1 :] or ["-"])[0].startswith("-"):
         args.insert(args.index("--resume") + 1, "latest")  # its value may be left out
     debug = "--debug" in args
-    if sys.stdout is None:  # closed by the caller
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    output.keep()
+    for command in app.registered_commands:
+        command.cls = Command
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each rank would warn of what is as intended
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     code = _run(args, debug)
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if lost := output.finish():
+        sys.stderr.write(f"error: {lost}\n")
+        code = code or 2
     if (ranks := _ranks()) is not None and ranks.size() > 1:
         sys.stderr.flush()
         os._exit(code)  # a failed rank does not wait for the others to take leave

@@ -47,12 +47,13 @@ def root(version: Version = False) -> None:
 
 def _print(process: Process, result: Any, path: Path, json: bool) -> None:
     """Print what a command made: its path, or all of the result; the first rank does."""
-    from covcli.reporting.terminal import print_json, print_line
+    from covcli.core.output import write_path
+    from covcli.reporting.terminal import print_json
 
     if process.prints and json:
         print_json(result)
     elif process.prints:
-        print_line(path)
+        write_path(path)
 
 
 @app.command()
@@ -319,11 +320,10 @@ def evaluate(
         result = evaluate(config, progress)
     if not process.prints:
         return
-    with terminal.reader_may_leave():  # and let the gates be judged all the same
-        if json:
-            terminal.print_json(result)
-        else:
-            terminal.show_evaluation(result)
+    if json:
+        terminal.print_json(result)
+    else:
+        terminal.show_evaluation(result)
     checks = gates.check(result, wanted)
     if junit is not None:
         write_bytes(junit, gates.junit(checks))
@@ -349,12 +349,13 @@ def report(
     debug: DebugFlag = False,
 ) -> None:
     """Write report.html and report.md; print the path of the first."""
+    from covcli.core.output import write_path
     from covcli.core.run_folders import newest_run
     from covcli.reporting.report import report
-    from covcli.reporting.terminal import print_json, print_line
+    from covcli.reporting.terminal import print_json
 
     result = report(run or newest_run(runs), output, force)
     if json:
         print_json(result)
     else:
-        print_line(result.html)
+        write_path(result.html)

@@ -3,10 +3,12 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
+from typer.core import TyperCommand
 
+from covcli.core import output
 from covcli.core.errors import CovcliError
 from covcli.core.version import __version__
 
@@ -50,6 +52,15 @@ Amp = Annotated[
     AmpMode,
     typer.Option(help="Compute in bfloat16: bf16, or auto if that measures faster at the start."),
 ]
+
+
+class Command(TyperCommand):
+    """A command whose work reaches stdout through `core.output` alone."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Do the work; what its libraries print goes to stderr."""
+        with output.apart():
+            return super().invoke(ctx)
 
 
 @dataclass(frozen=True)

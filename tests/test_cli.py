@@ -55,7 +55,7 @@ def read_terminal(leader: int) -> bytes:
 
 def test_the_stages_form_a_shell_pipeline(tmp_path: Path) -> None:
     command = f'set -e; S=$({sys.executable} -m covcli build-signature --plugin {PLUGIN} \
-        $({sys.executable} -m covcli train --quiet --epochs 4 {" ".join(TINY)})); echo "$S"; \
+        "$({sys.executable} -m covcli train --quiet --epochs 4 {" ".join(TINY)})"); echo "$S"; \
         {sys.executable} -m covcli evaluate --plugin {PLUGIN} --untrusted photos?limit=50; \
         {sys.executable} -m covcli report'
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)

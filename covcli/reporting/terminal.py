@@ -1,10 +1,7 @@
 """Results as tables or JSON on stdout, progress as a bar or sparse lines on stderr."""
 
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -13,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from covcli.core import output
 from covcli.core.errors import one_line
 
 if TYPE_CHECKING:
@@ -23,41 +21,24 @@ CLASSES_SHOWN = 20
 SCORE_COLUMNS = ["AUROC", "AUPR-out", "AUPR-in", "FPR95", "detected at α"]
 
 
-@contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """Let the reader of stdout leave early (`| head -1`): its choice, not an error."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def print_json(result: Any) -> None:
     """Print a result object as one JSON document to stdout."""
     from covcli.core.files import plain
 
-    sys.stdout.write(json.dumps(plain(asdict(result)), indent=2, allow_nan=False) + "\n")
-
-
-def print_line(text: object) -> None:
-    """Print one line to stdout."""
-    sys.stdout.write(f"{text}\n")
+    output.results().write(json.dumps(plain(asdict(result)), indent=2, allow_nan=False) + "\n")
 
 
 def _say(text: str) -> None:
     sys.stderr.write(one_line(text) + "\n")
 
 
-class _Stdout(Console):
-    def on_broken_pipe(self) -> None:
-        """Leave the decision to the shell; rich would exit with code 1."""
-        raise BrokenPipeError
-
-
 def _console() -> Console:
     """Return a console for stdout; a pipe has no width, so its tables are not squeezed."""
-    terminal = sys.stdout.isatty()
-    return _Stdout(highlight=False, width=None if terminal else 160, force_terminal=terminal)
+    stream = output.results()
+    terminal = stream.isatty()
+    return Console(
+        file=stream, highlight=False, width=None if terminal else 160, force_terminal=terminal
+    )
 
 
 def _cell(estimate: "Estimate | None") -> str:
