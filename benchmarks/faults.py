@@ -91,11 +91,10 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import faults
-from covcli import store
-from covcli.errors import CovcliError
+from covcli.core.errors import CovcliError
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
-    store.save_checkpoint(Path({str(path)!r}), faults.content(1))
+    faults.save_checkpoint(Path({str(path)!r}), faults.content(1))
 except CovcliError as error:
     sys.stderr.write(f"{{error}}\\n")
     sys.exit(2)

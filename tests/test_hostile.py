@@ -267,10 +267,10 @@ def test_a_size_limit_leaves_the_old_file_and_one_line(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     path.write_bytes(b"old")
     code = (
-        "import resource, sys; from pathlib import Path; from covcli import store\n"
-        "from covcli.errors import CovcliError\n"
+        "import resource, sys; from pathlib import Path; from covcli.core import files\n"
+        "from covcli.core.errors import CovcliError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        f"try: store.write_bytes(Path({str(path)!r}), bytes(100000))\n"
+        f"try: files.write_bytes(Path({str(path)!r}), bytes(100000))\n"
         "except CovcliError as error: sys.stderr.write(f'{error}\\n'); sys.exit(2)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -87,8 +87,8 @@ def test_only_the_first_rank_writes_and_prints(run: Path) -> None:
 
 FAILING = """
 import os
-from covcli.data import DATASETS, digits
-from covcli.errors import CovcliError
+from covcli.data.datasets import DATASETS, digits
+from covcli.core.errors import CovcliError
 
 @DATASETS.add("failing")
 def failing(request):
