@@ -35,7 +35,7 @@ from covcli.models import architectures
 from covcli.models import checkpoint as checkpoints
 from covcli.models.architectures import Classifier, ModelSpec
 from covcli.models.sweep import sweep, sweep_batch, to_network
-from covcli.signature.fit import fit_calibration, fit_signature
+from covcli.signature.fit import fit_judge, fit_signature
 from covcli.signature.monitor import Monitor
 from covcli.signature.signature import Signature
 from covcli.training.epoch import Trainer
@@ -186,7 +186,7 @@ def monitor(
 ) -> Monitor:  # fmt: skip
     """Return a network's monitor, from trusted images and some to calibrate on."""
     made = signature(model, sets[0], method, granularity)
-    return Monitor(model, made, fit_calibration(model, made, sets[1], Silent()))
+    return Monitor(fit_judge(model, made, sets[1], Silent()))
 
 
 def trainer(model: Classifier, make_penalty: Callable[[], nn.Module] | None = None) -> Trainer:

@@ -20,7 +20,7 @@ The threshold is 0 for the same reason.
 - build_trusted_only: `fit_signature` of the default method over --images images against reading
   them and running the network on them once. Counted are that run, the passes over the neurons that
   it wrote to disk, and up to 128 noisy copies that are made and run.
-- build: that and `fit_calibration` over --calibration images, against a bare pass over both sets.
+- build: that and `fit_judge` over --calibration images, against a bare pass over both sets.
   Counted in addition are the run over those, their scoring, five distorted copies each of up to
   48 of them that are made, run and scored, and the fit of the combination. Neither counts
   loading weights and images, nor writing the signature to a file.
@@ -42,7 +42,7 @@ from covcli.methods.state import Granularity
 from covcli.models.architectures import Classifier
 from covcli.models.sweep import to_network
 from covcli.signature.build import DEFAULT_METHOD
-from covcli.signature.fit import fit_calibration
+from covcli.signature.fit import fit_judge
 from covcli.signature.monitor import Monitor
 from covcli.training.epoch import epoch
 from covcli.training.loss import RUNNING, ConfidenceLoss
@@ -181,7 +181,7 @@ def build(model: Classifier, sets: Sets, args: argparse.Namespace) -> dict[str, 
         model, sets[0], {"signature": lambda: common.signature(model, sets[0], DEFAULT_METHOD)}
     )
     held_out = common.split_pass(
-        model, sets[1], {"calibration": lambda: fit_calibration(model, made, sets[1], Silent())}
+        model, sets[1], {"calibration": lambda: fit_judge(model, made, sets[1], Silent())}
     )
     variants = trusted | {f"held out, {name}": work for name, work in held_out.items()}
     seconds = common.interleaved(variants, args.build_repetitions, warm_up=False)

@@ -141,7 +141,7 @@ def measured(args: argparse.Namespace, table: str, cases: dict[str, Case]) -> li
         )  # fmt: skip
         scoring[f"bare {name}"] = partial(common.bare_logits, model, pixels)
         scoring[name] = partial(monitor, pixels)
-        made[name] = monitor.signature
+        made[name] = monitor.judge.signature
     built = common.interleaved(builds, args.repetitions, warm_up=False)
     scored = common.interleaved(scoring, 3 * args.repetitions)
     return [

@@ -3,7 +3,6 @@
 import logging
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 
 import torch
 
@@ -21,7 +20,7 @@ from covcli.evaluation.results import (
     EvaluationResult,
 )
 from covcli.evaluation.scores import Measured, measure, samples, table
-from covcli.evaluation.sets import Opener, Parts, monitored, opener
+from covcli.evaluation.sets import Opener, Parts, opener
 
 __all__ = ["EvaluationConfig", "EvaluationResult", "evaluate"]
 log = logging.getLogger(__name__)
@@ -40,28 +39,22 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
     """
     job = load_job(config)
     openers = {"trusted": Opener.of(job.trusted)}
-    threshold = job.rules["coverage"].overall
-    look = partial(monitored, job.model, job.made, job.calibration, threshold)
     openers |= {
-        text: opener(text, job.model, job.trusted, look, config.data_dir)
-        for text in config.untrusted
+        text: opener(text, job.judge, job.trusted, config.data_dir) for text in config.untrusted
     }
     output = job.files["evaluation.json"].parent
     with run_folders.locked(output) if distributed.is_first() else nullcontext():
         parts = Parts(output, _key(job))
-        baselines = compare.fit(job.plan, job.rules["coverage"].guarantee, progress)
+        baselines = compare.fit(job.plan, job.judge.rule.guarantee, progress)
         images, measured = _measure_all(job, baselines, openers, parts, progress)
         with distributed.alone():  # a few images each
-            explanations, explained = explain_sets(
-                job.model, job.made, job.calibration, images,
-                {name: m.scores["coverage"] for name, m in measured.items()}, config.explain,
-                job.rules["coverage"],
-            )  # fmt: skip
+            scores = {name: m.scores["coverage"] for name, m in measured.items()}
+            explanations, explained = explain_sets(job.judge, images, scores, config.explain)
         rules = {**job.rules, **baselines.rules}
         result = result_of(replace(job, rules=rules), images, measured, explanations)
         if distributed.is_first():
             files.write_bytes(job.files["scores.csv.gz"], table(measured))
-            pixels = samples(images, measured, job.model.spec.shape, explained)
+            pixels = samples(images, measured, job.judge.model.spec.shape, explained)
             files.write_bytes(job.files["samples.npz"], pixels)
             files.write_json(job.files["evaluation.json"], files.plain(asdict(result)))
             parts.clear()
@@ -70,8 +63,8 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
 
 def _key(job: Job) -> str:
     """Return a digest of what every figure depends on beside the images."""
-    guarantee = job.rules["coverage"].guarantee
-    versions = [torch.__version__, __version__, str(job.model.mean.device)]
+    guarantee = job.judge.rule.guarantee
+    versions = [torch.__version__, __version__, str(job.judge.model.mean.device)]
     described = [vars(guarantee), versions, job.plan.names, job.plan.versions]
     return files.digest([files.digest_file(job.signature), described])
 
@@ -92,11 +85,9 @@ def _measure_all(
             measured[name] = done[0]
             continue
         images[name] = entry.open(progress)
-        found = measure(
-            job.model, job.made, job.calibration, images[name], job.rules["coverage"], progress
-        )
+        ours = measure(job.judge, images[name], progress)
         theirs = baselines.score(images[name], progress)
-        measured[name] = replace(found, scores={**found.scores, **theirs})
+        measured[name] = replace(ours, scores={**ours.scores, **theirs})
         if distributed.is_first():
             parts.keep(entry.identity, measured[name], entry.pixels(images[name]))
     return images, measured

@@ -9,13 +9,10 @@ from torch import Tensor
 
 from covcli.core.progress import Silent
 from covcli.data.images import ImageSet
-from covcli.models.architectures import Classifier
 from covcli.models.points import Outputs, Point
 from covcli.models.pooling import locate
-from covcli.models.sweep import sweep, to_network
-from covcli.signature.calibration import Calibration
-from covcli.signature.combination import Combination
-from covcli.signature.guarantee import Rule
+from covcli.models.sweep import to_network
+from covcli.signature.judge import Judge
 from covcli.signature.signature import Signature
 
 POINTS = 3  # how many points of an image list their channels
@@ -105,59 +102,47 @@ class Explanation:
     mapped: str | None
 
 
-def explain(
-    model: Classifier,
-    signature: Signature,
-    calibration: Calibration,
-    images: ImageSet,
-    rows: Sequence[int],
-    rule: Rule,
-) -> list[Explanation]:
+def explain(judge: Judge, images: ImageSet, rows: Sequence[int]) -> list[Explanation]:
     """Run the network on a few images of a set again, and trace each score to points and channels.
 
     Parameters
     ----------
-    model, signature, calibration
-        What scored the set.
+    judge
+        What judged the set.
     images
         The set; its name and class names are taken over.
     rows
         Which of its images to explain.
-    rule
-        Gives the verdicts.
 
     Raises
     ------
     CovcliError
         If an activation is not finite.
     """
-    points, granularity = signature.points, signature.granularity
+    signature = judge.signature
     chosen = images.select(torch.tensor(rows, dtype=torch.int64))
     shapes: dict[str, tuple[int, ...]] = {}
 
     def see(point: Point, output: Tensor) -> None:
         shapes[point.name] = tuple(output.shape[1:])
 
-    made: list[Explanation] = []
-    with Outputs(model.network, points, see):
-        for batch in sweep(model, chosen, points, granularity, Silent(), images.name):
-            best = batch.logits.argmax(1)
-            evidence = signature.evidence(batch.neurons, best).cpu()
-            scores = calibration.score(evidence)
-            p_values, flagged = calibration.p_value(scores), rule.untrusted(scores, best.cpu())
-            z, shares = _by_point(calibration.combination, evidence, len(points))
-            look = _Look.at(signature, shapes, batch.neurons, best)
+    explanations: list[Explanation] = []
+    with Outputs(judge.model.network, signature.points, see):
+        for batch in judge.sweep(chosen, Silent(), images.name):
+            verdicts = judge(batch.logits, batch.neurons)
+            z, shares = _by_point(judge, verdicts.evidence)
+            view = _View.at(signature, shapes, batch.neurons, verdicts.predicted)
             for i, row in enumerate(batch.rows.tolist()):
-                ranked = look.points(i, z[i], shares[i])
-                made.append(
+                ranked = view.points(i, z[i], shares[i])
+                explanations.append(
                     Explanation(
                         set=images.name,
                         row=int(rows[row]),
-                        predicted=signature.classes[int(best[i])],
+                        predicted=signature.classes[int(verdicts.predicted[i])],
                         label=_label(chosen, row),
-                        score=float(scores[i]),
-                        p_value=float(p_values[i]),
-                        untrusted=bool(flagged[i]),
+                        score=float(verdicts.score[i]),
+                        p_value=float(verdicts.p_value[i]),
+                        untrusted=bool(verdicts.untrusted[i]),
                         points=ranked,
                         mapped=next(
                             (p.name for p in ranked if p.channels and len(shapes[p.name]) == 3),
@@ -165,14 +150,12 @@ def explain(
                         ),
                     )
                 )
-    return made
+    return explanations
 
 
-def heat_map(
-    model: Classifier, signature: Signature, images: ImageSet, explanation: Explanation
-) -> np.ndarray | None:
+def heat_map(judge: Judge, images: ImageSet, explanation: Explanation) -> np.ndarray | None:
     """Return where the worst channel of the point `mapped` fires, float32 of shape (h, w)."""
-    point = next((p for p in signature.points if p.name == explanation.mapped), None)
+    point = next((p for p in judge.signature.points if p.name == explanation.mapped), None)
     if point is None:
         return None
     listed = next(p.channels for p in explanation.points if p.name == point.name)
@@ -181,26 +164,23 @@ def heat_map(
     def see(point: Point, output: Tensor) -> None:
         seen.append(output.select(point.channel_dim, listed[0].channel)[0].clone())
 
+    model = judge.model
     pixels = images.batch(torch.tensor([explanation.row]), model.spec.shape)
     with Outputs(model.network, [point], see), torch.inference_mode():
-        model.eval()(to_network(pixels, model.mean.device))
-    found: np.ndarray = seen[0].float().cpu().numpy()
-    return found
+        model(to_network(pixels, model.mean.device))
+    heat: np.ndarray = seen[0].float().cpu().numpy()
+    return heat
 
 
 def explain_sets(
-    model: Classifier,
-    signature: Signature,
-    calibration: Calibration,
-    images: Mapping[str, ImageSet],
-    scores: Mapping[str, np.ndarray],
-    most: int,
-    rule: Rule,
+    judge: Judge, images: Mapping[str, ImageSet], scores: Mapping[str, np.ndarray], most: int
 ) -> tuple[list[Explanation], dict[str, np.ndarray]]:
     """Explain the most suspicious images of each set, and gather what their pictures need.
 
     Parameters
     ----------
+    judge
+        What judged the sets.
     images, scores
         The sets and their scores, by name.
     most
@@ -212,27 +192,28 @@ def explain_sets(
         The explanations, and of number k among them the arrays `explained_k`, uint8 of shape
         (C, H, W), and `explained_k_map`, as of `heat_map` and only where there is one.
     """
-    made: list[Explanation] = []
+    explanations: list[Explanation] = []
     arrays: dict[str, np.ndarray] = {}
     if most == 0:
-        return made, arrays
+        return explanations, arrays
     for name, images_of_set in images.items():
         rows = np.argsort(-scores[name], kind="stable")[:most].tolist()
         named = replace(images_of_set, name=name)
-        for explanation in explain(model, signature, calibration, named, rows, rule):
-            key = f"explained_{len(made)}"
-            arrays[key] = named.batch(torch.tensor([explanation.row]), model.spec.shape)[0].numpy()
-            fires = heat_map(model, signature, named, explanation)
+        for explanation in explain(judge, named, rows):
+            key = f"explained_{len(explanations)}"
+            row = torch.tensor([explanation.row])
+            arrays[key] = named.batch(row, judge.model.spec.shape)[0].numpy()
+            fires = heat_map(judge, named, explanation)
             if fires is not None:
                 arrays[f"{key}_map"] = fires
-            made.append(explanation)
-    return made, arrays
+            explanations.append(explanation)
+    return explanations, arrays
 
 
-def _by_point(combination: Combination, evidence: Tensor, points: int) -> tuple[Tensor, Tensor]:
+def _by_point(judge: Judge, evidence: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest z and the share of each point, over the blocks of the evidence."""
-    z, shares = combination.shares(evidence)
-    blocks = (len(evidence), -1, points)
+    z, shares = judge.calibration.combination.shares(evidence)
+    blocks = (len(evidence), -1, len(judge.signature.points))
     return z.view(blocks).amax(1), shares.view(blocks).sum(1)
 
 
@@ -244,7 +225,7 @@ def _label(images: ImageSet, row: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _View:
     """What a method says of the neurons of a batch; the arrays have shape (B, N)."""
 
     signature: Signature
@@ -262,7 +243,7 @@ class _Look:
         shapes: Mapping[str, tuple[int, ...]],
         neurons: Tensor,
         classes: Tensor,
-    ) -> "_Look":
+    ) -> "_View":
         method, ready, layout = signature.method, signature.ready, signature.layout
         low, high = method.span(ready, layout, classes)
         parts = (

@@ -113,23 +113,24 @@ def result_of(
     explanations: list[Explanation],
 ) -> EvaluationResult:
     """Put together the figures of an evaluation."""
-    config, made, rule, record = job.config, job.made, job.rules["coverage"], job.record
+    config, judge, record = job.config, job.judge, job.record
+    signature, rule = judge.signature, judge.rule
     trusted = measured["trusted"]
     return EvaluationResult(
         schema=files.SCHEMA,
-        provenance=runtime.provenance(job.model.mean.device, config.seed) | job.plan.versions,
+        provenance=runtime.provenance(judge.model.mean.device, config.seed) | job.plan.versions,
         signature={
-            "method": made.method.name,
-            "parameters": made.method.spec(),
-            "granularity": made.granularity,
-            "precision": made.precision,
+            "method": signature.method.name,
+            "parameters": signature.method.spec(),
+            "granularity": signature.granularity,
+            "precision": signature.precision,
             "path": str(job.signature),
             "checkpoint": str(job.checkpoint),
-            "checkpoint_fingerprint": made.fingerprint,
+            "checkpoint_fingerprint": signature.fingerprint,
             "signature_fingerprint": files.digest_file(job.signature),
             "trusted": record["trusted"],
             "calibration": record["calibration"],
-            "calibration_scores": len(job.calibration.scores),
+            "calibration_scores": len(judge.calibration.scores),
             "threshold": rule.overall,
         },
         guarantee=guaranteed(rule.guarantee),
@@ -140,7 +141,7 @@ def result_of(
         mean_over_sets=_means(config, measured),
         points=[
             PointCoverage(p.name, p.neurons, {t: m.coverage[i] for t, m in measured.items()})
-            for i, p in enumerate(made.points)
+            for i, p in enumerate(signature.points)
         ],
         confidence_bins=[
             entry
@@ -159,7 +160,7 @@ def result_of(
 
 
 def _trusted_figures(job: Job, measured: Measured) -> TrustedSet:
-    images, rule = job.trusted, job.rules["coverage"]
+    images, rule = job.trusted, job.judge.rule
     flagged = torch.from_numpy(measured.untrusted)
     return TrustedSet(
         name=images.name,
@@ -167,7 +168,9 @@ def _trusted_figures(job: Job, measured: Measured) -> TrustedSet:
         fingerprint=images.fingerprint,
         accuracy=float(measured.correct.mean()),
         false_alarm_rate=overall(rule, flagged, job.config.seed),
-        false_alarms_by_class=by_class(rule, flagged, measured.predicted, job.made.classes),
+        false_alarms_by_class=by_class(
+            rule, flagged, measured.predicted, job.judge.signature.classes
+        ),
         mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
         errors=own_errors(measured.scores, measured.correct, job.config.seed),
     )

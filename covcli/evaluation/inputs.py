@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from covcli.core import files, run_folders, runtime
+from covcli.core import files, run_folders
 from covcli.core.errors import CovcliError
 from covcli.core.specs import parse
 from covcli.data import datasets
@@ -15,12 +15,9 @@ from covcli.data.images import ImageSet
 from covcli.evaluation.baselines import compare
 from covcli.evaluation.baselines.compare import Plan
 from covcli.evaluation.results import EvaluationConfig
-from covcli.models import checkpoint as checkpoints
-from covcli.models.architectures import Classifier
-from covcli.signature import signature
-from covcli.signature.calibration import Calibration
+from covcli.signature import judge as judges
 from covcli.signature.guarantee import Rule
-from covcli.signature.signature import Signature
+from covcli.signature.judge import Judge
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +30,7 @@ class Job:
     files: dict[str, Path]
     checkpoint: Path
     signature: Path
-    model: Classifier
-    made: Signature
-    calibration: Calibration
+    judge: Judge
     rules: dict[str, Rule]
     record: dict[str, Any]
     trusted: ImageSet
@@ -51,31 +46,24 @@ def load_job(config: EvaluationConfig) -> Job:
         raise CovcliError("is named twice", where=f"--untrusted {repeated.pop()}")
     if config.explain < 0:
         raise CovcliError("must be at least 0", where=f"--explain {config.explain}")
-    device = runtime.choose_device(config.device)
     checkpoint_path, signature_path = find_files(config)
     output = config.output or run_folders.short(signature_path.parent)
     outputs = {name: output / name for name in ("evaluation.json", "scores.csv.gz", "samples.npz")}
     for path in outputs.values():
         files.refuse_existing(path, config.force)
-    made, calibration, record = signature.load(signature_path)
-    guarantee = calibration.guarantee.changed(config.alpha, config.guarantee)
-    rules = {
-        "coverage": calibration.rule(guarantee, made.classes),
-        "softmax": calibration.softmax_rule(guarantee, made.classes),
-    }
-    source = checkpoints.load(checkpoint_path, made.model)
-    made.check_model(source.model, signature_path)
-    if config.model not in (None, made.model.name):
-        raise CovcliError(
-            f"the signature is of {made.model.name!r}", where=f"--model {config.model}"
-        )
-    trusted, warnings = _trusted(config, record, made.model.classes)
-    model = source.model.on(device)
-    model.precision = made.precision
-    plan = compare.prepare(config.baselines, model, record, config.data_dir)
+    judge, record = judges.load(
+        checkpoint_path, signature_path,
+        alpha=config.alpha, guarantee=config.guarantee, device=config.device,
+    )  # fmt: skip
+    spec = judge.model.spec
+    if config.model not in (None, spec.name):
+        raise CovcliError(f"the signature is of {spec.name!r}", where=f"--model {config.model}")
+    softmax = judge.calibration.softmax_rule(judge.rule.guarantee, judge.signature.classes)
+    trusted, warnings = _trusted(config, record, spec.classes)
+    plan = compare.prepare(config.baselines, judge.model, record, config.data_dir)
     return Job(
-        config, outputs, checkpoint_path, signature_path, model, made.to(device),
-        calibration, rules, record, trusted, plan, warnings,
+        config, outputs, checkpoint_path, signature_path, judge,
+        {"coverage": judge.rule, "softmax": softmax}, record, trusted, plan, warnings,
     )  # fmt: skip
 
 
@@ -86,12 +74,14 @@ def find_files(config: EvaluationConfig) -> tuple[Path, Path]:
         return checkpoint_path, config.signature
     where = checkpoint_path.resolve().parent
     name = parse(config.method).name if config.method else "*"
-    found = sorted(where.glob(f"signature-{name}.safetensors"), key=lambda p: p.stat().st_mtime)
-    if not found:
+    signatures = sorted(
+        where.glob(f"signature-{name}.safetensors"), key=lambda p: p.stat().st_mtime
+    )
+    if not signatures:
         raise CovcliError(
             "holds no signature", where=where, fix=f"run `covcli build-signature {checkpoint_path}`"
         )
-    return checkpoint_path, found[-1]
+    return checkpoint_path, signatures[-1]
 
 
 def _default_checkpoint(config: EvaluationConfig) -> Path:

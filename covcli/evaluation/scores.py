@@ -12,11 +12,8 @@ from torch import Tensor
 from covcli.core import distributed
 from covcli.core.progress import Progress
 from covcli.data.images import ImageSet
-from covcli.models.architectures import Classifier
-from covcli.models.sweep import sweep
-from covcli.signature.calibration import Calibration, softmax_score
-from covcli.signature.guarantee import Rule
-from covcli.signature.signature import Signature
+from covcli.signature.calibration import softmax_score
+from covcli.signature.judge import Judge
 
 SAMPLES = 8
 
@@ -61,32 +58,25 @@ class Measured:
         return (self.predicted == self.label).numpy()
 
 
-def measure(
-    model: Classifier,
-    made: Signature,
-    calibration: Calibration,
-    images: ImageSet,
-    rule: Rule,
-    progress: Progress,
-) -> Measured:
-    """Run a set through the network and the signature; each rank its share of it."""
-    found = []
-    title = f"reading {images.name}"
-    for batch in sweep(model, images, made.points, made.granularity, progress, title):
-        best = batch.logits.argmax(1)
-        evidence = made.evidence(batch.neurons, best)
-        coverage = made.coverage(batch.neurons, best)
-        found.append((batch.rows, best, evidence, coverage, softmax_score(batch.logits.cpu())))
-    classes, evidence, coverage, softmax = distributed.collect(found)
-    scores, doubt = calibration.score(evidence), softmax.numpy()
+def measure(judge: Judge, images: ImageSet, progress: Progress) -> Measured:
+    """Have a set judged; each rank runs its share of it."""
+    parts = []
+    for batch in judge.sweep(images, progress, f"reading {images.name}"):
+        v = judge(batch.logits, batch.neurons)
+        inside = judge.signature.coverage(batch.neurons, v.predicted)
+        softmax = softmax_score(batch.logits.cpu())
+        verdicts = (v.predicted, v.score, v.p_value, v.confidence, v.untrusted)
+        parts.append((batch.rows, *verdicts, inside, softmax))
+    predicted, *columns = distributed.collect(parts)
+    score, p_value, confidence, untrusted, coverage, doubt = (c.numpy() for c in columns)
     return Measured(
-        predicted=classes,
+        predicted=predicted,
         label=images.labels,
-        scores={"coverage": scores.numpy(), "softmax": doubt},
-        p_value=calibration.p_value(scores).numpy(),
-        confidence=rule.confidence(scores, classes).numpy(),
+        scores={"coverage": score, "softmax": doubt},
+        p_value=p_value,
+        confidence=confidence,
         softmax_confidence=1 - doubt,
-        untrusted=rule.untrusted(scores, classes).numpy(),
+        untrusted=untrusted,
         coverage=coverage.mean(0).tolist(),
     )
 

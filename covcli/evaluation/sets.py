@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from covcli.attacks import attacks
-from covcli.attacks.adaptive import Look, Monitored
 from covcli.core import files
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
@@ -18,11 +17,7 @@ from covcli.core.specs import parse
 from covcli.data import datasets
 from covcli.data.images import ImageSet, MemorySource, in_memory
 from covcli.evaluation.scores import Measured
-from covcli.models.architectures import Classifier
-from covcli.models.points import Recorder
-from covcli.models.sweep import forward
-from covcli.signature.calibration import Calibration
-from covcli.signature.signature import Signature
+from covcli.signature.judge import Judge
 
 PART = "covcli evaluation part"
 
@@ -67,9 +62,8 @@ class Opener:
 
 def opener(
     text: str,
-    model: Classifier,
+    judge: Judge,
     trusted: ImageSet,
-    look: Callable[[], Monitored],
     data_dir: Path | None,
 ) -> Opener:
     """Check an untrusted specification now, so that an error does not come after hours.
@@ -78,12 +72,10 @@ def opener(
     ----------
     text
         The specification.
-    model
-        The network that an attack deceives.
+    judge
+        The judge of the network that an attack deceives.
     trusted
         The images that an attack starts from.
-    look
-        Returns the monitored network, for an attack that knows the monitor.
     data_dir
         The folder that downloaded sets live in.
 
@@ -95,13 +87,13 @@ def opener(
     spec = parse(text)
     if not attacks.is_attack(spec):
         return Opener.of(datasets.load(text, "test", data_dir))
-    monitored = look() if attacks.make_attack(spec).needs_signature else None
+    monitored = judge.monitored() if attacks.make_attack(spec).needs_signature else None
     start = trusted.select(attacks.attacked_rows(spec, trusted))
     labels = start.known_labels()
     return Opener(
         text,
         f"{text} {start.fingerprint}",
-        lambda progress: attacks.run_attack(spec, model, start, labels, progress, monitored),
+        lambda progress: attacks.run_attack(spec, judge.model, start, labels, progress, monitored),
         start,
     )
 
@@ -161,33 +153,3 @@ def _to_array(name: str, value: Any) -> Any:
         return {key: _to_array(name, item) for key, item in value.items()}
     kept = name in ("predicted", "label") or not isinstance(value, Tensor)
     return value if kept else value.numpy()
-
-
-def monitored(
-    model: Classifier, made: Signature, calibration: Calibration, threshold: float
-) -> Monitored:
-    """Return the network with its coverage score, as a function that gradients flow through.
-
-    Parameters
-    ----------
-    threshold
-        The score from which images are flagged: the unit of the soft score.
-    """
-    if made.method.contributions:
-        raise CovcliError(
-            f"the score of {made.method.name} takes gradients itself and has none",
-            where="attack:adaptive-pgd",
-            fix="evaluate another method",
-        )
-    unit = threshold if threshold > 0 else 1.0
-
-    def look(images: Tensor) -> Look:
-        with Recorder(model.network, made.points, made.granularity) as recorder:
-            logits, neurons = forward(model, recorder, images)
-        predicted = logits.argmax(1)
-        with torch.no_grad():
-            score = calibration.score(made.evidence(neurons, predicted).cpu())
-        soft = calibration.score(made.soft_evidence(neurons, predicted).cpu())
-        return Look(logits, score, soft / unit)
-
-    return look

@@ -1,7 +1,7 @@
 """build_signature: fold a method's state over trusted images and calibrate its scores."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from covcli.models.architectures import Statistics
 from covcli.models.checkpoint import Checkpoint
 from covcli.models.sweep import Amp, choose_precision
 from covcli.reporting.terminal import _say
-from covcli.signature import signature
-from covcli.signature.calibration import Calibration, check_images
-from covcli.signature.fit import MINIMUM_TRUSTED, fit_calibration, fit_signature
+from covcli.signature import signature as signatures
+from covcli.signature.calibration import check_images
+from covcli.signature.fit import MINIMUM_TRUSTED, fit_judge, fit_signature
 from covcli.signature.guarantee import Guarantee, Mode
-from covcli.signature.signature import Signature
+from covcli.signature.judge import Judge
 
 log = logging.getLogger(__name__)
 DEFAULT_METHOD = "ensemble"
@@ -132,7 +132,7 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
     files.refuse_existing(path, config.force)
     model = source.model.on(device)
     model.precision = choose_precision(config.amp, model, torch.inference_mode()(model))
-    made, trusted, accuracy = fit_signature(
+    signature, trusted, accuracy = fit_signature(
         model, images, classes, method, config.granularity, threshold, progress
     )
     for k, n in enumerate(trusted.counts):
@@ -147,8 +147,7 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
             "class %s has fewer than %d images of confidence %g: all correct ones are trusted",
             classes[k], MINIMUM_TRUSTED, threshold,
         )  # fmt: skip
-    calibration = replace(fit_calibration(model, made, held_out, progress), guarantee=guarantee)
-    calibration.rule(guarantee, classes)  # refuses what no evaluation could keep
+    judge = fit_judge(model, signature, held_out, progress, guarantee)
     record = {
         "trusted": vars(DataRecord.of(images)),
         "trusted_images": len(images),
@@ -164,35 +163,33 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
     imported = config.output is None and source.bare and distributed.is_first()
     if imported:
         _import(path.parent, source, classes)
-    result = save(path, made, calibration, record)
+    result = save(path, judge, record)
     if imported:
         run_folders.mark_latest(path.parent)
     return result
 
 
-def save(
-    path: Path, made: Signature, calibration: Calibration, record: dict[str, Any]
-) -> SignatureResult:
-    """Write a signature with its record; the first rank does. Return what the record says."""
-    written = None
+def save(path: Path, judge: Judge, record: dict[str, Any]) -> SignatureResult:
+    """Write a judge's signature; the first rank does. Return what its record says."""
+    signature, written = judge.signature, None
     if distributed.is_first():
-        signature.save(path, made, calibration, record)
+        signatures.save(path, signature, judge.calibration, record)
         written = path.stat().st_size, files.digest_file(path)
     size, digest = distributed.agree(written) or (0, "")
     return SignatureResult(
         path=path,
-        method=made.method.spec(),
+        method=signature.method.spec(),
         images=record["trusted_images"],
         accuracy=record["accuracy"],
-        trusted=dict(zip(made.classes, record["trusted_counts"], strict=True)),
-        relaxed=[made.classes[k] for k in record["relaxed_classes"]],
+        trusted=dict(zip(signature.classes, record["trusted_counts"], strict=True)),
+        relaxed=[signature.classes[k] for k in record["relaxed_classes"]],
         calibration_images=record["calibration_images"],
-        guarantee=calibration.guarantee,
-        points=len(made.points),
-        neurons=sum(made.sizes),
-        precision=made.precision,
+        guarantee=judge.calibration.guarantee,
+        points=len(signature.points),
+        neurons=sum(signature.sizes),
+        precision=signature.precision,
         bytes=size,
-        checkpoint_fingerprint=made.fingerprint,
+        checkpoint_fingerprint=signature.fingerprint,
         signature_fingerprint=digest,
         data=DataRecord(**record["trusted"]),
         calibration_data=DataRecord(**record["calibration"]),
@@ -246,10 +243,10 @@ def _default_path(config: SignatureConfig, source: Checkpoint, method: Method) -
 
 def _import(folder: Path, source: Checkpoint, classes: tuple[str, ...]) -> None:
     """Write a checkpoint of weights trained elsewhere, so that their run folder is whole."""
-    made = Checkpoint(
+    checkpoint = Checkpoint(
         folder / "checkpoint.pt", source.model, classes, None, source.calibration_rows, {}
     )
-    checkpoints.save(made.path, made)
+    checkpoints.save(checkpoint.path, checkpoint)
 
 
 def describe_signature(result: "SignatureResult") -> None:

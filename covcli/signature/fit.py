@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -21,6 +21,8 @@ from covcli.models.architectures import Classifier
 from covcli.models.points import Point
 from covcli.models.sweep import Swept, sweep
 from covcli.signature.calibration import FIT_EVERY, Calibration, calibrate, softmax_score
+from covcli.signature.guarantee import DEFAULT_GUARANTEE, Guarantee
+from covcli.signature.judge import Judge
 from covcli.signature.signature import Signature, layout_of
 from covcli.signature.surrogates import DISTORTIONS, EXPERTS, OTHER_CLASS, distorted, other_class
 
@@ -213,46 +215,75 @@ def fit_signature(
                 method.observe_noisy(noisy, layout, batch.neurons, found)
         distributed.reduce(noisy.tensors, noisy.reductions)
         state.include(noisy)
-    made = Signature(
+    signature = Signature(
         method, granularity, tuple(points), state, model.spec,
         files.fingerprint(model.state_dict()), classes, model.precision,
     )  # fmt: skip
-    return made, trusted, accuracy
+    return signature, trusted, accuracy
 
 
-def fit_calibration(
-    model: Classifier, made: Signature, images: ImageSet, progress: Progress
+def fit_judge(
+    model: Classifier,
+    signature: Signature,
+    images: ImageSet,
+    progress: Progress,
+    guarantee: Guarantee = DEFAULT_GUARANTEE,
+) -> Judge:
+    """Calibrate a signature on images, measured against their predicted classes.
+
+    Raises
+    ------
+    CovcliError
+        If the images are too few for the guarantee, or an activation is not finite.
+    """
+    calibration = _calibration(model, signature, images, progress)
+    return Judge.of(model, signature, replace(calibration, guarantee=guarantee))
+
+
+def _calibration(
+    model: Classifier, signature: Signature, images: ImageSet, progress: Progress
 ) -> Calibration:
-    """Score calibration images against their predicted classes, and calibrate on them."""
     fitting = torch.arange(0, len(images), FIT_EVERY)[:SURROGATE_IMAGES]
     found, elsewhere = [], []
     for batch in sweep(
-        model, images, made.points, made.granularity, progress, "reading calibration images"
+        model,
+        images,
+        signature.points,
+        signature.granularity,
+        progress,
+        "reading calibration images",
     ):
         best = batch.logits.argmax(1)
-        evidence = made.evidence(batch.neurons, best)
+        evidence = signature.evidence(batch.neurons, best)
         found.append((batch.rows, evidence, softmax_score(batch.logits.cpu()), best))
-        if made.method.experts:
+        if signature.method.experts:
             mine = torch.isin(batch.rows, fitting)
-            others = other_class(best[mine.to(best.device)], len(made.classes))
+            others = other_class(best[mine.to(best.device)], len(signature.classes))
             neurons = batch.neurons[mine.to(best.device)]
-            elsewhere.append((batch.rows[mine], made.evidence(neurons, others)))
+            elsewhere.append((batch.rows[mine], signature.evidence(neurons, others)))
     evidence, softmax, predicted = distributed.collect(found)
     outliers = []
-    if made.method.experts:
+    if signature.method.experts:
         (others,) = distributed.collect([part for part in elsewhere if len(part[0])])
         surrogates = {OTHER_CLASS: others}
         for kind in DISTORTIONS:
             copies = distorted(images.select(fitting), kind)
-            surrogates[kind] = _evidence(model, made, copies, progress)
+            surrogates[kind] = _evidence(model, signature, copies, progress)
         outliers = [torch.cat([surrogates[kind] for kind in kinds]) for kinds in EXPERTS.values()]
     return calibrate(evidence, softmax, predicted, outliers)
 
 
-def _evidence(model: Classifier, made: Signature, images: ImageSet, progress: Progress) -> Tensor:
+def _evidence(
+    model: Classifier, signature: Signature, images: ImageSet, progress: Progress
+) -> Tensor:
     """Return the evidence of a set, measured against the predicted classes."""
     swept = sweep(
-        model, images, made.points, made.granularity, progress, "reading surrogate outliers"
+        model,
+        images,
+        signature.points,
+        signature.granularity,
+        progress,
+        "reading surrogate outliers",
     )
-    parts = [(b.rows, made.evidence(b.neurons, b.logits.argmax(1))) for b in swept]
+    parts = [(b.rows, signature.evidence(b.neurons, b.logits.argmax(1))) for b in swept]
     return distributed.collect(parts)[0]

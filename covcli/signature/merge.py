@@ -10,10 +10,10 @@ from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
 from covcli.methods import State
 from covcli.models import checkpoint as checkpoints
-from covcli.signature import signature
+from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureResult, save
 from covcli.signature.calibration import Calibration
-from covcli.signature.fit import fit_calibration
+from covcli.signature.fit import fit_judge
 from covcli.signature.record import calibration_images
 from covcli.signature.signature import Signature
 
@@ -34,18 +34,18 @@ class MergeConfig:
 @dataclass(frozen=True)
 class _Part:
     path: Path
-    made: Signature
+    signature: Signature
     calibration: Calibration
     record: dict[str, Any]
 
 
 # What parts must have in common, and how it is called in an error.
 COMMON: dict[str, Callable[[_Part], Any]] = {
-    "model": lambda part: (part.made.model, part.made.fingerprint, part.made.points),
-    "method": lambda part: part.made.method,
-    "granularity": lambda part: part.made.granularity,
-    "precision": lambda part: part.made.precision,
-    "class names": lambda part: part.made.classes,
+    "model": lambda part: (part.signature.model, part.signature.fingerprint, part.signature.points),
+    "method": lambda part: part.signature.method,
+    "granularity": lambda part: part.signature.granularity,
+    "precision": lambda part: part.signature.precision,
+    "class names": lambda part: part.signature.classes,
     "confidence threshold": lambda part: part.record.get("confidence_threshold"),
     "calibration images": lambda part: part.record["calibration"]["images"],
     "guarantee": lambda part: part.calibration.guarantee,
@@ -76,24 +76,25 @@ def merge_signatures(config: MergeConfig, progress: Progress) -> SignatureResult
     check_parts(parts)
     first = parts[0]
     source = checkpoints.load(
-        config.checkpoint or first.path.parent / "checkpoint.pt", first.made.model
+        config.checkpoint or first.path.parent / "checkpoint.pt", first.signature.model
     )
-    first.made.check_model(source.model, first.path)
+    first.signature.check_model(source.model, first.path)
     model = source.model.on(device)
-    model.precision = first.made.precision
+    model.precision = first.signature.precision
     held_out = calibration_images(first.record, config.data_dir, "build the parts again")
-    made = replace(first.made, state=merged_state([part.made for part in parts])).to(device)
+    signature = replace(first.signature, state=merged_state([part.signature for part in parts])).to(
+        device
+    )
     guarantee = first.calibration.guarantee
-    calibration = replace(fit_calibration(model, made, held_out, progress), guarantee=guarantee)
-    calibration.rule(guarantee, made.classes)  # refuses what no evaluation could keep
+    judge = fit_judge(model, signature, held_out, progress, guarantee)
     provenance = distributed.agree(runtime.provenance(device, config.seed))
-    return save(config.output, made, calibration, _record(parts, provenance))
+    return save(config.output, judge, _record(parts, provenance))
 
 
 def _load(path: Path) -> _Part:
-    made, calibration, record = signature.load(path)
-    part = _Part(path, made, calibration, record)
-    if not record.keys() >= COUNTED or len(record["trusted_counts"]) != len(made.classes):
+    signature, calibration, record = signatures.load(path)
+    part = _Part(path, signature, calibration, record)
+    if not record.keys() >= COUNTED or len(record["trusted_counts"]) != len(signature.classes):
         raise CovcliError("does not record what it was built from", where=path)
     return part
 

@@ -15,13 +15,11 @@ from covcli.core.progress import Silent
 from covcli.core.specs import parse
 from covcli.data import datasets
 from covcli.data.images import ImageSet
-from covcli.evaluation.sets import monitored
 from covcli.models import checkpoint as checkpoints
 from covcli.models.architectures import Classifier
 from covcli.signature import signature
 from covcli.signature.build import SignatureConfig, SignatureResult, build_signature
-from covcli.signature.calibration import Calibration
-from covcli.signature.signature import Signature
+from covcli.signature.judge import Judge
 from covcli.training.train import TrainResult, train
 
 # Parameters for a test; the norm and the budget that the attack keeps, where it has one.
@@ -44,14 +42,10 @@ def model(trained: TrainResult) -> Classifier:
     return checkpoints.load(trained.checkpoint).model
 
 
-def threshold(made: Signature, calibration: Calibration) -> float:
-    return calibration.rule(calibration.guarantee, made.classes).overall
-
-
 @pytest.fixture
 def look(model: Classifier, signed: SignatureResult) -> Monitored:
     made, calibration, _ = signature.load(signed.path)
-    return monitored(model, made, calibration, threshold(made, calibration))
+    return Judge.of(model, made, calibration).monitored()
 
 
 @pytest.fixture
@@ -150,7 +144,7 @@ def test_the_adaptive_attack_evades_what_plain_pgd_does_not(
     path = tmp_path / "s"
     build_signature(SignatureConfig(trained.checkpoint, method, output=path), Silent())
     made, calibration, _ = signature.load(path)
-    look = monitored(model, made, calibration, threshold(made, calibration))
+    look = Judge.of(model, made, calibration).monitored()
     labels = digits.known_labels()
     scores, rates = {}, {}
     for name in ("pgd", "adaptive-pgd"):
@@ -170,7 +164,7 @@ def test_the_score_that_is_attacked_is_the_monitors(
     from covcli import Monitor
 
     made, calibration, _ = signature.load(signed.path)
-    verdicts = Monitor(model, made, calibration)(pixels(digits))
+    verdicts = Monitor(Judge.of(model, made, calibration))(pixels(digits))
     found = look(pixels(digits).requires_grad_())
     torch.testing.assert_close(found.score, verdicts.score)
     assert found.soft_score.requires_grad

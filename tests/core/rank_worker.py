@@ -24,7 +24,7 @@ from covcli.evaluation.scores import measure
 from covcli.methods import METHODS
 from covcli.models import architectures, sweep
 from covcli.models.architectures import Classifier, ModelSpec
-from covcli.signature.fit import fit_calibration, fit_signature
+from covcli.signature.fit import fit_judge, fit_signature
 from covcli.training.train import resume, train
 
 SIZES = (1, 2, 97, 101)
@@ -65,12 +65,12 @@ def scores(model: Classifier) -> dict[str, str]:
     made, _, _ = fit_signature(
         model, images, tuple("0123456789"), METHODS.get("ensemble")(), "channel", 0.0, Silent()
     )
-    calibration = fit_calibration(model, made, datasets.load("digits?limit=101", "test"), Silent())
+    judge = fit_judge(model, made, datasets.load("digits?limit=101", "test"), Silent())
+    calibration = judge.calibration
     found = {"calibration": files.digest([vars(calibration.combination), calibration.scores])}
-    rule = calibration.rule(calibration.guarantee, made.classes)
     for size in SIZES:
         tested = datasets.load(f"photos?limit={size}", "test")
-        measured = measure(model, made, calibration, tested, rule, Silent())
+        measured = measure(judge, tested, Silent())
         plain = {k: v.tolist() for k, v in measured.scores.items()}
         found[f"scores {size}"] = files.digest([plain, measured.coverage, measured.predicted])
     return found

@@ -31,6 +31,7 @@ from covcli.reporting.terminal import show_evaluation
 from covcli.signature import signature
 from covcli.signature.build import SignatureConfig, SignatureResult, build_signature
 from covcli.signature.calibration import Calibration
+from covcli.signature.judge import Judge
 from covcli.signature.signature import Signature
 from covcli.training.train import TrainResult
 
@@ -146,20 +147,14 @@ def test_explanations_are_the_naive_ones(
     model = checkpoints.load(trained.checkpoint).model
     images = datasets.load("photos?limit=40", "test")
     rows = [39, *range(0, 35, 5)]
-    found = explain(
-        model,
-        made,
-        calibration,
-        images,
-        rows,
-        calibration.rule(calibration.guarantee, made.classes),
-    )
+    judge = Judge.of(model, made, calibration)
+    found = explain(judge, images, rows)
     assert [e.row for e in found] == rows
     outputs, logits = outputs_of(model, images)
     check_naively(found, made, calibration, outputs, logits)
     assert {p.name for e in found for p in e.points if p.channels} == {p.name for p in made.points}
     for e in found:
-        heat = heat_map(model, made, images, e)
+        heat = heat_map(judge, images, e)
         listed = {p.name: p.channels for p in e.points if p.channels and p.name != "head.2"}
         assert e.mapped == next(iter(listed), None)
         assert heat is not None
@@ -185,13 +180,12 @@ def test_where_nothing_left_its_range_nothing_is_listed_and_it_says_so(
     model = checkpoints.load(run / "checkpoint.pt").model
     images = datasets.load("digits?limit=20", "test")
     wide = with_ranges(made, -1e9, 1e9)
-    (e,) = explain(
-        model, wide, calibration, images, [7], calibration.rule(calibration.guarantee, made.classes)
-    )
+    judge = Judge.of(model, wide, calibration)
+    (e,) = explain(judge, images, [7])
     assert e.label == str(int(images.known_labels()[7]))
     assert [(p.coverage, p.left, p.channels) for p in e.points] == [(1.0, 0, [])] * 3
     assert sum(p.share for p in e.points) == pytest.approx(1)
-    assert heat_map(model, wide, images, e) is None
+    assert heat_map(judge, images, e) is None
     result = evaluate(EvaluationConfig(("noise:uniform?limit=9",), runs=run.parent), Silent())
     show_evaluation(replace(result, explanations=[e]))
     out = capsys.readouterr().out
@@ -211,14 +205,7 @@ def test_a_range_without_a_width_to_measure_by_orders_by_distance(
     made, calibration, _ = signature.load(signed.path)
     model = checkpoints.load(signed.path.parent / "checkpoint.pt").model
     images = datasets.load("photos?limit=10", "test")
-    (e,) = explain(
-        model,
-        with_ranges(made, low, high),
-        calibration,
-        images,
-        [3],
-        calibration.rule(calibration.guarantee, made.classes),
-    )
+    (e,) = explain(Judge.of(model, with_ranges(made, low, high), calibration), images, [3])
     outputs, _ = outputs_of(model, images)
     for point in e.points:
         output = outputs[[p.name for p in made.points].index(point.name)][3]

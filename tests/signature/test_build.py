@@ -18,6 +18,7 @@ from covcli.signature import signature
 from covcli.signature.build import SignatureConfig, build_signature
 from covcli.signature.calibration import softmax_score
 from covcli.signature.fit import SPILL_BYTES, choose_trusted
+from covcli.signature.judge import Judge
 from covcli.signature.monitor import Monitor
 from covcli.training.train import TrainResult, split_rows, train
 
@@ -66,7 +67,7 @@ def test_units_are_an_option(trained: TrainResult, tmp_path: Path) -> None:
     build_signature(config, Silent())
     made, calibration, _ = signature.load(path)
     assert made.sizes == [8 * 16 * 16, 16 * 8 * 8, 32]
-    monitor = Monitor(checkpoints.load(trained.checkpoint).model, made, calibration)
+    monitor = Monitor(Judge.of(checkpoints.load(trained.checkpoint).model, made, calibration))
     noise = datasets.load("noise:uniform", "test").batch(torch.arange(50), (3, 32, 32))
     assert bool(monitor(noise).untrusted.float().mean() > 0.9)
 

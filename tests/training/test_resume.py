@@ -148,7 +148,7 @@ def test_a_cut_evaluation_does_not_repeat_finished_sets(
     measure = evaluation.measure
 
     def counting(*arguments: object) -> object:
-        images = arguments[3]
+        images = arguments[1]
         measured.append(images.name)  # type: ignore[attr-defined]
         if measured.count("noise:uniform?limit=20") == 1 and len(measured) == 4:
             raise KeyboardInterrupt
