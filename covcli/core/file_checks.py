@@ -84,9 +84,9 @@ def _header_holds(file: IO[bytes], size: int) -> bool:
             return False
         header = ast.literal_eval(file.read(length).decode("latin1"))
     kind, shape = header["descr"], header["shape"]
-    if not isinstance(kind, str) or kind.lstrip("<>|=")[:1] not in tuple("biufc"):
+    if not isinstance(kind, str) or kind.lstrip("<>|=")[:1] not in tuple("biufcU"):
         return False
-    count = int(kind.lstrip("<>|=")[1:])
+    count = int(kind.lstrip("<>|=")[1:]) * (4 if "U" in kind else 1)  # UCS-4
     for side in shape:
         if not isinstance(side, int) or side < 0:
             return False

@@ -263,11 +263,12 @@ def photos(request: Request) -> ImageSet:
 def npz(request: Request) -> ImageSet:
     """Read a NumPy archive with `images` (uint8, N×H×W or N×H×W×C) and, if known, `labels` (N).
 
-    The path names a file, or a folder that holds train.npz and test.npz.
+    A third array, `classes`, names them: text of shape (K,), label k is class `classes[k]`. The
+    path names a file, or a folder that holds train.npz and test.npz.
     """
     path = _path(request)
     file = path / f"{request.split}.npz" if path.is_dir() else path
-    images, labels = _read_npz(file)
+    images, labels, classes = _read_npz(file)
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise CovcliError(
             f"images are {images.dtype} of shape {images.shape}",
@@ -289,17 +290,30 @@ def npz(request: Request) -> ImageSet:
         request.spec.text,
         torch.from_numpy(images).permute(0, 3, 1, 2),
         None if labels is None else labels.astype(np.int64),
+        () if labels is None else _class_names(classes, file),
         flips=True,
     )
 
 
-def _read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
+def _class_names(classes: np.ndarray | None, file: Path) -> tuple[str, ...]:
+    if classes is None:
+        return ()
+    if classes.dtype.kind != "U" or classes.ndim != 1 or len(set(classes.tolist())) < len(classes):
+        raise CovcliError(
+            f"classes are {classes.dtype} of shape {classes.shape}",
+            where=file,
+            fix="store their names as text of shape (K,), each once",
+        )
+    return tuple(classes.tolist())
+
+
+def _read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     file_checks.check_npz(file)
     try:
         with np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile) or "images" not in archive:
                 raise CovcliError("holds no array named `images`", where=file)
-            return archive["images"], archive.get("labels")
+            return archive["images"], archive.get("labels"), archive.get("classes")
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CovcliError(f"cannot be read as a NumPy archive ({error})", where=file) from None
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
@@ -52,6 +52,9 @@ class ImageSet:
         Class names, empty where unknown.
     flips
         Whether a mirrored image still belongs to its class (not so for digits).
+    as_read
+        The numbers that the source itself gives the labels, int64 of shape (N,), where `labels`
+        are those of a network.
     """
 
     name: str
@@ -60,6 +63,7 @@ class ImageSet:
     labels: Tensor | None
     classes: tuple[str, ...] = ()
     flips: bool = False
+    as_read: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,7 +75,8 @@ class ImageSet:
     def select(self, rows: Tensor) -> "ImageSet":
         """Return the set of those rows only; pixels are shared, not copied."""
         labels = None if self.labels is None else self.labels[rows]
-        return ImageSet(self.name, self.source, self.rows[rows], labels, self.classes, self.flips)
+        as_read = None if self.as_read is None else self.as_read[rows]
+        return replace(self, rows=self.rows[rows], labels=labels, as_read=as_read)
 
     def spread(self, most: int) -> "ImageSet":
         """Return at most so many of the images, evenly spread; the set must hold some."""
@@ -92,7 +97,8 @@ class ImageSet:
         """A digest of the source, the rows and the labels: equal for equal data."""
         digest = hashlib.sha256(self.source.fingerprint.encode())
         digest.update(self.rows.numpy().tobytes())
-        digest.update(b"" if self.labels is None else self.labels.numpy().tobytes())
+        labels = self.labels if self.as_read is None else self.as_read
+        digest.update(b"" if labels is None else labels.numpy().tobytes())
         return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ import torch
 from covcli.core import files, run_folders
 from covcli.core.errors import CovcliError
 from covcli.core.specs import parse
-from covcli.data import datasets
+from covcli.data import datasets, labels
 from covcli.data.images import ImageSet
 from covcli.evaluation.baselines import compare
 from covcli.evaluation.baselines.compare import Plan
@@ -55,12 +55,12 @@ def load_job(config: EvaluationConfig) -> Job:
         checkpoint_path, signature_path,
         alpha=config.alpha, guarantee=config.guarantee, device=config.device,
     )  # fmt: skip
-    spec = judge.model.spec
+    spec, classes = judge.model.spec, judge.signature.classes
     if config.model not in (None, spec.name):
         raise CovcliError(f"the signature is of {spec.name!r}", where=f"--model {config.model}")
-    softmax = judge.calibration.softmax_rule(judge.rule.guarantee, judge.signature.classes)
-    trusted, warnings = _trusted(config, record, spec.classes)
-    plan = compare.prepare(config.baselines, judge.model, record, config.data_dir)
+    softmax = judge.calibration.softmax_rule(judge.rule.guarantee, classes)
+    trusted, warnings = _trusted(config, record, classes)
+    plan = compare.prepare(config.baselines, judge.model, record, config.data_dir, classes)
     return Job(
         config, outputs, checkpoint_path, signature_path, judge,
         {"coverage": judge.rule, "softmax": softmax}, record, trusted, plan, warnings,
@@ -94,13 +94,12 @@ def _default_checkpoint(config: EvaluationConfig) -> Path:
 
 
 def _trusted(
-    config: EvaluationConfig, record: dict[str, Any], classes: int
+    config: EvaluationConfig, record: dict[str, Any], classes: tuple[str, ...]
 ) -> tuple[ImageSet, list[str]]:
     """Load the trusted test images, leaving out those that calibrated; return warnings too."""
-    warnings = []
     text = config.trusted or str(record["trusted"]["spec"]).partition("?")[0]
-    images = datasets.load(text, "test", config.data_dir)
-    datasets.check_labels(images, classes)
+    found = labels.matched(datasets.load(text, "test", config.data_dir), classes)
+    images, warnings = found.images, list(found.notes)
     source = images.source.fingerprint
     if source == record["calibration"]["source"]:
         fresh = images.without(torch.tensor(record["calibration_rows"]))

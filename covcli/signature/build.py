@@ -10,7 +10,7 @@ import torch
 from covcli.core import distributed, files, run_folders, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
-from covcli.data import datasets
+from covcli.data import datasets, labels
 from covcli.data.images import DataRecord, ImageSet
 from covcli.methods import Method, make_method
 from covcli.methods.state import Granularity
@@ -126,7 +126,7 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
         default_threshold if config.confidence_threshold is None else config.confidence_threshold
     )
     images, held_out = _images(config, source)
-    classes = _class_names(source, images)
+    classes = images.classes
     check_images(len(held_out), guarantee, len(classes))
     path = distributed.agree(config.output or _default_path(config, source, method))
     files.refuse_existing(path, config.force)
@@ -224,13 +224,11 @@ def _images(config: SignatureConfig, source: Checkpoint) -> tuple[ImageSet, Imag
         images = images.without(held_out.rows)
     if len(images) == 0:
         raise CovcliError("leaves no image that does not calibrate", where=text)
-    return images, held_out
-
-
-def _class_names(source: Checkpoint, images: ImageSet) -> tuple[str, ...]:
-    if source.bare and len(images.classes) == source.model.spec.classes:
-        return images.classes
-    return source.classes
+    count = source.model.spec.classes
+    classes = labels.adopted(images, count) if source.bare else source.classes
+    if held_out.labels is not None:
+        held_out = labels.matched(held_out, classes).said()
+    return labels.matched(images, classes).said(), held_out
 
 
 def _default_path(config: SignatureConfig, source: Checkpoint, method: Method) -> Path:

@@ -1,17 +1,18 @@
 """The images that a signature was made from, found again by what it records of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from covcli.core.errors import CovcliError
-from covcli.data import datasets
+from covcli.data import datasets, labels
 from covcli.data.images import ImageSet
 
 
 def trusted_images(
-    record: dict[str, Any], classes: int, data_dir: Path | None, otherwise: str
+    record: dict[str, Any], classes: Sequence[str], data_dir: Path | None, otherwise: str
 ) -> ImageSet:
     """Load the images that built a signature, less those that calibrated it.
 
@@ -20,7 +21,7 @@ def trusted_images(
     record
         What the signature records.
     classes
-        How many classes the network tells apart.
+        The network's class names.
     data_dir
         The folder that downloaded sets live in.
     otherwise
@@ -42,8 +43,7 @@ def trusted_images(
         images = images.without(torch.tensor(record["calibration_rows"]))
     if images.fingerprint != entry["images"]:
         raise _gone(entry["spec"], otherwise, "its fingerprint is another")
-    datasets.check_labels(images, classes)
-    return images
+    return labels.matched(images, classes).images
 
 
 def calibration_images(record: dict[str, Any], data_dir: Path | None, otherwise: str) -> ImageSet:

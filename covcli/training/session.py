@@ -15,7 +15,7 @@ from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress, Silent
 from covcli.core.runtime import Interrupts
 from covcli.core.specs import parse
-from covcli.data import datasets
+from covcli.data import datasets, labels
 from covcli.data.images import DataRecord, ImageSet
 from covcli.methods import State, make_method
 from covcli.models import architectures
@@ -61,15 +61,15 @@ class Session:
     def __init__(self, config: TrainConfig, images: ImageSet) -> None:
         self.config = config
         self.method = make_method(config.method)
-        self.images = images
+        images = labels.taught(images).said()
+        self.images, self.classes = images, images.classes
         training_rows, self.calibration_rows = split_rows(
             len(images), config.calibration_split, config.seed
         )
         device = runtime.choose_device(config.device)
-        model, self.classes = _model(config, images, device)
-        labels = datasets.check_labels(images, len(self.classes))
+        model = _model(config, images, device)
         self.training = images.select(training_rows)
-        self.labels = labels[training_rows]
+        self.labels = self.training.known_labels()
         self.held_out = images.select(self.calibration_rows)
         self.untrusted = {
             text: None
@@ -260,23 +260,19 @@ class _Saver:
             self.after_step()
 
 
-def _model(
-    config: TrainConfig, images: ImageSet, device: torch.device
-) -> tuple[Classifier, tuple[str, ...]]:
+def _model(config: TrainConfig, images: ImageSet, device: torch.device) -> Classifier:
     """Build the network for the classes of the training images."""
-    found = int(images.known_labels().max()) + 1
-    classes = images.classes or tuple(str(k) for k in range(found))
     shape = architectures.input_shape(config.model, config.pretrained)
     mean, deviation = (
         architectures.IMAGENET
         if config.pretrained
         else architectures.pixel_statistics(images, shape)
     )
-    spec = ModelSpec(config.model, len(classes), shape, mean, deviation, config.pretrained)
+    spec = ModelSpec(config.model, len(images.classes), shape, mean, deviation, config.pretrained)
     model = architectures.build(spec)
     if config.pretrained:
         architectures.load_pretrained(model)
-    return model.on(device), classes
+    return model.on(device)
 
 
 def _trainer(config: TrainConfig, model: Classifier, steps: int) -> Trainer:

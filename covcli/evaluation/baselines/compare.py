@@ -13,6 +13,7 @@ from torch import Tensor
 from covcli.core import distributed
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
+from covcli.data import labels
 from covcli.data.images import ImageSet
 from covcli.evaluation.baselines.adapters import Network, Trusted
 from covcli.evaluation.baselines.detectors import BASELINES, Scorer, library
@@ -92,7 +93,11 @@ def expand(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def prepare(
-    names: Sequence[str], model: Classifier, record: dict[str, Any], data_dir: Path | None
+    names: Sequence[str],
+    model: Classifier,
+    record: dict[str, Any],
+    data_dir: Path | None,
+    classes: Sequence[str] | None = None,
 ) -> Plan:
     """Check baselines and load what they need, before any work is done.
 
@@ -106,6 +111,8 @@ def prepare(
         The signature's record of the images that it was made from.
     data_dir
         The folder that downloaded sets live in.
+    classes
+        The network's class names; by default their numbers.
 
     Raises
     ------
@@ -127,7 +134,8 @@ def prepare(
                 fix=f"choose of {', '.join(others)}",
             )
     otherwise = "leave --baseline out"
-    trusted = trusted_images(record, model.spec.classes, data_dir, otherwise)
+    known = classes or labels.numbered(model.spec.classes)
+    trusted = trusted_images(record, known, data_dir, otherwise)
     held_out = calibration_images(record, data_dir, otherwise)
     ranking = torch.nonzero(torch.arange(len(held_out)) % FIT_EVERY)[:, 0]
     return Plan(chosen, network, trusted, held_out.select(ranking))

@@ -1,0 +1,193 @@
+"""Labels: which class of a network an image of a set belongs to, by name and never by position."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from covcli.core.errors import CovcliError
+from covcli.core.specs import suggestion
+from covcli.data.images import ImageSet
+
+log = logging.getLogger(__name__)
+NAMED = 10  # so many names are spelled out, the others counted
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A set whose labels are a network's class numbers.
+
+    Attributes
+    ----------
+    images
+        The set under the network's numbers and names.
+    notes
+        What a reader of results on it must know, a sentence each.
+    """
+
+    images: ImageSet
+    notes: tuple[str, ...] = ()
+
+    def said(self) -> ImageSet:
+        """Log the notes as warnings, and return the set."""
+        for note in self.notes:
+            log.warning("%s", note)
+        return self.images
+
+
+def numbered(count: int) -> tuple[str, ...]:
+    """Return the names of so many classes that are known by their numbers alone."""
+    return tuple(str(k) for k in range(count))
+
+
+def taught(images: ImageSet) -> Matched:
+    """Return the set that a network learns from; its `classes` become the network's.
+
+    Named classes keep their names and order. Labels that are plain numbers become classes from 0
+    on in their order, named by the number, so that no class stands for a gap.
+
+    Raises
+    ------
+    CovcliError
+        If there are no labels, one is below 0, or a named class has no image.
+    """
+    labels = images.known_labels()
+    present, places = labels.unique(return_inverse=True)
+    if images.classes:
+        _check_range(images, len(images.classes))
+        if absent := _absent(images.classes, present):
+            raise CovcliError(
+                f"no image of {_listed('class', absent)}: a network cannot learn it",
+                where=images.name,
+                fix="add images, or remove the class",
+            )
+        return Matched(images)
+    if int(present[0]) < 0:
+        raise CovcliError(
+            f"label {int(present[0])} is below 0", where=images.name, fix="leave such images out"
+        )
+    names = tuple(str(value) for value in present.tolist())
+    if names == numbered(len(names)):
+        return Matched(replace(images, classes=names))
+    mapping = ", ".join(f"label {name} is class {k}" for k, name in enumerate(names[:NAMED]))
+    more = ", …" if len(names) > NAMED else ""
+    note = f"{images.name}: the labels do not run from 0 on without a gap: {mapping}{more}"
+    return Matched(_numbered_as(images, places, names), (note,))
+
+
+def matched(images: ImageSet, classes: Sequence[str]) -> Matched:
+    """Return a set under the class numbers of a network.
+
+    A set that names its classes is matched by name. Numbers are looked up among the network's
+    names where those are numbers too, and else are its class numbers.
+
+    Parameters
+    ----------
+    images
+        A labelled set, under its own numbers.
+    classes
+        The network's class names, in the order of its outputs.
+
+    Raises
+    ------
+    CovcliError
+        If the set has no labels, or an image of a class that the network does not know.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from covcli.data.images import in_memory
+    >>> pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    >>> images = in_memory("pets", pixels, torch.tensor([0, 1]), ("ant", "cat"))
+    >>> found = matched(images, ("ant", "bee", "cat"))
+    >>> found.images.labels.tolist(), found.notes
+    ([0, 2], ("pets: no image of class 'bee'",))
+    """
+    labels = images.known_labels()
+    known = {name: k for k, name in enumerate(classes)}
+    notes = []
+    if images.classes:
+        _check_range(images, len(images.classes))
+        names = images.classes
+        if not known.keys() & set(names) and tuple(classes) == numbered(len(classes)):
+            notes.append(_by_position(images, len(classes)))
+            known = {name: k for k, name in enumerate(names)}
+        table = torch.tensor([known.get(name, -1) for name in names])
+        found = table[labels]
+        unknown = [names[k] for k in labels[found < 0].unique().tolist()]
+    else:
+        values, places = labels.unique(return_inverse=True)
+        names = tuple(str(value) for value in values.tolist())
+        if not all(name.isdecimal() for name in classes):  # numbers count the outputs
+            known = {name: k for k, name in enumerate(numbered(len(classes)))}
+        table = torch.tensor([known.get(name, -1) for name in names])
+        found = table[places]
+        unknown = [name for name in names if name not in known]
+    if unknown:
+        raise CovcliError(
+            f"{_listed('class', unknown)} is unknown to the network",
+            where=images.name,
+            fix=suggestion(unknown[0], list(classes[:NAMED])),
+        )
+    if absent := _absent(classes, found.unique()):
+        notes.append(f"{images.name}: no image of {_listed('class', absent)}")
+    return Matched(_numbered_as(images, found, tuple(classes)), tuple(notes))
+
+
+def adopted(images: ImageSet, count: int) -> tuple[str, ...]:
+    """Return names for the outputs of a network that brings none: those of a set, in its order.
+
+    Raises
+    ------
+    CovcliError
+        If the set names another number of classes: which is which could not be known.
+    """
+    if not images.classes:
+        return numbered(count)
+    if len(images.classes) != count:
+        raise CovcliError(
+            f"names {len(images.classes)} classes, but the network has {count} without names",
+            where=images.name,
+            fix="name images of all classes",
+        )
+    spelled = _spelled(images.classes)
+    log.info("the network's outputs are taken for these classes, in this order: %s", spelled)
+    return images.classes
+
+
+def _by_position(images: ImageSet, count: int) -> str:
+    names = adopted(images, count)
+    return (
+        f"{images.name}: the network's classes have no names: its outputs are taken for "
+        f"{_spelled(names)}, in this order"
+    )
+
+
+def _numbered_as(images: ImageSet, labels: Tensor, classes: tuple[str, ...]) -> ImageSet:
+    as_read = images.known_labels() if images.as_read is None else images.as_read
+    return replace(images, labels=labels, classes=classes, as_read=as_read)
+
+
+def _check_range(images: ImageSet, count: int) -> None:
+    low, high = (int(value) for value in images.known_labels().aminmax())
+    if low < 0 or high >= count:
+        raise CovcliError(
+            f"labels from {low} to {high}, but it names classes 0 to {count - 1}",
+            where=images.name,
+        )
+
+
+def _absent(classes: Sequence[str], present: Tensor) -> list[str]:
+    there = set(present.tolist())
+    return [name for k, name in enumerate(classes) if k not in there]
+
+
+def _listed(kind: str, names: Sequence[str]) -> str:
+    return f"{kind} {_spelled([repr(name) for name in names])}"
+
+
+def _spelled(names: Sequence[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
