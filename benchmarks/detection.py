@@ -21,8 +21,8 @@ from covcli.core import runtime
 from covcli.core.progress import Lines, Progress, Silent
 from covcli.evaluation.baselines import compare
 from covcli.evaluation.evaluate import EvaluationConfig, EvaluationResult, evaluate
-from covcli.evaluation.metrics import Estimate
 from covcli.methods import METHODS
+from covcli.reporting.documents import Estimate
 from covcli.signature.build import SignatureConfig, build_signature
 
 UNTRUSTED = [

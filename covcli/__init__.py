@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from covcli.core.version import __version__
 
 if TYPE_CHECKING:
+    from covcli.evaluation.config import EvaluationConfig
     from covcli.evaluation.evaluate import evaluate
-    from covcli.evaluation.results import EvaluationConfig, EvaluationResult
     from covcli.models.points import CoverageLayer
+    from covcli.reporting.documents import EvaluationResult
     from covcli.reporting.report import ReportResult, report
     from covcli.signature.build import SignatureConfig, SignatureResult, build_signature
     from covcli.signature.monitor import Monitor, Verdicts
@@ -42,8 +43,8 @@ __all__ = [
 _HOMES = {
     "ConfidenceLoss": "training.loss",
     "CoverageLayer": "models.points",
-    "EvaluationConfig": "evaluation.results",
-    "EvaluationResult": "evaluation.results",
+    "EvaluationConfig": "evaluation.config",
+    "EvaluationResult": "reporting.documents",
     "Monitor": "signature.monitor",
     "ReportResult": "reporting.report",
     "SignatureConfig": "signature.build",

@@ -303,7 +303,8 @@ def evaluate(
     from covcli.core.progress import reporter
     from covcli.evaluation import gates
     from covcli.evaluation.evaluate import EvaluationConfig, evaluate
-    from covcli.reporting import tables, terminal
+    from covcli.reporting import terminal
+    from covcli.reporting.job_summary import summary as summarise
 
     process = prepare(device, seed, threads, plugin)
     wanted = [gates.parse_gate(text) for text in fail_under or []]
@@ -328,7 +329,7 @@ def evaluate(
     if junit is not None:
         write_bytes(junit, gates.junit(checks))
     if summary is not None:
-        write_bytes(summary, tables.summary(result, checks).encode())
+        write_bytes(summary, summarise(result, checks).encode())
     failed = [check for check in checks if not check.passed]
     for check in failed:
         sys.stderr.write(f"{check}\n")

@@ -12,15 +12,13 @@ from covcli.core.version import __version__
 from covcli.data.images import ImageSet
 from covcli.evaluation.baselines import compare
 from covcli.evaluation.baselines.compare import Comparison
+from covcli.evaluation.config import EvaluationConfig
 from covcli.evaluation.explain import explain_sets
 from covcli.evaluation.figures import result_of
 from covcli.evaluation.inputs import Job, load_job
-from covcli.evaluation.results import (
-    EvaluationConfig,
-    EvaluationResult,
-)
 from covcli.evaluation.scores import Measured, measure, samples, table
 from covcli.evaluation.sets import Opener, Parts, opener
+from covcli.reporting.documents import EvaluationResult
 
 __all__ = ["EvaluationConfig", "EvaluationResult", "evaluate"]
 log = logging.getLogger(__name__)

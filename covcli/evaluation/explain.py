@@ -12,94 +12,12 @@ from covcli.data.images import ImageSet
 from covcli.models.points import Outputs, Point
 from covcli.models.pooling import locate
 from covcli.models.sweep import to_network
+from covcli.reporting.documents import Explanation, LeftChannel, PointShare
 from covcli.signature.judge import Judge
 from covcli.signature.signature import Signature
 
 POINTS = 3  # how many points of an image list their channels
 CHANNELS = 3  # how many channels such a point lists
-
-
-@dataclass(frozen=True)
-class LeftChannel:
-    """A neuron that left the trusted range of the predicted class.
-
-    Attributes
-    ----------
-    neuron
-        Its number within the coverage point.
-    channel, label
-        The channel's number, and what is taken of it, as "channel 37, maximum".
-    value
-        Its activation.
-    low, high
-        The trusted range; infinite where it has no end on that side.
-    outside_by
-        How far outside the range the value lies, in widths of the range; infinite where that width
-        is none (trusted images gave it one value only) or has no end.
-    """
-
-    neuron: int
-    channel: int
-    label: str
-    value: float
-    low: float
-    high: float
-    outside_by: float
-
-
-@dataclass(frozen=True)
-class PointShare:
-    """A coverage point's part in the score of an image.
-
-    Attributes
-    ----------
-    name
-        The coverage point.
-    z, share
-        As of `Combination.shares`: the largest of the point's columns, and their sum.
-    coverage, left
-        Share of its neurons inside their range, and how many are outside.
-    channels
-        The worst of those outside: by cost, then by distance in widths of the range, then by
-        distance. Listed for the first three points only.
-    """
-
-    name: str
-    z: float
-    share: float
-    coverage: float
-    left: int
-    channels: list[LeftChannel]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Why an image got its score.
-
-    Attributes
-    ----------
-    set, row
-        The set's name, and the image's row in it, as in scores.csv.gz.
-    predicted, label
-        Class names; the label is None where unknown.
-    score, p_value, untrusted
-        The verdict.
-    points
-        All coverage points, the largest share first.
-    mapped
-        The first of them that lists a channel and has a height and a width: `heat_map` draws that
-        channel. None where there is none.
-    """
-
-    set: str
-    row: int
-    predicted: str
-    label: str | None
-    score: float
-    p_value: float
-    untrusted: bool
-    points: list[PointShare]
-    mapped: str | None
 
 
 def explain(judge: Judge, images: ImageSet, rows: Sequence[int]) -> list[Explanation]:

@@ -7,24 +7,27 @@ from torch import Tensor
 from covcli.attacks import attacks
 from covcli.core import files, runtime
 from covcli.core.specs import Spec, parse
-from covcli.data.images import ImageSet
+from covcli.data.images import DataRecord, ImageSet
 from covcli.evaluation import metrics
-from covcli.evaluation.explain import Explanation
+from covcli.evaluation.config import EvaluationConfig
 from covcli.evaluation.inputs import Job
-from covcli.evaluation.metrics import Detection, Estimate, MeanDetection
 from covcli.evaluation.own_errors import own_errors
-from covcli.evaluation.results import (
+from covcli.evaluation.scores import Measured
+from covcli.reporting.documents import (
     ClassAlarms,
     Deceived,
-    EvaluationConfig,
+    Detection,
+    Estimate,
+    EvaluatedSignature,
     EvaluationResult,
+    Explanation,
     FalseAlarms,
     Guaranteed,
+    MeanDetection,
     PointCoverage,
     TrustedSet,
     UntrustedSet,
 )
-from covcli.evaluation.scores import Measured
 from covcli.signature.guarantee import (
     CONFIDENCE,
     Guarantee,
@@ -119,20 +122,20 @@ def result_of(
     return EvaluationResult(
         schema=files.SCHEMA,
         provenance=runtime.provenance(judge.model.mean.device, config.seed) | job.plan.versions,
-        signature={
-            "method": signature.method.name,
-            "parameters": signature.method.spec(),
-            "granularity": signature.granularity,
-            "precision": signature.precision,
-            "path": str(job.signature),
-            "checkpoint": str(job.checkpoint),
-            "checkpoint_fingerprint": signature.fingerprint,
-            "signature_fingerprint": files.digest_file(job.signature),
-            "trusted": record["trusted"],
-            "calibration": record["calibration"],
-            "calibration_scores": len(judge.calibration.scores),
-            "threshold": rule.overall,
-        },
+        signature=EvaluatedSignature(
+            method=signature.method.name,
+            parameters=signature.method.spec(),
+            granularity=signature.granularity,
+            precision=signature.precision,
+            path=str(job.signature),
+            checkpoint=str(job.checkpoint),
+            checkpoint_fingerprint=signature.fingerprint,
+            signature_fingerprint=files.digest_file(job.signature),
+            trusted=DataRecord(**record["trusted"]),
+            calibration=DataRecord(**record["calibration"]),
+            calibration_scores=len(judge.calibration.scores),
+            threshold=rule.overall,
+        ),
         guarantee=guaranteed(rule.guarantee),
         trusted=_trusted_figures(job, trusted),
         untrusted=[

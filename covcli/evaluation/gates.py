@@ -4,10 +4,9 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
 
-from covcli.core import files
 from covcli.core.errors import CovcliError, one_line
 from covcli.core.specs import fraction, suggestion
-from covcli.evaluation.evaluate import EvaluationResult
+from covcli.reporting.documents import EvaluationResult, read_evaluation
 
 DETECTION = ["auroc", "aupr_out", "aupr_in", "fpr95", "detection_rate"]
 METRICS = [*DETECTION, "accuracy", "false_alarm_rate"]
@@ -104,16 +103,12 @@ def read_baseline(path: Path, tolerance: float, untrusted: tuple[str, ...]) -> l
     CovcliError
         If the file is no evaluation, or shares no set with this one.
     """
-    document = files.read_json(path)
     gates = []
-    try:
-        for entry in document["untrusted"]:
-            for metric in REGRESSION if entry["name"] in untrusted else []:
-                value = float(entry["scores"]["coverage"][metric]["value"])
-                change = tolerance if metric in LOWER_IS_BETTER else -tolerance
-                gates.append(Gate(metric, value + change, str(entry["name"])))
-    except (KeyError, TypeError, ValueError):
-        raise CovcliError("is not an evaluation", where=path) from None
+    for entry in read_evaluation(path).untrusted:
+        for metric in REGRESSION if entry.name in untrusted else []:
+            value = getattr(entry.scores["coverage"], metric).value
+            change = tolerance if metric in LOWER_IS_BETTER else -tolerance
+            gates.append(Gate(metric, value + change, entry.name))
     if not gates:
         raise CovcliError("shares no untrusted set with this evaluation", where=path)
     return gates

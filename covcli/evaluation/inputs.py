@@ -14,7 +14,7 @@ from covcli.data import datasets, labels
 from covcli.data.images import ImageSet
 from covcli.evaluation.baselines import compare
 from covcli.evaluation.baselines.compare import Plan
-from covcli.evaluation.results import EvaluationConfig
+from covcli.evaluation.config import EvaluationConfig
 from covcli.signature import judge as judges
 from covcli.signature.guarantee import Rule
 from covcli.signature.judge import Judge

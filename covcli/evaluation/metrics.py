@@ -6,48 +6,17 @@ scores are sorted once, and a sample is a vector of counts. The tests hold them 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from covcli.reporting.documents import Bin, Detection, Estimate, Kept, MeanDetection
+
 Floats = npt.NDArray[np.float64]
 BOOTSTRAP_SAMPLES = 1000
 BIN_EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
 THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with a 95% bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Detection:
-    """How well a score tells untrusted inputs from trusted ones.
-
-    Attributes
-    ----------
-    auroc
-        Area under the ROC curve: the chance that an untrusted input scores higher (ties half).
-    aupr_out, aupr_in
-        Average precision with the untrusted, and with the trusted, as the positive class.
-    fpr95
-        Share of trusted inputs flagged at the threshold that catches 95% of the untrusted.
-    detection_rate
-        Share of untrusted inputs above their calibrated threshold; None where there is none.
-    """
-
-    auroc: Estimate
-    aupr_out: Estimate
-    aupr_in: Estimate
-    fpr95: Estimate
-    detection_rate: Estimate | None
 
 
 class Curves:
@@ -174,15 +143,6 @@ def _bootstrap(
     }
 
 
-@dataclass(frozen=True)
-class MeanDetection:
-    """How well a score does on average over the untrusted sets, each of them counting once."""
-
-    score: str
-    auroc: Estimate
-    fpr95: Estimate
-
-
 def mean_detection(
     score: str,
     trusted: Floats,
@@ -235,27 +195,6 @@ def estimate(value: float, drawn: Floats) -> Estimate:
     """Return a value with the interval between its bootstrap samples' 2.5% and 97.5% quantiles."""
     low, high = np.percentile(drawn, [2.5, 97.5])
     return Estimate(value, float(low), float(high))
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Accuracy among images whose confidence lies in [low, high), or [low, 1] in the last bin."""
-
-    confidence: str
-    low: float
-    high: float
-    images: int
-    accuracy: float | None
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Share and accuracy of the images whose confidence reaches a threshold."""
-
-    confidence: str
-    threshold: float
-    kept: float
-    accuracy: float | None
 
 
 def confidence_bins(name: str, confidence: Floats, correct: npt.NDArray[np.bool_]) -> list[Bin]:

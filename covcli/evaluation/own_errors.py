@@ -10,50 +10,15 @@ Images with equal scores have no order. Every figure is the mean over all orders
 which has a closed form, so that it does not depend on the order in which they come.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
 from covcli.evaluation import metrics
-from covcli.evaluation.metrics import BOOTSTRAP_SAMPLES, Estimate, Floats
+from covcli.evaluation.metrics import BOOTSTRAP_SAMPLES, Floats
+from covcli.reporting.documents import OwnErrors, Risk
 
 Counts = npt.NDArray[np.int64]
 CURVE_POINTS = 101
-
-
-@dataclass(frozen=True)
-class Risk:
-    """The share of errors among the share of images that is kept, the most trusted ones."""
-
-    kept: float
-    risk: float
-
-
-@dataclass(frozen=True)
-class OwnErrors:
-    """How well a score finds the images that the network classifies wrongly.
-
-    Attributes
-    ----------
-    wrong
-        How many images the network classifies wrongly.
-    auroc
-        The chance that a wrongly classified image scores higher than a rightly classified one.
-    aurc
-        Area under the risk-coverage curve: the mean selective risk when 1, 2, …, n images are
-        kept. As much as the error rate for a score that knows nothing; lower is better.
-    excess_aurc
-        E-AURC: what the area has above that of a score that ranks every error last; 0 is best.
-    curve
-        The risk-coverage curve, at most 101 points, by ascending share kept.
-    """
-
-    wrong: int
-    auroc: Estimate
-    aurc: Estimate
-    excess_aurc: Estimate
-    curve: list[Risk]
 
 
 def own_errors(

@@ -1,7 +1,7 @@
 """What a report is made of: the files that it reads, sections of blocks, and how figures look."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from covcli.core.errors import one_line
-from covcli.reporting.tables import Table
+from covcli.reporting.documents import (
+    EvaluationResult,
+    Explanation,
+    LeftChannel,
+    PointShare,
+    TrainingLog,
+)
+from covcli.reporting.tables import Table, channel_cells
 
 # Okabe and Ito's colours, which the colour-blind tell apart; the first is for trusted images.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#000000"]
@@ -28,7 +35,7 @@ class ReportData:
     Attributes
     ----------
     evaluation
-        The document evaluation.json.
+        What evaluation.json holds.
     scores
         One row an image, as in scores.csv.gz.
     samples
@@ -37,15 +44,15 @@ class ReportData:
         The newest training log, or None.
     """
 
-    evaluation: dict[str, Any]
+    evaluation: EvaluationResult
     scores: pd.DataFrame
     samples: dict[str, np.ndarray]
-    training: dict[str, Any] | None
+    training: TrainingLog | None
 
     @property
     def sets(self) -> list[str]:
         """The sets' names, "trusted" first."""
-        return ["trusted", *[entry["name"] for entry in self.evaluation["untrusted"]]]
+        return ["trusted", *[entry.name for entry in self.evaluation.untrusted]]
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,15 @@ class Picture:
     figure: Figure
 
 
+Block: TypeAlias = str | Table | Picture
+
+
 @dataclass(frozen=True)
 class Section:
     """A titled part of a report: paragraphs, tables and pictures."""
 
     title: str
-    blocks: list[str | Table | Picture]
+    blocks: list[Block]
 
 
 def new_axes(width: float = 7.5, height: float = 4.0) -> tuple[Figure, Axes]:
@@ -85,7 +95,7 @@ def label(name: str) -> str:
 
 
 def explanation_picture(
-    entry: dict[str, Any], order: list[str], image: np.ndarray, fires: np.ndarray | None
+    entry: Explanation, order: list[str], image: np.ndarray, fires: np.ndarray | None
 ) -> Figure:
     """Draw an image, where its worst channel fires, its points' shares, and who left the range.
 
@@ -106,18 +116,18 @@ def explanation_picture(
     bars, strips = figure.add_subplot(grid[:, 1]), figure.add_subplot(grid[:, 2])
     pixels = image.transpose(1, 2, 0).squeeze()
     shown.imshow(pixels, cmap="gray")
-    known = "" if entry["label"] is None else f"\nlabelled {label(entry['label'])}"
-    shown.set_title(f"predicted {label(entry['predicted'])}{known}", fontsize=8)
+    known = "" if entry.label is None else f"\nlabelled {label(entry.label)}"
+    shown.set_title(f"predicted {label(entry.predicted)}{known}", fontsize=8)
     for axes in (shown, mapped):
         axes.set_axis_off()
-    listed = [point for point in entry["points"] if point["channels"]]
-    if fires is not None:
-        worst = {point["name"]: point["channels"][0] for point in listed}[entry["mapped"]]
+    listed = [point for point in entry.points if point.channels]
+    if fires is not None and entry.mapped is not None:
+        worst = {point.name: point.channels[0] for point in listed}[entry.mapped]
         _draw_map(mapped, pixels, fires)
-        where = f"where {label(entry['mapped'])},\nchannel {worst['channel']} fires"
+        where = f"where {label(entry.mapped)},\nchannel {worst.channel} fires"
         mapped.set_title(where, fontsize=8)
-    colours = dict(zip([p["name"] for p in listed], OF_POINTS, strict=False))
-    _draw_shares(bars, entry["points"], order, colours)
+    colours = dict(zip([p.name for p in listed], OF_POINTS, strict=False))
+    _draw_shares(bars, entry.points, order, colours)
     _draw_strips(strips, listed, colours)
     return figure
 
@@ -136,15 +146,15 @@ def _draw_map(axes: Axes, pixels: np.ndarray, fires: np.ndarray) -> None:
 
 
 def _draw_shares(
-    axes: Axes, points: list[dict[str, Any]], order: list[str], colours: dict[str, str]
+    axes: Axes, points: list[PointShare], order: list[str], colours: dict[str, str]
 ) -> None:
     """Draw the largest shares as bars, the network's first point at the top."""
-    kept = sorted(points[:BARS], key=lambda point: order.index(point["name"]))
+    kept = sorted(points[:BARS], key=lambda point: order.index(point.name))
     axes.barh(
-        range(len(kept)), [100 * p["share"] for p in kept], 0.75,
-        color=[colours.get(p["name"], QUIET) for p in kept],
+        range(len(kept)), [100 * p.share for p in kept], 0.75,
+        color=[colours.get(p.name, QUIET) for p in kept],
     )  # fmt: skip
-    axes.set_yticks(range(len(kept)), [label(p["name"]) for p in kept], fontsize=7)
+    axes.set_yticks(range(len(kept)), [label(p.name) for p in kept], fontsize=7)
     axes.invert_yaxis()
     axes.tick_params(axis="x", labelsize=7)
     axes.tick_params(axis="y", length=0)
@@ -152,9 +162,9 @@ def _draw_shares(
     axes.set_title("share of the score, %", fontsize=9)
 
 
-def _draw_strips(axes: Axes, points: list[dict[str, Any]], colours: dict[str, str]) -> None:
+def _draw_strips(axes: Axes, points: list[PointShare], colours: dict[str, str]) -> None:
     """Draw the trusted range as one band, and each channel that left it as a mark on its row."""
-    rows = [(point, channel) for point in points for channel in point["channels"]]
+    rows = [(point, channel) for point in points for channel in point.channels]
     axes.spines[["top", "right", "left"]].set_visible(False)
     if not rows:
         axes.set_axis_off()
@@ -163,13 +173,13 @@ def _draw_strips(axes: Axes, points: list[dict[str, Any]], colours: dict[str, st
     axes.axvspan(0, 1, color=COLOURS[0], alpha=0.15, linewidth=0)
     for y, (point, channel) in enumerate(rows):
         place, marker = _mark(channel)
-        colour = colours[point["name"]]
+        colour = colours[point.name]
         axes.plot([min(max(place, 0), 1), place], [y, y], color=colour, linewidth=1.5)
         axes.plot(place, y, marker, color=colour, markersize=7, clip_on=False)
-    names = [f"{label(p['name'])}: {label(c['label'])}" for p, c in rows]
+    names = [f"{label(p.name)}: {label(c.label)}" for p, c in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=7)
     for tick, (point, _) in zip(axes.get_yticklabels(), rows, strict=True):
-        tick.set_color(colours[point["name"]])
+        tick.set_color(colours[point.name])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(-FARTHEST - 0.1, 1 + FARTHEST + 0.1)
     axes.set_xticks([0, 1], ["lowest", "highest"], fontsize=7)
@@ -177,7 +187,7 @@ def _draw_strips(axes: Axes, points: list[dict[str, Any]], colours: dict[str, st
     axes.set_title("trusted range (band) and value (mark)", fontsize=9)
     _write_row(axes, -0.75, HEADS)
     for y, (_, channel) in enumerate(rows):
-        _write_row(axes, y, _cells(channel))
+        _write_row(axes, y, channel_cells(channel))
 
 
 def _write_row(axes: Axes, y: float, cells: tuple[str, str, str]) -> None:
@@ -188,22 +198,9 @@ def _write_row(axes: Axes, y: float, cells: tuple[str, str, str]) -> None:
         )
 
 
-def _mark(channel: dict[str, Any]) -> tuple[float, str]:
+def _mark(channel: LeftChannel) -> tuple[float, str]:
     """Return where a value stands if its range is 0 to 1, and its marker: an arrow if cut off."""
-    low, widths = channel["low"], channel["outside_by"]
-    below = low is not None and channel["value"] < low
-    if widths is None or widths > FARTHEST:
+    widths, below = channel.outside_by, channel.value < channel.low
+    if widths > FARTHEST:
         return (-FARTHEST, "<") if below else (1 + FARTHEST, ">")
     return (-widths if below else 1 + widths), "o"
-
-
-def _cells(channel: dict[str, Any]) -> tuple[str, str, str]:
-    """Return a channel's value, its range and the distance between them, as text."""
-    low, high = channel["low"], channel["high"]
-    span = f"{_number(low)} to {_number(high)}" if low != high else f"always {_number(low)}"
-    widths = channel["outside_by"]
-    return f"{channel['value']:.3g}", span, "–" if widths is None else f"{widths:.2g}"
-
-
-def _number(value: float | None) -> str:
-    return "no end" if value is None else f"{value:.3g}"

@@ -1,79 +1,292 @@
-"""Figures worded once: the tables over an evaluation that every report shows."""
+"""Figures worded once: the tables and sentences over an evaluation that every report shows.
 
+Figures are in per cent, and are followed by their 95% interval where they have one.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from math import isfinite
+from typing import Protocol
 
-from covcli.core.errors import one_line
+from covcli.reporting.documents import (
+    ClassAlarms,
+    Deceived,
+    Detection,
+    EvaluationResult,
+    Explanation,
+    LeftChannel,
+    PointShare,
+    TrainingLog,
+    UntrustedSet,
+)
 
-if TYPE_CHECKING:
-    from covcli.evaluation.gates import Check
-    from covcli.evaluation.results import EvaluationResult
+NONE = "–"
+FIGURES = {
+    "auroc": "AUROC",
+    "aupr_out": "AUPR-out",
+    "aupr_in": "AUPR-in",
+    "fpr95": "FPR95",
+    "detection_rate": "detected at α",
+}
+FPR95_NOTE = (
+    "FPR95: share of trusted images flagged at the threshold that catches 95% of the untrusted."
+)
+ERRORS_NOTE = (
+    "AUROC: the chance that a wrong answer scores higher than a right one. AURC: mean share of "
+    "errors among the images kept, when the least trusted are rejected first; E-AURC: how much "
+    "of it a perfect order would save."
+)
+
+
+class Interval(Protocol):
+    """A share with its interval; none of them where it was measured on no image."""
+
+    @property
+    def value(self) -> float | None:
+        """The share."""
+
+    @property
+    def low(self) -> float | None:
+        """The interval's lower end."""
+
+    @property
+    def high(self) -> float | None:
+        """The interval's upper end."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: the head and the rows, as text."""
+    """A table: its title, the head and the rows, as text."""
 
+    title: str
     head: list[str]
     rows: list[list[str]]
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """Word a share in per cent; a dash where there is none."""
-    return "–" if value is None else f"{100 * value:.{digits}f}"
+    """Word a share in per cent; a dash where there is none.
+
+    Examples
+    --------
+    >>> percent(0.98765), percent(0.0485, 2), percent(None)
+    ('98.8', '4.85', '–')
+    """
+    return NONE if value is None else f"{100 * value:.{digits}f}"
 
 
-def interval(estimate: dict[str, float] | None) -> str:
-    """Word a figure with its interval in per cent; a dash where there is none."""
-    if estimate is None:
-        return "–"
-    low, high = percent(estimate["low"]), percent(estimate["high"])
-    return f"{percent(estimate['value'])} [{low}, {high}]"
+def interval(estimate: Interval | None, digits: int = 1) -> str:
+    """Word a share with its interval in per cent; a dash where there is none.
+
+    Examples
+    --------
+    >>> from covcli.reporting.documents import Estimate
+    >>> interval(Estimate(0.964, 0.958, 0.97))
+    '96.4 [95.8, 97.0]'
+    """
+    if estimate is None or estimate.value is None:
+        return NONE
+    low, high = percent(estimate.low, digits), percent(estimate.high, digits)
+    return f"{percent(estimate.value, digits)} [{low}, {high}]"
 
 
-def summary(result: "EvaluationResult", checks: "list[Check]") -> str:
-    """Return an evaluation and its gates as Markdown, for a job's page."""
+def false_alarms(result: EvaluationResult) -> str:
+    """Word the false alarms beside what calibration promises."""
     alarms = result.trusted.false_alarm_rate
-    lines = [
-        f"### covcli: {result.signature['parameters']}",
-        "",
-        f"Accuracy {result.trusted.accuracy:.1%}, false-alarm rate {alarms.value:.2%} at "
-        f"{result.guarantee.mode} α = {alarms.alpha:g} (promised {alarms.promised_low:.2%} to "
-        f"{alarms.promised_high:.2%} of so many images).",
-        "",
-        *_highest(result),
-        result.guarantee.statement,
-        "",
-        "| untrusted | AUROC | FPR95 | detected at α |",
-        "| --- | --- | --- | --- |",
-    ]
-    for entry in result.untrusted:
-        d = entry.scores["coverage"]
-        rate = d.detection_rate.value if d.detection_rate else None
-        cells = [_cell(entry.name), f"{d.auroc.value:.1%}", f"{d.fpr95.value:.1%}", _share(rate)]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *[f"- {_cell(str(c))}" for c in checks]]
-    return "\n".join(lines).rstrip() + "\n"
+    low, high = percent(alarms.promised_low, 2), percent(alarms.promised_high, 2)
+    return (
+        f"Of {result.trusted.images} trusted images of {result.trusted.name} (accuracy "
+        f"{percent(result.trusted.accuracy)}%), {interval(alarms, 2)}% were flagged at "
+        f"{result.guarantee.mode} α = {alarms.alpha:g}. Calibration on "
+        f"{result.signature.calibration_scores} scores promises {low} to {high}% of so many "
+        "images, with 95% probability."
+    )
 
 
-def _highest(result: "EvaluationResult") -> list[str]:
-    """Return a paragraph on the predicted class with the highest false-alarm rate."""
-    found = [c for c in result.trusted.false_alarms_by_class if c.value is not None]
-    worst = max(found, key=lambda c: c.value or 0.0)
+def highest_class(result: EvaluationResult) -> str:
+    """Word the predicted class with the highest false-alarm rate."""
+    worst = _highest(result)[0]
     promised = worst.promised_high
-    bound = "nothing promised" if promised is None else f"promised at most {promised:.2%}"
+    bound = "nothing promised" if promised is None else f"promised at most {percent(promised, 2)}%"
+    return (
+        f"Highest by predicted class: {worst.name}, {worst.alarms} of {worst.images} "
+        f"({percent(worst.value, 2)}%; {bound})."
+    )
+
+
+def class_alarms(result: EvaluationResult, most: int | None = None) -> Table:
+    """Tabulate the false alarms by predicted class, the highest rates first.
+
+    Parameters
+    ----------
+    result
+        The evaluation.
+    most
+        How many classes to list; None lists all.
+    """
+    classes = _highest(result)
+    rows = [
+        [c.name, str(c.images), str(c.alarms), interval(c), percent(c.promised_high),
+         str(c.calibration_scores)]
+        for c in classes[:most]
+    ]  # fmt: skip
+    title = f"False alarms by predicted class, highest rates first ({len(classes)} classes)"
+    head = ["predicted class", "images", "alarms", "rate", "promised at most", "calibration scores"]
+    return Table(title, head, rows)
+
+
+def _highest(result: EvaluationResult) -> list[ClassAlarms]:
+    classes = result.trusted.false_alarms_by_class
+    return sorted(classes, key=lambda c: -1.0 if c.value is None else c.value, reverse=True)
+
+
+def overview(result: EvaluationResult) -> Table:
+    """Tabulate the main figures, a row an untrusted set."""
+    rows = []
+    for entry in result.untrusted:
+        ours, softmax = entry.scores["coverage"], entry.scores["softmax"]
+        detected = ours.detection_rate.value if ours.detection_rate else None
+        figures = (ours.auroc.value, softmax.auroc.value, ours.fpr95.value, detected)
+        rows.append([entry.name, str(entry.images), *map(percent, figures)])
+    head = ["untrusted", "images", "AUROC", "softmax", "FPR95", "detected at α"]
+    return Table("Detection", head, rows)
+
+
+def detection(result: EvaluationResult) -> Table:
+    """Tabulate every figure of each untrusted set, ours beside the other scores'."""
+    rows = [
+        [name, str(part.images), mean.score, *_figures(scores[mean.score])]
+        for name, part, scores in _parts(result.untrusted)
+        for mean in result.mean_over_sets
+    ]
+    return Table("Detection", ["untrusted", "images", "score", *FIGURES.values()], rows)
+
+
+def _parts(
+    entries: Sequence[UntrustedSet],
+) -> Iterator[tuple[str, UntrustedSet | Deceived, dict[str, Detection]]]:
+    """Yield each set, and after an attack those images that it deceived the network on."""
+    for entry in entries:
+        yield entry.name, entry, entry.scores
+        if entry.deceived is not None and entry.deceived.scores is not None:
+            yield f"{entry.name}, successes", entry.deceived, entry.deceived.scores
+
+
+def _figures(found: Detection) -> list[str]:
+    return [interval(getattr(found, key)) for key in FIGURES]
+
+
+def means(result: EvaluationResult) -> Table:
+    """Tabulate each score's mean over the untrusted sets."""
+    rows = [[m.score, interval(m.auroc), interval(m.fpr95)] for m in result.mean_over_sets]
+    return Table("Mean over the untrusted sets", ["score", "AUROC", "FPR95"], rows)
+
+
+def deceptions(result: EvaluationResult) -> list[str]:
+    """Word how often each attack deceives the network."""
     return [
-        f"Highest by predicted class: {_cell(worst.name)}, {worst.alarms} of {worst.images} "
-        f"({worst.value:.2%}; {bound}).",
-        "",
+        f"{entry.name} deceives the network on {interval(entry.success_rate)}% of the images that "
+        f"it got right; {entry.deceived.already_wrong} of {entry.images} were wrong before."
+        for entry in result.untrusted
+        if entry.deceived is not None
     ]
 
 
-def _cell(text: str) -> str:
-    """Keep Markdown and HTML in a name from taking effect."""
-    escaped = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    return escaped.replace("`", "\\`")
+def coverage(result: EvaluationResult) -> Table:
+    """Tabulate the share of neurons inside their range, by coverage point and set."""
+    sets = list(result.points[0].coverage)
+    rows = [
+        [p.name, str(p.neurons), *(percent(p.coverage[name], 2) for name in sets)]
+        for p in result.points
+    ]
+    title = "Coverage: share of neurons inside their range"
+    return Table(title, ["coverage point", "neurons", *sets], rows)
 
 
-def _share(value: Any) -> str:
-    return "–" if value is None else f"{value:.1%}"
+def confidence_bins(result: EvaluationResult) -> Table:
+    """Tabulate the accuracy on trusted images by bin of confidence."""
+    rows = [
+        [b.confidence, f"{b.low:g}–{b.high:g}", str(b.images), percent(b.accuracy)]
+        for b in result.confidence_bins
+    ]
+    return Table("Accuracy by confidence", ["confidence", "bin", "images", "accuracy"], rows)
+
+
+def confidence_thresholds(result: EvaluationResult) -> Table:
+    """Tabulate how many trusted images a confidence keeps, and the accuracy on those."""
+    rows = [
+        [k.confidence, f"{k.threshold:g}", percent(k.kept), percent(k.accuracy)]
+        for k in result.confidence_thresholds
+    ]
+    return Table("Accuracy kept", ["confidence", "at least", "kept", "accuracy"], rows)
+
+
+def own_errors(result: EvaluationResult) -> Table | None:
+    """Tabulate how well each score finds the network's own errors; None where that is undefined."""
+    errors = result.trusted.errors
+    if errors is None:
+        return None
+    rows = [
+        [name, f"{e.wrong} of {result.trusted.images}",
+         *map(interval, (e.auroc, e.aurc, e.excess_aurc))]
+        for name, e in errors.items()
+    ]  # fmt: skip
+    return Table("The network's own errors", ["score", "wrong", "AUROC", "AURC", "E-AURC"], rows)
+
+
+def watched(log: TrainingLog) -> Table | None:
+    """Tabulate the coverage that was watched during training; None where none was."""
+    looks = [(entry.epoch, entry.watched) for entry in log.epochs if entry.watched is not None]
+    if not looks:
+        return None
+    rows = [[str(epoch), *(percent(s.mean_coverage) for s in look.sets)] for epoch, look in looks]
+    return Table("Coverage in training", ["epoch", *(s.name for s in looks[0][1].sets)], rows)
+
+
+def provenance(result: EvaluationResult) -> Table:
+    """Tabulate what the figures were made of and with."""
+    signature = result.signature
+    rows = [[key, str(value)] for key, value in result.provenance.items()]
+    rows += [["checkpoint fingerprint", signature.checkpoint_fingerprint],
+             ["signature fingerprint", signature.signature_fingerprint],
+             ["signature data", signature.trusted.images],
+             ["calibration data", signature.calibration.images]]  # fmt: skip
+    rows.append([f"data of {result.trusted.name}", result.trusted.fingerprint])
+    rows += [[f"data of {entry.name}", entry.fingerprint] for entry in result.untrusted]
+    return Table("Provenance", ["what", "value"], rows)
+
+
+def explanation(entry: Explanation) -> str:
+    """Word an explained image and its verdict."""
+    known = "" if entry.label is None else f", labelled {entry.label}"
+    verdict = "flagged" if entry.untrusted else "not flagged"
+    return (
+        f"{entry.set}, image {entry.row}: predicted {entry.predicted}{known}; {verdict}, "
+        f"score {entry.score:.2f}, p-value {entry.p_value:.2g}."
+    )
+
+
+def point_share(point: PointShare) -> str:
+    """Word a coverage point's part in a score."""
+    return (
+        f"{point.name}: {percent(point.share)}% of the score (z = {point.z:.1f}), {point.left} "
+        f"neurons ({percent(1 - point.coverage)}%) outside their range"
+    )
+
+
+def left_channel(channel: LeftChannel) -> str:
+    """Word a neuron that left its range."""
+    value, span, widths = channel_cells(channel)
+    beyond = "" if widths == NONE else f", outside by {widths} widths"
+    return f"{channel.label}: {value}, trusted {span}{beyond}"
+
+
+def channel_cells(channel: LeftChannel) -> tuple[str, str, str]:
+    """Word a neuron's value, its range and how many widths of the range lie between them."""
+    low, high = channel.low, channel.high
+    span = f"{_end(low)} to {_end(high)}" if low != high else f"always {_end(low)}"
+    widths = channel.outside_by
+    return f"{channel.value:.3g}", span, f"{widths:.2g}" if isfinite(widths) else NONE
+
+
+def _end(value: float) -> str:
+    return f"{value:.3g}" if isfinite(value) else "no end"

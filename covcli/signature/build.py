@@ -18,7 +18,7 @@ from covcli.models import checkpoint as checkpoints
 from covcli.models.architectures import Statistics
 from covcli.models.checkpoint import Checkpoint
 from covcli.models.sweep import Amp, choose_precision
-from covcli.reporting.terminal import _say
+from covcli.reporting.terminal import say
 from covcli.signature import signature as signatures
 from covcli.signature.calibration import check_images
 from covcli.signature.fit import MINIMUM_TRUSTED, fit_judge, fit_signature
@@ -249,7 +249,7 @@ def _import(folder: Path, source: Checkpoint, classes: tuple[str, ...]) -> None:
 
 def describe_signature(result: "SignatureResult") -> None:
     """Tell a person on stderr what build-signature did; the path alone goes to stdout."""
-    _say(
+    say(
         f"{result.method}: {sum(result.trusted.values())} trusted of {result.images} images "
         f"(accuracy {result.accuracy:.1%}), {result.points} coverage points, {result.neurons} "
         f"neurons, {result.calibration_images} calibration images, {result.guarantee.mode} "

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from covcli.core.errors import CovcliError
 from covcli.models.sweep import Amp
+from covcli.reporting.documents import EpochLog, Watch, WatchedSet
 from covcli.training.epoch import Augmentation
-from covcli.training.watch import Watch, WatchedSet
 
 PAUSED_FILE = "last.pt"
 
@@ -43,45 +43,6 @@ class TrainConfig:
     name: str | None = None
     runs: Path = Path("runs")
     data_dir: Path | None = None
-
-
-@dataclass(frozen=True)
-class EpochLog:
-    """One epoch of the training log.
-
-    Attributes
-    ----------
-    epoch
-        From 1 on.
-    loss, cross_entropy, penalty
-        Means over the training images: the loss, and its two parts; the penalty before its weight.
-    accuracy
-        Share of training images classified correctly, as they were seen in training.
-    confident_accuracy
-        The same among those of a softmax confidence of at least the threshold; None without any.
-    confident
-        The share of those.
-    learning_rate
-        Of the last step.
-    held_out_accuracy
-        Accuracy on the calibration split.
-    seconds
-        How long the epoch took, since it was begun or last resumed.
-    watched
-        What the running signature says of trusted and untrusted images; None without `untrusted`.
-    """
-
-    epoch: int
-    loss: float
-    cross_entropy: float
-    penalty: float
-    accuracy: float
-    confident_accuracy: float | None
-    confident: float
-    learning_rate: float
-    held_out_accuracy: float
-    seconds: float
-    watched: Watch | None
 
 
 def split_rows(images: int, calibration_split: float, seed: int) -> tuple[Tensor, Tensor]:

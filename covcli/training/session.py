@@ -21,11 +21,11 @@ from covcli.methods import State, make_method
 from covcli.models import architectures
 from covcli.models.architectures import Classifier, ModelSpec
 from covcli.models.sweep import choose_precision, sweep
+from covcli.reporting.documents import EpochLog, Watch
 from covcli.signature.fit import fit_signature
 from covcli.training.config import (
     PAUSED,
     PAUSED_FILE,
-    EpochLog,
     TrainConfig,
     describe,
     first_penalised,
@@ -35,7 +35,7 @@ from covcli.training.config import (
 )
 from covcli.training.epoch import SUMS, Augmentation, Trainer, epoch
 from covcli.training.loss import RUNNING, ConfidenceLoss
-from covcli.training.watch import Watch, watch
+from covcli.training.watch import watch
 
 # A running signature is built from at most so many training images, to stay cheap.
 SIGNATURE_IMAGES = 10_000

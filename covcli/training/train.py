@@ -17,11 +17,11 @@ from covcli.data.images import DataRecord
 from covcli.methods import make_method
 from covcli.models import checkpoint as checkpoints
 from covcli.models.checkpoint import Checkpoint
-from covcli.reporting.terminal import _say
+from covcli.reporting.documents import EpochLog
+from covcli.reporting.terminal import say
 from covcli.training.config import (
     PAUSED,
     PAUSED_FILE,
-    EpochLog,
     TrainConfig,
     restored_config,
     save_interval,
@@ -218,7 +218,7 @@ def _write(run: Path, session: Session, result: TrainResult) -> None:
 def describe_training(result: "TrainResult") -> None:
     """Tell a person on stderr what training did; the path alone goes to stdout."""
     last = result.epochs[-1]
-    _say(
+    say(
         f"trained on {result.training_images} images for {len(result.epochs)} epochs: held-out "
         f"accuracy {last.held_out_accuracy:.1%} on {result.calibration_images} calibration images"
     )

@@ -1,7 +1,6 @@
 """What a running signature says during training: coverage, trusted against untrusted."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from covcli.attacks import attacks
 from covcli.core import distributed
@@ -11,41 +10,9 @@ from covcli.data.images import ImageSet
 from covcli.methods import Method
 from covcli.models.architectures import Classifier
 from covcli.models.sweep import sweep
+from covcli.reporting.documents import Watch, WatchedSet
 from covcli.signature.fit import fit_signature
 from covcli.signature.signature import Signature
-
-
-@dataclass(frozen=True)
-class WatchedSet:
-    """What the network does on one set.
-
-    Attributes
-    ----------
-    name
-        "trusted", or the specification of an untrusted set.
-    images
-        How many images were read.
-    mean_confidence
-        Mean softmax confidence.
-    mean_coverage
-        Mean over the coverage points of `coverage`.
-    coverage
-        Share of each point's neurons inside the range of the predicted class.
-    """
-
-    name: str
-    images: int
-    mean_confidence: float
-    mean_coverage: float
-    coverage: list[float]
-
-
-@dataclass(frozen=True)
-class Watch:
-    """One look at a network in training: the coverage points' names, and each set's figures."""
-
-    points: list[str]
-    sets: list[WatchedSet]
 
 
 def watch(

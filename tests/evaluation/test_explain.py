@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import PLUGIN
+from pydantic import TypeAdapter
 from test_cli import call
 
 import covcli
@@ -19,11 +20,12 @@ from covcli.core.progress import Silent
 from covcli.data import datasets
 from covcli.data.images import ImageSet
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
-from covcli.evaluation.explain import CHANNELS, POINTS, Explanation, explain, heat_map
+from covcli.evaluation.explain import CHANNELS, POINTS, explain, heat_map
 from covcli.methods import SingleRange, State
 from covcli.models import checkpoint as checkpoints
 from covcli.models.architectures import Classifier
 from covcli.models.pooling import locate, pool
+from covcli.reporting.documents import Explanation
 from covcli.reporting.pictures import explanation_picture
 from covcli.reporting.report import read, report
 from covcli.reporting.sections import SECTIONS
@@ -192,7 +194,7 @@ def test_where_nothing_left_its_range_nothing_is_listed_and_it_says_so(
     assert "digits?limit=20, image 7: predicted" in out
     assert "no neuron of its main coverage points left its range" in out
     drawn = explanation_picture(
-        plain(asdict(e)), [p.name for p in made.points], np.zeros((1, 8, 8), np.uint8), None
+        e, [p.name for p in made.points], np.zeros((1, 8, 8), np.uint8), None
     )
     texts = [text.get_text() for axes in drawn.axes for text in axes.texts]
     assert texts == ["no neuron of these points left its range"]
@@ -215,8 +217,9 @@ def test_a_range_without_a_width_to_measure_by_orders_by_distance(
         assert all(c.outside_by == np.inf for c in point.channels)
     document = json.loads(json.dumps(plain(asdict(e)), allow_nan=False))
     assert document["points"][0]["channels"][0]["outside_by"] is None
+    assert TypeAdapter(Explanation).validate_python(document) == e
     order = [p.name for p in made.points]
-    drawn = explanation_picture(document, order, np.zeros((3, 8, 8), np.uint8), None)
+    drawn = explanation_picture(e, order, np.zeros((3, 8, 8), np.uint8), None)
     texts = {text.get_text() for axes in drawn.axes for text in axes.texts}
     assert ("always 0" if low == high else "no end to 0") in texts
 
@@ -265,8 +268,10 @@ def test_evaluate_explains_the_most_suspicious_of_each_set(
     none = read(tmp_path / "none")
     assert not any(name.startswith("explained") for name in none.samples)
     assert SECTIONS.get("explanations")(none) is None
-    without = {k: v for k, v in none.evaluation.items() if k != "explanations"}
-    assert SECTIONS.get("explanations")(replace(none, evaluation=without)) is None  # an older one
+    path = tmp_path / "none" / "evaluation.json"
+    older = {k: v for k, v in json.loads(path.read_text()).items() if k != "explanations"}
+    path.write_text(json.dumps(older))
+    assert SECTIONS.get("explanations")(read(path.parent)) is None
 
 
 def test_a_negative_number_of_explanations_is_refused(

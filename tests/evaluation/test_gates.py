@@ -11,7 +11,7 @@ from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
 from covcli.evaluation.gates import check, check_names, junit, parse_gate, read_baseline
-from covcli.reporting.tables import summary
+from covcli.reporting.job_summary import summary
 
 
 def test_gates_name_every_set_that_falls_short(evaluated: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from covcli.evaluation.own_errors import OwnErrors, own_errors
+from covcli.evaluation.own_errors import own_errors
+from covcli.reporting.documents import OwnErrors
 
 
 def naive_risks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:

@@ -1,0 +1,62 @@
+"""Markdown: how names, tables and documents are written as text that takes no effect."""
+
+import re
+from collections.abc import Iterable
+
+from covcli.core.errors import one_line
+from covcli.reporting.tables import Table
+
+# What begins emphasis, code, links, images, cells, strikethrough, mathematics or an escape.
+_ACTIVE = re.compile(r"[\\`*_\[\]|~$]")
+# An interval is left as it is: in brackets that nothing follows there is no link.
+_INTERVAL = re.compile(r"(\[[\d.]+, [\d.]+\])(?![(\[:])")
+# What begins a heading, a list or a rule if it stands first.
+_LEADING = re.compile(r"^(?:[#+=-]|\d+(?=[.)](?:\s|$)))")
+# What a renderer links without being asked.
+_ADDRESS = re.compile(r":(?=//)|(?<=\bwww)\.", re.IGNORECASE)
+_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def escape(text: str) -> str:
+    r"""Return text that Markdown shows as it is: no link, image, HTML, cell or emphasis.
+
+    Examples
+    --------
+    >>> print(escape("![x](http://a.b) | <b> 1.5 [1.2, 1.8]"))
+    !\[x\](http\://a.b) \| &lt;b&gt; 1.5 [1.2, 1.8]
+    """
+    parts = _INTERVAL.split(one_line(text))
+    parts[::2] = [_ACTIVE.sub(r"\\\g<0>", part) for part in parts[::2]]
+    plain = "".join(_HTML.get(character, character) for character in "".join(parts))
+    plain = _ADDRESS.sub(r"\\\g<0>", plain)
+    return _LEADING.sub(_behind, plain)
+
+
+def _behind(first: re.Match[str]) -> str:
+    """Escape what would begin a block; a number's dot rather than the number."""
+    found = first[0]
+    return f"{found}\\" if found.isdigit() else f"\\{found}"
+
+
+def table(content: Table) -> str:
+    """Return a table's head and rows as a Markdown table."""
+    lines = [_row(content.head), _rule(len(content.head)), *map(_row, content.rows)]
+    return "\n".join(lines)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(map(escape, cells))} |"
+
+
+def _rule(columns: int) -> str:
+    return f"| {' | '.join(['---'] * columns)} |"
+
+
+def bullets(items: Iterable[str]) -> str:
+    """Return a list, an item a line."""
+    return "\n".join(f"- {escape(item)}" for item in items)
+
+
+def document(blocks: Iterable[str]) -> str:
+    """Join blocks of Markdown to a document."""
+    return "\n\n".join(block for block in blocks if block) + "\n"
