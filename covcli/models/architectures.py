@@ -112,11 +112,19 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) of images (B, C, H, W) with pixels in [0, 1]."""
+        return self.classify((images - self.mean) / self.deviation)
+
+    def classify(self, normalised: Tensor) -> Tensor:
+        """Return the logits of images that were normalised already."""
         low = self.precision == "bfloat16"
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
-            output = self.network((images - self.mean) / self.deviation)
+        with torch.autocast(normalised.device.type, torch.bfloat16, enabled=low):
+            output = self.network(normalised)
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits.float()
+
+    def pixels(self, normalised: Tensor) -> Tensor:
+        """Return normalised images as pixels in [0, 1]."""
+        return normalised * self.deviation + self.mean
 
     def on(self, device: torch.device) -> "Classifier":
         """Return the network on a device, in the memory layout that convolutions like best."""

@@ -1,5 +1,6 @@
 """Coverage points: where activations are recorded, and how they become neurons."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,8 +69,39 @@ class Point:
     values: int
 
 
+class _OfThread(threading.local):
+    """State of the forward pass that runs in this thread; a copy begins with none."""
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
+
+class _Calls(_OfThread):
+    """How often each module was called in this pass."""
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+
+
+class _Seen(_OfThread):
+    """What a pass has shown so far, if it is recorded, and memory for the units of the next."""
+
+    def __init__(self) -> None:
+        self.listening = False
+        self.parts: dict[str, list[Tensor]] = {}
+        self.units: Tensor | None = None
+        self.spare: Tensor | None = None
+
+    def clear(self) -> None:
+        """Forget the pass."""
+        self.parts.clear()
+        self.units = None
+
+
 class Outputs:
     """Shows every point's whole output during a `with` block; the hooks are always removed.
+
+    Passes in several threads are counted apart, each by itself.
 
     Parameters
     ----------
@@ -90,7 +122,7 @@ class Outputs:
         by_module: dict[str, dict[int, Point]] = {}
         for point in points:
             by_module.setdefault(point.module, {})[point.call] = point
-        self._calls: Counter[str] = Counter()
+        self._calls = _Calls()
         # Not closures, which could neither be pickled nor copied with the network.
         self._hooks = [
             (modules[name], partial(self._end, name, calls)) for name, calls in by_module.items()
@@ -109,13 +141,13 @@ class Outputs:
         self._handles = []
 
     def _begin(self, _model: nn.Module, _inputs: Any) -> None:
-        self._calls.clear()
+        self._calls.count.clear()
 
     def _end(
         self, name: str, points: Mapping[int, Point], _module: nn.Module, _inputs: Any, output: Any
     ) -> None:
-        call = self._calls[name]
-        self._calls[name] = call + 1
+        call = self._calls.count[name]
+        self._calls.count[name] = call + 1
         point = points.get(call)
         if point is not None:
             self._see(point, output)
@@ -134,6 +166,9 @@ class Recorder:
     Pooling happens inside the hooks, so a later in-place operation cannot change what was seen
     and no full activation is kept, except for contributions. Gradients flow through it.
 
+    It records the passes of the thread that the block runs in, and no others: several threads can
+    record at once, each its own passes, while others call the network unrecorded.
+
     Parameters
     ----------
     model
@@ -148,10 +183,8 @@ class Recorder:
         self.points = points
         self.granularity = granularity
         self._outputs = Outputs(model, points, self._note)
-        self._stays = self._listening = False
-        self._seen: dict[str, list[Tensor]] = {}
-        self._units: Tensor | None = None
-        self._spare: Tensor | None = None
+        self._stays = False
+        self._seen = _Seen()
 
     def stay(self) -> None:
         """Leave the hooks on the network until `leave`; outside `with` blocks they do nothing."""
@@ -164,46 +197,48 @@ class Recorder:
         self._outputs.detach()
 
     def __enter__(self) -> Self:
-        self._start_anew()
-        self._listening = True
+        self._seen.clear()
+        self._seen.listening = True
         if not self._stays:
             self._outputs.attach()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._listening = False
+        self._seen.listening = False
+        self._seen.clear()
         if not self._stays:
             self._outputs.detach()
 
     def reuse(self, neurons: Tensor | None) -> None:
-        """Let the next pass write its units over these, which nobody reads any more."""
-        self._spare = neurons
+        """Let this thread's next pass write its units over these, which nobody reads any more."""
+        self._seen.spare = neurons
 
     def _note(self, point: Point, output: Tensor) -> None:
         """Keep what a hook saw: neurons, or for contributions the activations until `take`."""
-        if not self._listening:
+        seen = self._seen
+        if not seen.listening:
             return
         if self.granularity == "contribution":
-            self._seen[point.name] = [output]
+            seen.parts[point.name] = [output]
         elif self.granularity == "unit" and not torch.is_grad_enabled():
-            self._seen[point.name] = [self._keep(point, output)]
+            seen.parts[point.name] = [self._keep(seen, point, output)]
         else:
-            self._seen[point.name] = statistics(output, point.channel_dim, self.granularity)
+            seen.parts[point.name] = statistics(output, point.channel_dim, self.granularity)
 
-    def _keep(self, point: Point, output: Tensor) -> Tensor:
+    def _keep(self, seen: _Seen, point: Point, output: Tensor) -> Tensor:
         """Copy a point's units to their place among all neurons, which saves copying them twice."""
         sizes = [each.neurons for each in self.points]
-        if self._units is None:
-            self._units = self._room(output, sum(sizes))
-        place: Tensor = self._units.split(sizes, 1)[self.points.index(point)]
+        if seen.units is None:
+            seen.units = self._room(seen, output, sum(sizes))
+        place: Tensor = seen.units.split(sizes, 1)[self.points.index(point)]
         last = output.movedim(point.channel_dim, -1)
         place.unflatten(1, last.shape[1:]).copy_(last)
         return place
 
-    def _room(self, output: Tensor, neurons: int) -> Tensor:
+    def _room(self, seen: _Seen, output: Tensor, neurons: int) -> Tensor:
         """Return memory for a batch's units; touching fresh memory costs more than the copying."""
         shape, dtype = (len(output), neurons), torch.promote_types(output.dtype, torch.float32)
-        spare, self._spare = self._spare, None
+        spare, seen.spare = seen.spare, None
         wanted = (shape, dtype, output.device)
         if spare is not None and (spare.shape, spare.dtype, spare.device) == wanted:
             return spare
@@ -222,23 +257,20 @@ class Recorder:
         CovcliError
             If a point was not reached by the forward pass.
         """
-        missing = [p.name for p in self.points if p.name not in self._seen]
+        seen = self._seen
+        missing = [p.name for p in self.points if p.name not in seen.parts]
         if missing:
             raise CovcliError(f"coverage point {missing[0]!r} was not reached", where="the network")
-        parts = [part for point in self.points for part in self._seen[point.name]]
+        parts = [part for point in self.points for part in seen.parts[point.name]]
         if self.granularity == "contribution":
             dims = [point.channel_dim for point in self.points]
             products = contributions(logits, parts)
             parts = [pool(p, d, "contribution") for p, d in zip(products, dims, strict=True)]
-        neurons = self._units
+        neurons = seen.units
         if neurons is None:
             neurons = torch.cat(parts, 1) if parts else torch.empty(0, 0)
-        self._start_anew()
+        seen.clear()
         return neurons
-
-    def _start_anew(self) -> None:
-        self._seen.clear()
-        self._units = None
 
 
 def contributions(logits: Tensor, activations: Sequence[Tensor]) -> list[Tensor]:

@@ -59,18 +59,20 @@ def sweep_batch(shape: Shape) -> int:
     return max(1, min(SWEEP_IMAGES, SWEEP_POSITIONS // (shape[1] * shape[2])))
 
 
-def forward(model: Classifier, recorder: Recorder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the network; return logits and neurons, or a CovcliError where they are not finite.
+def forward(
+    network: Callable[[Tensor], Tensor], recorder: Recorder, images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run a network; return logits and neurons, or a CovcliError where they are not finite.
 
     Contributions take a backward pass, whatever the caller's mode, and keep no graph.
     """
     if recorder.granularity == "contribution":
         with torch.inference_mode(False), torch.enable_grad():
-            logits = model(images.clone().requires_grad_())
+            logits = network(images.clone().requires_grad_())
             neurons = recorder.take(logits)
         logits = logits.detach()
     else:
-        logits = model(images)
+        logits = network(images)
         neurons = recorder.take(logits)
     # Sums pass NaN and infinity on; those of large numbers can overflow, so then each is looked at.
     if not math.isfinite(float((neurons.sum() + logits.sum()).detach())):

@@ -110,7 +110,8 @@ class Judge:
             What its coverage points showed, shape (B, N).
         """
         predicted = logits.argmax(1)
-        evidence = self.signature.evidence(neurons, predicted).cpu()
+        with torch.autocast(neurons.device.type, enabled=False):  # of whoever calls
+            evidence = self.signature.evidence(neurons, predicted).cpu()
         score, classes = self.calibration.score(evidence), predicted.cpu()
         return Verdicts(
             logits=logits,

@@ -1,9 +1,11 @@
 """Monitor: a network that says, beside its answer, whether the answer can be trusted."""
 
+import math
 import weakref
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,12 +19,15 @@ from covcli.signature.guarantee import Mode
 from covcli.signature.judge import Judge, Verdicts
 
 __all__ = ["Monitor", "Verdicts"]
+ROUNDING = 1e-3  # how far beyond [0, 1] a pixel may lie: half precision rounds by as much
 
 
 class Monitor:
     """A network and its signature.
 
-    Its hooks stay on the network as long as the monitor lives; they do nothing outside its calls.
+    Several threads may call one monitor at once, and others its network directly: each call keeps
+    what it records to itself. Hooks stay on the network as long as the monitor lives; they do
+    nothing outside its calls.
 
     Parameters
     ----------
@@ -33,15 +38,27 @@ class Monitor:
     ----------
     judge
         The same.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from covcli import Monitor
+    >>> monitor = Monitor.load("runs/latest/checkpoint.pt", "runs/latest/signature-mrc.safetensors")
+    >>> verdicts = monitor(torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
+    >>> verdicts.untrusted.tolist()  # black images are no digits
+    [True, True, True, True]
     """
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
+        self._modules = tuple(judge.model.modules())
         signature = judge.signature
         self._recorder = Recorder(judge.model.network, signature.points, signature.granularity)
         self._recorder.stay()
         weakref.finalize(self, self._recorder.leave)
-        self._spare: Tensor | None = None  # memory that held the neurons of the last batch
+        # What a first call prepares is prepared now, before threads can meet there.
+        widths, device = (len(signature.classes), sum(signature.sizes)), judge.model.mean.device
+        judge(*(torch.zeros(1, width, device=device) for width in widths))
 
     @property
     def model(self) -> Classifier:
@@ -60,50 +77,120 @@ class Monitor:
     ) -> Self:
         """Read a checkpoint (or the bare weights a signature was built from) and its signature.
 
+        Parameters
+        ----------
+        checkpoint, signature_file
+            The files.
+        alpha
+            The false-alarm rate to stay below on images like the calibration images, in (0, 1);
+            None takes what the signature stores.
+        guarantee
+            In which sense: "marginal" or "certified"; None takes what the signature stores.
+        device
+            "cpu", "cuda", "cuda:1" or "auto".
+
         Raises
         ------
         CovcliError
-            If a file is missing, damaged or of another kind, or the two do not belong together.
+            If a file is missing, damaged or of another kind, the two do not belong together, or
+            the calibration has too few images for the guarantee.
         """
         paths = Path(checkpoint), Path(signature_file)
         judge, _ = judges.load(*paths, alpha=alpha, guarantee=guarantee, device=device)
         return cls(judge)
 
-    def __call__(self, images: Tensor) -> Verdicts:
+    def __call__(self, images: Tensor | np.ndarray, *, normalised: bool = False) -> Verdicts:
         """Classify a batch of images and judge each.
 
         Parameters
         ----------
         images
-            uint8 of shape (B, C, H, W), of any size and 1 to 4 channels; or floats in [0, 1] of
-            the network's own shape.
+            A tensor on any device, or a NumPy array, of shape (B, C, H, W) with at least one
+            image, in any memory layout. Either bytes (uint8, 0 to 255) of any size and 1 to 4
+            channels, which are turned to the network's size and channels; or floats of any
+            precision in [0, 1], of the network's own size and channels.
+        normalised
+            Whether the images are floats that were normalised already, by the network's own mean
+            and deviation: then its normalisation is skipped.
 
         Raises
         ------
         CovcliError
-            If the images have another shape or type, or activations are not finite.
+            If the images have another shape, type or range, the network was set to training, or
+            activations are not finite.
         """
-        device = self.model.mean.device
-        inputs = self._inputs(images, device)
+        self._refuse_training()
+        inputs = self._inputs(images, normalised)
+        network = self.model.classify if normalised else self.model
         with torch.inference_mode(), self._recorder as recorder:
-            recorder.reuse(self._spare)
-            logits, neurons = forward(self.model, recorder, inputs)
+            logits, neurons = forward(network, recorder, inputs)
+        self._refuse_training()  # set by another thread, meanwhile
         verdicts = self.judge(logits, neurons)
-        self._spare = neurons
+        self._recorder.reuse(neurons)
         return verdicts
 
-    def _inputs(self, images: Tensor, device: torch.device) -> Tensor:
-        shape = self.model.spec.shape
-        if images.ndim != 4 or len(images) == 0:
-            raise CovcliError(
-                f"expected images of shape (B, C, H, W), got {tuple(images.shape)}", where="Monitor"
+    def _refuse_training(self) -> None:
+        if any(module.training for module in self._modules):
+            _refuse("the network is set to training", "call monitor.model.eval() before")
+
+    def _inputs(self, given: object, normalised: bool) -> Tensor:
+        """Return what the network takes, on its device; what it does not take is a CovcliError."""
+        images, shape = _tensor(given), self.model.spec.shape
+        if images.ndim != 4 or images.numel() == 0:
+            _refuse(
+                f"expected images of shape (B, C, H, W), got {tuple(images.shape)}",
+                "pass at least one image; a single one goes in as image[None]",
             )
-        if images.dtype == torch.uint8:
-            return to_network(adapt(images, shape), device)
+        if images.dtype == torch.uint8 and not normalised:
+            if not 1 <= images.shape[1] <= 4:
+                _refuse(
+                    f"got bytes of shape {tuple(images.shape)}: {images.shape[1]} channels",
+                    "channels come second, as in images.transpose(0, 3, 1, 2)",
+                )
+            return to_network(adapt(images, shape), self.model.mean.device)
         if not images.is_floating_point() or tuple(images.shape[1:]) != shape:
-            raise CovcliError(
+            kind = "normalised floats" if normalised else "uint8 images, or floats in [0, 1]"
+            _refuse(
                 f"got {images.dtype} of shape {tuple(images.shape)}",
-                where="Monitor",
-                fix=f"pass uint8 images, or floats in [0, 1] of shape (B, *{shape})",
+                f"pass {kind} of shape (B, {', '.join(map(str, shape))})",
             )
-        return images.to(device, torch.float32, memory_format=torch.channels_last)
+        device = self.model.mean.device
+        inputs = images.detach().to(device, torch.float32, memory_format=torch.channels_last)
+        _check_range(self.model.pixels(inputs) if normalised else inputs, normalised)
+        return inputs
+
+
+def _tensor(images: object) -> Tensor:
+    """Return a tensor or an array as a dense tensor."""
+    if isinstance(images, np.ndarray) and images.dtype.kind in "biuf":
+        native = images.astype(images.dtype.newbyteorder("="), order="C")
+        if native.dtype.itemsize <= 8:
+            return torch.from_numpy(native)
+    if not isinstance(images, Tensor) or images.layout != torch.strided or images.is_meta:
+        kind = getattr(images, "dtype", type(images).__name__)
+        _refuse(f"got {kind}", "pass a dense tensor or a NumPy array of numbers")
+    return images
+
+
+def _check_range(pixels: Tensor, normalised: bool) -> None:
+    """Refuse pixels beyond [0, 1]: the network would answer, and its signature would judge."""
+    low, high = (float(end) for end in torch.aminmax(pixels))
+    if not math.isfinite(high - low):
+        _refuse("the images hold NaN or infinity")
+    if low >= -ROUNDING and high <= 1 + ROUNDING:
+        return
+    seen = f"from {low:.3g} to {high:.3g}"
+    if normalised:
+        _refuse(
+            f"the floats were not normalised as the network does: they stand for pixels {seen}",
+            "subtract model.mean and divide by model.deviation, or pass pixels in [0, 1]",
+        )
+    _refuse(
+        f"got floats {seen}, not pixels in [0, 1]",
+        "divide bytes by 255, or pass normalised=True if the network's mean and deviation were "
+        "taken off already",
+    )
+
+
+def _refuse(reason: str, fix: str | None = None) -> NoReturn:
+    raise CovcliError(reason, where="Monitor", fix=fix)
