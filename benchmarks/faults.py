@@ -113,7 +113,7 @@ def meaning_of_signature(path: Path) -> str:
         "scores": calibration.scores,
         "scale": calibration.combination.scale,
     }
-    return files.digest([tensors, record, made.points and [vars(p) for p in made.points]])
+    return files.digest([tensors, record.as_dict(), made.points and [vars(p) for p in made.points]])
 
 
 def meaning_of_checkpoint(path: Path) -> str:

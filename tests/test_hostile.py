@@ -31,7 +31,7 @@ from covcli.training.config import PAUSED
 
 MEANING = {
     "signature": lambda path: (
-        files.digest([signature.load(path)[i] for i in (2,)])
+        files.digest(signature.load(path)[2].as_dict())
         + files.fingerprint(signature.load(path)[0].state.tensors)
         + repr(signature.load(path)[0].points)
         + files.fingerprint({"s": signature.load(path)[1].scores})

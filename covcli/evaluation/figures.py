@@ -7,7 +7,7 @@ from torch import Tensor
 from covcli.attacks import attacks
 from covcli.core import files, runtime
 from covcli.core.specs import Spec, parse
-from covcli.data.images import DataRecord, ImageSet
+from covcli.data.images import ImageSet
 from covcli.evaluation import metrics
 from covcli.evaluation.config import EvaluationConfig
 from covcli.evaluation.inputs import Job
@@ -131,8 +131,8 @@ def result_of(
             checkpoint=str(job.checkpoint),
             checkpoint_fingerprint=signature.fingerprint,
             signature_fingerprint=files.digest_file(job.signature),
-            trusted=DataRecord(**record["trusted"]),
-            calibration=DataRecord(**record["calibration"]),
+            trusted=record.trusted,
+            calibration=record.calibration,
             calibration_scores=len(judge.calibration.scores),
             threshold=rule.overall,
         ),

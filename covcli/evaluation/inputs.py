@@ -3,9 +3,6 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from covcli.core import files, run_folders
 from covcli.core.errors import CovcliError
@@ -18,6 +15,7 @@ from covcli.evaluation.config import EvaluationConfig
 from covcli.signature import judge as judges
 from covcli.signature.guarantee import Rule
 from covcli.signature.judge import Judge
+from covcli.signature.record import Record
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +30,7 @@ class Job:
     signature: Path
     judge: Judge
     rules: dict[str, Rule]
-    record: dict[str, Any]
+    record: Record
     trusted: ImageSet
     plan: Plan
     warnings: list[str]
@@ -94,24 +92,21 @@ def _default_checkpoint(config: EvaluationConfig) -> Path:
 
 
 def _trusted(
-    config: EvaluationConfig, record: dict[str, Any], classes: tuple[str, ...]
+    config: EvaluationConfig, record: Record, classes: tuple[str, ...]
 ) -> tuple[ImageSet, list[str]]:
     """Load the trusted test images, leaving out those that calibrated; return warnings too."""
-    text = config.trusted or str(record["trusted"]["spec"]).partition("?")[0]
+    text = config.trusted or record.trusted.spec.partition("?")[0]
     found = labels.matched(datasets.load(text, "test", config.data_dir), classes)
     images, warnings = found.images, list(found.notes)
-    source = images.source.fingerprint
-    if source == record["calibration"]["source"]:
-        fresh = images.without(torch.tensor(record["calibration_rows"]))
-        if len(fresh) < len(images):
-            warnings.append(
-                f"{len(images) - len(fresh)} images of {text} calibrated the signature: left out"
-            )
-        images = fresh
-    if len(images) == 0:
+    fresh = record.less_calibration(images)
+    if len(fresh) == 0:
         raise CovcliError("every image calibrated the signature", where=text)
-    if source == record["trusted"]["source"]:
+    if len(fresh) < len(images):
+        warnings.append(
+            f"{len(images) - len(fresh)} images of {text} calibrated the signature: left out"
+        )
+    if images.source.fingerprint == record.trusted.source:
         warnings.append(f"{text} also built the signature: the false-alarm rate is too low there")
     for warning in warnings:
         log.warning("%s", warning)
-    return images, warnings
+    return fresh, warnings

@@ -21,9 +21,10 @@ from covcli.models.sweep import Amp, choose_precision
 from covcli.reporting.terminal import say
 from covcli.signature import signature as signatures
 from covcli.signature.calibration import check_images
-from covcli.signature.fit import MINIMUM_TRUSTED, fit_judge, fit_signature
+from covcli.signature.fit import MINIMUM_TRUSTED, Trusted, fit_judge, fit_signature
 from covcli.signature.guarantee import Guarantee, Mode
 from covcli.signature.judge import Judge
+from covcli.signature.record import Record, less
 
 log = logging.getLogger(__name__)
 DEFAULT_METHOD = "ensemble"
@@ -135,6 +136,61 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
     signature, trusted, accuracy = fit_signature(
         model, images, classes, method, config.granularity, threshold, progress
     )
+    _check_trusted(trusted, images, classes, threshold)
+    judge = fit_judge(model, signature, held_out, progress, guarantee)
+    record = Record(
+        trusted=DataRecord.of(images),
+        trusted_images=len(images),
+        trusted_counts=tuple(trusted.counts),
+        relaxed_classes=tuple(trusted.relaxed),
+        confidence_threshold=threshold,
+        accuracy=accuracy,
+        calibration=DataRecord.of(held_out),
+        calibration_images=len(held_out),
+        calibration_rows=tuple(held_out.rows.tolist()),
+        provenance=distributed.agree(runtime.provenance(device, config.seed)),
+    )
+    imported = config.output is None and source.bare and distributed.is_first()
+    if imported:
+        _import(path.parent, source, classes)
+    result = save(path, judge, record)
+    if imported:
+        run_folders.mark_latest(path.parent)
+    return result
+
+
+def save(path: Path, judge: Judge, record: Record) -> SignatureResult:
+    """Write a judge's signature; the first rank does. Return what its record says."""
+    signature, written = judge.signature, None
+    if distributed.is_first():
+        signatures.save(path, signature, judge.calibration, record)
+        written = path.stat().st_size, files.digest_file(path)
+    size, digest = distributed.agree(written) or (0, "")
+    return SignatureResult(
+        path=path,
+        method=signature.method.spec(),
+        images=record.trusted_images,
+        accuracy=record.accuracy,
+        trusted=dict(zip(signature.classes, record.trusted_counts, strict=True)),
+        relaxed=[signature.classes[k] for k in record.relaxed_classes],
+        calibration_images=record.calibration_images,
+        guarantee=judge.calibration.guarantee,
+        points=len(signature.points),
+        neurons=sum(signature.sizes),
+        precision=signature.precision,
+        bytes=size,
+        checkpoint_fingerprint=signature.fingerprint,
+        signature_fingerprint=digest,
+        data=record.trusted,
+        calibration_data=record.calibration,
+        provenance=record.provenance,
+    )
+
+
+def _check_trusted(
+    trusted: Trusted, images: ImageSet, classes: tuple[str, ...], threshold: float
+) -> None:
+    """Raise a CovcliError if a class has no trusted image; warn of those that were relaxed."""
     for k, n in enumerate(trusted.counts):
         if n == 0:
             raise CovcliError(
@@ -147,54 +203,6 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
             "class %s has fewer than %d images of confidence %g: all correct ones are trusted",
             classes[k], MINIMUM_TRUSTED, threshold,
         )  # fmt: skip
-    judge = fit_judge(model, signature, held_out, progress, guarantee)
-    record = {
-        "trusted": vars(DataRecord.of(images)),
-        "trusted_images": len(images),
-        "trusted_counts": trusted.counts,
-        "relaxed_classes": trusted.relaxed,
-        "confidence_threshold": threshold,
-        "accuracy": accuracy,
-        "calibration": vars(DataRecord.of(held_out)),
-        "calibration_images": len(held_out),
-        "calibration_rows": held_out.rows.tolist(),
-        "provenance": distributed.agree(runtime.provenance(device, config.seed)),
-    }
-    imported = config.output is None and source.bare and distributed.is_first()
-    if imported:
-        _import(path.parent, source, classes)
-    result = save(path, judge, record)
-    if imported:
-        run_folders.mark_latest(path.parent)
-    return result
-
-
-def save(path: Path, judge: Judge, record: dict[str, Any]) -> SignatureResult:
-    """Write a judge's signature; the first rank does. Return what its record says."""
-    signature, written = judge.signature, None
-    if distributed.is_first():
-        signatures.save(path, signature, judge.calibration, record)
-        written = path.stat().st_size, files.digest_file(path)
-    size, digest = distributed.agree(written) or (0, "")
-    return SignatureResult(
-        path=path,
-        method=signature.method.spec(),
-        images=record["trusted_images"],
-        accuracy=record["accuracy"],
-        trusted=dict(zip(signature.classes, record["trusted_counts"], strict=True)),
-        relaxed=[signature.classes[k] for k in record["relaxed_classes"]],
-        calibration_images=record["calibration_images"],
-        guarantee=judge.calibration.guarantee,
-        points=len(signature.points),
-        neurons=sum(signature.sizes),
-        precision=signature.precision,
-        bytes=size,
-        checkpoint_fingerprint=signature.fingerprint,
-        signature_fingerprint=digest,
-        data=DataRecord(**record["trusted"]),
-        calibration_data=DataRecord(**record["calibration"]),
-        provenance=record["provenance"],
-    )
 
 
 def _images(config: SignatureConfig, source: Checkpoint) -> tuple[ImageSet, ImageSet]:
@@ -220,8 +228,7 @@ def _images(config: SignatureConfig, source: Checkpoint) -> tuple[ImageSet, Imag
             where=source.path,
             fix="name trusted images that did not train the network by --calibration SPEC",
         )
-    if images.source.fingerprint == held_out.source.fingerprint:
-        images = images.without(held_out.rows)
+    images = less(images, held_out.source.fingerprint, held_out.rows)
     if len(images) == 0:
         raise CovcliError("leaves no image that does not calibrate", where=text)
     count = source.model.spec.classes

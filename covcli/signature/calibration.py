@@ -114,6 +114,19 @@ def softmax_score(logits: Tensor) -> Tensor:
     return torch.exp(torch.logsumexp(others, 1) - torch.logsumexp(exact, 1))
 
 
+def fits(images: int) -> Tensor:
+    """Return which of so many calibration images fit the combination; the others rank new scores.
+
+    One in four, bool of shape (images,).
+
+    Examples
+    --------
+    >>> fits(6).tolist()
+    [True, False, False, False, True, False]
+    """
+    return torch.arange(images) % FIT_EVERY == 0
+
+
 def images_for(scores: int) -> int:
     """Return how many calibration images give so many scores: one in four fits the combination."""
     return math.ceil(scores * FIT_EVERY / (FIT_EVERY - 1))
@@ -144,7 +157,7 @@ def check_images(images: int, guarantee: Guarantee, classes: int) -> None:
 def calibrate(
     evidence: Tensor, softmax_scores: Tensor, predicted: Tensor, outliers: Sequence[Tensor] = ()
 ) -> Calibration:
-    """Fit the combination on every fourth image, and rank the scores of the others.
+    """Fit the combination on the images that `fits` names, and rank the scores of the others.
 
     Parameters
     ----------
@@ -169,7 +182,7 @@ def calibrate(
             f"{len(evidence)} calibration images are too few",
             fix=f"at least {MINIMUM_IMAGES} are needed, and 26 for an alpha of 0.05",
         )
-    fitting = torch.arange(len(evidence)) % FIT_EVERY == 0
+    fitting = fits(len(evidence))
     combination = fit_combination(evidence[fitting], outliers)
     scores = combination.score(evidence[~fitting])
     order = scores.argsort(stable=True)

@@ -20,7 +20,7 @@ from covcli.methods.state import Granularity
 from covcli.models.architectures import Classifier
 from covcli.models.points import Point
 from covcli.models.sweep import Swept, sweep
-from covcli.signature.calibration import FIT_EVERY, Calibration, calibrate, softmax_score
+from covcli.signature.calibration import Calibration, calibrate, fits, softmax_score
 from covcli.signature.guarantee import DEFAULT_GUARANTEE, Guarantee
 from covcli.signature.judge import Judge
 from covcli.signature.signature import Signature, layout_of
@@ -71,8 +71,8 @@ class Recording(AbstractContextManager["Recording"]):
             predicted[batch.rows], confidence[batch.rows] = best.cpu(), sure.cpu()
             self._rows.append(batch.rows)
             self._spill(batch)
-        found = [(rows, predicted[rows], confidence[rows]) for rows in self._rows]
-        self.predicted, self.confidence = distributed.collect(found)
+        parts = [(rows, predicted[rows], confidence[rows]) for rows in self._rows]
+        self.predicted, self.confidence = distributed.collect(parts)
 
     def _spill(self, batch: Swept) -> None:
         if self._file is None:
@@ -211,8 +211,8 @@ def fit_signature(
             for batch in sweep(
                 model, copies, points, granularity, progress, "reading noisy copies"
             ):
-                found = known[batch.rows].to(device)
-                method.observe_noisy(noisy, layout, batch.neurons, found)
+                mine = known[batch.rows].to(device)
+                method.observe_noisy(noisy, layout, batch.neurons, mine)
         distributed.reduce(noisy.tensors, noisy.reductions)
         state.include(noisy)
     signature = Signature(
@@ -243,25 +243,19 @@ def fit_judge(
 def _calibration(
     model: Classifier, signature: Signature, images: ImageSet, progress: Progress
 ) -> Calibration:
-    fitting = torch.arange(0, len(images), FIT_EVERY)[:SURROGATE_IMAGES]
-    found, elsewhere = [], []
-    for batch in sweep(
-        model,
-        images,
-        signature.points,
-        signature.granularity,
-        progress,
-        "reading calibration images",
-    ):
+    fitting = fits(len(images)).nonzero()[:SURROGATE_IMAGES, 0]
+    own, elsewhere = [], []
+    title, points = "reading calibration images", signature.points
+    for batch in sweep(model, images, points, signature.granularity, progress, title):
         best = batch.logits.argmax(1)
         evidence = signature.evidence(batch.neurons, best)
-        found.append((batch.rows, evidence, softmax_score(batch.logits.cpu()), best))
+        own.append((batch.rows, evidence, softmax_score(batch.logits.cpu()), best))
         if signature.method.experts:
             mine = torch.isin(batch.rows, fitting)
             others = other_class(best[mine.to(best.device)], len(signature.classes))
             neurons = batch.neurons[mine.to(best.device)]
             elsewhere.append((batch.rows[mine], signature.evidence(neurons, others)))
-    evidence, softmax, predicted = distributed.collect(found)
+    evidence, softmax, predicted = distributed.collect(own)
     outliers = []
     if signature.method.experts:
         (others,) = distributed.collect([part for part in elsewhere if len(part[0])])
@@ -277,13 +271,7 @@ def _evidence(
     model: Classifier, signature: Signature, images: ImageSet, progress: Progress
 ) -> Tensor:
     """Return the evidence of a set, measured against the predicted classes."""
-    swept = sweep(
-        model,
-        images,
-        signature.points,
-        signature.granularity,
-        progress,
-        "reading surrogate outliers",
-    )
+    title, points = "reading surrogate outliers", signature.points
+    swept = sweep(model, images, points, signature.granularity, progress, title)
     parts = [(b.rows, signature.evidence(b.neurons, b.logits.argmax(1))) for b in swept]
     return distributed.collect(parts)[0]

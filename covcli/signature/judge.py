@@ -7,7 +7,7 @@ monitor all ask the judge.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from covcli.models.sweep import Swept, forward, sweep
 from covcli.signature import signature as signatures
 from covcli.signature.calibration import Calibration
 from covcli.signature.guarantee import Guarantee, Mode, Rule
+from covcli.signature.record import Record
 from covcli.signature.signature import Signature
 
 
@@ -164,7 +165,7 @@ def load(
     alpha: float | None = None,
     guarantee: Mode | None = None,
     device: str = "cpu",
-) -> tuple[Judge, dict[str, Any]]:
+) -> tuple[Judge, Record]:
     """Read a checkpoint and its signature; return their judge and the signature's record.
 
     Parameters

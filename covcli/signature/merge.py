@@ -8,13 +8,14 @@ from typing import Any
 from covcli.core import distributed, files, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
+from covcli.data.images import DataRecord
 from covcli.methods import State
 from covcli.models import checkpoint as checkpoints
 from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureResult, save
-from covcli.signature.calibration import Calibration
+from covcli.signature.calibration import Calibration, check_images
 from covcli.signature.fit import fit_judge
-from covcli.signature.record import calibration_images
+from covcli.signature.record import MergedPart, Record
 from covcli.signature.signature import Signature
 
 
@@ -36,7 +37,7 @@ class _Part:
     path: Path
     signature: Signature
     calibration: Calibration
-    record: dict[str, Any]
+    record: Record
 
 
 # What parts must have in common, and how it is called in an error.
@@ -46,12 +47,10 @@ COMMON: dict[str, Callable[[_Part], Any]] = {
     "granularity": lambda part: part.signature.granularity,
     "precision": lambda part: part.signature.precision,
     "class names": lambda part: part.signature.classes,
-    "confidence threshold": lambda part: part.record.get("confidence_threshold"),
-    "calibration images": lambda part: part.record["calibration"]["images"],
+    "confidence threshold": lambda part: part.record.confidence_threshold,
+    "calibration images": lambda part: part.record.calibration.images,
     "guarantee": lambda part: part.calibration.guarantee,
 }
-# What a part's record must say for the merged one to say it too.
-COUNTED = {"trusted_images", "trusted_counts", "relaxed_classes", "accuracy", "calibration_images"}
 
 
 def merge_signatures(config: MergeConfig, progress: Progress) -> SignatureResult:
@@ -72,7 +71,7 @@ def merge_signatures(config: MergeConfig, progress: Progress) -> SignatureResult
         raise CovcliError("name at least two signatures", where="merge-signatures")
     files.refuse_existing(config.output, config.force)
     device = runtime.choose_device(config.device)
-    parts = [_load(path) for path in config.parts]
+    parts = [_Part(path, *signatures.load(path)) for path in config.parts]
     check_parts(parts)
     first = parts[0]
     source = checkpoints.load(
@@ -81,22 +80,14 @@ def merge_signatures(config: MergeConfig, progress: Progress) -> SignatureResult
     first.signature.check_model(source.model, first.path)
     model = source.model.on(device)
     model.precision = first.signature.precision
-    held_out = calibration_images(first.record, config.data_dir, "build the parts again")
-    signature = replace(first.signature, state=merged_state([part.signature for part in parts])).to(
-        device
-    )
+    held_out = first.record.calibration_set(config.data_dir, "build the parts again")
     guarantee = first.calibration.guarantee
+    check_images(len(held_out), guarantee, len(first.signature.classes))
+    state = merged_state([part.signature for part in parts])
+    signature = replace(first.signature, state=state).to(device)
     judge = fit_judge(model, signature, held_out, progress, guarantee)
     provenance = distributed.agree(runtime.provenance(device, config.seed))
-    return save(config.output, judge, _record(parts, provenance))
-
-
-def _load(path: Path) -> _Part:
-    signature, calibration, record = signatures.load(path)
-    part = _Part(path, signature, calibration, record)
-    if not record.keys() >= COUNTED or len(record["trusted_counts"]) != len(signature.classes):
-        raise CovcliError("does not record what it was built from", where=path)
-    return part
+    return save(config.output, judge, merged_record(parts, provenance))
 
 
 def check_parts(parts: Sequence[_Part]) -> None:
@@ -107,7 +98,7 @@ def check_parts(parts: Sequence[_Part]) -> None:
             if look(part) != look(first):
                 raise CovcliError(f"has another {what} than {first.path}", where=part.path)
         for earlier in parts[:i]:
-            if earlier.record["trusted"]["images"] == part.record["trusted"]["images"]:
+            if earlier.record.trusted.images == part.record.trusted.images:
                 raise CovcliError(f"is of the same images as {earlier.path}", where=part.path)
 
 
@@ -121,27 +112,27 @@ def merged_state(parts: Sequence[Signature]) -> State:
     return merged
 
 
-def _record(parts: Sequence[_Part], provenance: dict[str, Any]) -> dict[str, Any]:
+def merged_record(parts: Sequence[_Part], provenance: dict[str, Any]) -> Record:
     """Return what a merged signature records of its making; the data's name is the first part's."""
     records = [part.record for part in parts]
-    first, images = records[0], [record["trusted_images"] for record in records]
-    sources = {record["trusted"]["source"] for record in records}
-    counts = zip(*(record["trusted_counts"] for record in records), strict=True)
-    right = sum(r["accuracy"] * n for r, n in zip(records, images, strict=True))
-    return first | {
-        "trusted": {
-            "spec": first["trusted"]["spec"],
-            "source": sources.pop() if len(sources) == 1 else files.digest(sorted(sources)),
-            "images": files.digest([record["trusted"]["images"] for record in records]),
-        },
-        "trusted_images": sum(images),
-        "trusted_counts": list(map(sum, counts)),
-        "relaxed_classes": sorted({k for record in records for k in record["relaxed_classes"]}),
-        "accuracy": right / sum(images),
-        "provenance": provenance,
-        "parts": [
-            {"file": files.digest_file(part.path), "trusted": part.record["trusted"],
-             "trusted_images": part.record["trusted_images"]}
+    first, images = records[0], sum(record.trusted_images for record in records)
+    sources = {record.trusted.source for record in records}
+    return replace(
+        first,
+        trusted=DataRecord(
+            spec=first.trusted.spec,
+            source=sources.pop() if len(sources) == 1 else files.digest(sorted(sources)),
+            images=files.digest([record.trusted.images for record in records]),
+        ),
+        trusted_images=images,
+        trusted_counts=tuple(map(sum, zip(*(r.trusted_counts for r in records), strict=True))),
+        relaxed_classes=tuple(sorted({k for r in records for k in r.relaxed_classes})),
+        accuracy=sum(r.accuracy * r.trusted_images for r in records) / images,
+        provenance=provenance,
+        parts=tuple(
+            MergedPart(
+                files.digest_file(part.path), part.record.trusted, part.record.trusted_images
+            )
             for part in parts
-        ],
-    }  # fmt: skip
+        ),
+    )

@@ -24,6 +24,7 @@ from covcli.models.points import Point
 from covcli.signature.calibration import Calibration
 from covcli.signature.combination import Combination
 from covcli.signature.guarantee import MODES, Guarantee
+from covcli.signature.record import Record
 
 COMBINATION = ("center", "scale", "weights", "level", "spread")
 RANKING = ("scores", "softmax", "predicted")
@@ -133,10 +134,8 @@ def layout_of(points: Sequence[Point], classes: int) -> Layout:
     return Layout(classes, tuple(sizes), tuple(values))
 
 
-def save(
-    path: Path, signature: Signature, calibration: Calibration, record: dict[str, Any]
-) -> None:
-    """Write a signature with its calibration, and a record of how it was made."""
+def save(path: Path, signature: Signature, calibration: Calibration, record: Record) -> None:
+    """Write a signature with its calibration, and a record of its making."""
     tensors = {f"state.{name}": tensor for name, tensor in signature.state.tensors.items()}
     combination = calibration.combination
     tensors |= {f"combination.{name}": getattr(combination, name) for name in COMBINATION}
@@ -152,12 +151,12 @@ def save(
         "precision": signature.precision,
         "floor": combination.floor,
         "guarantee": vars(calibration.guarantee),
-        "record": record,
+        "record": record.as_dict(),
     }
     save_signature(path, tensors, metadata)
 
 
-def load(path: Path) -> tuple[Signature, Calibration, dict[str, Any]]:
+def load(path: Path) -> tuple[Signature, Calibration, Record]:
     """Read what `save` wrote.
 
     Raises
@@ -185,9 +184,8 @@ def load(path: Path) -> tuple[Signature, Calibration, dict[str, Any]]:
             str(metadata["fingerprint"]), tuple(str(name) for name in metadata["classes"]),
             precision(metadata["precision"]),
         )  # fmt: skip
-        record = dict(metadata["record"])
         _check(signature, calibration)
-        _check_record(record)
+        record = Record.from_dict(metadata["record"], len(signature.classes))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CovcliError(f"does not hold together ({error!r})", where=path) from None
     return signature, calibration, record
@@ -199,17 +197,6 @@ def _read_guarantee(entry: dict[str, Any]) -> Guarantee:
     if not isinstance(alpha, float) or not 0 < alpha < 1 or mode not in MODES or len(entry) != 2:
         raise ValueError("a malformed guarantee")
     return Guarantee(alpha, mode)
-
-
-def _check_record(record: dict[str, Any]) -> None:
-    """Raise a KeyError, TypeError or ValueError unless an evaluation can rely on the record."""
-    for key in ("trusted", "calibration"):
-        entry = record[key]
-        if not all(isinstance(entry[name], str) for name in ("spec", "source", "images")):
-            raise ValueError(f"a malformed entry {key!r}")
-    rows = torch.tensor(record["calibration_rows"], dtype=torch.int64)
-    if rows.ndim != 1:
-        raise ValueError("malformed calibration rows")
 
 
 def _check(signature: Signature, calibration: Calibration) -> None:

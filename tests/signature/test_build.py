@@ -46,7 +46,7 @@ def test_a_built_signature_is_the_naive_one(
         if method != "src":
             assert int(made.state["sections"][k].sum()) == len(mine) * sum(sizes)
     assert made.sizes == sizes
-    assert record["calibration_rows"] == held_out.tolist()
+    assert list(record.calibration_rows) == held_out.tolist()
     assert result.accuracy == pytest.approx(np.mean(logits.argmax(1) == labels))
 
 

@@ -50,12 +50,23 @@ def test_a_crafted_signature_or_checkpoint_is_refused(run: Path) -> None:
     """Files whose digests are right, but whose content no program of ours would write."""
     path = run / "signature-mrc.safetensors"
     made, calibration, record = signature.load(path)
+    tensors, metadata = signature.load_signature(path)
     for changes in (
         {"trusted": 3}, {"calibration": {"spec": "digits"}}, {"calibration_rows": "all"},
-        {"calibration_rows": [[1]]},
+        {"calibration_rows": [[1]]}, {"calibration_rows": [-1]}, {"calibration_rows": [2**63]},
+        {"calibration_rows": record.calibration_rows[1:]}, {"trusted_counts": [1]},
+        {"trusted_images": 0}, {"accuracy": 1.5}, {"confidence_threshold": None},
+        {"relaxed_classes": [10]}, {"parts": [{"file": "x"}]}, {"provenance": []},
     ):  # fmt: skip
-        signature.save(path, made, calibration, {**record, **changes})
-        with pytest.raises(CovcliError, match="does not hold together"):
+        document = {**metadata, "record": {**record.as_dict(), **changes}}
+        signature.save_signature(path, tensors, document)
+        with pytest.raises(CovcliError, match="does not hold together") as caught:
+            signature.load(path)
+        assert "pydantic" not in str(caught.value)
+    for key in record.as_dict():
+        document = {k: v for k, v in record.as_dict().items() if k != key}
+        signature.save_signature(path, tensors, {**metadata, "record": document})
+        with pytest.raises(CovcliError, match=f"{key}: is missing"):
             signature.load(path)
     first = dataclasses.replace(made.points[0], module="os", channel_dim=77)
     crafted = dataclasses.replace(made, points=(first, *made.points[1:]))

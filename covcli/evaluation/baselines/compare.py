@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,9 @@ from covcli.data.images import ImageSet
 from covcli.evaluation.baselines.adapters import Network, Trusted
 from covcli.evaluation.baselines.detectors import BASELINES, Scorer, library
 from covcli.models.architectures import Classifier
-from covcli.signature.calibration import FIT_EVERY
+from covcli.signature.calibration import fits
 from covcli.signature.guarantee import Guarantee, Rule, make_rule
-from covcli.signature.record import calibration_images, trusted_images
+from covcli.signature.record import Record
 
 # Counts as least trusted: what a detector says where it divides by zero or overflows.
 HIGHEST = float(torch.finfo(torch.float32).max)
@@ -95,7 +94,7 @@ def expand(names: Sequence[str]) -> tuple[str, ...]:
 def prepare(
     names: Sequence[str],
     model: Classifier,
-    record: dict[str, Any],
+    record: Record,
     data_dir: Path | None,
     classes: Sequence[str] | None = None,
 ) -> Plan:
@@ -135,9 +134,9 @@ def prepare(
             )
     otherwise = "leave --baseline out"
     known = classes or labels.numbered(model.spec.classes)
-    trusted = trusted_images(record, known, data_dir, otherwise)
-    held_out = calibration_images(record, data_dir, otherwise)
-    ranking = torch.nonzero(torch.arange(len(held_out)) % FIT_EVERY)[:, 0]
+    trusted = record.trusted_set(known, data_dir, otherwise)
+    held_out = record.calibration_set(data_dir, otherwise)
+    ranking = torch.nonzero(~fits(len(held_out)))[:, 0]
     return Plan(chosen, network, trusted, held_out.select(ranking))
 
 

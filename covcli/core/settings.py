@@ -1,0 +1,120 @@
+"""Checked settings and documents: types, bounds and choices, each said once, at its field.
+
+A dataclass says what its fields may hold by their annotations: a type, a `Literal` of choices, or
+`Annotated[int, Interval(ge=1)]` for bounds. `settle` holds a configuration to them, however it
+came about; `read` builds a dataclass from a document that came from a file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_type_hints
+
+from covcli.core.errors import CovcliError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+Kind = TypeVar("Kind")
+# What pydantic says, and how it goes on after the name of an option or a field.
+WORDING = {
+    "Input should be less than inf": "must be finite",
+    "Input should be": "must be",
+    "Input is not a valid path for <class 'pathlib.Path'>": "must be a path",
+    "Field required": "is missing",
+}
+
+
+@cache
+def _adapter(kind: Any) -> "TypeAdapter[Any]":
+    from pydantic import TypeAdapter  # only here: the command line's help does without
+
+    return TypeAdapter(kind)
+
+
+def settle(config: Any) -> None:
+    """Hold every field of a configuration to its annotation; called by its `__post_init__`.
+
+    What means the same is converted: a text to a path, a list to a tuple.
+
+    Parameters
+    ----------
+    config
+        An instance of a frozen dataclass.
+
+    Raises
+    ------
+    CovcliError
+        If a value has another type, lies outside its bounds or is not among the choices; it names
+        the option.
+
+    Examples
+    --------
+    >>> from typing import Annotated
+    >>> from annotated_types import Interval
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Config:
+    ...     batch_size: Annotated[int, Interval(ge=2)] = 64
+    ...
+    ...     def __post_init__(self) -> None:
+    ...         settle(self)
+    >>> Config(batch_size=1)
+    Traceback (most recent call last):
+    covcli.core.errors.CovcliError: --batch-size 1: must be greater than or equal to 2
+    """
+    from pydantic import ValidationError
+
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        try:
+            settled = _adapter(hints[field.name]).validate_python(value)
+        except ValidationError as error:
+            raise CovcliError(
+                _worded(error), where=f"--{field.name.replace('_', '-')} {value}"
+            ) from None
+        object.__setattr__(config, field.name, settled)
+
+
+def read(kind: type[Kind], document: Mapping[str, Any]) -> Kind:
+    """Build a dataclass, and those inside it, from plain values; unknown keys are ignored.
+
+    Parameters
+    ----------
+    kind
+        The dataclass.
+    document
+        Its fields, as read from JSON.
+
+    Raises
+    ------
+    ValueError
+        If a field is missing, or its value is not what its annotation says; in one line.
+
+    Examples
+    --------
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Entry:
+    ...     name: str
+    ...     rows: tuple[int, ...]
+    >>> read(Entry, {"name": "digits", "rows": [3, 4]})
+    Entry(name='digits', rows=(3, 4))
+    """
+    from pydantic import ValidationError
+
+    try:
+        built: Kind = _adapter(cast(Any, kind)).validate_python(document)
+    except ValidationError as error:
+        place = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ValueError(f"{place}: {_worded(error)}") from None
+    return built
+
+
+def _worded(error: Any) -> str:
+    """Return the first thing that is wrong, as the rest of an error's sentence."""
+    message = str(error.errors(include_url=False)[0]["msg"])
+    for theirs, ours in WORDING.items():
+        message = message.replace(theirs, ours)
+    return message
