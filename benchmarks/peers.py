@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
 from covcli.data.images import ImageSet
-from covcli.evaluation.baselines.adapters import Loader, Network, Trusted, small_batch
+from covcli.evaluation.baselines.adapters import FittingImages, FittingLoader, Network, small_batch
 from covcli.evaluation.baselines.detectors import GRAM_POLES, library
 from covcli.models.architectures import Classifier, Vgg
 from covcli.models.sweep import sweep_batch
@@ -76,8 +76,8 @@ class Peer:
     def fit(self, model: Classifier, images: ImageSet) -> None:
         """Fit it by the library's own `fit`; every class is given to equally many images."""
         labels = torch.arange(len(images)) % model.spec.classes
-        trusted = Trusted(Network(model), images, labels, Silent())
-        self.detector.fit(Loader(trusted, self.batch, ""))
+        trusted = FittingImages(Network(model), images, labels, Silent())
+        self.detector.fit(FittingLoader(trusted, self.batch, ""))
 
     def predict(self, inputs: Tensor) -> Tensor:
         """Score a batch by the library's own `predict`."""

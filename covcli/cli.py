@@ -16,7 +16,7 @@ from covcli.options import (
     DebugFlag,
     Device,
     Force,
-    Granularity,
+    GranularityChoice,
     GuaranteeMode,
     JsonFlag,
     Plugin,
@@ -140,7 +140,7 @@ def build_signature(
         typer.Option(help="ensemble, src, mrc, gauss, …; default: as trained, or ensemble."),
     ] = None,
     granularity: Annotated[
-        Granularity, typer.Option(help="channel: mean and maximum; unit: every position.")
+        GranularityChoice, typer.Option(help="channel: mean and maximum; unit: every position.")
     ] = "channel",
     trusted: Annotated[
         str | None, typer.Option(help="Images to build from; default: the training images.")

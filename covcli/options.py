@@ -44,7 +44,7 @@ Plugin = Annotated[
     list[Path] | None,
     typer.Option(help="Python file to run first: it can register models, datasets and methods."),
 ]
-Granularity: TypeAlias = Literal["channel", "unit"]
+GranularityChoice: TypeAlias = Literal["channel", "unit"]
 Augment: TypeAlias = Literal["auto", "none", "crop", "crop-flip"]
 GuaranteeMode: TypeAlias = Literal["marginal", "certified"]
 AmpMode: TypeAlias = Literal["off", "bf16", "auto"]

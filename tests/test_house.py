@@ -71,6 +71,17 @@ def test_no_imports_go_round_in_a_circle() -> None:
     assert waiting == {}
 
 
+def test_no_two_classes_or_aliases_share_a_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for room, path in rooms().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(room)
+            elif isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "TypeAlias":
+                homes.setdefault(ast.unparse(node.target), []).append(room)
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}
+
+
 def test_the_reporting_rooms_need_no_torch() -> None:
     for name, path in rooms().items():
         if wing(name) in ("commands", "reporting"):

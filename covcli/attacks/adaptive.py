@@ -88,10 +88,10 @@ def adaptive_pgd(
     lowest = torch.full((len(images),), torch.inf, dtype=torch.float64)
     for _ in range(steps):
         stored = rounded(moving).requires_grad_()
-        found = look(stored)
-        best, lowest = _better(found, stored.detach(), labels, best, lowest)
-        margin = _margin(found.logits, labels).cpu().double()
-        cost = torch.where(margin > 0, weight * found.soft_score, 0.0)
+        seen = look(stored)
+        best, lowest = _better(seen, stored.detach(), labels, best, lowest)
+        margin = _margin(seen.logits, labels).cpu().double()
+        cost = torch.where(margin > 0, weight * seen.soft_score, 0.0)
         goal = (margin.clamp_max(SAFE_MARGIN) - cost).sum()
         (gradient,) = torch.autograd.grad(goal, stored)
         moved = moving + step * gradient.sign()
@@ -103,11 +103,11 @@ def adaptive_pgd(
 
 
 def _better(
-    found: Look, images: Tensor, labels: Tensor, best: Tensor, lowest: Tensor
+    seen: Look, images: Tensor, labels: Tensor, best: Tensor, lowest: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the better of two iterates of each image, with its score; infinity: none deceives."""
-    wrong = (found.logits.argmax(1) != labels).cpu()
-    score = torch.where(wrong, found.score, torch.inf)
+    wrong = (seen.logits.argmax(1) != labels).cpu()
+    score = torch.where(wrong, seen.score, torch.inf)
     better = score < lowest
     mask = better.to(images.device)[:, None, None, None]
     return torch.where(mask, images, best), torch.where(better, score, lowest)

@@ -64,8 +64,8 @@ class Attack:
     needs_signature: bool = False
 
 
-Maker: TypeAlias = Callable[[Spec], Attack]
-ATTACKS: Registry[Maker] = Registry("attack")
+AttackMaker: TypeAlias = Callable[[Spec], Attack]
+ATTACKS: Registry[AttackMaker] = Registry("attack")
 
 
 def is_attack(spec: Spec) -> bool:
@@ -101,16 +101,16 @@ def _nearest(attack: Any) -> Perturb:
     """Run a foolbox attack that looks for the nearest image that deceives."""
 
     def perturb(target: Target, images: Tensor, labels: Tensor) -> Tensor:
-        _, found, _ = attack(target.model, images, labels, epsilons=None)
-        missing = (found == 0).flatten(1).all(1)  # foolbox's mark of failure, a black image
-        found = torch.where(_per_image(missing), images, found)
-        return _as_stored(target.model, images, found, labels)
+        _, nearest, _ = attack(target.model, images, labels, epsilons=None)
+        missing = (nearest == 0).flatten(1).all(1)  # foolbox's mark of failure, a black image
+        nearest = torch.where(_per_image(missing), images, nearest)
+        return _as_stored(target.model, images, nearest, labels)
 
     return perturb
 
 
 def _as_stored(
-    model: foolbox.PyTorchModel, images: Tensor, found: Tensor, labels: Tensor
+    model: foolbox.PyTorchModel, images: Tensor, attacked: Tensor, labels: Tensor
 ) -> Tensor:
     """Stretch perturbations as little as makes the images deceive when they are stored in 8 bits.
 
@@ -118,7 +118,7 @@ def _as_stored(
     """
     result = images
     for factor in STRETCHES:  # from the largest on: the smallest that deceives has the last word
-        stored = rounded((images + factor * (found - images)).clamp(0, 1))
+        stored = rounded((images + factor * (attacked - images)).clamp(0, 1))
         result = torch.where(_per_image(model(stored).argmax(1) != labels), stored, result)
     return result
 
@@ -219,12 +219,12 @@ def boundary(spec: Spec) -> Attack:
 
     def perturb(target: Target, images: Tensor, labels: Tensor) -> Tensor:
         starts, usable = _starts(target.model, images, labels)
-        found = images.clone()
+        attacked = images.clone()
         if len(usable):
-            found[usable] = attack.run(
+            attacked[usable] = attack.run(
                 target.model, images[usable], labels[usable], starting_points=starts[usable]
             )
-        return _as_stored(target.model, images, found, labels)
+        return _as_stored(target.model, images, attacked, labels)
 
     return Attack(perturb, images=50)
 
@@ -328,7 +328,7 @@ def run_attack(
     device = model.mean.device
     target = Target(foolbox.PyTorchModel(model.eval(), bounds=(0, 1), device=device), monitored)
     wanted = [parameter.requires_grad for parameter in model.parameters()]
-    made = []
+    attacked = []
     parts = distributed.share(torch.arange(len(trusted)).split(sweep_batch(model.spec.shape)))
     progress.start(f"making {spec.text}", sum(map(len, parts)))
     model.requires_grad_(False)  # gradients of the weights would be computed for nothing
@@ -337,9 +337,9 @@ def run_attack(
             pixels = to_network(trusted.batch(rows, model.spec.shape), device)
             with runtime.seeded((seed * 1_000_003 + int(rows[0])) % 2**63):
                 result = attack.perturb(target, pixels, labels[rows].to(device))
-            made.append((rows, (result * 255).round().to(torch.uint8)))
+            attacked.append((rows, (result * 255).round().to(torch.uint8)))
             progress.advance(len(rows))
     finally:
         for parameter, needs in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(needs)
-    return in_memory(spec.text, distributed.collect(made)[0], labels, trusted.classes)
+    return in_memory(spec.text, distributed.collect(attacked)[0], labels, trusted.classes)

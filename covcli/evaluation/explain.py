@@ -173,30 +173,30 @@ class _View:
     def points(self, i: int, z: Tensor, shares: Tensor) -> list[PointShare]:
         """Rank the coverage points of image i, and list the channels of the first ones."""
         begins = np.cumsum([0, *self.signature.sizes]).tolist()
-        made = []
+        ranked = []
         for rank, j in enumerate(shares.argsort(descending=True, stable=True).tolist()):
             point, begin = self.signature.points[j], begins[j]
             left = begin + np.flatnonzero(~self.inside[i, begin : begins[j + 1]])
             channels = self._channels(i, point, begin, left) if rank < POINTS else []
             coverage = 1 - len(left) / point.neurons
-            made.append(
+            ranked.append(
                 PointShare(point.name, float(z[j]), float(shares[j]), coverage, len(left), channels)
             )
-        return made
+        return ranked
 
     def _channels(self, i: int, point: Point, begin: int, left: np.ndarray) -> list[LeftChannel]:
         """List the worst of the neurons that left; `begin` is the number of the point's first."""
         distance, widths = self._outside(i, left)
         worst = np.lexsort((-distance, -widths, -self.costs[i, left]))[:CHANNELS]
-        made = []
+        channels = []
         for place, by in zip(left[worst].tolist(), widths[worst].tolist(), strict=True):
             channel, label = locate(
                 place - begin, self.shapes[point.name], point.channel_dim,
                 self.signature.granularity,
             )  # fmt: skip
             value, low, high = (float(a[i, place]) for a in (self.values, self.low, self.high))
-            made.append(LeftChannel(place - begin, channel, label, value, low, high, by))
-        return made
+            channels.append(LeftChannel(place - begin, channel, label, value, low, high, by))
+        return channels
 
     def _outside(self, i: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return how far outside their range those neurons of image i lie, and in widths of it."""

@@ -54,8 +54,8 @@ def overall(rule: Rule, flagged: Tensor, seed: int) -> FalseAlarms:
     """
     scores, images = int(rule.counts.sum()), len(flagged)
     low, high = _promise(rule.guarantee, scores, images)
-    found = metrics.share(flagged.numpy(), seed)
-    return FalseAlarms(rule.guarantee.alpha, found.value, found.low, found.high, low, high)
+    share = metrics.share(flagged.numpy(), seed)
+    return FalseAlarms(rule.guarantee.alpha, share.value, share.low, share.high, low, high)
 
 
 def by_class(
@@ -212,21 +212,21 @@ def _detections(
     job: Job, trusted: Measured, measured: Measured, chosen: np.ndarray
 ) -> dict[str, Detection]:
     """Return each score's figures on the chosen images of an untrusted set."""
-    found = {}
+    detections = {}
     for name, scores in measured.scores.items():
         flags = job.rules[name].untrusted(torch.from_numpy(scores), measured.predicted).numpy()
-        found[name] = metrics.detection(
+        detections[name] = metrics.detection(
             trusted.scores[name], scores[chosen], flags[chosen], job.config.seed
         )
-    return found
+    return detections
 
 
 def _means(config: EvaluationConfig, measured: dict[str, Measured]) -> list[MeanDetection]:
     """Average each score over the untrusted sets: ours first, the others by their AUROC."""
-    made = [
+    means = [
         metrics.mean_detection(
             name, scores, [measured[t].scores[name] for t in config.untrusted], config.seed
         )
         for name, scores in measured["trusted"].scores.items()
     ]
-    return sorted(made, key=lambda mean: (mean.score != "coverage", -mean.auroc.value))
+    return sorted(means, key=lambda mean: (mean.score != "coverage", -mean.auroc.value))

@@ -38,19 +38,19 @@ class Check:
 
     gate: Gate
     name: str
-    found: float
+    value: float
 
     @property
     def passed(self) -> bool:
         """Whether the set reaches the gate."""
         if self.gate.metric in LOWER_IS_BETTER:
-            return self.found <= self.gate.value
-        return self.found >= self.gate.value
+            return self.value <= self.gate.value
+        return self.value >= self.gate.value
 
     def __str__(self) -> str:
         sign = "<=" if self.gate.metric in LOWER_IS_BETTER else ">="
         verdict = "passed" if self.passed else "failed"
-        text = f"{self.gate.metric} {sign} {self.gate.value:g}, {self.name} has {self.found:.4f}"
+        text = f"{self.gate.metric} {sign} {self.gate.value:g}, {self.name} has {self.value:.4f}"
         return one_line(f"gate {verdict}: {text}")
 
 

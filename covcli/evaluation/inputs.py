@@ -96,8 +96,8 @@ def _trusted(
 ) -> tuple[ImageSet, list[str]]:
     """Load the trusted test images, leaving out those that calibrated; return warnings too."""
     text = config.trusted or record.trusted.spec.partition("?")[0]
-    found = labels.matched(datasets.load(text, "test", config.data_dir), classes)
-    images, warnings = found.images, list(found.notes)
+    matched = labels.matched(datasets.load(text, "test", config.data_dir), classes)
+    images, warnings = matched.images, list(matched.notes)
     fresh = record.less_calibration(images)
     if len(fresh) == 0:
         raise CovcliError("every image calibrated the signature", where=text)

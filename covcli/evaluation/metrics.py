@@ -75,10 +75,10 @@ class Curves:
 
 
 def _average_precision(hits: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> float:
-    found = np.cumsum(hits)
-    flagged = found + np.cumsum(others)
+    caught = np.cumsum(hits)
+    flagged = caught + np.cumsum(others)
     used = hits > 0
-    return float((hits[used] * found[used] / flagged[used]).sum() / found[-1])
+    return float((hits[used] * caught[used] / flagged[used]).sum() / caught[-1])
 
 
 def detection(

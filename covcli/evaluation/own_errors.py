@@ -121,5 +121,5 @@ def risk_curve(tied: Counts, wrong: Counts) -> list[Risk]:
     kept, errors = np.cumsum(tied), np.cumsum(wrong)
     n = int(kept[-1])
     ks = np.unique(np.linspace(1, n, min(n, CURVE_POINTS)).round())
-    found = np.interp(ks, np.concatenate([[0], kept]), np.concatenate([[0], errors]))
-    return [Risk(float(k / n), float(e / k)) for k, e in zip(ks, found, strict=True)]
+    among = np.interp(ks, np.concatenate([[0], kept]), np.concatenate([[0], errors]))
+    return [Risk(float(k / n), float(e / k)) for k, e in zip(ks, among, strict=True)]

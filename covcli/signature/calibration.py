@@ -132,12 +132,12 @@ def images_for(scores: int) -> int:
     return math.ceil(scores * FIT_EVERY / (FIT_EVERY - 1))
 
 
-def too_few(found: str, guarantee: Guarantee, images: int) -> CovcliError:
+def too_few(given: str, guarantee: Guarantee, images: int) -> CovcliError:
     """Word the refusal of a guarantee that needs more calibration images."""
     least = guarantee.minimum()
     each = " of each predicted class" if guarantee.mode == "certified" else ""
     return CovcliError(
-        f"{found} are too few for {guarantee.mode} alpha {guarantee.alpha:g}",
+        f"{given} are too few for {guarantee.mode} alpha {guarantee.alpha:g}",
         fix=f"at least {images} calibration images{each} are needed, for {least} scores: three "
         "of four images give one",
     )

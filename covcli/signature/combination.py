@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -124,8 +124,8 @@ def fit_combination(evidence: Tensor, outliers: Sequence[Tensor]) -> Combination
         voices = _voices(z, weights)
         # An expert that found nothing to weigh is silent: its voice is 0 everywhere.
         level, spread = voices.mean(0), torch.where(voices.std(0) > 0, voices.std(0), 1.0)
-    made = Combination(center, scale, weights, level, spread, 0.0)
-    return Combination(center, scale, weights, level, spread, float(made.score(evidence).min()))
+    combination = Combination(center, scale, weights, level, spread, 0.0)
+    return replace(combination, floor=float(combination.score(evidence).min()))
 
 
 def fit_expert(trusted: Tensor, outliers: Tensor) -> Tensor:
@@ -160,8 +160,8 @@ def fit_expert(trusted: Tensor, outliers: Tensor) -> Tensor:
     bounds = [(0, None)] * columns + [(None, None)]
     start = np.append(np.full(columns, 0.01), 0.0)
     with threadpool_limits(1):  # sums over more threads would round otherwise
-        found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
-    return torch.from_numpy(found.x[:-1].copy())
+        fit = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    return torch.from_numpy(fit.x[:-1].copy())
 
 
 def _voices(z: Tensor, weights: Tensor) -> Tensor:

@@ -81,8 +81,8 @@ def alarms_bound(rank: int, scores: int, images: int) -> float:
 
 def binomial_interval(alarms: int, images: int) -> tuple[float, float]:
     """Return the exact 95% interval of a rate (Clopper and Pearson, 1934)."""
-    found = binomtest(alarms, images).proportion_ci(CONFIDENCE, method="exact")
-    return float(found.low), float(found.high)
+    interval = binomtest(alarms, images).proportion_ci(CONFIDENCE, method="exact")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)

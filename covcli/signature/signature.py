@@ -206,8 +206,8 @@ def _check(signature: Signature, calibration: Calibration) -> None:
     if not signature.points or any(not 1 <= p.values <= p.neurons for p in signature.points):
         raise ValueError("a coverage point without neurons")
     expected = signature.method.expected(signature.layout)
-    found = {k: (v.dtype, tuple(v.shape)) for k, v in signature.state.tensors.items()}
-    if found != dict(expected) or len(signature.classes) != signature.model.classes:
+    tensors = {k: (v.dtype, tuple(v.shape)) for k, v in signature.state.tensors.items()}
+    if tensors != dict(expected) or len(signature.classes) != signature.model.classes:
         raise ValueError("tensors of other shapes than the points and classes ask for")
     combination = calibration.combination
     columns, experts = signature.columns, len(combination.weights)

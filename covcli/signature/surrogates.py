@@ -84,11 +84,11 @@ class DistortedSource:
         """Read the rows and distort each with a generator of its own."""
         images = self.source.read(rows, shape)
         distort = DISTORTIONS[self.kind]
-        made = [
+        copies = [
             distort(image, np.random.Generator(np.random.Philox(key=[SEED, row])))
             for image, row in zip(images, rows.tolist(), strict=True)
         ]
-        return torch.stack(made) if made else images
+        return torch.stack(copies) if copies else images
 
     @cached_property
     def fingerprint(self) -> str:

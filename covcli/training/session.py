@@ -167,11 +167,11 @@ class Session:
 
     def _refresh_penalty(self) -> None:
         """Build the running signature that the next epochs are trained towards."""
-        made, _, _ = fit_signature(
+        signature, _, _ = fit_signature(
             self.trainer.model, self.training.spread(SIGNATURE_IMAGES), self.classes, RUNNING,
             "channel", self.config.confidence_threshold, Silent(),
         )  # fmt: skip
-        self._train_towards(made.state)
+        self._train_towards(signature.state)
 
     def _train_towards(self, state: State) -> None:
         self.running = state

@@ -84,8 +84,8 @@ def train(
     _check(config)
     session = Session(config, datasets.load(config.trusted, "train", config.data_dir))
     stem = f"{config.model.replace(':', '-')}-{session.method.name}"
-    made = run_folders.new_run(config.runs, config.name, stem) if distributed.is_first() else None
-    run = distributed.agree(made) or config.runs
+    folder = run_folders.new_run(config.runs, config.name, stem) if distributed.is_first() else None
+    run = distributed.agree(folder) or config.runs
     return _finish(session, run, progress, interrupts or Interrupts())
 
 

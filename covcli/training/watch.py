@@ -40,25 +40,25 @@ def watch(
         The softmax confidence from which a training image is trusted.
     """
     names = tuple(str(k) for k in range(model.spec.classes))
-    made, _, _ = fit_signature(model, training, names, method, "channel", threshold, Silent())
-    sets = [_look(model, made, "trusted", held_out.spread(most))]
-    for text, found in untrusted.items():
-        if found is None:
+    signature, _, _ = fit_signature(model, training, names, method, "channel", threshold, Silent())
+    sets = [_look(model, signature, "trusted", held_out.spread(most))]
+    for text, named in untrusted.items():
+        if named is None:
             spec = parse(text)
             few = held_out.select(attacks.attacked_rows(spec, held_out)[: most // 4])
             images = attacks.run_attack(spec, model, few, few.known_labels(), Silent())
         else:
-            images = found.spread(most)
-        sets.append(_look(model, made, text, images))
-    return Watch([point.name for point in made.points], sets)
+            images = named.spread(most)
+        sets.append(_look(model, signature, text, images))
+    return Watch([point.name for point in signature.points], sets)
 
 
-def _look(model: Classifier, made: Signature, name: str, images: ImageSet) -> WatchedSet:
-    found = []
-    for batch in sweep(model, images, made.points, made.granularity, Silent(), ""):
+def _look(model: Classifier, signature: Signature, name: str, images: ImageSet) -> WatchedSet:
+    parts = []
+    for batch in sweep(model, images, signature.points, signature.granularity, Silent(), ""):
         sure, predicted = batch.logits.softmax(1).max(1)
-        found.append((batch.rows, sure, made.coverage(batch.neurons, predicted)))
-    confidence, coverage = distributed.collect(found)
+        parts.append((batch.rows, sure, signature.coverage(batch.neurons, predicted)))
+    confidence, coverage = distributed.collect(parts)
     shares = coverage.mean(0).tolist()
     return WatchedSet(
         name, len(images), float(confidence.double().mean()), sum(shares) / len(shares), shares

@@ -15,7 +15,7 @@ from covcli.core.progress import Silent
 from covcli.data import datasets
 from covcli.data.images import ImageSet
 from covcli.evaluation.baselines import compare
-from covcli.evaluation.baselines.adapters import Network, Trusted
+from covcli.evaluation.baselines.adapters import FittingImages, Network
 from covcli.evaluation.baselines.compare import Comparison, Plan
 from covcli.evaluation.baselines.detectors import BASELINES, GRAM_POLES
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
@@ -108,7 +108,7 @@ def test_a_baseline_scores_every_image_the_same_in_any_batch(
         datasets.load("digits?limit=300", "test"),
         datasets.load("noise:uniform?limit=64", "test"),
     )
-    one = Comparison(network, {name: fitted.scorers[name]}, {})
+    one = Comparison(network, {name: fitted.detectors[name]}, {})
     scores = one.score(trusted, Silent())[name]
     assert scores.shape == (300,)
     assert scores.dtype == np.float64
@@ -181,7 +181,7 @@ def test_a_layer_is_one_call_of_a_module_that_is_called_often() -> None:
 
 def test_balanced_images_are_of_every_class_alike(network: Network) -> None:
     images = datasets.load("digits", "train")
-    some = Trusted(network, images, images.known_labels(), Silent()).balanced(43)
+    some = FittingImages(network, images, images.known_labels(), Silent()).balanced(43)
     counts = torch.bincount(some.labels)
     assert sorted(counts.tolist()) == [4] * 7 + [5] * 3
     assert torch.equal(some.images.known_labels(), some.labels)

@@ -134,7 +134,7 @@ def _last_linear(model: Classifier) -> nn.Linear | None:
     return last if inputs.ndim == 2 and output is logits else None
 
 
-class Trusted:
+class FittingImages:
     """The trusted images that the baselines are fitted on.
 
     Parameters
@@ -162,7 +162,7 @@ class Trusted:
         parts = [b.features for b in self.network.read(self.images, self.progress, title)]
         return torch.cat([part.cpu() for part in parts if part is not None])
 
-    def balanced(self, limit: int) -> "Trusted":
+    def balanced(self, limit: int) -> "FittingImages":
         """Return at most so many of the images, from every class the same number where it can."""
         order = torch.argsort(self.labels, stable=True)
         counts = torch.bincount(self.labels)
@@ -170,13 +170,15 @@ class Trusted:
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order)) - starts[self.labels[order]]
         rows = torch.argsort(rank, stable=True)[:limit].sort().values
-        return Trusted(self.network, self.images.select(rows), self.labels[rows], self.progress)
+        return FittingImages(
+            self.network, self.images.select(rows), self.labels[rows], self.progress
+        )
 
 
-class Loader:
+class FittingLoader:
     """Batches of images and labels, as pytorch-ood's detectors read them."""
 
-    def __init__(self, trusted: Trusted, size: int, title: str) -> None:
+    def __init__(self, trusted: FittingImages, size: int, title: str) -> None:
         self._trusted, self._title = trusted, title
         self._parts = torch.arange(len(trusted.images)).split(size)
 

@@ -14,8 +14,8 @@ from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
 from covcli.data import labels
 from covcli.data.images import ImageSet
-from covcli.evaluation.baselines.adapters import Network, Trusted
-from covcli.evaluation.baselines.detectors import BASELINES, Scorer, library
+from covcli.evaluation.baselines.adapters import FittingImages, Network
+from covcli.evaluation.baselines.detectors import BASELINES, Detector, library
 from covcli.models.architectures import Classifier
 from covcli.signature.calibration import fits
 from covcli.signature.guarantee import Guarantee, Rule, make_rule
@@ -58,7 +58,7 @@ class Comparison:
 
     Attributes
     ----------
-    scorers
+    detectors
         By name.
     rules
         By name: the thresholds that keep the evaluation's guarantee, taken as the signature's own
@@ -66,14 +66,14 @@ class Comparison:
     """
 
     network: Network | None
-    scorers: dict[str, Scorer]
+    detectors: dict[str, Detector]
     rules: dict[str, Rule]
 
     def score(self, images: ImageSet, progress: Progress) -> dict[str, np.ndarray]:
         """Score a set in one pass over it; return by name float64 of shape (N,)."""
         if self.network is None:
             return {}
-        return _score(self.network, self.scorers, images, progress)[0]
+        return _score(self.network, self.detectors, images, progress)[0]
 
 
 def expand(names: Sequence[str]) -> tuple[str, ...]:
@@ -144,26 +144,26 @@ def fit(plan: Plan, guarantee: Guarantee, progress: Progress) -> Comparison:
     """Fit the planned baselines, and find their thresholds on the calibration images."""
     if plan.network is None or plan.trusted is None or plan.held_out is None:
         return Comparison(None, {}, {})
-    trusted = Trusted(plan.network, plan.trusted, plan.trusted.known_labels(), progress)
+    trusted = FittingImages(plan.network, plan.trusted, plan.trusted.known_labels(), progress)
     with distributed.alone():  # the detectors want to see all images
-        scorers = {name: BASELINES.get(name).fit(trusted) for name in plan.names}
-    found, predicted = _score(plan.network, scorers, plan.held_out, progress)
+        detectors = {name: BASELINES.get(name).fit(trusted) for name in plan.names}
+    scores, predicted = _score(plan.network, detectors, plan.held_out, progress)
     classes = plan.network.model.spec.classes
     rules = {
-        name: make_rule(torch.from_numpy(scores), predicted, classes, guarantee)
-        for name, scores in found.items()
+        name: make_rule(torch.from_numpy(theirs), predicted, classes, guarantee)
+        for name, theirs in scores.items()
     }
-    return Comparison(plan.network, scorers, rules)
+    return Comparison(plan.network, detectors, rules)
 
 
 def _score(
-    network: Network, scorers: dict[str, Scorer], images: ImageSet, progress: Progress
+    network: Network, detectors: dict[str, Detector], images: ImageSet, progress: Progress
 ) -> tuple[dict[str, np.ndarray], Tensor]:
     """Return the scores by name, and the predicted classes."""
     parts = []
     for batch in network.read(images, progress, f"baselines on {images.name}"):
-        theirs = [scorer(batch).detach().double() for scorer in scorers.values()]
+        theirs = [detector(batch).detach().double() for detector in detectors.values()]
         parts.append((batch.rows, batch.logits.argmax(1), *theirs))
-    predicted, *found = distributed.collect(parts)
-    clean = [scores.nan_to_num(HIGHEST, HIGHEST, -HIGHEST).numpy() for scores in found]
-    return dict(zip(scorers, clean, strict=True)), predicted
+    predicted, *columns = distributed.collect(parts)
+    clean = [scores.nan_to_num(HIGHEST, HIGHEST, -HIGHEST).numpy() for scores in columns]
+    return dict(zip(detectors, clean, strict=True)), predicted

@@ -19,9 +19,9 @@ from covcli.core.runtime import seeded
 from covcli.core.specs import Registry
 from covcli.evaluation.baselines.adapters import (
     Batch,
-    Loader,
+    FittingImages,
+    FittingLoader,
     Network,
-    Trusted,
     channels_first,
     small_batch,
 )
@@ -32,25 +32,25 @@ FIT_BYTES = 1 << 30
 # Entries of a batch's Gram matrices.
 GRAM_ENTRIES = 1 << 26
 GRAM_POLES = tuple(range(1, 11))
-Scorer: TypeAlias = Callable[[Batch], Tensor]
-Maker: TypeAlias = Callable[[Trusted], Scorer]
+Detector: TypeAlias = Callable[[Batch], Tensor]
+Fit: TypeAlias = Callable[[FittingImages], Detector]
 
 
 @dataclass(frozen=True)
 class Baseline:
     """A baseline: how it is fitted, and whether it reads the input of the last linear layer."""
 
-    fit: Maker
+    fit: Fit
     features: bool
 
 
 BASELINES: Registry[Baseline] = Registry("baseline")
 
 
-def baseline(name: str, *, features: bool = False) -> Callable[[Maker], Maker]:
+def baseline(name: str, *, features: bool = False) -> Callable[[Fit], Fit]:
     """Register a maker under a name."""
 
-    def decorate(fit: Maker) -> Maker:
+    def decorate(fit: Fit) -> Fit:
         BASELINES.add(name)(Baseline(fit, features))
         return fit
 
@@ -75,7 +75,7 @@ def _features(batch: Batch) -> Tensor:
 
 
 @baseline("max-softmax")
-def max_softmax(_trusted: Trusted) -> Scorer:
+def max_softmax(_trusted: FittingImages) -> Detector:
     """Highest softmax probability, covcli's "softmax" in single precision.
 
     Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples
@@ -86,7 +86,7 @@ def max_softmax(_trusted: Trusted) -> Scorer:
 
 
 @baseline("maxlogit")
-def maxlogit(_trusted: Trusted) -> Scorer:
+def maxlogit(_trusted: FittingImages) -> Detector:
     """Highest logit.
 
     Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022.
@@ -96,7 +96,7 @@ def maxlogit(_trusted: Trusted) -> Scorer:
 
 
 @baseline("energy")
-def energy(_trusted: Trusted) -> Scorer:
+def energy(_trusted: FittingImages) -> Detector:
     """Free energy of the logits, at temperature 1.
 
     Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020.
@@ -106,7 +106,7 @@ def energy(_trusted: Trusted) -> Scorer:
 
 
 @baseline("gen")
-def gen(_trusted: Trusted) -> Scorer:
+def gen(_trusted: FittingImages) -> Detector:
     """Generalised entropy of the softmax distribution, γ = 0.1 over all classes.
 
     Liu et al., "GEN: Pushing the Limits of Softmax-Based Out-of-Distribution Detection",
@@ -117,7 +117,7 @@ def gen(_trusted: Trusted) -> Scorer:
 
 
 @baseline("knn", features=True)
-def knn(trusted: Trusted) -> Scorer:
+def knn(trusted: FittingImages) -> Detector:
     """Distance to the 50th nearest neighbour among all fitted images' normalised features.
 
     Sun et al., "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022.
@@ -129,7 +129,7 @@ def knn(trusted: Trusted) -> Scorer:
 
 
 @baseline("mahalanobis", features=True)
-def mahalanobis(trusted: Trusted) -> Scorer:
+def mahalanobis(trusted: FittingImages) -> Detector:
     """Mahalanobis distance to the nearest class mean, in the features; one covariance for all.
 
     Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and
@@ -140,7 +140,7 @@ def mahalanobis(trusted: Trusted) -> Scorer:
 
 
 @baseline("rmd", features=True)
-def rmd(trusted: Trusted) -> Scorer:
+def rmd(trusted: FittingImages) -> Detector:
     """Mahalanobis distance relative to that of one Gaussian over all classes, in the features.
 
     Ren et al., "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection", 2021,
@@ -151,7 +151,7 @@ def rmd(trusted: Trusted) -> Scorer:
 
 
 @baseline("vim", features=True)
-def vim(trusted: Trusted) -> Scorer:
+def vim(trusted: FittingImages) -> Detector:
     """Virtual logit of the features' residual beside a principal subspace.
 
     Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022. The subspace
@@ -166,7 +166,7 @@ def vim(trusted: Trusted) -> Scorer:
     return lambda batch: detector.predict_features(_features(batch))
 
 
-def _weights(trusted: Trusted) -> tuple[Tensor, Tensor]:
+def _weights(trusted: FittingImages) -> tuple[Tensor, Tensor]:
     """Return the last linear layer's weights (classes, D) and bias (classes,), on the CPU."""
     last = trusted.network.last
     assert last is not None
@@ -174,14 +174,14 @@ def _weights(trusted: Trusted) -> tuple[Tensor, Tensor]:
     return weight, torch.zeros(len(weight)) if last.bias is None else last.bias.detach().cpu()
 
 
-def _head(trusted: Trusted) -> Callable[[Tensor], Tensor]:
+def _head(trusted: FittingImages) -> Callable[[Tensor], Tensor]:
     """Return the last linear layer as a map of features (B, D, 1, 1), on the CPU."""
     weight, bias = _weights(trusted)
     return lambda maps: nn.functional.linear(maps.flatten(1), weight, bias)
 
 
 @baseline("react", features=True)
-def react(trusted: Trusted) -> Scorer:
+def react(trusted: FittingImages) -> Detector:
     """Energy after the features are clipped at their 90th percentile.
 
     Sun et al., "ReAct: Out-of-distribution Detection With Rectified Activations", NeurIPS 2021:
@@ -193,7 +193,7 @@ def react(trusted: Trusted) -> Scorer:
 
 
 @baseline("ash", features=True)
-def ash(trusted: Trusted) -> Scorer:
+def ash(trusted: FittingImages) -> Detector:
     """Energy after 65% of an image's features are pruned and the others scaled (ASH-S).
 
     Djurisic et al., "Extremely Simple Activation Shaping for Out-of-Distribution Detection",
@@ -205,7 +205,7 @@ def ash(trusted: Trusted) -> Scorer:
 
 
 @baseline("multi-mahalanobis")
-def multi_mahalanobis(trusted: Trusted) -> Scorer:
+def multi_mahalanobis(trusted: FittingImages) -> Detector:
     """Sum over all coverage points of the Mahalanobis distance between spatial means.
 
     Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and
@@ -252,7 +252,7 @@ class Replay:
 
 
 @baseline("gram")
-def gram(trusted: Trusted) -> Scorer:
+def gram(trusted: FittingImages) -> Detector:
     """Deviation of the Gram matrices of all coverage points from their range in the class.
 
     Sastry and Oore, "Detecting Out-of-Distribution Examples with Gram Matrices", ICML 2020: orders
@@ -270,14 +270,14 @@ def gram(trusted: Trusted) -> Scorer:
     detector = library().Gram(replay.logits, layers, network.model.spec.classes, GRAM_POLES)
     detector.to(network.device)
     with seeded(0):  # the detector holds out a tenth of the images at random
-        detector.fit(Loader(fitted, size, "fitting gram"))
+        detector.fit(FittingLoader(fitted, size, "fitting gram"))
     if not all(bool(high.isfinite().all()) for orders in detector.feature_max for high in orders):
         raise CovcliError("activations whose tenth power overflows", where="--baseline gram")
     return lambda batch: torch.cat([detector.predict(part) for part in batch.inputs.split(size)])
 
 
 @baseline("nac")
-def nac(trusted: Trusted) -> Scorer:
+def nac(trusted: FittingImages) -> Detector:
     """Coverage of neurons' activations times their gradients, at the last two coverage points.
 
     Liu et al., "Neuron Activation Coverage: Rethinking Out-of-distribution Detection and
@@ -292,5 +292,5 @@ def nac(trusted: Trusted) -> Scorer:
         network.model, layers, feature_reduce=lambda x: channels_first(x, dim).flatten(2).mean(2)
     )
     size = small_batch(network)
-    detector.fit(Loader(trusted, size, "fitting nac"))
+    detector.fit(FittingLoader(trusted, size, "fitting nac"))
     return lambda batch: torch.cat([detector.predict(part) for part in batch.inputs.split(size)])
