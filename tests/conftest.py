@@ -1,5 +1,6 @@
 """A small network that trains in seconds, and a run of it that many tests read."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def _tiny_model() -> None:
 
     runpy.run_path(str(PLUGIN))
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import json
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -124,12 +123,3 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-
-
-def inside(folder: Path, files: Iterator[Path]) -> Iterator[Path]:
-    """Yield files; one that a link leads out of the folder is a CovcliError."""
-    root = folder.resolve()
-    for file in files:
-        if not file.resolve().is_relative_to(root):
-            raise CovcliError("is a link that leaves its folder", where=file)
-        yield file

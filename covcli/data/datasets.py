@@ -8,8 +8,9 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor
 from covcli.core import distributed, file_checks
 from covcli.core.errors import CovcliError
 from covcli.core.specs import Registry, Spec, count, parse, positive_count
-from covcli.data.images import FileSource, ImageSet, NoiseSource, in_memory
+from covcli.data import listing
+from covcli.data.digests import user_cache
+from covcli.data.image_files import FileSource
+from covcli.data.images import ImageSet, NoiseSource, in_memory
+from covcli.data.listing import Split
 
 log = logging.getLogger(__name__)
-Split: TypeAlias = Literal["train", "test"]
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 SELECTION = ["split", "offset", "limit"]
 DIGITS = tuple("0123456789")
 NOISE_IMAGES = 2000
@@ -38,13 +41,18 @@ class Request:
         The parsed specification; `offset` and `limit` are applied by `load`, not by loaders.
     split
         "train" or "test".
-    data_dir
-        The folder that downloaded sets live in.
+    folder
+        The folder that downloaded sets live in; None for the one of `default_data_dir`.
     """
 
     spec: Spec
     split: Split
-    data_dir: Path
+    folder: Path | None
+
+    @property
+    def data_dir(self) -> Path:
+        """The folder that downloaded sets live in."""
+        return self.folder or default_data_dir()
 
 
 Loader: TypeAlias = Callable[[Request], ImageSet]
@@ -52,10 +60,18 @@ DATASETS: Registry[Loader] = Registry("dataset")
 
 
 def default_data_dir() -> Path:
-    """Return COVCLI_DATA_DIR, or covcli's folder in the user's cache."""
+    """Return COVCLI_DATA_DIR, or covcli's folder in the user's cache.
+
+    Raises
+    ------
+    CovcliError
+        If neither is known: the user has no home.
+    """
     if folder := os.environ.get("COVCLI_DATA_DIR"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "covcli"
+    if (cache := user_cache()) is None:
+        raise CovcliError("the user has no home folder to keep data in", fix="name a --data-dir")
+    return cache
 
 
 def load(text: str, split: Split, data_dir: Path | None = None) -> ImageSet:
@@ -79,7 +95,7 @@ def load(text: str, split: Split, data_dir: Path | None = None) -> ImageSet:
     spec = parse(text)
     loader = DATASETS.get(spec.name)
     chosen = spec.take("split", _split, split)
-    images = loader(Request(spec, chosen, data_dir or default_data_dir()))
+    images = loader(Request(spec, chosen, data_dir))
     offset = spec.take("offset", count, 0)
     limit = spec.take("limit", positive_count, len(images))
     rows = torch.arange(min(offset, len(images)), min(offset + limit, len(images)))
@@ -89,6 +105,12 @@ def load(text: str, split: Split, data_dir: Path | None = None) -> ImageSet:
             where=text,
         )
     return images.select(rows)
+
+
+@cache
+def say_once(note: str) -> None:
+    """Log a warning, unless this process has logged it before."""
+    log.warning("%s", note)
 
 
 def check_labels(images: ImageSet, classes: int) -> Tensor:
@@ -322,34 +344,29 @@ def _read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | N
 def folder(request: Request) -> ImageSet:
     """Image files: one subfolder a class, in alphabetical order, or files alone, unlabelled.
 
-    Where the folder holds `train` and `test`, the split names the one to read.
+    Where the subfolders are splits (`train`, `test`, `val`, …), the split names the one to read;
+    `val` serves where there is no `test`.
     """
-    root = _path(request)
-    if (root / request.split).is_dir():
-        root = root / request.split
-    if not root.is_dir():
-        raise CovcliError("is a file, not a folder", where=root)
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    parts = [_image_files(root / name) for name in classes] or [_image_files(root)]
-    files = [file for part in parts for file in part]
-    if not files:
+    top = _path(request)
+    if not top.is_dir():
+        raise CovcliError("is a file, not a folder", where=top)
+    root, notes = listing.split_folder(top, request.split)
+    found = listing.list_classes(root)
+    for note in notes + found.notes:
+        say_once(note)
+    if not found.files:
         raise CovcliError(
-            "holds no image", where=root, fix=f"known endings: {', '.join(sorted(IMAGE_SUFFIXES))}"
+            "holds no image", where=root, fix=f"known endings: {', '.join(listing.SUFFIXES)}"
         )
-    labels = torch.repeat_interleave(torch.tensor([len(part) for part in parts]))
+    labels = torch.repeat_interleave(torch.tensor(found.counts)) if found.classes else None
     return ImageSet(
         request.spec.text,
-        FileSource(root, files),
-        torch.arange(len(files)),
-        labels if classes else None,
-        tuple(classes),
+        FileSource(root, found.files),
+        torch.arange(len(found.files)),
+        labels,
+        found.classes,
         flips=True,
     )
-
-
-def _image_files(root: Path) -> list[Path]:
-    found = (f for f in root.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file())
-    return sorted(file_checks.inside(root, found))
 
 
 @DATASETS.add("noise")

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -15,7 +14,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from covcli.core.errors import CovcliError
-from covcli.data.decoding import decode
 
 Shape: TypeAlias = tuple[int, int, int]
 
@@ -121,28 +119,6 @@ class MemorySource:
 
 
 @dataclass(frozen=True)
-class FileSource:
-    """Image files, decoded when they are read; their sizes may differ."""
-
-    folder: Path
-    files: Sequence[Path]
-
-    def read(self, rows: Tensor, shape: Shape) -> Tensor:
-        """Decode the rows in a few threads (PIL releases the interpreter) and stack them."""
-        if len(rows) == 0:
-            return torch.empty((0, *shape), dtype=torch.uint8)
-        with ThreadPoolExecutor(4) as pool:
-            images = pool.map(lambda row: adapt(decode(self.files[row]), shape), rows.tolist())
-            return torch.cat(list(images))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Digest the files' relative names and sizes (not their pixels, which may be many)."""
-        lines = [f"{f.relative_to(self.folder)}\0{f.stat().st_size}" for f in self.files]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
 class NoiseSource:
     """Noise drawn per row from a counter-based generator: a row is the same in any batch."""
 
@@ -219,7 +195,7 @@ def batches(
     images: ImageSet, parts: Sequence[Tensor], shape: Shape
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield each part's rows and images, reading one batch ahead of the network."""
-    with ThreadPoolExecutor(1, initializer=_compute_alone) as pool:
+    with ThreadPoolExecutor(1, initializer=compute_alone) as pool:
         ahead = pool.submit(images.batch, parts[0], shape) if parts else None
         for i, rows in enumerate(parts):
             assert ahead is not None
@@ -229,7 +205,7 @@ def batches(
             yield rows, pixels
 
 
-def _compute_alone() -> None:
+def compute_alone() -> None:
     """Let this thread compute by itself: its helpers would take turns with those of the network."""
     torch.get_num_threads()  # the first call in a thread sets its number
     threadpool_limits(1, user_api="openmp")  # of this thread alone

@@ -1,0 +1,170 @@
+"""What files hold, in one digest each; kept in the user's cache, so that a file is read once."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import stat
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from covcli.core import file_checks, files
+from covcli.core.errors import CovcliError
+from covcli.data.decoding import open_regular
+
+log = logging.getLogger(__name__)
+SIZE = hashlib.sha256().digest_size
+EMPTY = hashlib.sha256().digest()
+# Stands for a file that cannot be read; whoever decodes it says why.
+UNREADABLE = hashlib.sha256(b"cannot be read").digest()
+UNKNOWN = (-1, 0, 0, 0)  # the stamp of what is no regular file
+AT_ONCE = 256  # files that a thread takes from the queue at once
+# A file that was written so short a time before it was read may change again within the same tick
+# of the file system's clock; where the clock shows whole seconds, within two of them.
+TICK = 50_000_000
+COARSE_TICK = 2_000_000_000
+TOLD_FROM = 20_000
+Digests = NDArray[np.uint8]  # (N, SIZE)
+Stamps = NDArray[np.int64]  # (N, 4): size, modification and change in nanoseconds, inode
+
+
+def user_cache() -> Path | None:
+    """Return covcli's folder in the user's cache; None where the user has no home."""
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return Path(root) / "covcli"
+    try:
+        return Path.home() / ".cache" / "covcli"
+    except RuntimeError:
+        return None
+
+
+def content_digests(folder: Path, names: Sequence[str], key: str, pool: Executor) -> Digests:
+    """Return the SHA-256 of each file's content; unchanged files are not read again.
+
+    A file counts as unchanged if its path, size, times of modification and change, and inode are
+    the same as when it was read.
+
+    Parameters
+    ----------
+    folder
+        What the names are relative to.
+    names
+        The files.
+    key
+        Names the cached list; files under the same key replace each other's.
+    pool
+        Threads that read.
+    """
+    paths = [os.path.join(folder, name) for name in names]  # noqa: PTH118 - of a million files
+    stamps = _stamps(paths)
+    blob = b"\0".join(map(os.fsencode, names))
+    cache = _Cache.at(os.fsencode(os.path.realpath(folder)), key)
+    digests = cache.known(blob, names, stamps)
+    digests[stamps[:, 0] == 0] = np.frombuffer(EMPTY, np.uint8)
+    missing = np.flatnonzero(~digests.any(1)).tolist()
+    if not missing:
+        return digests
+    if len(missing) >= TOLD_FROM:
+        log.info("%s: reading %d files once to know them again", folder, len(missing))
+    parts = [missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)]
+    began = time.time_ns()
+    for part, found in zip(
+        parts, pool.map(lambda part: _read([paths[i] for i in part]), parts), strict=True
+    ):
+        digests[part] = found
+    again = _stamps([paths[i] for i in missing])
+    changed = (again != stamps[missing]).any(1) | _fresh(again, began)
+    keep = np.ones(len(names), bool)
+    keep[np.array(missing)[changed]] = False
+    cache.store(blob, stamps, np.where(keep[:, None], digests, 0).astype(np.uint8))
+    return digests
+
+
+def _stamps(paths: Iterable[str]) -> Stamps:
+    rows = []
+    for path in paths:
+        try:
+            s = os.stat(path)  # noqa: PTH116
+        except OSError:
+            rows.append(UNKNOWN)
+            continue
+        stamp = (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino & (2**63 - 1))
+        rows.append(stamp if stat.S_ISREG(s.st_mode) else UNKNOWN)
+    return np.array(rows, np.int64).reshape(-1, 4)
+
+
+def _fresh(stamps: Stamps, now: int) -> NDArray[np.bool_]:
+    times = stamps[:, 1:3].max(1)
+    tick = np.where(times % 1_000_000_000 == 0, COARSE_TICK, TICK)
+    fresh: NDArray[np.bool_] = times > now - tick
+    return fresh
+
+
+def _read(paths: Iterable[str]) -> Digests:
+    found = []
+    for path in paths:
+        try:
+            with open_regular(Path(path)) as file:
+                found.append(hashlib.file_digest(file, hashlib.sha256).digest())
+        except (OSError, CovcliError):
+            found.append(UNREADABLE)
+    return np.frombuffer(b"".join(found), np.uint8).reshape(-1, SIZE)
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """One list of files with their stamps and digests; no file of its own where none can be."""
+
+    path: Path | None
+
+    @classmethod
+    def at(cls, folder: bytes, key: str) -> "_Cache":
+        root = user_cache()
+        name = hashlib.sha256(folder + b"\0" + key.encode("utf-8", "surrogateescape")).hexdigest()
+        return cls(root and root / "digests" / f"{name[:32]}.npz")
+
+    def known(self, blob: bytes, names: Sequence[str], stamps: Stamps) -> Digests:
+        """Return the digests that still hold; rows of zeros for others."""
+        digests = np.zeros((len(names), SIZE), np.uint8)
+        held = self._load()
+        if held is None:
+            return digests
+        old_blob, old_stamps, old_digests = held
+        if old_blob == blob:
+            rows = np.arange(len(names))
+        else:
+            places = {name: i for i, name in enumerate(old_blob.split(b"\0"))}
+            rows = np.array([places.get(os.fsencode(name), -1) for name in names], np.int64)
+        same = (rows >= 0) & (old_stamps[rows] == stamps).all(1) & (stamps[:, 0] >= 0)
+        digests[same] = old_digests[rows[same]]
+        return digests
+
+    def _load(self) -> tuple[bytes, Stamps, Digests] | None:
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            file_checks.check_npz(self.path)
+            with np.load(self.path, allow_pickle=False) as held:
+                names, stamps, digests = held["names"], held["stamps"], held["digests"]
+        except (CovcliError, OSError, KeyError, ValueError):
+            return None  # of no use: read the files again
+        blob = names.tobytes()
+        count = blob.count(b"\0") + 1
+        fits = (names.dtype, stamps.dtype, digests.dtype) == (np.uint8, np.int64, np.uint8)
+        if not fits or stamps.shape != (count, 4) or digests.shape != (count, SIZE):
+            return None
+        return blob, stamps, digests
+
+    def store(self, blob: bytes, stamps: Stamps, digests: Digests) -> None:
+        """Write the list; where the cache cannot be written, the files are read again next time."""
+        if self.path is None:
+            return
+        names = np.frombuffer(blob, np.uint8)
+        with contextlib.suppress(CovcliError, OSError), files.atomic(self.path) as file:
+            np.savez(file, names=names, stamps=stamps, digests=digests)

@@ -1,0 +1,197 @@
+"""Folders of images: what is a class, what is a split, what is neither."""
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from covcli.core.errors import CovcliError
+from covcli.data import datasets
+from covcli.data.datasets import load
+from covcli.data.images import ImageSet
+
+
+def put(root: Path, *names: str) -> Path:
+    """Write an image under each name; its pixels tell its place in the list."""
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), i).save(path, format="PNG")
+    return root
+
+
+def names_of(images: ImageSet) -> list[tuple[str, str | None]]:
+    labels = [None] * len(images) if images.labels is None else images.labels.tolist()
+    classes = [None if label is None else images.classes[label] for label in labels]
+    return list(zip(images.source.files, classes, strict=True))  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    datasets.say_once.cache_clear()
+    caplog.set_level(logging.WARNING, "covcli")
+    return caplog
+
+
+def test_classes_and_files_are_those_of_torchvision(tmp_path: Path) -> None:
+    put(tmp_path, "b/10.png", "b/9.png", "b/deep/er/1.JPG", "a b/x.jpeg", "a/1.png", "B/y.tiff")
+    found, theirs = load(f"folder:{tmp_path}", "train"), ImageFolder(str(tmp_path))
+    assert list(found.classes) == theirs.classes
+    expected = {os.path.relpath(path, tmp_path): theirs.classes[k] for path, k in theirs.samples}
+    assert dict(names_of(found)) == expected
+    assert [name for name, _ in names_of(found)] == [
+        p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*")) if p.is_file()
+    ]
+
+
+def test_hidden_entries_and_leavings_are_no_images(tmp_path: Path) -> None:
+    kept = ["ant/1.png", "bee/2.png"]
+    put(
+        tmp_path, *kept, ".ipynb_checkpoints/1-checkpoint.png", "ant/.ipynb_checkpoints/1.png",
+        "__MACOSX/ant/._1.png", "ant/._1.png", "@eaDir/x.png", "bee/@eaDir/2.png/thumb.jpg",
+        "$RECYCLE.BIN/x.png", "lost+found/x.png", ".hidden/x.png", "bee/~$2.png",
+        "System Volume Information/x.png", "#recycle/x.png",
+    )  # fmt: skip
+    for name in ("Thumbs.db", ".DS_Store", "ant/desktop.ini", "bee/1.png~"):
+        (tmp_path / name).write_bytes(b"no image")
+    assert names_of(load(f"folder:{tmp_path}", "train")) == [(n, n.split("/")[0]) for n in kept]
+
+
+def test_what_is_no_image_by_its_name_is_said(
+    tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "a/1.png", "a/2.heic", "a/3.heic", "4.png")
+    load(f"folder:{tmp_path}", "train")
+    assert "passed over what is no image by its name: 2 .heic" in said.text
+    assert "1 images lie beside the class folders: passed over" in said.text
+
+
+@pytest.mark.parametrize("validation", ["val", "valid", "validation", "dev", "Val"])
+def test_validation_images_serve_where_there_is_no_test_and_it_is_said(
+    tmp_path: Path, validation: str, said: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "train/ant/1.png", "train/bee/2.png", f"{validation}/bee/3.png")
+    assert names_of(load(f"folder:{tmp_path}", "train")) == [("ant/1.png", "ant"),
+                                                             ("bee/2.png", "bee")]  # fmt: skip
+    assert not said.records
+    found = load(f"folder:{tmp_path}", "test")
+    assert names_of(found) == [("bee/3.png", "bee")]
+    assert f"{validation} serves as the test split" in said.text
+    said.clear()
+    put(tmp_path, "test/ant/4.png")
+    assert names_of(load(f"folder:{tmp_path}", "test")) == [("ant/4.png", "ant")]
+    assert not said.records
+
+
+@pytest.mark.parametrize("parts", [("train",), ("val",), ("train", "val"), ("Train", "dev")])
+def test_splits_alone_are_never_classes(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    put(tmp_path, *(f"{part}/{i}.png" for part in parts for i in range(2)))
+    for split in ("train", "test"):
+        try:
+            found = load(f"folder:{tmp_path}?split={split}", "test")
+        except CovcliError as error:
+            assert f"but no {split}" in str(error)
+        else:
+            assert found.classes == ()
+            assert found.labels is None
+            assert len(found) == 2
+
+
+def test_a_split_and_a_class_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    vehicles = put(tmp_path / "vehicles", "bus/1.png", "car/2.png", "train/3.png")
+    assert load(f"folder:{vehicles}", "train").classes == ("bus", "car", "train")
+    mixed = put(tmp_path / "mixed", "extra/1.png", "train/ant/2.png", "train/bee/3.png")
+    with pytest.raises(CovcliError, match="train may be a split or a class beside extra"):
+        load(f"folder:{mixed}", "train")
+    beside = put(tmp_path / "beside", "train/a/1.png", "test/a/2.png")
+    put(beside, "extra/1.png")
+    (beside / "annotations").mkdir()
+    assert names_of(load(f"folder:{beside}", "test")) == [("a/2.png", "a")]
+    twice = put(tmp_path / "twice", "train/a/1.png", "val/a/2.png", "valid/a/3.png")
+    with pytest.raises(CovcliError, match="val, valid are both for val"):
+        load(f"folder:{twice}", "test")
+
+
+def test_links_are_followed_everywhere_alike(tmp_path: Path) -> None:
+    store = put(tmp_path / "store", "ant/1.png", "bee/2.png")
+    shapes = {
+        "files": lambda c, n: ((c,), f"{c}/{n}", store / c / n),
+        "classes": lambda c, _: ((), c, store / c),
+        "nested": lambda c, _: ((c,), f"{c}/more", store / c),
+    }
+    for shape, link in shapes.items():
+        for name in ("ant/1.png", "bee/2.png"):
+            folders, place, target = link(*name.split("/"))
+            (tmp_path / shape).joinpath(*folders).mkdir(parents=True, exist_ok=True)
+            (tmp_path / shape / place).symlink_to(target)
+        found = load(f"folder:{tmp_path}/{shape}", "train")
+        theirs = ImageFolder(str(tmp_path / shape))
+        assert list(found.classes) == theirs.classes == ["ant", "bee"]
+        assert len(found) == len(theirs) == 2
+        pixels = found.batch(torch.arange(2), (3, 4, 4))
+        assert pixels[:, 0, 0, 0].tolist() == [0, 1]
+    (tmp_path / "root").symlink_to(store)
+    assert len(load(f"folder:{tmp_path}/root", "train")) == 2
+
+
+def test_links_that_go_round_in_a_circle_are_passed_over(
+    tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "ant/1.png", "bee/2.png")
+    (tmp_path / "ant" / "up").symlink_to(tmp_path)
+    (tmp_path / "bee" / "self").symlink_to(tmp_path / "bee")
+    found = load(f"folder:{tmp_path}", "train")
+    # as far as no folder lies within itself
+    assert ("bee/2.png", "bee") in names_of(found)
+    assert not any("self" in name.split("/")[2:] for name, _ in names_of(found))
+    assert "a link to a folder above itself: passed over" in said.text
+
+
+def test_a_link_to_nowhere_is_no_silent_loss(tmp_path: Path) -> None:
+    put(tmp_path, "ant/1.png")
+    (tmp_path / "ant" / "2.png").symlink_to(tmp_path / "gone.png")
+    found = load(f"folder:{tmp_path}", "train")
+    with pytest.raises(CovcliError, match=r"2\.png: cannot be read as an image"):
+        found.batch(torch.arange(2), (3, 4, 4))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are text here")
+def test_names_that_are_not_utf8_are_read_and_shown_escaped(tmp_path: Path) -> None:
+    put(tmp_path, "ant/1.png", "bee/2.png")
+    top = os.fsencode(tmp_path)
+    os.rename(top + b"/ant/1.png", top + b"/ant/caf\xe9.png")  # noqa: PTH104
+    os.rename(top + b"/bee", top + b"/b\xe9\xe9")  # noqa: PTH104
+    found = load(f"folder:{tmp_path}", "train")
+    assert found.classes == ("ant", "b\\xe9\\xe9")
+    assert found.batch(torch.arange(2), (3, 4, 4))[:, 0, 0, 0].tolist() == [0, 1]
+    assert len(found.fingerprint) == 64
+    found.fingerprint.encode()
+    os.truncate(top + b"/ant/caf\xe9.png", 9)
+    with pytest.raises(CovcliError) as caught:
+        found.batch(torch.arange(2), (3, 4, 4))
+    str(caught.value).encode("ascii")
+    assert "caf\\udce9.png" in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CovcliError, match="is a file, not a folder"):
+        load(f"folder:{put(tmp_path, 'x.png')}/x.png", "train")
+    with pytest.raises(CovcliError, match=r"holds no image; known endings: \.png"):
+        load(f"folder:{put(tmp_path / 'new', 'x.heic')}", "train")
+
+
+def test_listing_opens_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, *(f"{c}/{i}.png" for c in "ab" for i in range(20)))
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a file was opened")
+
+    monkeypatch.setattr(os, "open", forbidden)
+    monkeypatch.setattr("builtins.open", forbidden)
+    found = load(f"folder:{tmp_path}", "train")
+    assert np.bincount(found.known_labels()).tolist() == [20, 20]
