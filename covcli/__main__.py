@@ -5,53 +5,52 @@ interrupted.
 """
 
 import os
-import signal
 import sys
 import traceback
 from typing import Any
 
-import typer
-
-from covcli.cli import app
-from covcli.core import output
+from covcli.core import output, signals
 from covcli.core.errors import CovcliError, one_line
-from covcli.options import Command
+from covcli.core.signals import Interrupted
+
+INTERRUPTED = (130, 143)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with the documented code; every error ends here."""
+    signals.leave_at_once()
     args = list(sys.argv[1:] if arguments is None else arguments)
     if "--resume" in args and (args[args.index("--resume") + 1 :] or ["-"])[0].startswith("-"):
         args.insert(args.index("--resume") + 1, "latest")  # its value may be left out
-    debug = "--debug" in args
     output.keep()
-    for command in app.registered_commands:
-        command.cls = Command
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each rank would warn of what is as intended
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    code = _run(args, debug)
+    with signals.watched():
+        code = _run(args, "--debug" in args)
+        signals.leave_at_once()
     if lost := output.finish():
         sys.stderr.write(f"error: {lost}\n")
         code = code or 2
-    if (ranks := _ranks()) is not None and ranks.size() > 1:
+    many = (ranks := _ranks()) is not None and ranks.size() > 1
+    if many or (code in INTERRUPTED and arguments is None):
         sys.stderr.flush()
-        os._exit(code)  # a failed rank does not wait for the others to take leave
+        os._exit(code)  # what has failed or was told to end waits for no thread and no other rank
     sys.exit(code)
 
 
 def _run(args: list[str], debug: bool) -> int:
     try:
+        from covcli.cli import app
+        from covcli.options import Command
+
+        for command in app.registered_commands:
+            command.cls = Command
         returned = app(args=args, prog_name="covcli", standalone_mode=False)
         if (ranks := _ranks()) is not None:
             ranks.stop()
-        if returned == 130:  # Typer turns a KeyboardInterrupt before our handlers into this code
-            return _fail(None, "interrupted", 130, debug=False)
         return returned if isinstance(returned, int) else 0
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail(None, "interrupted", 130, debug)
-    except CovcliError as error:
-        return _fail(error, f"error: {error}", 2, debug)
-    except Exception as error:
+    except BaseException as error:
+        signals.leave_at_once()  # a signal from here on finds nothing to save
         return _fail(error, *_describe(error), debug)
 
 
@@ -61,24 +60,27 @@ def _ranks() -> Any:
 
 
 def _describe(error: Any) -> tuple[str, int]:
-    """Tell bad usage, which Typer reports, from an error of our own."""
+    """Return what stderr says of an error, and the exit code."""
+    if isinstance(error, Interrupted):
+        return str(error), error.code
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # Typer's
+        return "interrupted", 130
+    if isinstance(error, CovcliError):
+        return f"error: {error}", 2
     if hasattr(error, "format_message") and getattr(error, "exit_code", None) == 2:
         if not str(error.format_message()).strip():  # a bare `covcli` has shown the help
             return "error: name a command; see covcli --help", 2
         return f"error: {one_line(error.format_message())}; see covcli --help", 2
     kind = type(error).__name__
-    if kind == "Interrupted":
-        word, code = ("terminated", 143) if error.signal == signal.SIGTERM else ("interrupted", 130)
-        return f"{word}; go on with `covcli {error.resume}`" if error.resume else word, code
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate" in str(error):
         return "error: memory exhausted; try a smaller --batch-size or another --device", 2
     return f"internal error: {kind}: {one_line(str(error))}; run again with --debug", 3
 
 
-def _fail(error: Exception | None, message: str, code: int, debug: bool) -> int:
+def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    if error is not None and (ranks := _ranks()) is not None:
+    if (ranks := _ranks()) is not None:
         try:
             message = ranks.worded(error, message)
         except Exception:  # torchrun has ended the wait for another rank's word

@@ -125,8 +125,8 @@ def train(
         if resume is None:
             result = training.train(config, progress, process.interrupts)
         else:
-            folder = Path(resume) if Path(resume).is_dir() else runs / resume
-            result = training.resume(folder.resolve(), progress, data_dir, process.interrupts)
+            run = training.interrupted_run(resume, runs)
+            result = training.resume(run, progress, data_dir, process.interrupts)
     if process.prints and not quiet:
         training.describe_training(result)
     _print(process, result, result.checkpoint, json)

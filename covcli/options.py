@@ -13,7 +13,7 @@ from covcli.core.errors import CovcliError
 from covcli.core.version import __version__
 
 if TYPE_CHECKING:
-    from covcli.core.runtime import Interrupts
+    from covcli.core.signals import Interrupts
 
 
 def _show_version(wanted: bool) -> None:
@@ -78,10 +78,12 @@ def prepare(device: str, seed: int, threads: int, plugins: list[Path] | None) ->
     """Set up the process for a command's work."""
     import runpy
 
+    from covcli.core import signals
+
+    interrupts = signals.Interrupts()
+    interrupts.install()
     from covcli.core import distributed, runtime
 
-    interrupts = runtime.Interrupts()
-    interrupts.install()
     distributed.start(device)
     runtime.configure(seed, threads)
     for plugin in plugins or []:

@@ -18,6 +18,8 @@ from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from covcli.core.signals import Interrupted
+
 T = TypeVar("T")
 # One rank may work while the others wait: on an attack that is a single batch, for instance.
 PATIENCE = timedelta(hours=6)
@@ -216,7 +218,7 @@ def worded(error: BaseException, message: str) -> str:
     team = _team
     if team.size == 1 or team.store is None:
         return message
-    if type(error).__name__ == "Interrupted":
+    if isinstance(error, Interrupted):
         return message if team.rank == 0 else ""
     others = [r for r in range(team.size) if r != team.rank]
     try:

@@ -1,56 +1,145 @@
 """Run folders: `runs/<name>/`, one process at a time, and `runs/latest` at the newest."""
 
+import contextlib
+import glob
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 from covcli.core.errors import CovcliError
 from covcli.core.files import try_lock
 
+log = logging.getLogger(__name__)
+
 
 def new_run(runs: Path, name: str | None, stem: str) -> Path:
-    """Make a run folder, `runs/<name>` or `runs/<stem>-<timestamp>`; it must not exist."""
-    folder = runs / (name or f"{stem}-{timestamp()}")
+    """Name a run folder that is to be made, `runs/<name>` or `runs/<stem>-<timestamp>`.
+
+    It is made by `locked`, which looks again, so that of two runs under one name one is refused.
+
+    Raises
+    ------
+    CovcliError
+        If the name is none, the folder holds a run already, or `runs/latest` is no link.
+    """
     if name and (name in (".", "..", "latest") or Path(name).name != name):
         raise CovcliError("is not a name for a run", where=f"--name {name!r}")
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise CovcliError("this run exists", where=folder, fix="choose another --name") from None
-    except OSError as error:
-        raise CovcliError(f"cannot be made ({error.strerror})", where=folder) from None
+    check_latest(runs)
+    folder = runs / (name or f"{stem}-{timestamp()}")
+    _refuse_used(folder)
     return folder
 
 
+def _refuse_used(folder: Path) -> None:
+    """Raise a CovcliError unless a folder is missing, or holds no more than a killed run left."""
+    try:
+        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise CovcliError("this run exists", where=folder, fix="choose another --name")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise CovcliError(f"cannot be made ({error.strerror})", where=folder) from None
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder during the block; one that another process holds is a CovcliError."""
-    path = folder / ".lock"
+def locked(folder: Path, new: bool = False) -> Iterator[None]:
+    """Hold a run folder during the block, and remove it after if nothing was written into it.
+
+    Parameters
+    ----------
+    folder
+        The folder; it is made where it is missing.
+    new
+        Whether no run may be in it.
+
+    Raises
+    ------
+    CovcliError
+        If it cannot be made, another process holds it, or it holds a run where none may be.
+    """
+    missing = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("wb")
     except OSError as error:
-        raise CovcliError(f"cannot be written ({error.strerror})", where=folder) from None
-    with file:
-        if not try_lock(file):
-            raise CovcliError("another process is writing this run", where=folder)
+        raise CovcliError(f"cannot be made ({error.strerror})", where=folder) from None
+    path = folder / ".lock"
+    with _lock(path):
         try:
+            if new:
+                _refuse_used(folder)
             yield
         finally:
             path.unlink(missing_ok=True)
+            if missing or new:
+                with contextlib.suppress(OSError):  # it holds something
+                    folder.rmdir()
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Return the locked file at a path; one that another process has locked is a CovcliError."""
+    while True:
+        try:
+            file = path.open("ab")
+        except OSError as error:
+            raise CovcliError(f"cannot be written ({error.strerror})", where=path) from None
+        if not try_lock(file):
+            file.close()
+            raise CovcliError("another process is writing this run", where=path.parent)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        file.close()  # its last holder has removed it: take the next one
+
+
+def check_latest(runs: Path) -> None:
+    """Raise a CovcliError if something stands where the link to the newest run is to be."""
+    link = runs / "latest"
+    if link.exists() and not link.is_symlink():
+        raise CovcliError(
+            "is in the way of the link to the newest run", where=link, fix="rename it"
+        )
 
 
 def mark_latest(folder: Path) -> None:
-    """Point `runs/latest` at a run folder, atomically."""
-    link = folder.parent / "latest"
-    if link.exists() and not link.is_symlink():
-        raise CovcliError("is in the way of the link to the newest run", where=link)
+    """Point `runs/latest` at a run folder, atomically; warn where that cannot be done."""
     temporary = folder.parent / f".latest.{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(folder.name)
-    temporary.replace(link)
+    try:
+        check_latest(folder.parent)
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name)
+        temporary.replace(folder.parent / "latest")
+    except (CovcliError, OSError) as error:  # the run itself is whole
+        log.warning("runs/latest does not point at %s: %s", folder.name, error)
+
+
+def last_interrupted(runs: Path, paused: str) -> Path:
+    """Return the run that was saved last of those that wait to go on; none is a CovcliError.
+
+    Parameters
+    ----------
+    runs
+        The folder of run folders.
+    paused
+        The name of the file that a run waits with.
+    """
+    waiting = sorted(runs.glob(f"*/{glob.escape(paused)}"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(waiting):
+        if not path.parent.is_symlink() and not _is_held(path.parent / ".lock"):
+            return path.parent
+    raise CovcliError("holds no run to resume", where=runs)
+
+
+def _is_held(lock: Path) -> bool:
+    """Return whether another process holds a lock file."""
+    try:
+        with lock.open("rb") as file:
+            return not try_lock(file)
+    except OSError:
+        return False
 
 
 def newest_run(runs: Path) -> Path:

@@ -4,77 +4,18 @@ import os
 import platform
 import random
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 
-from covcli.core import distributed
 from covcli.core.errors import CovcliError
 from covcli.core.version import __version__
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM asked the run to end.
-
-    Attributes
-    ----------
-    signal
-        The signal's number.
-    resume
-        The command that goes on with what was interrupted, if one does.
-    """
-
-    resume: str | None = None
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.signal = number
-
-
-class Interrupts:
-    """Turns SIGINT and SIGTERM into `Interrupted`, at once or when a step is whole.
-
-    A second signal always ends the run at once.
-    """
-
-    def __init__(self) -> None:
-        self._received: int | None = None
-        self._deferred = False
-
-    def install(self) -> None:
-        """Take over both signals; only the main thread may."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        first = self._received is None
-        self._received = number
-        if not (first and self._deferred):
-            raise Interrupted(number)
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Hold a first signal back during the block, until `check` or the block's end."""
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
-        self.check()
-
-    def check(self) -> None:
-        """Raise `Interrupted` if a signal has arrived, on every rank if at any; all meet here."""
-        received = distributed.highest(self._received or 0)
-        if received:
-            raise Interrupted(received)
 
 
 def choose_device(name: str) -> torch.device:

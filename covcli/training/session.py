@@ -13,7 +13,7 @@ from covcli.attacks import attacks
 from covcli.core import distributed, files, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress, Silent
-from covcli.core.runtime import Interrupts
+from covcli.core.signals import Interrupts
 from covcli.core.specs import parse
 from covcli.data import datasets, labels
 from covcli.data.images import DataRecord, ImageSet
@@ -98,10 +98,11 @@ class Session:
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
 
     def run(self, run: Path, progress: Progress, interrupts: Interrupts) -> None:
-        """Train from where the session stands to the end, saving every so often."""
+        """Train from where the session stands to the end, saving every so often and at last."""
         saver = _Saver(self.config.save_every, lambda: self.save(run / PAUSED_FILE))
         while len(self.history) < self.config.epochs:
             self._epoch(progress, interrupts, saver)
+        self.save(run / PAUSED_FILE)  # whatever becomes of the results, the training is kept
 
     def _epoch(self, progress: Progress, interrupts: Interrupts, saver: "_Saver") -> None:
         """Train for the rest of an epoch, then look at the network from outside."""

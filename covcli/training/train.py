@@ -1,6 +1,5 @@
 """train: teach a network with the ConfidenceLoss, and log what its neurons do on the way."""
 
-import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from covcli.attacks import attacks
 from covcli.core import distributed, files, run_folders, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
-from covcli.core.runtime import Interrupted, Interrupts
+from covcli.core.signals import Interrupted, Interrupts
 from covcli.core.specs import parse
 from covcli.data import datasets
 from covcli.data.images import DataRecord
@@ -77,16 +76,16 @@ def train(
     ------
     CovcliError
         If a setting, a name or the data is bad, the run folder exists, or training diverges.
-        No run folder is left behind then, unless it can be resumed.
+        No run folder is left behind then, unless it holds what can be resumed.
     Interrupted
         If a signal arrived; the run can be resumed.
     """
     _check(config)
-    session = Session(config, datasets.load(config.trusted, "train", config.data_dir))
-    stem = f"{config.model.replace(':', '-')}-{session.method.name}"
+    stem = f"{config.model.replace(':', '-')}-{make_method(config.method).name}"
     folder = run_folders.new_run(config.runs, config.name, stem) if distributed.is_first() else None
     run = distributed.agree(folder) or config.runs
-    return _finish(session, run, progress, interrupts or Interrupts())
+    session = Session(config, datasets.load(config.trusted, "train", config.data_dir))
+    return _finish(session, run, progress, interrupts or Interrupts(), new=True)
 
 
 def resume(
@@ -115,7 +114,28 @@ def resume(
     images = datasets.load(config.trusted, "train", config.data_dir)
     session = Session(config, images)
     session.restore(paused, path)
-    return _finish(session, run, progress, interrupts or Interrupts())
+    return _finish(session, run, progress, interrupts or Interrupts(), new=False)
+
+
+def interrupted_run(name: str, runs: Path) -> Path:
+    """Return the folder of a run to resume.
+
+    Parameters
+    ----------
+    name
+        A run's folder, or its name in `runs`; "latest" is the run that was saved last of those
+        that wait, wherever `runs/latest` points.
+    runs
+        The folder of run folders.
+
+    Raises
+    ------
+    CovcliError
+        If the latest is asked for, and none waits.
+    """
+    if name == "latest":
+        return run_folders.last_interrupted(runs, PAUSED_FILE)
+    return (Path(name) if Path(name).is_dir() else runs / name).resolve()
 
 
 def _paused(path: Path) -> dict[str, Any]:
@@ -124,26 +144,29 @@ def _paused(path: Path) -> dict[str, Any]:
     return files.load_content(path, PAUSED)
 
 
-def _finish(session: Session, run: Path, progress: Progress, interrupts: Interrupts) -> TrainResult:
-    """Train to the end in a locked run folder, saving on the way and when interrupted."""
-    try:
-        with run_folders.locked(run) if distributed.is_first() else nullcontext():
-            try:
-                session.run(run, progress, interrupts)
-            except Interrupted as error:
-                error.resume = "train --resume"
+def _finish(
+    session: Session, run: Path, progress: Progress, interrupts: Interrupts, new: bool
+) -> TrainResult:
+    """Train to the end in a locked run folder, saving on the way and when interrupted.
+
+    Nothing that was saved is ever removed but the paused training, once its results are written.
+    """
+    with run_folders.locked(run, new) if distributed.is_first() else nullcontext():
+        try:
+            session.run(run, progress, interrupts)
+        except Interrupted as error:
+            with interrupts.saving():
                 session.save(run / PAUSED_FILE)
                 if distributed.is_first():
                     run_folders.mark_latest(run)
-                raise
+            error.resume = "train --resume"
+            raise
+        with interrupts.saving():
             result = _result(run, session)
             if distributed.is_first():
                 _write(run, session, result)
-            return result
-    except BaseException:
-        if distributed.is_first() and not (run / PAUSED_FILE).exists():
-            shutil.rmtree(run, ignore_errors=True)
-        raise
+    interrupts.check()
+    return result
 
 
 def _check(config: TrainConfig) -> None:

@@ -17,7 +17,7 @@ from conftest import PLUGIN, tiny_config
 
 from covcli.core import distributed, files, runtime
 from covcli.core.progress import Silent
-from covcli.core.runtime import Interrupted, Interrupts
+from covcli.core.signals import Interrupted, Interrupts
 from covcli.data import datasets
 from covcli.data.images import ImageSet
 from covcli.evaluation.scores import measure

@@ -11,14 +11,15 @@ import pytest
 import torch
 from conftest import PLUGIN, tiny_config
 
-from covcli.core import runtime
+from covcli.core import files, run_folders, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
-from covcli.core.runtime import Interrupted, Interrupts
+from covcli.core.signals import Interrupted, Interrupts
 from covcli.evaluation import evaluate as evaluation
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
 from covcli.models import checkpoint as checkpoints
-from covcli.training.train import TrainConfig, resume, train
+from covcli.training import train as training
+from covcli.training.train import TrainConfig, interrupted_run, resume, train
 
 
 class StopAt(Silent):
@@ -89,8 +90,7 @@ def test_a_killed_run_resumes_from_its_last_save_to_the_same_bits(tmp_path: Path
     running.kill()
     running.communicate()
     assert paused.exists()
-    (tmp_path / "runs" / "latest").unlink()
-    (tmp_path / "runs" / "latest").symlink_to("cut")
+    assert (tmp_path / "runs" / "latest").resolve().name == "whole"
     again = [
         sys.executable,
         "-m",
@@ -108,21 +108,130 @@ def test_a_killed_run_resumes_from_its_last_save_to_the_same_bits(tmp_path: Path
     assert same_weights(whole, tmp_path / "runs" / "cut" / "checkpoint.pt")
 
 
-def test_a_second_signal_does_not_wait_for_the_step(interrupts: Interrupts) -> None:
-    reached = []
+class Signals(Silent):
+    """Sends signals to this process in the middle of a step, and more while it saves."""
 
-    def step() -> None:
-        with interrupts.deferred():
-            os.kill(os.getpid(), signal.SIGINT)
-            reached.append("held back")
-            os.kill(os.getpid(), signal.SIGINT)
-            reached.append("never")
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, images: int, at_once: int) -> None:
+        self.left, self.at_once, self.saves = images, at_once, 0
+        save = files.save_content
 
-    with pytest.raises(Interrupted):
-        step()
-    assert reached == ["held back"]
-    with pytest.raises(Interrupted):
-        interrupts.check()
+        def saving(*arguments: object) -> None:
+            self.saves += 1
+            os.kill(os.getpid(), signal.SIGTERM)
+            save(*arguments)  # type: ignore[arg-type]
+
+        def step(optimizer: torch.optim.SGD, *_: object) -> None:
+            self.left -= 32
+            if -32 < self.left <= 0:
+                for _ in range(self.at_once):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                monkeypatch.setattr(files, "save_content", saving)
+            plain(optimizer)
+
+        plain = torch.optim.SGD.step
+        monkeypatch.setattr(torch.optim.SGD, "step", step)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_more_signals_save_the_same_whole_step_once(
+    tmp_path: Path, interrupts: Interrupts, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    runtime.configure(0, 0)
+    whole = train(config(tmp_path, "whole"), Silent())
+    runtime.configure(0, 0)
+    with monkeypatch.context() as patched:
+        sent = Signals(patched, 1500, at_once)
+        with pytest.raises(Interrupted):
+            train(config(tmp_path, "cut"), sent, interrupts)
+    assert sent.saves == 1
+    assert same_weights(whole.checkpoint, resume(tmp_path / "cut", Silent(), None).checkpoint)
+
+
+def test_a_signal_while_results_are_written_leaves_them_whole(
+    tmp_path: Path, interrupts: Interrupts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = files.write_json
+
+    def writing(path: Path, document: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(path, document)
+
+    monkeypatch.setattr(files, "write_json", writing)
+    with pytest.raises(Interrupted) as caught:
+        train(tiny_config(tmp_path, epochs=1), Silent(), interrupts)
+    assert caught.value.resume is None  # there is nothing left to do
+    names = {path.suffix for path in (tmp_path / "tiny").iterdir()}
+    assert names == {".pt", ".json", ".pkl"}
+    assert checkpoints.load(tmp_path / "latest" / "checkpoint.pt").training["epochs"] == 1
+
+
+def test_an_error_while_results_are_written_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise CovcliError("cannot be written (No space left on device)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write_json", full)
+        with pytest.raises(CovcliError, match="No space"):
+            train(tiny_config(tmp_path, epochs=1), Silent())
+    kept = checkpoints.load(tmp_path / "tiny" / "checkpoint.pt").model.state_dict()
+    again = resume(tmp_path / "tiny", Silent(), None)
+    assert all(torch.equal(kept[k], v) for k, v in
+               checkpoints.load(again.checkpoint).model.state_dict().items())  # fmt: skip
+    assert again.log.is_file()
+
+
+def test_a_folder_in_the_place_of_the_link_is_found_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "latest").mkdir()
+    monkeypatch.setattr(training, "Session", None)  # nothing is loaded or trained
+    with pytest.raises(CovcliError, match="latest: is in the way"):
+        train(tiny_config(tmp_path), Silent())
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+
+
+def test_a_run_killed_before_its_first_save_starts_again_under_its_name(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / ".lock").touch()
+    (tmp_path / "tiny" / ".last.pt.abc.tmp").write_bytes(b"half")
+    result = train(tiny_config(tmp_path, epochs=1), Silent())
+    assert result.checkpoint == tmp_path / "tiny" / "checkpoint.pt"
+    assert not [path for path in result.run.iterdir() if path.name.startswith(".")]
+    with pytest.raises(CovcliError, match="this run exists"):
+        train(tiny_config(tmp_path), Silent())
+
+
+def test_of_two_runs_under_one_name_one_wins(tmp_path: Path) -> None:
+    run = run_folders.new_run(tmp_path, "a", "x")
+    assert run_folders.new_run(tmp_path, "a", "x") == run  # neither has begun
+    with run_folders.locked(run, new=True):
+        with (
+            pytest.raises(CovcliError, match="another process is writing"),
+            run_folders.locked(run, new=True),
+        ):
+            pass
+        files.write_json(run / "x.json", {})
+    with pytest.raises(CovcliError, match="this run exists"), run_folders.locked(run, new=True):
+        pass
+    assert [path.name for path in run.iterdir()] == ["x.json"]
+
+
+def test_resume_without_a_name_takes_the_run_that_was_saved_last(tmp_path: Path) -> None:
+    for age, name in enumerate(("newest", "older", "held", "done")):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / ("checkpoint.pt" if name == "done" else "last.pt")
+        file.touch()
+        os.utime(file, (1e9 - age, 1e9 - age))
+    os.utime(tmp_path / "held" / "last.pt", (2e9, 2e9))
+    (tmp_path / "latest").symlink_to("done")
+    with run_folders.locked(tmp_path / "held"):  # it is running
+        assert interrupted_run("latest", tmp_path) == tmp_path / "newest"
+    assert interrupted_run("latest", tmp_path) == tmp_path / "held"
+    assert interrupted_run("older", tmp_path) == tmp_path / "older"
+    with pytest.raises(CovcliError, match="no run to resume"):
+        interrupted_run("latest", tmp_path / "older")
 
 
 def test_what_cannot_be_resumed_is_refused(tmp_path: Path, interrupts: Interrupts) -> None:
