@@ -29,7 +29,7 @@ def locked_twice():
 
 def deaf_thread():
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(time.sleep, 1000)
+        pool.submit(time.sleep, 1000).result()
 
 def swallowed():
     while True:
