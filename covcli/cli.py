@@ -5,7 +5,7 @@ Nothing heavy is imported before a command runs, so that `covcli --help` answers
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -274,7 +274,14 @@ def evaluate(
     ] = 0,
     fail_under: Annotated[
         list[str] | None,
-        typer.Option(help="auroc=0.95, or mnist:auroc=0.95 for one set: else exit 1; may repeat."),
+        typer.Option(
+            help="auroc=0.95, auroc.low=0.95 for the interval's end, mnist:auroc=0.95 for one set: "
+            "else exit 1; may repeat."
+        ),
+    ] = None,
+    fail_over: Annotated[
+        list[str] | None,
+        typer.Option(help="fpr95=0.2 or false_alarm_rate.high=0.06, alike; may repeat."),
     ] = None,
     baseline_results: Annotated[
         Path | None, typer.Option(help="Earlier evaluation.json: exit 1 if a set got worse.")
@@ -284,6 +291,13 @@ def evaluate(
     ] = 0.01,
     junit: Annotated[Path | None, typer.Option(help="Write the gates as a JUnit report.")] = None,
     summary: Annotated[Path | None, typer.Option(help="Write a Markdown summary.")] = None,
+    annotations: Annotated[
+        Literal["github"] | None,
+        typer.Option(help="Print the gates to stderr as a workflow's commands."),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print every table, with intervals.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the results; default: the signature's.")
     ] = None,
@@ -303,18 +317,17 @@ def evaluate(
     from covcli.core.progress import reporter
     from covcli.evaluation import gates
     from covcli.evaluation.evaluate import EvaluationConfig, evaluate
-    from covcli.reporting import terminal
-    from covcli.reporting.job_summary import summary as summarise
+    from covcli.reporting import pipelines, terminal
 
     process = prepare(device, seed, threads, plugin)
     wanted = [gates.parse_gate(text) for text in fail_under or []]
-    gates.check_names(wanted, tuple(untrusted))
+    wanted += [gates.parse_gate(text, "--fail-over") for text in fail_over or []]
     if baseline_results is not None:
         wanted += gates.read_baseline(baseline_results, tolerance, tuple(untrusted))
     config = EvaluationConfig(
         untrusted=tuple(untrusted), checkpoint=checkpoint, signature=signature, method=method,
         trusted=trusted, alpha=alpha, guarantee=guarantee, baselines=tuple(baseline or ()),
-        explain=explain, model=model, runs=runs,
+        explain=explain, gates=tuple(wanted), model=model, runs=runs,
         data_dir=data_dir, output=output, force=force, device=device, seed=seed,
     )  # fmt: skip
     with reporter(quiet or not process.prints) as progress:
@@ -324,15 +337,16 @@ def evaluate(
     if json:
         terminal.print_json(result)
     else:
-        terminal.show_evaluation(result)
-    checks = gates.check(result, wanted)
+        terminal.show_evaluation(result, verbose)
     if junit is not None:
-        write_bytes(junit, gates.junit(checks))
+        write_bytes(junit, pipelines.junit(result.gates))
     if summary is not None:
-        write_bytes(summary, summarise(result, checks).encode())
-    failed = [check for check in checks if not check.passed]
-    for check in failed:
-        sys.stderr.write(f"{check}\n")
+        write_bytes(summary, pipelines.summary(result).encode())
+    if annotations == "github":
+        sys.stderr.write(pipelines.annotations(result.gates))
+    failed = [outcome for outcome in result.gates if not outcome.passed]
+    for outcome in failed if annotations is None else []:
+        sys.stderr.write(f"{outcome}\n")
     if failed:
         raise typer.Exit(1)
 

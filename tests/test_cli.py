@@ -162,6 +162,11 @@ def test_a_gate_that_fails_exits_1(run: Path, capsys: pytest.CaptureFixture[str]
     ]
     code, _, err = call(capsys, *common, "--fail-under", "auroc=0.5", "--quiet")
     assert (code, err) == (0, "")
+    over = ("--fail-over", "noise:uniform?limit=40:fpr95.high=1", "--annotations", "github")
+    code, _, err = call(capsys, *common, *over, "--fail-under", "accuracy.low=1")
+    assert code == 1
+    assert "::notice title=covcli::gate passed: fpr95.high <= 1, noise:uniform?limit=40 has" in err
+    assert "::error title=covcli::gate failed: accuracy.low >= 1, digits has 0." in err
     code, out, err = call(capsys, *common, "--fail-under", "accuracy=1", "--json")
     assert code == 1
     assert "gate failed: accuracy >= 1, digits has 0." in err

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from covcli.evaluation.gates import Gate
 from covcli.signature.guarantee import Mode
 
 
@@ -10,7 +11,8 @@ from covcli.signature.guarantee import Mode
 class EvaluationConfig:
     """What `evaluate` is told; `None` takes the newest run's, or the signature's own.
 
-    `explain` says how many images of each set to explain, the most suspicious first.
+    `explain` says how many images of each set to explain, the most suspicious first; `gates` what
+    the figures are held against.
     """
 
     untrusted: tuple[str, ...]
@@ -22,6 +24,7 @@ class EvaluationConfig:
     guarantee: Mode | None = None
     baselines: tuple[str, ...] = ()
     explain: int = 0
+    gates: tuple[Gate, ...] = ()
     model: str | None = None
     runs: Path = Path("runs")
     data_dir: Path | None = None

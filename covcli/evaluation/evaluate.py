@@ -1,6 +1,7 @@
 """evaluate: how well a signature tells untrusted images from trusted ones."""
 
 import logging
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 
@@ -10,6 +11,7 @@ from covcli.core import distributed, files, run_folders
 from covcli.core.progress import Progress
 from covcli.core.version import __version__
 from covcli.data.images import ImageSet
+from covcli.evaluation import gates
 from covcli.evaluation.baselines import compare
 from covcli.evaluation.baselines.compare import Comparison
 from covcli.evaluation.config import EvaluationConfig
@@ -44,12 +46,13 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
     with run_folders.locked(output) if distributed.is_first() else nullcontext():
         parts = Parts(output, _key(job))
         baselines = compare.fit(job.plan, job.judge.rule.guarantee, progress)
-        images, measured = _measure_all(job, baselines, openers, parts, progress)
+        images, measured, seconds = _measure_all(job, baselines, openers, parts, progress)
         with distributed.alone():  # a few images each
             scores = {name: m.scores["coverage"] for name, m in measured.items()}
             explanations, explained = explain_sets(job.judge, images, scores, config.explain)
         rules = {**job.rules, **baselines.rules}
         result = result_of(replace(job, rules=rules), images, measured, explanations)
+        result = replace(result, gates=gates.check(result, config.gates, seconds))
         if distributed.is_first():
             files.write_bytes(job.files["scores.csv.gz"], table(measured))
             pixels = samples(images, measured, job.judge.model.spec.shape, explained)
@@ -73,7 +76,9 @@ def _measure_all(
     openers: dict[str, Opener],
     parts: Parts,
     progress: Progress,
-) -> tuple[dict[str, ImageSet], dict[str, Measured]]:
+) -> tuple[dict[str, ImageSet], dict[str, Measured], dict[str, float]]:
+    """Score every set; return the images, what was measured, and how long that took, by name."""
+    seconds: dict[str, float] = {}
     images: dict[str, ImageSet] = {}
     measured: dict[str, Measured] = {}
     for name, entry in openers.items():
@@ -82,10 +87,12 @@ def _measure_all(
             images[name] = entry.open(progress) if done[1] is None else entry.made_of(done[1])
             measured[name] = done[0]
             continue
+        begin = time.perf_counter()
         images[name] = entry.open(progress)
         ours = measure(job.judge, images[name], progress)
         theirs = baselines.score(images[name], progress)
         measured[name] = replace(ours, scores={**ours.scores, **theirs})
+        seconds[name] = time.perf_counter() - begin
         if distributed.is_first():
             parts.keep(entry.identity, measured[name], entry.pixels(images[name]))
-    return images, measured
+    return images, measured, seconds

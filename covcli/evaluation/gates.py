@@ -1,89 +1,122 @@
 """Gates: figures of an evaluation that must be reached for a pipeline to go on."""
 
-import xml.etree.ElementTree as ET
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias, get_args
 
-from covcli.core.errors import CovcliError, one_line
-from covcli.core.specs import fraction, suggestion
-from covcli.reporting.documents import EvaluationResult, read_evaluation
+from covcli.core.errors import CovcliError
+from covcli.core.specs import amount, suggestion
+from covcli.reporting.documents import Estimate, EvaluationResult, GateOutcome, read_evaluation
+from covcli.signature.guarantee import binomial_interval
 
 DETECTION = ["auroc", "aupr_out", "aupr_in", "fpr95", "detection_rate"]
-METRICS = [*DETECTION, "accuracy", "false_alarm_rate"]
+OF_TRUSTED = ["accuracy", "false_alarm_rate"]
+METRICS = [*DETECTION, *OF_TRUSTED]
 LOWER_IS_BETTER = {"fpr95", "false_alarm_rate"}
 # What an earlier evaluation is compared by.
 REGRESSION = ["auroc", "fpr95"]
 
+Statistic: TypeAlias = Literal["value", "low", "high"]
+Option: TypeAlias = Literal["--fail-under", "--fail-over"]
+STATISTICS: dict[str, Statistic] = {name: name for name in get_args(Statistic)}
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Gate:
-    """A metric and the value to reach; for fpr95 and false_alarm_rate, the value not to exceed.
+    """A figure and its bound: what to reach, or for fpr95 and false_alarm_rate not to exceed.
 
     Attributes
     ----------
     metric, value
-        What to reach.
+        The metric and the bound, in [0, 1].
     name
-        The set it is asked of; None for every set.
+        The untrusted set that it is asked of; None for every set.
+    statistic
+        What of the metric is held against the bound: its value, or an end of its 95% interval.
     """
 
     metric: str
     value: float
     name: str | None = None
-
-
-@dataclass(frozen=True)
-class Check:
-    """A gate held against one set."""
-
-    gate: Gate
-    name: str
-    value: float
+    statistic: Statistic = "value"
 
     @property
-    def passed(self) -> bool:
-        """Whether the set reaches the gate."""
-        if self.gate.metric in LOWER_IS_BETTER:
-            return self.value <= self.gate.value
-        return self.value >= self.gate.value
+    def relation(self) -> Literal[">=", "<="]:
+        """How a figure that passes stands to the bound."""
+        return "<=" if self.metric in LOWER_IS_BETTER else ">="
 
-    def __str__(self) -> str:
-        sign = "<=" if self.gate.metric in LOWER_IS_BETTER else ">="
-        verdict = "passed" if self.passed else "failed"
-        text = f"{self.gate.metric} {sign} {self.gate.value:g}, {self.name} has {self.value:.4f}"
-        return one_line(f"gate {verdict}: {text}")
+    def outcome(self, name: str, estimate: Estimate, seconds: float) -> GateOutcome:
+        """Hold the gate against a set's figure; one that is not a number fails."""
+        figure = float(getattr(estimate, self.statistic))
+        passed = figure <= self.value if self.relation == "<=" else figure >= self.value
+        return GateOutcome(
+            metric=self.metric, statistic=self.statistic, relation=self.relation,
+            bound=self.value, set=name, value=figure, low=estimate.low, high=estimate.high,
+            passed=passed, seconds=seconds,
+        )  # fmt: skip
 
 
-def parse_gate(text: str) -> Gate:
-    """Read `metric=value` or `set:metric=value`.
+def parse_gate(text: str, option: Option = "--fail-under") -> Gate:
+    """Read `metric=bound` or `set:metric=bound`; `metric.low` is the lower end of its interval.
+
+    Parameters
+    ----------
+    text
+        The gate.
+    option
+        Where it was given. `--fail-over` is for the metrics of which less is better; with
+        `--fail-under` those must not exceed their bound either.
 
     Raises
     ------
     CovcliError
-        If the metric is unknown or the value outside (0, 1].
+        If the metric is unknown, is asked of a set that it is not of, or does not go with the
+        option, or if the bound is no number in (0, 1], with `--fail-over` in [0, 1].
+
+    Examples
+    --------
+    >>> parse_gate("mnist:auroc.low=0.95")
+    Gate(metric='auroc', value=0.95, name='mnist', statistic='low')
     """
+    where = f"{option} {text}"
     name, colon, rest = text.rpartition(":")
-    metric, _, value = rest.partition("=")
-    where = f"--fail-under {text}"
+    figure, _, bound = rest.partition("=")
+    metric, dot, statistic = figure.partition(".")
     if metric not in METRICS:
         raise CovcliError(
             f"unknown metric {metric!r}", where=where, fix=suggestion(metric, METRICS)
         )
+    if dot and statistic not in STATISTICS:
+        raise CovcliError(f"{statistic!r} is none of value, low and high", where=where)
+    if colon and metric in OF_TRUSTED:
+        raise CovcliError(f"{metric} is of the trusted images: name no set", where=where)
+    if option == "--fail-over" and metric not in LOWER_IS_BETTER:
+        raise CovcliError(f"more {metric} is better", where=where, fix="use --fail-under")
+    value = _bound(bound, where)
+    if option == "--fail-under" and value == 0:
+        raise CovcliError("every figure reaches 0", where=where)
+    return Gate(metric, value, name if colon else None, STATISTICS[statistic or "value"])
+
+
+def _bound(text: str, where: str) -> float:
     try:
-        number = fraction(value)
+        value = amount(text)
     except ValueError:
-        number = 2.0
-    if number > 1:
-        raise CovcliError("expected metric=value with a value in (0, 1]", where=where)
-    return Gate(metric, number, name if colon else None)
+        value = 2.0
+    if value > 1:
+        raise CovcliError("expected metric=bound with a bound from 0 to 1", where=where)
+    return value
 
 
-def check_names(gates: list[Gate], untrusted: tuple[str, ...]) -> None:
+def check_names(gates: Sequence[Gate], untrusted: tuple[str, ...]) -> None:
     """Raise a CovcliError if a gate names a set that is not evaluated."""
     for gate in gates:
         if gate.name is not None and gate.name not in untrusted:
             known = suggestion(gate.name, list(untrusted))
-            raise CovcliError("is not evaluated", where=f"--fail-under {gate.name}", fix=known)
+            raise CovcliError("is not evaluated", where=f"gate of {gate.name}", fix=known)
 
 
 def read_baseline(path: Path, tolerance: float, untrusted: tuple[str, ...]) -> list[Gate]:
@@ -104,43 +137,60 @@ def read_baseline(path: Path, tolerance: float, untrusted: tuple[str, ...]) -> l
         If the file is no evaluation, or shares no set with this one.
     """
     gates = []
-    for entry in read_evaluation(path).untrusted:
-        for metric in REGRESSION if entry.name in untrusted else []:
-            value = getattr(entry.scores["coverage"], metric).value
+    earlier = {entry.name: entry for entry in read_evaluation(path).untrusted}
+    for name in untrusted:
+        if name not in earlier:
+            log.warning("%s holds no %s: that set is not compared", path, name)
+            continue
+        for metric in REGRESSION:
+            value = getattr(earlier[name].scores["coverage"], metric).value
             change = tolerance if metric in LOWER_IS_BETTER else -tolerance
-            gates.append(Gate(metric, value + change, entry.name))
+            gates.append(Gate(metric, value + change, name))
     if not gates:
         raise CovcliError("shares no untrusted set with this evaluation", where=path)
     return gates
 
 
-def check(result: EvaluationResult, gates: list[Gate]) -> list[Check]:
-    """Hold gates against an evaluation's coverage scores."""
+def check(
+    result: EvaluationResult, gates: Sequence[Gate], seconds: Mapping[str, float] | None = None
+) -> list[GateOutcome]:
+    """Hold gates against an evaluation's coverage scores.
+
+    Parameters
+    ----------
+    result
+        The evaluation.
+    gates
+        What is asked of it.
+    seconds
+        How long each set took to score, by name; "trusted" stands for the trusted set.
+
+    Raises
+    ------
+    CovcliError
+        If a gate asks for a figure that a set does not have.
+    """
+    times = seconds or {}
     return [
-        Check(gate, name, value)
+        gate.outcome(name, estimate, times.get(key, 0.0))
         for gate in gates
-        for name, value in _figures(result, gate.metric)
+        for key, name, estimate in _figures(result, gate.metric)
         if gate.name in (None, name)
     ]
 
 
-def _figures(result: EvaluationResult, metric: str) -> list[tuple[str, float]]:
+def _figures(result: EvaluationResult, metric: str) -> Iterator[tuple[str, str, Estimate]]:
+    """Yield the key, the name and the figure of each set that has the metric."""
+    trusted = result.trusted
     if metric == "accuracy":
-        return [(result.trusted.name, result.trusted.accuracy)]
-    if metric == "false_alarm_rate":
-        return [(result.trusted.name, result.trusted.false_alarm_rate.value)]
-    return [(s.name, getattr(s.scores["coverage"], metric).value) for s in result.untrusted]
-
-
-def junit(checks: list[Check]) -> bytes:
-    """Return the checks as a JUnit report, one test case each."""
-    failed = [c for c in checks if not c.passed]
-    suite = ET.Element(
-        "testsuite", name="covcli evaluate", tests=str(len(checks)), failures=str(len(failed)),
-        errors="0", skipped="0",
-    )  # fmt: skip
-    for c in checks:
-        case = ET.SubElement(suite, "testcase", classname=one_line(c.name), name=c.gate.metric)
-        if not c.passed:
-            ET.SubElement(case, "failure", message=str(c))
-    return bytes(ET.tostring(suite, encoding="utf-8", xml_declaration=True)) + b"\n"
+        low, high = binomial_interval(round(trusted.accuracy * trusted.images), trusted.images)
+        yield "trusted", trusted.name, Estimate(trusted.accuracy, low, high)
+    elif metric == "false_alarm_rate":
+        alarms = trusted.false_alarm_rate
+        yield "trusted", trusted.name, Estimate(alarms.value, alarms.low, alarms.high)
+    else:
+        for entry in result.untrusted:
+            estimate = getattr(entry.scores["coverage"], metric)
+            if estimate is None:
+                raise CovcliError(f"has no {metric}", where=entry.name)
+            yield entry.name, entry.name, estimate

@@ -9,6 +9,7 @@ from covcli.core.errors import CovcliError
 from covcli.core.specs import parse
 from covcli.data import datasets, labels
 from covcli.data.images import ImageSet
+from covcli.evaluation import gates
 from covcli.evaluation.baselines import compare
 from covcli.evaluation.baselines.compare import Plan
 from covcli.evaluation.config import EvaluationConfig
@@ -44,6 +45,7 @@ def load_job(config: EvaluationConfig) -> Job:
         raise CovcliError("is named twice", where=f"--untrusted {repeated.pop()}")
     if config.explain < 0:
         raise CovcliError("must be at least 0", where=f"--explain {config.explain}")
+    gates.check_names(config.gates, config.untrusted)
     checkpoint_path, signature_path = find_files(config)
     output = config.output or run_folders.short(signature_path.parent)
     outputs = {name: output / name for name in ("evaluation.json", "scores.csv.gz", "samples.npz")}

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from covcli.core import files
-from covcli.core.errors import CovcliError
+from covcli.core.errors import CovcliError, one_line
 from covcli.data.images import DataRecord
 
 Document = TypeVar("Document")
@@ -375,6 +375,46 @@ class EvaluatedSignature:
 
 
 @dataclass(frozen=True)
+class GateOutcome:
+    """A gate held against one set.
+
+    Attributes
+    ----------
+    metric, statistic
+        What was judged: a metric's "value", or the "low" or "high" end of its 95% interval.
+    relation, bound
+        How it has to stand to which bound: ">=" or "<=".
+    set
+        The set's name.
+    value
+        What was judged, in [0, 1].
+    low, high
+        The metric's interval.
+    passed
+        Whether the gate lets the set pass.
+    seconds
+        How long the set took to score; 0 if an earlier evaluation had scored it.
+    """
+
+    metric: str
+    statistic: str
+    relation: str
+    bound: float
+    set: str
+    value: float
+    low: float
+    high: float
+    passed: bool
+    seconds: float
+
+    def __str__(self) -> str:
+        verdict = "passed" if self.passed else "failed"
+        figure = self.metric if self.statistic == "value" else f"{self.metric}.{self.statistic}"
+        asked = f"{figure} {self.relation} {self.bound:g}"
+        return one_line(f"gate {verdict}: {asked}, {self.set} has {self.value:.4f}")
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """What `evaluate` found; the fields are the keys of evaluation.json.
 
@@ -400,6 +440,8 @@ class EvaluationResult:
         What a reader of the figures must know.
     explanations
         Why the most suspicious images of each set got their scores, where asked for.
+    gates
+        The gates and their outcomes, where any were set.
     """
 
     schema: int
@@ -415,6 +457,7 @@ class EvaluationResult:
     files: dict[str, str]
     warnings: list[str]
     explanations: list[Explanation] = field(default_factory=list)
+    gates: list[GateOutcome] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

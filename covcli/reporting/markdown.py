@@ -11,10 +11,10 @@ _ACTIVE = re.compile(r"[\\`*_\[\]|~$]")
 # An interval is left as it is: in brackets that nothing follows there is no link.
 _INTERVAL = re.compile(r"(\[[\d.]+, [\d.]+\])(?![(\[:])")
 # What begins a heading, a list or a rule if it stands first.
-_LEADING = re.compile(r"^(?:[#+=-]|\d+(?=[.)](?:\s|$)))")
+_LEADING = re.compile(r"^(?:[#+=>-]|\d+(?=[.)](?:\s|$)))")
 # What a renderer links without being asked.
 _ADDRESS = re.compile(r":(?=//)|(?<=\bwww)\.", re.IGNORECASE)
-_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_HTML = {"&": "&amp;", "<": "&lt;"}
 
 
 def escape(text: str) -> str:
@@ -23,7 +23,7 @@ def escape(text: str) -> str:
     Examples
     --------
     >>> print(escape("![x](http://a.b) | <b> 1.5 [1.2, 1.8]"))
-    !\[x\](http\://a.b) \| &lt;b&gt; 1.5 [1.2, 1.8]
+    !\[x\](http\://a.b) \| &lt;b> 1.5 [1.2, 1.8]
     """
     parts = _INTERVAL.split(one_line(text))
     parts[::2] = [_ACTIVE.sub(r"\\\g<0>", part) for part in parts[::2]]

@@ -14,6 +14,7 @@ from covcli.reporting.documents import (
     Detection,
     EvaluationResult,
     Explanation,
+    GateOutcome,
     LeftChannel,
     PointShare,
     TrainingLog,
@@ -21,6 +22,7 @@ from covcli.reporting.documents import (
 )
 
 NONE = "–"
+MOST_NAMED = 8  # sets that a verdict names one by one
 FIGURES = {
     "auroc": "AUROC",
     "aupr_out": "AUPR-out",
@@ -36,6 +38,9 @@ ERRORS_NOTE = (
     "errors among the images kept, when the least trusted are rejected first; E-AURC: how much "
     "of it a perfect order would save."
 )
+
+
+GATE_HEAD = ["gate", "set", "value", "bound", "interval", "outcome"]
 
 
 class Interval(Protocol):
@@ -89,6 +94,73 @@ def interval(estimate: Interval | None, digits: int = 1) -> str:
     return f"{percent(estimate.value, digits)} [{low}, {high}]"
 
 
+def verdict(result: EvaluationResult) -> str:
+    """Word an evaluation in a line: its gates, or what is flagged of the sets."""
+    if result.gates:
+        passed = sum(outcome.passed for outcome in result.gates)
+        ending = "" if passed == len(result.gates) else ": do not release"
+        return f"{passed} of {len(result.gates)} gates passed{ending}"
+    alarms = result.trusted.false_alarm_rate
+    caught = [
+        (short, entry.scores["coverage"].detection_rate)
+        for short, entry in zip(short_names(result), result.untrusted, strict=True)
+    ]
+    rates = [(rate.value, name) for name, rate in caught if rate is not None]
+    return (
+        f"flags {percent(alarms.value)}% of trusted images (promised at most "
+        f"{percent(alarms.promised_high)}%), catches {_caught(rates)}"
+    )
+
+
+def _caught(rates: list[tuple[float, str]]) -> str:
+    if len(rates) <= MOST_NAMED:
+        return ", ".join(f"{about(value)} of {name}" for value, name in rates)
+    (low, worst), (high, best) = min(rates), max(rates)
+    return f"{about(low)} of {worst} to {about(high)} of {best}, of {len(rates)} sets"
+
+
+def about(share: float) -> str:
+    """Word a share in whole per cent; only none is 0% and only all is 100%.
+
+    Examples
+    --------
+    >>> about(0.765), about(0.999), about(1.0), about(0.001)
+    ('76%', 'over 99%', '100%', 'under 1%')
+    """
+    if 0.995 <= share < 1:
+        return "over 99%"
+    return "under 1%" if 0 < share < 0.005 else f"{100 * share:.0f}%"
+
+
+def short_names(result: EvaluationResult) -> list[str]:
+    """Return the untrusted sets' names without their parameters, where that tells them apart."""
+    names = [entry.name for entry in result.untrusted]
+    short = [name.partition("?")[0] for name in names]
+    return [s if short.count(s) == 1 else name for s, name in zip(short, names, strict=True)]
+
+
+def gates(result: EvaluationResult) -> Table | None:
+    """Tabulate the gates and their outcomes; None where none was set."""
+    if not result.gates:
+        return None
+    return Table("Gates", GATE_HEAD, [gate_row(outcome) for outcome in result.gates])
+
+
+def gate_row(outcome: GateOutcome) -> list[str]:
+    """Word a gate and its outcome, as headed by `GATE_HEAD`."""
+    span = f"[{percent(outcome.low)}, {percent(outcome.high)}]"
+    bound = f"{outcome.relation} {percent(outcome.bound)}"
+    verdict = "passed" if outcome.passed else "failed"
+    return [gated(outcome), outcome.set, percent(outcome.value, 2), bound, span, verdict]
+
+
+def gated(outcome: GateOutcome) -> str:
+    """Word the figure that a gate holds against its bound."""
+    if outcome.statistic == "value":
+        return outcome.metric
+    return f"{outcome.metric}.{outcome.statistic}"
+
+
 def false_alarms(result: EvaluationResult) -> str:
     """Word the false alarms beside what calibration promises."""
     alarms = result.trusted.false_alarm_rate
@@ -139,16 +211,39 @@ def _highest(result: EvaluationResult) -> list[ClassAlarms]:
     return sorted(classes, key=lambda c: -1.0 if c.value is None else c.value, reverse=True)
 
 
-def overview(result: EvaluationResult) -> Table:
-    """Tabulate the main figures, a row an untrusted set."""
+def overview(result: EvaluationResult, intervals: bool = False) -> Table:
+    """Tabulate the main figures, a row an untrusted set, and their means over several.
+
+    Parameters
+    ----------
+    result
+        The evaluation.
+    intervals
+        Whether to add the 95% intervals.
+    """
+    word = interval if intervals else _value
     rows = []
     for entry in result.untrusted:
         ours, softmax = entry.scores["coverage"], entry.scores["softmax"]
-        detected = ours.detection_rate.value if ours.detection_rate else None
-        figures = (ours.auroc.value, softmax.auroc.value, ours.fpr95.value, detected)
-        rows.append([entry.name, str(entry.images), *map(percent, figures)])
-    head = ["untrusted", "images", "AUROC", "softmax", "FPR95", "detected at α"]
+        figures = (ours.auroc, softmax.auroc, ours.fpr95, ours.detection_rate)
+        rows.append([entry.name, str(entry.images), *map(word, figures)])
+    if len(rows) > 1:
+        mean = {m.score: m for m in result.mean_over_sets}
+        over_sets = (mean["coverage"].auroc, mean["softmax"].auroc, mean["coverage"].fpr95)
+        rows.append(["mean", "", *map(word, over_sets), percent(mean_detected(result, "coverage"))])
+    head = ["untrusted", "images", "AUROC", "softmax AUROC", "FPR95", "detected at α"]
     return Table("Detection", head, rows)
+
+
+def _value(estimate: Interval | None) -> str:
+    return percent(None if estimate is None else estimate.value)
+
+
+def mean_detected(result: EvaluationResult, score: str) -> float | None:
+    """Average the share that a score detects over the untrusted sets; None without thresholds."""
+    rates = [entry.scores[score].detection_rate for entry in result.untrusted]
+    known = [rate.value for rate in rates if rate is not None]
+    return sum(known) / len(known) if known and len(known) == len(rates) else None
 
 
 def detection(result: EvaluationResult) -> Table:

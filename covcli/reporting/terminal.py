@@ -1,11 +1,17 @@
 """Results as tables or JSON on stdout, progress as a bar or sparse lines on stderr."""
 
 import json
+import os
+import re
 import sys
+import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +23,8 @@ if TYPE_CHECKING:
     from covcli.reporting.documents import EvaluationResult, Explanation
 
 CLASSES_SHOWN = 20
+PIPE = 160  # columns, where nothing says how many there are
+HARD = "\N{NO-BREAK SPACE}"
 
 
 def print_json(result: Any) -> None:
@@ -32,47 +40,109 @@ def say(text: str) -> None:
 
 
 def _console() -> Console:
-    """Return a console for stdout; a pipe has no width, so its tables are not squeezed."""
+    """Return a console for stdout; a pipe has no width unless `COLUMNS` gives it one."""
     stream = output.results()
     terminal = stream.isatty()
+    known = terminal or "COLUMNS" in os.environ
     return Console(
-        file=stream, highlight=False, width=None if terminal else 160, force_terminal=terminal
+        file=stream, highlight=False, width=None if known else PIPE, force_terminal=terminal
     )
 
 
-def show_evaluation(result: "EvaluationResult") -> None:
-    """Print an evaluation as tables to stdout."""
+def show_evaluation(result: "EvaluationResult", verbose: bool = False) -> None:
+    """Print an evaluation to stdout: the verdict, one table, and what is guaranteed.
+
+    Parameters
+    ----------
+    result
+        The evaluation.
+    verbose
+        Whether to print every other table too, and intervals.
+    """
     console = _console()
-    _show(console, f"Signature {result.signature.parameters}. {tables.false_alarms(result)}")
-    _show(console, tables.class_alarms(result, CLASSES_SHOWN))
-    _show(console, tables.detection(result))
-    if len(result.untrusted) > 1:
-        _show(console, tables.means(result))
-    _show(console, tables.FPR95_NOTE)
-    for line in tables.deceptions(result):
-        _show(console, line)
-    _show(console, tables.coverage(result))
-    _show(console, tables.confidence_bins(result))
-    _show(console, tables.confidence_thresholds(result))
-    if (errors := tables.own_errors(result)) is not None:
-        _show(console, errors)
-        _show(console, tables.ERRORS_NOTE)
-    _show(console, "Figures in per cent, with 95% intervals in brackets.")
+    _show(console, tables.verdict(result), style="bold")
+    if verbose and (gates := tables.gates(result)) is not None:
+        _show(console, gates)
+    _show(console, tables.overview(result, verbose))
+    _show(console, f"In per cent. {tables.FPR95_NOTE}")
+    if verbose:
+        _show_all(console, result)
     _show(console, result.guarantee.statement)
     for entry in result.explanations:
         _show_explanation(console, entry)
 
 
-def _show(console: Console, block: "str | tables.Table") -> None:
+def _show_all(console: Console, result: "EvaluationResult") -> None:
+    """Print what a report shows beside the overview."""
+    _show(console, f"Signature {result.signature.parameters}. {tables.false_alarms(result)}")
+    _show(console, tables.class_alarms(result, CLASSES_SHOWN))
+    _show(console, tables.detection(result))
+    if len(result.untrusted) > 1:
+        _show(console, tables.means(result))
+    for line in tables.deceptions(result):
+        _show(console, line)
+    for table in (tables.coverage, tables.confidence_bins, tables.confidence_thresholds):
+        _show(console, table(result))
+    if (errors := tables.own_errors(result)) is not None:
+        _show(console, errors)
+        _show(console, tables.ERRORS_NOTE)
+    _show(console, "Figures in per cent, with 95% intervals in brackets.")
+
+
+def _show(console: Console, block: "str | tables.Table", style: str = "") -> None:
+    """Print a paragraph or a table; a table that is too wide as a block of lines a row."""
     if isinstance(block, str):
-        console.print(Text(one_line(block)))
+        _write(console, one_line(block), style)
         return
-    shown = Table(title=Text(one_line(block.title)))
-    for name in block.head:
-        shown.add_column(Text(one_line(name)))
+    shown = _grid(block)
+    unbounded = console.options.update(max_width=10_000)
+    console.print()
+    if Measurement.get(console, unbounded, shown).maximum <= console.width:
+        console.print(shown)
+    else:
+        _stack(console, block)
+    console.print()
+
+
+def _grid(block: "tables.Table") -> Table:
+    shown = Table(title=block.title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for number, (head, *cells) in enumerate(zip(block.head, *block.rows, strict=True)):
+        widest = max(map(cell_len, [*cells, *head.split()]), default=1)
+        lines = textwrap.wrap(one_line(head), widest, break_long_words=False)
+        numeric = number > 0 and all(cell[:1] in "0123456789–-" for cell in cells)
+        shown.add_column(
+            Text("\n".join(lines)), no_wrap=True, justify="right" if numeric else "left"
+        )
     for row in block.rows:
         shown.add_row(*(Text(one_line(cell)) for cell in row))
-    console.print(shown)
+    return shown
+
+
+def _stack(console: Console, block: "tables.Table") -> None:
+    """Print each row as its first cell, and below it the others, each behind its head."""
+    _write(console, one_line(block.title), "italic")
+    for first, *rest in block.rows:
+        _write(console, one_line(first), "bold")
+        pairs = zip(block.head[1:], rest, strict=True)
+        words = [one_line(f"{head} {cell}").replace(" ", HARD) for head, cell in pairs if cell]
+        _write(console, f"{HARD}· ".join(words), indent="  ")
+
+
+def _write(console: Console, text: str, style: str = "", indent: str = "") -> None:
+    """Print text broken between words; a word wider than the line behind a mark within it."""
+    width = console.width - len(indent)
+    lines = [""]
+    for word in text.split(" "):
+        parts = [word] if cell_len(word) <= width else re.findall(r"[^/?&:,=]*[/?&:,=]?", word)
+        space = " " if lines[-1] else ""
+        for part in parts:
+            if lines[-1] and cell_len(lines[-1] + space + part) > width:
+                lines.append(part)
+            else:
+                lines[-1] += space + part
+            space = ""
+    for line in lines:
+        console.print(Text(indent + line.replace(HARD, " "), style=style), soft_wrap=True)
 
 
 def _show_explanation(console: Console, entry: "Explanation") -> None:

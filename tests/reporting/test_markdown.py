@@ -33,6 +33,7 @@ def shown(text: str) -> list[str]:
 @example("[1, 2]: b")
 @example("![1, 2][1, 2] a")
 @example("&lt;b&gt;")
+@example("> a")
 def test_a_name_is_shown_as_it_is(name: str) -> None:
     assert shown(markdown.escape(name)) == [one_line(name)][: bool(one_line(name))]
 

@@ -1,0 +1,76 @@
+"""What a pipeline shows of an evaluation: a job's summary, a JUnit report, annotations."""
+
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+
+from covcli.core.errors import one_line
+from covcli.reporting import markdown, tables
+from covcli.reporting.documents import EvaluationResult, GateOutcome
+
+
+def summary(result: EvaluationResult) -> str:
+    """Return an evaluation and its gates as Markdown, the verdict first."""
+    return markdown.document(
+        [
+            f"### covcli: {markdown.escape(tables.verdict(result))}",
+            markdown.bullets(map(str, result.gates)),
+            markdown.table(tables.overview(result)),
+            markdown.escape(tables.false_alarms(result)),
+            markdown.escape(tables.highest_class(result)),
+            markdown.escape(result.guarantee.statement),
+            f"Signature {markdown.escape(result.signature.parameters)}.",
+        ]
+    )
+
+
+def junit(outcomes: Sequence[GateOutcome]) -> bytes:
+    """Return gates and their outcomes as a JUnit report in XML, a test case each.
+
+    A case carries the figure, its interval and the bound as properties and in words, and as its
+    time the seconds that its set took to score.
+    """
+    seconds = {outcome.set: outcome.seconds for outcome in outcomes}
+    failed = sum(not outcome.passed for outcome in outcomes)
+    suite = ET.Element(
+        "testsuite", name="covcli evaluate", tests=str(len(outcomes)), failures=str(failed),
+        errors="0", skipped="0", time=f"{sum(seconds.values()):.3f}",
+    )  # fmt: skip
+    for outcome in outcomes:
+        _add_case(suite, outcome)
+    ET.indent(suite)
+    return bytes(ET.tostring(suite, encoding="utf-8", xml_declaration=True)) + b"\n"
+
+
+def _add_case(suite: ET.Element, outcome: GateOutcome) -> None:
+    name = outcome.metric if outcome.statistic == "value" else tables.gated(outcome)
+    case = ET.SubElement(
+        suite, "testcase", classname=one_line(outcome.set), name=name,
+        time=f"{outcome.seconds:.3f}",
+    )  # fmt: skip
+    properties = ET.SubElement(case, "properties")
+    for key in ("value", "low", "high", "bound"):
+        ET.SubElement(properties, "property", name=key, value=f"{getattr(outcome, key):.6g}")
+    if not outcome.passed:
+        ET.SubElement(case, "failure", type="gate", message=str(outcome)).text = _body(outcome)
+    ET.SubElement(case, "system-out").text = _body(outcome)
+
+
+def _body(outcome: GateOutcome) -> str:
+    lines = zip(tables.GATE_HEAD, tables.gate_row(outcome), strict=True)
+    return "\n".join(one_line(f"{head}: {cell}") for head, cell in lines)
+
+
+def annotations(outcomes: Sequence[GateOutcome]) -> str:
+    """Return gates and their outcomes as GitHub's workflow commands, a line each.
+
+    Failed gates are errors, the others notices; see "Workflow commands for GitHub Actions".
+    """
+    return "".join(
+        f"::{'notice' if outcome.passed else 'error'} title=covcli::{_command(str(outcome))}\n"
+        for outcome in outcomes
+    )
+
+
+def _command(text: str) -> str:
+    """Escape a workflow command's message."""
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
