@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 from scipy.stats import hypergeom, kstest, kstwo
 from torch import Tensor
@@ -32,6 +31,7 @@ from torch import Tensor
 from covcli.core import runtime
 from covcli.core.progress import Silent
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
+from covcli.reporting import per_image
 from covcli.signature.guarantee import MODES, Guarantee, make_rule
 
 Floats = npt.NDArray[np.float64]
@@ -74,10 +74,9 @@ def read_scores(args: argparse.Namespace, folder: Path) -> tuple[Tensor, Tensor]
             ("noise:uniform?limit=20",), args.checkpoint, args.signature, trusted=args.trusted,
             data_dir=args.data_dir, output=folder,
         )  # fmt: skip
-        path = evaluate(config, Silent()).files["scores.csv.gz"]
-    table = pd.read_csv(path, keep_default_na=False)
-    mine = table[table["set"] == "trusted"]
-    return torch.tensor(mine["score"].to_numpy()), torch.tensor(mine["predicted"].to_numpy())
+        path = evaluate(config, Silent()).files[per_image.SCORES]
+    trusted = per_image.read_scores(Path(path))["trusted"]
+    return torch.tensor(trusted.scores["coverage"]), torch.tensor(trusted.predicted)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from covcli.evaluation.config import EvaluationConfig
 from covcli.evaluation.explain import explain_sets
 from covcli.evaluation.figures import result_of
 from covcli.evaluation.inputs import Job, load_job
-from covcli.evaluation.scores import Measured, measure, samples, table
+from covcli.evaluation.scores import Measured, measure, pick
 from covcli.evaluation.sets import Opener, Parts, opener
+from covcli.reporting import per_image
 from covcli.reporting.documents import EvaluationResult
 
 __all__ = ["EvaluationConfig", "EvaluationResult", "evaluate"]
@@ -54,9 +55,11 @@ def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
         result = result_of(replace(job, rules=rules), images, measured, explanations)
         result = replace(result, gates=gates.check(result, config.gates, seconds))
         if distributed.is_first():
-            files.write_bytes(job.files["scores.csv.gz"], table(measured))
-            pixels = samples(images, measured, job.judge.model.spec.shape, explained)
-            files.write_bytes(job.files["samples.npz"], pixels)
+            scores_by_set = {name: m.recorded for name, m in measured.items()}
+            per_image.write_scores(job.files[per_image.SCORES], scores_by_set)
+            pairs = {name: (images[name], m) for name, m in measured.items()}
+            pixels = pick(pairs, job.judge.model.spec.shape, explained)
+            per_image.write_samples(job.files[per_image.SAMPLES], pixels)
             files.write_json(job.files["evaluation.json"], files.plain(asdict(result)))
             parts.clear()
     return result

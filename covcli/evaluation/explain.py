@@ -13,6 +13,7 @@ from covcli.models.points import Outputs, Point
 from covcli.models.pooling import locate
 from covcli.models.sweep import to_network
 from covcli.reporting.documents import Explanation, LeftChannel, PointShare
+from covcli.reporting.per_image import ExplainedImage
 from covcli.signature.judge import Judge
 from covcli.signature.signature import Signature
 
@@ -92,7 +93,7 @@ def heat_map(judge: Judge, images: ImageSet, explanation: Explanation) -> np.nda
 
 def explain_sets(
     judge: Judge, images: Mapping[str, ImageSet], scores: Mapping[str, np.ndarray], most: int
-) -> tuple[list[Explanation], dict[str, np.ndarray]]:
+) -> tuple[list[Explanation], list[ExplainedImage]]:
     """Explain the most suspicious images of each set, and gather what their pictures need.
 
     Parameters
@@ -107,25 +108,21 @@ def explain_sets(
     Returns
     -------
     tuple
-        The explanations, and of number k among them the arrays `explained_k`, uint8 of shape
-        (C, H, W), and `explained_k_map`, as of `heat_map` and only where there is one.
+        The explanations, and the pixels and the `heat_map` of each.
     """
     explanations: list[Explanation] = []
-    arrays: dict[str, np.ndarray] = {}
+    pictures: list[ExplainedImage] = []
     if most == 0:
-        return explanations, arrays
+        return explanations, pictures
     for name, images_of_set in images.items():
         rows = np.argsort(-scores[name], kind="stable")[:most].tolist()
         named = replace(images_of_set, name=name)
         for explanation in explain(judge, named, rows):
-            key = f"explained_{len(explanations)}"
             row = torch.tensor([explanation.row])
-            arrays[key] = named.batch(row, judge.model.spec.shape)[0].numpy()
-            fires = heat_map(judge, named, explanation)
-            if fires is not None:
-                arrays[f"{key}_map"] = fires
+            image = named.batch(row, judge.model.spec.shape)[0].numpy()
+            pictures.append(ExplainedImage(image, heat_map(judge, named, explanation)))
             explanations.append(explanation)
-    return explanations, arrays
+    return explanations, pictures
 
 
 def _by_point(judge: Judge, evidence: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from covcli.evaluation import gates
 from covcli.evaluation.baselines import compare
 from covcli.evaluation.baselines.compare import Plan
 from covcli.evaluation.config import EvaluationConfig
+from covcli.reporting.per_image import SAMPLES, SCORES
 from covcli.signature import judge as judges
 from covcli.signature.guarantee import Rule
 from covcli.signature.judge import Judge
@@ -48,7 +49,7 @@ def load_job(config: EvaluationConfig) -> Job:
     gates.check_names(config.gates, config.untrusted)
     checkpoint_path, signature_path = find_files(config)
     output = config.output or run_folders.short(signature_path.parent)
-    outputs = {name: output / name for name in ("evaluation.json", "scores.csv.gz", "samples.npz")}
+    outputs = {name: output / name for name in ("evaluation.json", SCORES, SAMPLES)}
     for path in outputs.values():
         files.refuse_existing(path, config.force)
     judge, record = judges.load(

@@ -1,17 +1,16 @@
-"""What a network and its signature say of each image of a set, and the files that hold it."""
+"""What a network and its signature say of each image of a set, and the images worth showing."""
 
-import gzip
-import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from covcli.core import distributed
 from covcli.core.progress import Progress
-from covcli.data.images import ImageSet
+from covcli.data.images import ImageSet, Shape
+from covcli.reporting.per_image import ExplainedImage, ImageScores, Samples, Thumbnails
 from covcli.signature.calibration import softmax_score
 from covcli.signature.judge import Judge
 
@@ -57,6 +56,15 @@ class Measured:
         assert self.label is not None
         return (self.predicted == self.label).numpy()
 
+    @property
+    def recorded(self) -> ImageScores:
+        """What scores.csv.gz holds of it."""
+        label = None if self.label is None else self.label.numpy()
+        return ImageScores(
+            self.predicted.numpy(), label, self.scores, self.p_value, self.confidence,
+            self.softmax_confidence, self.untrusted,
+        )  # fmt: skip
+
 
 def measure(judge: Judge, images: ImageSet, progress: Progress) -> Measured:
     """Have a set judged; each rank runs its share of it."""
@@ -81,54 +89,30 @@ def measure(judge: Judge, images: ImageSet, progress: Progress) -> Measured:
     )
 
 
-def baseline_names(measured: Measured) -> list[str]:
-    """Return the names of the scores that are neither ours nor the softmax score."""
-    return [name for name in measured.scores if name not in measured.confidences]
+def pick(
+    sets: Mapping[str, tuple[ImageSet, Measured]],
+    shape: Shape,
+    explained: list[ExplainedImage],
+) -> Samples:
+    """Read each set's most suspicious flagged images and least suspicious others, for a report.
 
-
-def table(measured: dict[str, Measured]) -> bytes:
-    """Return one row an image, as gzipped CSV; the same figures give the same bytes."""
-    parts = []
-    for name, m in measured.items():
-        parts.append(
-            pd.DataFrame(
-                {
-                    "set": name,
-                    "index": np.arange(len(m.predicted)),
-                    "label": -1 if m.label is None else m.label.numpy(),
-                    "predicted": m.predicted.numpy(),
-                    "score": m.scores["coverage"],
-                    "p_value": m.p_value,
-                    "confidence": m.confidence,
-                    "untrusted": m.untrusted.astype(int),
-                    "softmax_confidence": m.softmax_confidence,
-                    **{f"{name}_score": m.scores[name] for name in baseline_names(m)},
-                }
-            )
-        )
-    text = pd.concat(parts).to_csv(index=False)
-    return gzip.compress(text.encode(), mtime=0)
-
-
-def samples(
-    images: dict[str, ImageSet],
-    measured: dict[str, Measured],
-    shape: tuple[int, int, int],
-    explained: dict[str, np.ndarray],
-) -> bytes:
-    """Return, as an NPZ, each set's most suspicious flagged images and least suspicious others.
-
-    The arrays of explained images go with them.
+    Parameters
+    ----------
+    shape
+        Channels, height and width to read them in.
+    explained
+        The images of the explanations, which go with them.
     """
-    arrays = dict(explained)
-    for i, (name, m) in enumerate(measured.items()):
-        order = torch.from_numpy(np.argsort(m.scores["coverage"], kind="stable"))
-        flags = torch.from_numpy(m.untrusted)[order]
-        chosen = {"flagged": order[flags].flip(0)[:SAMPLES], "passed": order[~flags][:SAMPLES]}
-        for kind, rows in chosen.items():
-            if len(rows):
-                arrays[f"{i}_{kind}"] = images[name].batch(rows, shape).numpy()
-                arrays[f"{i}_{kind}_rows"] = rows.numpy()
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()
+    flagged, passed = [], []
+    for images, measured in sets.values():
+        order = np.argsort(measured.scores["coverage"], kind="stable")
+        flags = measured.untrusted[order]
+        flagged.append(_thumbnails(images, order[flags][::-1][:SAMPLES], shape))
+        passed.append(_thumbnails(images, order[~flags][:SAMPLES], shape))
+    return Samples(flagged, passed, explained)
+
+
+def _thumbnails(images: ImageSet, rows: np.ndarray, shape: Shape) -> Thumbnails:
+    if len(rows) == 0:
+        return Thumbnails(rows, np.empty((0, *shape), np.uint8))
+    return Thumbnails(rows, images.batch(torch.from_numpy(rows.copy()), shape).numpy())

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -16,6 +15,7 @@ from covcli.reporting.documents import (
     PointShare,
     TrainingLog,
 )
+from covcli.reporting.per_image import ImageScores, Samples
 from covcli.reporting.tables import Table, channel_cells
 
 # Okabe and Ito's colours, which the colour-blind tell apart; the first is for trusted images.
@@ -37,16 +37,16 @@ class ReportData:
     evaluation
         What evaluation.json holds.
     scores
-        One row an image, as in scores.csv.gz.
+        By set, what scores.csv.gz holds of each image.
     samples
-        The arrays of samples.npz.
+        The pixels of samples.npz.
     training
         The newest training log, or None.
     """
 
     evaluation: EvaluationResult
-    scores: pd.DataFrame
-    samples: dict[str, np.ndarray]
+    scores: dict[str, ImageScores]
+    samples: Samples
     training: TrainingLog | None
 
     @property

@@ -2,19 +2,16 @@
 
 import base64
 import io
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from covcli.core import file_checks, files
+from covcli.core import files
 from covcli.core.errors import CovcliError, one_line
 from covcli.core.version import __version__
-from covcli.reporting import documents, markdown
+from covcli.reporting import documents, markdown, per_image
 from covcli.reporting.pictures import Block, Picture, ReportData, Section
 from covcli.reporting.sections import SECTIONS
 
@@ -85,14 +82,9 @@ def read(run: Path) -> ReportData:
         raise CovcliError("holds no evaluation", where=run, fix="run `covcli evaluate` first")
     evaluation = documents.read_evaluation(path)
     logs = sorted(run.glob("training_results_*.json"))
-    try:
-        table = io.BytesIO(file_checks.read_gzip(run / "scores.csv.gz"))
-        scores = pd.read_csv(table, keep_default_na=False, dtype={"set": str})
-        file_checks.check_npz(run / "samples.npz")
-        with np.load(run / "samples.npz", allow_pickle=False) as archive:
-            samples = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CovcliError(f"a result cannot be read ({one_line(str(error))})", where=run) from None
+    scores = per_image.read_scores(run / per_image.SCORES)
+    sets, explanations = 1 + len(evaluation.untrusted), len(evaluation.explanations)
+    samples = per_image.read_samples(run / per_image.SAMPLES, sets, explanations)
     training = documents.read_training_log(logs[-1]) if logs else None
     return ReportData(evaluation, scores, samples, training)
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
@@ -23,7 +22,6 @@ from covcli.reporting.pictures import (
 )
 
 STYLES = ["-", "--", ":"]
-SCORES = {"coverage": "score", "softmax": "softmax_confidence"}
 
 SectionMaker: TypeAlias = Callable[[ReportData], Section | None]
 SECTIONS: Registry[SectionMaker] = Registry("report section")
@@ -90,10 +88,11 @@ def coverage(data: ReportData) -> Section:
 def scores(data: ReportData) -> Section:
     """Draw the distribution of the scores, with the calibrated threshold."""
     figure, axes = new_axes()
-    low, high = data.scores["score"].quantile([0.001, 0.999])
+    found = {name: data.scores[name].scores["coverage"] for name in data.sets}
+    low, high = np.quantile(np.concatenate(list(found.values())), [0.001, 0.999])
     edges = np.linspace(low, high, 61).tolist()
     for name, colour in zip(data.sets, colours(len(data.sets)), strict=True):
-        values = data.scores.loc[data.scores["set"] == name, "score"].clip(low, high)
+        values = found[name].clip(low, high)
         axes.hist(values, edges, density=True, histtype="step", color=colour, label=label(name),
                   linewidth=1.5)  # fmt: skip
     threshold = data.evaluation.signature.threshold
@@ -108,12 +107,11 @@ def scores(data: ReportData) -> Section:
 def roc(data: ReportData) -> Section:
     """Draw the ROC curves, ours solid and the softmax baseline dashed."""
     figure, axes = new_axes(5.5, 5.0)
-    trusted = data.scores[data.scores["set"] == "trusted"]
+    trusted = data.scores["trusted"].scores
     for name, colour in zip(data.sets[1:], colours(len(data.sets))[1:], strict=True):
-        mine = data.scores[data.scores["set"] == name]
+        mine = data.scores[name].scores
         for score, style in (("coverage", "-"), ("softmax", "--")):
-            sign = 1 if score == "coverage" else -1
-            false, true = _roc(sign * trusted[SCORES[score]], sign * mine[SCORES[score]])
+            false, true = _roc(trusted[score], mine[score])
             axes.plot(false, true, style, color=colour, label=f"{label(name)}, {score}")
     axes.set_xlabel("share of trusted images flagged")
     axes.set_ylabel("share of untrusted images flagged")
@@ -128,15 +126,15 @@ def baselines(data: ReportData) -> Section | None:
     names = [m.score for m in data.evaluation.mean_over_sets if m.score not in ours]
     if not names:
         return None
-    trusted = data.scores[data.scores["set"] == "trusted"]
+    trusted = data.scores["trusted"].scores
     pictures: list[Block] = []
     for i, name in enumerate(data.sets[1:]):
-        mine = data.scores[data.scores["set"] == name]
+        mine = data.scores[name].scores
         figure, axes = new_axes(6.5, 5.0)
-        axes.plot(*_roc(trusted["score"], mine["score"]), color="black", label="coverage")
+        axes.plot(*_roc(trusted["coverage"], mine["coverage"]), color="black", label="coverage")
         for j, score in enumerate(names):
             colour, style = COLOURS[j % 7], STYLES[j // 7 % len(STYLES)]
-            curve = _roc(trusted[f"{score}_score"], mine[f"{score}_score"])
+            curve = _roc(trusted[score], mine[score])
             axes.plot(*curve, style, color=colour, label=score, linewidth=1)
         axes.set_title(label(name), fontsize=9)
         axes.set_xlabel("share of trusted images flagged")
@@ -146,7 +144,7 @@ def baselines(data: ReportData) -> Section | None:
     return Section("ROC curves of the baselines", pictures)
 
 
-def _roc(trusted: pd.Series, untrusted: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+def _roc(trusted: np.ndarray, untrusted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the shares of trusted and of untrusted images flagged, at descending thresholds."""
     positive = np.repeat([False, True], [len(trusted), len(untrusted)])
     false, true, _ = roc_curve(positive, np.concatenate([trusted, untrusted]))
@@ -235,9 +233,9 @@ def samples(data: ReportData) -> Section:
     for i, name in enumerate(data.sets):
         figure = Figure(figsize=(8, 2.4), layout="constrained")
         grid = figure.subplots(2, 8)
-        for row, kind in zip(grid, ("flagged", "passed"), strict=True):
-            images = data.samples.get(f"{i}_{kind}", np.empty((0, 1, 1, 1)))
-            for axes, image in zip(row, images, strict=False):
+        shown = {"flagged": data.samples.flagged[i], "passed": data.samples.passed[i]}
+        for row, (kind, thumbnails) in zip(grid, shown.items(), strict=True):
+            for axes, image in zip(row, thumbnails.images, strict=False):
                 axes.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray")
             for axes in row:
                 axes.set_axis_off()
@@ -262,9 +260,8 @@ def explanations(data: ReportData) -> Section | None:
         "no width. The small map shows where a channel fires, not why."
     ]
     for k, entry in enumerate(entries):
-        figure = explanation_picture(
-            entry, order, data.samples[f"explained_{k}"], data.samples.get(f"explained_{k}_map")
-        )
+        pixels = data.samples.explained[k]
+        figure = explanation_picture(entry, order, pixels.image, pixels.fires)
         blocks += [
             tables.explanation(entry),
             Picture(f"explanation-{k}", f"Explanation {k}", figure),

@@ -253,11 +253,11 @@ def test_evaluate_explains_the_most_suspicious_of_each_set(
         assert (e["predicted"], e["untrusted"]) == (str(row["predicted"]), bool(row["untrusted"]))
         names = photos.classes if e["set"] == sets[0] else [str(n) for n in range(10)]
         assert e["label"] == (None if row["label"] < 0 else names[row["label"]])
-        assert found.samples[f"explained_{k}"].shape == (3, 32, 32)
-        assert found.samples[f"explained_{k}_map"].shape in ((16, 16), (8, 8))
+        assert found.samples.explained[k].image.shape == (3, 32, 32)
+        assert found.samples.explained[k].fires.shape in ((16, 16), (8, 8))
         if e["set"] == sets[0]:
             pixels = photos.batch(torch.tensor([e["row"]]), (3, 32, 32))[0].numpy()
-            np.testing.assert_array_equal(found.samples[f"explained_{k}"], pixels)
+            np.testing.assert_array_equal(found.samples.explained[k].image, pixels)
     made = report(run)
     assert {f"explanation-{k}.png" for k in range(7)} <= {f.name for f in made.figures}
     assert "Why images were flagged" in made.html.read_text()
@@ -266,7 +266,7 @@ def test_evaluate_explains_the_most_suspicious_of_each_set(
     assert (code, "of the score (z" in out) == (0, False)
     assert json.loads((tmp_path / "none" / "evaluation.json").read_text())["explanations"] == []
     none = read(tmp_path / "none")
-    assert not any(name.startswith("explained") for name in none.samples)
+    assert none.samples.explained == []
     assert SECTIONS.get("explanations")(none) is None
     path = tmp_path / "none" / "evaluation.json"
     older = {k: v for k, v in json.loads(path.read_text()).items() if k != "explanations"}

@@ -1,0 +1,243 @@
+"""What an evaluation keeps of single images: scores.csv.gz, a row an image, and samples.npz.
+
+Both files are written here and read here. samples.npz holds the pixels of a few images of each set,
+and of the images that were explained.
+"""
+
+import gzip
+import io
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from covcli.core import file_checks, files
+from covcli.core.errors import CovcliError, one_line
+
+SCORES, SAMPLES = "scores.csv.gz", "samples.npz"
+UNLABELLED = -1
+# The columns of scores.csv.gz; each baseline adds `<name>_score`.
+COLUMNS = {
+    "set": np.object_, "index": np.int64, "label": np.int64, "predicted": np.int64,
+    "score": np.float64, "p_value": np.float64, "confidence": np.float64, "untrusted": np.int64,
+    "softmax_confidence": np.float64,
+}  # fmt: skip
+SUFFIX = "_score"
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """What was found of each image of a set, in the set's order; arrays of shape (N,).
+
+    Attributes
+    ----------
+    predicted, label
+        Class numbers, int64; label is None where unknown.
+    scores
+        "coverage", "softmax" and the baselines, by name: larger is less trusted, float64. The
+        softmax score is one minus the confidence, so what a file holds of it ends at 1e-16.
+    p_value, confidence, softmax_confidence
+        float64, in [0, 1].
+    untrusted
+        The verdict, bool.
+    """
+
+    predicted: np.ndarray
+    label: np.ndarray | None
+    scores: dict[str, np.ndarray]
+    p_value: np.ndarray
+    confidence: np.ndarray
+    softmax_confidence: np.ndarray
+    untrusted: np.ndarray
+
+    @property
+    def baselines(self) -> dict[str, np.ndarray]:
+        """The scores that are neither ours nor the softmax score, by name."""
+        return {name: s for name, s in self.scores.items() if name not in ("coverage", "softmax")}
+
+
+def write_scores(path: Path, sets: Mapping[str, ImageScores]) -> None:
+    """Write scores.csv.gz; the same figures give the same bytes.
+
+    Parameters
+    ----------
+    sets
+        By name; "trusted" and the specifications of the untrusted sets.
+    """
+    parts = [
+        pd.DataFrame(
+            {
+                "set": name,
+                "index": np.arange(len(of.predicted)),
+                "label": UNLABELLED if of.label is None else of.label,
+                "predicted": of.predicted,
+                "score": of.scores["coverage"],
+                "p_value": of.p_value,
+                "confidence": of.confidence,
+                "untrusted": of.untrusted.astype(int),
+                "softmax_confidence": of.softmax_confidence,
+                **{f"{baseline}{SUFFIX}": values for baseline, values in of.baselines.items()},
+            }
+        )
+        for name, of in sets.items()
+    ]
+    text = pd.concat(parts).to_csv(index=False)
+    files.write_bytes(path, gzip.compress(text.encode(), mtime=0))
+
+
+def read_scores(path: Path) -> dict[str, ImageScores]:
+    """Read what `write_scores` wrote, by set, in the order of the file.
+
+    Raises
+    ------
+    CovcliError
+        If the file is missing, cannot be unpacked, or is another table.
+    """
+    try:
+        text = io.BytesIO(file_checks.read_gzip(path))
+        table = pd.read_csv(text, keep_default_na=False, dtype={"set": str})
+        if missing := COLUMNS.keys() - table.columns:
+            raise ValueError(f"no column {sorted(missing)[0]}")
+        table = table.astype(COLUMNS)
+        others = [name for name in table.columns if name not in COLUMNS]
+        table = table.astype(dict.fromkeys(others, np.float64))
+    except (OSError, ValueError, EOFError) as error:
+        raise _unreadable(path, error) from None
+    return {str(name): _scores(rows) for name, rows in table.groupby("set", sort=False)}
+
+
+def _scores(rows: pd.DataFrame) -> ImageScores:
+    columns = {str(name): rows[name].to_numpy() for name in rows.columns}
+    scores = {"coverage": columns["score"], "softmax": 1 - columns["softmax_confidence"]}
+    others = columns.keys() - COLUMNS.keys()
+    return ImageScores(
+        predicted=columns["predicted"],
+        label=None if (columns["label"] == UNLABELLED).all() else columns["label"],
+        scores=scores | {n.removesuffix(SUFFIX): columns[n] for n in columns if n in others},
+        p_value=columns["p_value"],
+        confidence=columns["confidence"],
+        softmax_confidence=columns["softmax_confidence"],
+        untrusted=columns["untrusted"].astype(bool),
+    )
+
+
+@dataclass(frozen=True)
+class Thumbnails:
+    """The pixels of some images of a set.
+
+    Attributes
+    ----------
+    rows
+        The images' rows in the set, int64 of shape (n,).
+    images
+        uint8 of shape (n, C, H, W).
+    """
+
+    rows: np.ndarray
+    images: np.ndarray
+
+
+@dataclass(frozen=True)
+class ExplainedImage:
+    """What the picture of an explanation needs.
+
+    Attributes
+    ----------
+    image
+        uint8 of shape (C, H, W).
+    fires
+        Where the worst channel fires, float32 of shape (h, w); None where there is none.
+    """
+
+    image: np.ndarray
+    fires: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The pixels that a report shows.
+
+    Attributes
+    ----------
+    flagged, passed
+        For each set, in the order of the evaluation, the most suspicious images of those that were
+        flagged, and the least suspicious of those that were not.
+    explained
+        For each explanation, in the order of the evaluation.
+    """
+
+    flagged: list[Thumbnails]
+    passed: list[Thumbnails]
+    explained: list[ExplainedImage]
+
+
+def write_samples(path: Path, samples: Samples) -> None:
+    """Write samples.npz."""
+    arrays: dict[str, np.ndarray] = {}
+    for k, entry in enumerate(samples.explained):
+        arrays[f"explained_{k}"] = entry.image
+        if entry.fires is not None:
+            arrays[f"explained_{k}_map"] = entry.fires
+    for kind, of_kind in (("flagged", samples.flagged), ("passed", samples.passed)):
+        for i, shown in enumerate(of_kind):
+            if len(shown.rows):
+                arrays[f"{i}_{kind}"] = shown.images
+                arrays[f"{i}_{kind}_rows"] = shown.rows
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    files.write_bytes(path, buffer.getbuffer())
+
+
+def read_samples(path: Path, sets: int, explanations: int) -> Samples:
+    """Read what `write_samples` wrote.
+
+    Parameters
+    ----------
+    sets, explanations
+        How many the evaluation has.
+
+    Raises
+    ------
+    CovcliError
+        If the file is missing, is no sound archive, or lacks or misshapes an image.
+    """
+    try:
+        file_checks.check_npz(path)
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        return Samples(
+            flagged=[_thumbnails(arrays, f"{i}_flagged") for i in range(sets)],
+            passed=[_thumbnails(arrays, f"{i}_passed") for i in range(sets)],
+            explained=[_explained(arrays, f"explained_{k}") for k in range(explanations)],
+        )
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise _unreadable(path, error) from None
+
+
+def _thumbnails(arrays: Mapping[str, np.ndarray], name: str) -> Thumbnails:
+    if name not in arrays:  # no image of the set was
+        return Thumbnails(np.empty(0, np.int64), np.empty((0, 1, 1, 1), np.uint8))
+    shown = Thumbnails(arrays[f"{name}_rows"], arrays[name])
+    if shown.images.dtype != np.uint8 or shown.images.ndim != 4 or 0 in shown.images.shape:
+        raise ValueError(f"{name} are no images")
+    if shown.rows.shape != shown.images.shape[:1] or shown.rows.dtype.kind != "i":
+        raise ValueError(f"{name} are images without rows")
+    return shown
+
+
+def _explained(arrays: Mapping[str, np.ndarray], name: str) -> ExplainedImage:
+    entry = ExplainedImage(arrays[name], arrays.get(f"{name}_map"))
+    fires = entry.fires
+    if entry.image.dtype != np.uint8 or entry.image.ndim != 3 or 0 in entry.image.shape:
+        raise ValueError(f"{name} is no image")
+    if fires is not None and (fires.ndim != 2 or fires.dtype.kind != "f" or 0 in fires.shape):
+        raise ValueError(f"{name}_map is no map")
+    return entry
+
+
+def _unreadable(path: Path, error: Exception) -> CovcliError:
+    return CovcliError(f"cannot be read ({one_line(str(error))})", where=path)

@@ -1,0 +1,136 @@
+"""scores.csv.gz and samples.npz: what is written is what is read, and the files keep their form."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from covcli.core.errors import CovcliError
+from covcli.reporting.per_image import (
+    ExplainedImage,
+    ImageScores,
+    Samples,
+    Thumbnails,
+    read_samples,
+    read_scores,
+    write_samples,
+    write_scores,
+)
+
+NAMES = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0\r\n"), min_size=1, max_size=8
+).filter(lambda name: name == name.strip())
+
+
+def image_scores(seed: int, images: int, labelled: bool, baselines: list[str]) -> ImageScores:
+    generator = np.random.default_rng(seed)
+    doubt = 1 - generator.random(images)
+    return ImageScores(
+        predicted=generator.integers(0, 10, images),
+        label=generator.integers(0, 10, images) if labelled else None,
+        scores={"coverage": generator.normal(0, 1e6, images), "softmax": doubt}
+        | {name: generator.normal(size=images) for name in baselines},
+        p_value=generator.random(images), confidence=generator.random(images),
+        softmax_confidence=1 - doubt, untrusted=generator.random(images) < 0.5,
+    )  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@given(names=st.lists(NAMES, min_size=1, max_size=3, unique=True), labelled=st.booleans())
+def test_scores_come_back_by_set(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], labelled: bool
+) -> None:
+    path = tmp_path_factory.mktemp("scores") / "scores.csv.gz"
+    sets = {name: image_scores(i, 3 + i, labelled, ["knn"]) for i, name in enumerate(names)}
+    write_scores(path, sets)
+    found = read_scores(path)
+    assert list(found) == names
+    for name, of in sets.items():
+        again = found[name]
+        assert (again.label is None) == (of.label is None)
+        for field in ("predicted", "p_value", "confidence", "softmax_confidence", "untrusted"):
+            np.testing.assert_array_equal(getattr(again, field), getattr(of, field))
+        for score in ("coverage", "knn"):
+            np.testing.assert_array_equal(again.scores[score], of.scores[score])
+        np.testing.assert_allclose(again.scores["softmax"], of.scores["softmax"], atol=1e-15)
+        assert list(again.baselines) == ["knn"]
+
+
+def test_the_table_has_the_documented_columns(tmp_path: Path) -> None:
+    write_scores(tmp_path / "s", {"trusted": image_scores(0, 3, False, ["knn"])})
+    text = gzip.decompress((tmp_path / "s").read_bytes()).decode()
+    assert text.splitlines()[0] == (
+        "set,index,label,predicted,score,p_value,confidence,untrusted,softmax_confidence,knn_score"
+    )
+    table = pd.read_csv(tmp_path / "s", compression="gzip")
+    assert table["index"].tolist() == [0, 1, 2]
+    assert table["label"].tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    "text", ["a,b\n1,2\n", "", "set,index\n", "set,index,label,predicted,score,p_value,confidence,"
+             "untrusted,softmax_confidence\nx,0,0,zero,1,1,1,1,1\n"],
+)  # fmt: skip
+def test_another_table_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "s").write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(CovcliError, match="cannot be read") as caught:
+        read_scores(tmp_path / "s")
+    assert "\n" not in str(caught.value)
+
+
+def thumbnails(rows: list[int]) -> Thumbnails:
+    pixels = np.random.default_rng(len(rows)).integers(0, 256, (len(rows), 3, 4, 4), np.uint8)
+    return Thumbnails(np.array(rows, np.int64), pixels)
+
+
+SAMPLES = Samples(
+    flagged=[thumbnails([]), thumbnails([2, 0])],
+    passed=[thumbnails([1]), thumbnails([])],
+    explained=[
+        ExplainedImage(np.zeros((1, 2, 2), np.uint8), np.ones((3, 2), np.float32)),
+        ExplainedImage(np.ones((3, 2, 2), np.uint8), None),
+    ],
+)
+
+
+def test_samples_come_back_under_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "samples.npz"
+    write_samples(path, SAMPLES)
+    with np.load(path) as archive:
+        assert set(archive.files) == {
+            "explained_0", "explained_0_map", "explained_1", "0_passed", "0_passed_rows",
+            "1_flagged", "1_flagged_rows",
+        }  # fmt: skip
+    found = read_samples(path, 2, 2)
+    for mine, theirs in zip(
+        [*SAMPLES.flagged, *SAMPLES.passed], [*found.flagged, *found.passed], strict=True
+    ):
+        np.testing.assert_array_equal(mine.rows, theirs.rows)
+        assert mine.images.tobytes() == theirs.images.tobytes()
+    for mine, theirs in zip(SAMPLES.explained, found.explained, strict=True):
+        np.testing.assert_array_equal(mine.image, theirs.image)
+        assert (mine.fires is None) == (theirs.fires is None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"explained_1": None}, {"explained_0": np.zeros((2, 2), np.uint8)},
+        {"explained_0_map": np.zeros(3)}, {"0_passed_rows": None},
+        {"0_passed_rows": np.arange(2)}, {"1_flagged": np.zeros((2, 3, 4, 4))},
+        {"1_flagged": np.zeros((2, 3, 0, 4), np.uint8)},
+    ],
+)  # fmt: skip
+def test_misshapen_samples_are_refused(tmp_path: Path, changes: dict[str, np.ndarray]) -> None:
+    path = tmp_path / "samples.npz"
+    write_samples(path, SAMPLES)
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    arrays |= changes
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})  # type: ignore[arg-type]
+    with pytest.raises(CovcliError, match="cannot be read"):
+        read_samples(path, 2, 2)
