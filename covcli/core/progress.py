@@ -2,7 +2,9 @@
 
 import logging
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -22,6 +24,8 @@ from rich.text import Text
 
 from covcli.core.errors import one_line
 
+log = logging.getLogger(__name__)
+_work = threading.local()
 LINE_EVERY_SECONDS = 30.0
 
 
@@ -143,11 +147,25 @@ def reporter(quiet: bool) -> Iterator[Bar | Lines]:
     handler.setFormatter(_OneLine("%(message)s"))
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
     logger.addHandler(handler)
+    shows = warnings.showwarning
+    warnings.showwarning = _log_warning  # type: ignore[assignment]
     try:
         yield shown
     finally:
+        warnings.showwarning = shows
         logger.removeHandler(handler)
         shown.close()
+
+
+def working_on(subject: object) -> None:
+    """Say what this thread is working on, to name it in the warnings of libraries; or None."""
+    _work.subject = subject
+
+
+def _log_warning(message: Warning | str, *_: object) -> None:
+    """Log a warning of a library: in one line, and not where covcli is told to be quiet."""
+    subject = getattr(_work, "subject", None)
+    log.warning("%s%s", "" if subject is None else f"{subject}: ", message)
 
 
 class _OneLine(logging.Formatter):

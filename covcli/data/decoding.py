@@ -1,23 +1,53 @@
-"""One image file to pixels: which formats are decoded, and what is refused."""
+"""One image file to pixels: which formats are decoded, how, and what is refused."""
 
+import contextlib
+import ctypes
 import os
 import stat
 import struct
+import threading
 import zlib
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, UnidentifiedImageError, _imaging
 from torch import Tensor
 
-from covcli.core import file_checks
+from covcli.core import progress
 from covcli.core.errors import CovcliError
 
+Pixels = NDArray[np.uint8]  # (H, W, C), of 1 to 4 channels
 # What PIL may decode, by content and whatever the file is called. Formats that start a program
 # (EPS runs Ghostscript), or that no photograph is stored in, are left out.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
+MAX_PIXELS = 89_478_485  # PIL's own limit: a quarter of a gigabyte of colour
+# Larger images are decoded one at a time, so that several threads take no more memory than one.
+LARGE = 16_000_000
+ORIENTATION = 0x0112  # tags of EXIF and TIFF
+BITS, WHITE_IS_ZERO, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339
+SEPARATE_PLANES, SIGNED = 2, 2
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# What PIL raises on broken files; neither signals nor exhausted memory are among it.
+DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError,
+    AssertionError, RuntimeError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+_one_large = threading.Lock()
+
+
+def _silence_libtiff() -> None:
+    """Keep PIL's libtiff from writing to stderr by itself; what it finds broken, PIL raises."""
+    with contextlib.suppress(AttributeError, OSError):  # built without it, or into PIL
+        setter = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
+        setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+        setter(None)
+
+
+_silence_libtiff()
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -38,40 +68,124 @@ def open_regular(path: Path) -> BufferedReader:
     return os.fdopen(handle, "rb")
 
 
-def decode(path: Path) -> Tensor:
-    """Read one image file as uint8 of shape (1, C, H, W).
+def decode(path: Path, most: int = MAX_PIXELS) -> Tensor:
+    """Read one image file.
+
+    Of an animation the first frame is read. EXIF's orientation is applied. 16 bits are scaled to
+    8. Palettes, CMYK, YCbCr and LAB become RGB; grey stays grey, and transparency a last channel.
+
+    Parameters
+    ----------
+    path
+        The file.
+    most
+        How many pixels it may have.
+
+    Returns
+    -------
+    Tensor
+        uint8 of shape (1, C, H, W): grey, grey and alpha, RGB, or RGB and alpha.
 
     Raises
     ------
     CovcliError
-        If the file is of none of the FORMATS, whatever its name says, or cannot be read.
+        If the file is of none of the FORMATS, whatever its name says; is broken; has more pixels
+        than it may have; or has pixels whose range nobody can know (float, 32-bit, signed).
     """
+    progress.working_on(path)
     try:
-        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
-            size = os.fstat(file.fileno()).st_size
-            if 3 * image.width * image.height > file_checks.allowance(size):
-                raise ValueError(f"{image.width}×{image.height} pixels in so small a file")
-            mode = "L" if image.mode in ("1", "L", "I", "I;16") else "RGB"
-            pixels = np.array(image.convert(mode))
+        with open_regular(path) as file:
+            pixels = _decoded(file, most)
     except UnidentifiedImageError:
-        known = ", ".join(FORMATS)
+        raise _unidentified(path) from None
+    except DECODER_ERRORS as error:
         raise CovcliError(
-            "cannot be read as an image (its content is of no format that covcli decodes)",
+            f"cannot be read as an image ({error or type(error).__name__})",
             where=path,
-            fix=f"store it as one of {known}, or remove it",
+            fix="repair or remove it",
         ) from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        ArithmeticError,
-        Image.DecompressionBombError,
-        MemoryError,
-        struct.error,
-        zlib.error,
-    ) as error:  # PIL raises many kinds
-        raise CovcliError(
-            f"cannot be read as an image ({error})", where=path, fix="repair or remove it"
-        ) from None
-    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(planes))[None]
+    finally:
+        progress.working_on(None)
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+
+
+def _decoded(file: BufferedReader, most: int) -> Pixels:
+    with Image.open(file, formats=FORMATS) as image:
+        count = image.width * image.height
+        if count > most:
+            raise ValueError(
+                f"{image.width}×{image.height} are more than {most} pixels: raise --max-pixels"
+            )
+        with _one_large if count > LARGE else contextlib.nullcontext():
+            return _upright(image, _pixels(image))
+
+
+def _unidentified(path: Path) -> CovcliError:
+    known = ", ".join(FORMATS)
+    with open_regular(path) as file:
+        is_tiff = file.read(4) in TIFF_STARTS
+    reason = (
+        "a TIFF of a kind that is not decoded, as with 64-bit pixels"
+        if is_tiff
+        else "its content is of no format that covcli decodes"
+    )
+    return CovcliError(
+        f"cannot be read as an image ({reason})",
+        where=path,
+        fix=f"store it as one of {known}, or remove it",
+    )
+
+
+def _pixels(image: ImageFile.ImageFile) -> Pixels:
+    """Return an image's pixels as they are stored, in 8 bits."""
+    _check_range_is_known(image)
+    if image.mode.startswith("I"):
+        return _from_16_bits(image)
+    if image.has_transparency_data:
+        wanted = "LA" if image.mode in ("LA", "La") else "RGBA"
+    else:
+        wanted = "L" if image.mode in ("1", "L") else "RGB"
+    image.load()
+    pixels = np.array(image if image.mode == wanted else image.convert(wanted))
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _check_range_is_known(image: ImageFile.ImageFile) -> None:
+    """Raise a ValueError for pixels that PIL reads wrongly, or whose black and white none knows."""
+    tags: Any = getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        raise ValueError("float pixels have no agreed range: store 8 or 16 bits")
+    if SIGNED in _values(tags, SAMPLE_FORMAT):
+        raise ValueError("signed pixels have no agreed range: store them unsigned")
+    if image.mode == "I" and image.format == "TIFF":
+        raise ValueError("32-bit pixels have no agreed range: store 8 or 16 bits")
+    if SEPARATE_PLANES in _values(tags, PLANAR) and max(_values(tags, BITS), default=8) > 8:
+        raise ValueError("16-bit colours in separate planes are not decoded: store them together")
+
+
+def _from_16_bits(image: ImageFile.ImageFile) -> Pixels:
+    tags: Any = getattr(image, "tag_v2", {})
+    highest = 2 ** max(_values(tags, BITS), default=16) - 1  # scanners and cameras store 12 too
+    deep = np.asarray(image).astype(np.int64)
+    if 0 in _values(tags, WHITE_IS_ZERO):
+        deep = highest - deep
+    pixels: Pixels = ((deep * 255 + highest // 2) // highest).clip(0, 255).astype(np.uint8)
+    return pixels[..., None]
+
+
+def _values(tags: Any, tag: int) -> tuple[int, ...]:
+    value = tags.get(tag, ())
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _upright(image: ImageFile.ImageFile, pixels: Pixels) -> Pixels:
+    """Turn pixels as EXIF's orientation asks; broken EXIF data asks for nothing."""
+    try:
+        orientation = image.getexif().get(ORIENTATION, 1)
+    except DECODER_ERRORS:
+        return pixels
+    if orientation in (3, 4, 6, 7):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 7, 8):
+        pixels = pixels[:, ::-1]
+    return pixels.transpose(1, 0, 2) if orientation in (5, 6, 7, 8) else pixels

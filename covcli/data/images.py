@@ -1,6 +1,7 @@
 """Sets of images: in memory, in files or drawn from a generator, read in whole batches."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from covcli.core.errors import CovcliError
 
 Shape: TypeAlias = tuple[int, int, int]
 
+LONGEST = 16  # sides of the result: what of a resized image may lie outside it
 # ITU-R BT.601 luma, the weights that PIL's "L" mode uses.
 LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
 
@@ -158,8 +160,10 @@ def in_memory(
 def adapt(images: Tensor, shape: Shape) -> Tensor:
     """Turn images to a model's channels and size.
 
-    Grey images become three equal channels, an alpha channel is dropped, colours become
-    grey by luma. The shorter side is resized (bilinear, antialiased) and the middle cut out.
+    Transparency, a second or fourth channel, shows white behind it. Grey images become three
+    equal channels, colours become grey by luma. The shorter side is resized (bilinear,
+    antialiased) and the middle cut out; of an image more than 16 times as long as it is wide,
+    only the part around the middle is resized.
 
     Parameters
     ----------
@@ -175,13 +179,14 @@ def adapt(images: Tensor, shape: Shape) -> Tensor:
     """
     channels, height, width = shape
     if images.shape[1] in (2, 4):
-        images = images[:, :-1]
+        images = on_white(images)
     if images.shape[1] == 1 and channels == 3:
         images = images.expand(-1, 3, -1, -1)
     elif images.shape[1] == 3 and channels == 1:
         images = (images * LUMA).sum(1, keepdim=True).round().to(torch.uint8)
     if images.shape[2:] == (height, width):
         return images
+    images = _without_far_ends(images, height, width)
     scale = max(height / images.shape[2], width / images.shape[3])
     size = [
         max(round(side * scale), least)
@@ -189,6 +194,43 @@ def adapt(images: Tensor, shape: Shape) -> Tensor:
     ]
     cut: Tensor = F.center_crop(F.resize(images, size, antialias=True), [height, width])
     return cut
+
+
+def on_white(images: Tensor) -> Tensor:
+    """Lay images with transparency on a white ground.
+
+    Parameters
+    ----------
+    images
+        uint8 of shape (B, 2 or 4, H, W); the last channel is how opaque a pixel is.
+
+    Returns
+    -------
+    Tensor
+        uint8 of shape (B, 1 or 3, H, W).
+
+    Examples
+    --------
+    >>> on_white(torch.tensor([100, 0], dtype=torch.uint8).view(1, 2, 1, 1)).item()
+    255
+    """
+    colour, alpha = images[:, :-1].int(), images[:, -1:].int()
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
+
+
+def _without_far_ends(images: Tensor, height: int, width: int) -> Tensor:
+    """Cut the ends off a long thin image that would be resized only to be cut off then."""
+    high, wide = images.shape[2:]
+    scale = max(height / high, width / wide)
+    kept = [
+        min(side, math.ceil(LONGEST * least / scale))
+        for side, least in ((high, height), (wide, width))
+    ]
+    if kept == [high, wide]:
+        return images
+    # Both ends lose the same, so that the middle stays where it is.
+    top, left = (high - kept[0]) // 2, (wide - kept[1]) // 2
+    return images[:, :, top : high - top, left : wide - left]
 
 
 def batches(

@@ -1,15 +1,28 @@
 """Decoding: which files become pixels, which are refused, and what a file can never do."""
 
+import contextlib
+import io
+import logging
 import os
+import resource
 import stat
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+import torch
+from PIL import EpsImagePlugin, Image, ImageOps
 
+from covcli.core import progress
 from covcli.core.errors import CovcliError
+from covcli.data import decoding
 from covcli.data.decoding import FORMATS, decode
+from covcli.data.images import adapt
 
 POSTSCRIPT = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\n(x) print\nshowpage\n"
@@ -76,3 +89,297 @@ def test_a_pipe_is_refused_before_a_byte_is_read(tmp_path: Path) -> None:
     for path in (tmp_path / "x.png", Path("/dev/zero"), tmp_path):
         with pytest.raises(CovcliError, match="is no regular file"):
             decode(path)
+
+
+def of(path: Path) -> np.ndarray:
+    return decode(path)[0].permute(1, 2, 0).numpy()
+
+
+def deep(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 65536, shape).astype(np.uint16)
+
+
+def write_png16(path: Path, pixels: np.ndarray) -> None:
+    """Write a 16-bit PNG by hand: PIL writes grey ones only."""
+    height, width, channels = pixels.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
+    ))  # fmt: skip
+
+
+def write_tiff(path: Path, pixels: bytes, size: tuple[int, int], **tags: object) -> None:
+    """Write a TIFF of one strip by hand, with tags that PIL does not write."""
+    numbers = {"bits": 258, "photometric": 262, "samples": 277, "planar": 284, "format": 339}
+    entries: dict[int, tuple[int, ...]] = {
+        256: (size[0],), 257: (size[1],), 259: (1,), 273: (8,), 278: (size[1],), 279: (len(pixels),)
+    }  # fmt: skip
+    for name, value in tags.items():
+        entries[numbers[name]] = value if isinstance(value, tuple) else (value,)  # type: ignore[assignment]
+    start = 8 + len(pixels)
+    body, beyond = struct.pack("<H", len(entries)), b""
+    for tag, values in sorted(entries.items()):
+        packed = struct.pack(f"<{len(values)}H", *values)
+        if len(packed) > 4:
+            place = start + 2 + 12 * len(entries) + 4 + len(beyond)
+            beyond += packed
+            packed = struct.pack("<I", place)
+        body += struct.pack("<HHI", tag, 3, len(values)) + packed.ljust(4, b"\0")
+    path.write_bytes(b"II*\0" + struct.pack("<I", start) + pixels + body + bytes(4) + beyond)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_16_bit_png_is_scaled_to_8(tmp_path: Path, channels: int) -> None:
+    pixels = deep(5, 6, channels)
+    write_png16(tmp_path / "x.png", pixels)
+    found = of(tmp_path / "x.png").astype(int)
+    if channels == 2:
+        found = found[..., [0, -1]]
+    assert np.abs(found - np.rint(pixels / 257)).max() <= 1
+    exact = (deep(5, 6, channels) >> 8) * 257  # an image of 8 bits, stored in 16
+    write_png16(tmp_path / "x.png", exact)
+    found = of(tmp_path / "x.png")
+    np.testing.assert_array_equal(found[..., [0, -1]] if channels == 2 else found, exact // 257)
+
+
+def test_16_bit_tiff_and_pgm_are_scaled_to_8(tmp_path: Path) -> None:
+    grey, colour = deep(5, 6), deep(5, 6, 3)
+    size, expected = (6, 5), np.rint(deep(5, 6) / 257)
+    Image.fromarray(grey).save(tmp_path / "grey.tif")
+    (tmp_path / "grey.pgm").write_bytes(b"P5 6 5 65535\n" + grey.astype(">u2").tobytes())
+    write_tiff(tmp_path / "white.tif", (65535 - grey).tobytes(), size, bits=16, photometric=0)
+    for name in ("grey.tif", "grey.pgm", "white.tif"):
+        np.testing.assert_array_equal(of(tmp_path / name)[..., 0], expected, err_msg=name)
+    write_tiff(tmp_path / "c.tif", colour.tobytes(), size, bits=(16,) * 3, photometric=2, samples=3)
+    (tmp_path / "c.ppm").write_bytes(b"P6 6 5 65535\n" + colour.astype(">u2").tobytes())
+    for name in ("c.tif", "c.ppm"):
+        assert np.abs(of(tmp_path / name).astype(int) - np.rint(colour / 257)).max() <= 1
+    twelve = grey >> 4
+    packed = b"".join(
+        bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in twelve.reshape(-1, 2).tolist()
+    )
+    write_tiff(tmp_path / "12.tif", packed, size, bits=12, photometric=1)
+    np.testing.assert_array_equal(of(tmp_path / "12.tif")[..., 0], np.rint(twelve * (255 / 4095)))
+
+
+def test_pixels_without_a_known_range_are_refused_with_the_reason(tmp_path: Path) -> None:
+    grey, size = deep(5, 6), (6, 5)
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tif")
+    (tmp_path / "float.ppm").write_bytes(b"Pf 6 5 -1.0\n" + grey.astype("<f4").tobytes())
+    write_tiff(tmp_path / "double.tif", grey.astype("<f8").tobytes(), size, bits=64, photometric=1,
+               format=3)  # fmt: skip
+    write_tiff(tmp_path / "signed.tif", grey.tobytes(), size, bits=16, photometric=1, format=2)
+    write_tiff(tmp_path / "long.tif", grey.astype("<u4").tobytes(), size, bits=32, photometric=1)
+    write_tiff(tmp_path / "planes.tif", deep(3, 5, 6).tobytes(), size, bits=(16,) * 3,
+               photometric=2, samples=3, planar=2)  # fmt: skip
+    reasons = {
+        "float.tif": "float pixels have no agreed range: store 8 or 16 bits",
+        "float.ppm": "float pixels have no agreed range",
+        "double.tif": "a TIFF of a kind that is not decoded",
+        "signed.tif": "signed pixels have no agreed range",
+        "long.tif": "32-bit pixels have no agreed range",
+        "planes.tif": "separate planes are not decoded",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(CovcliError, match=reason) as caught:
+            decode(tmp_path / name)
+        assert "\n" not in str(caught.value)
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_orientation_is_applied(tmp_path: Path, form: str, orientation: int) -> None:
+    image = Image.fromarray(deep(5, 7, 3).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if form == "WEBP" else {}
+    image.save(tmp_path / "x", format=form, exif=exif, **options)
+    with Image.open(tmp_path / "x") as opened:
+        opened.load()
+        expected = np.asarray(ImageOps.exif_transpose(opened))
+    np.testing.assert_array_equal(of(tmp_path / "x"), expected)
+    assert expected.shape == ((7, 5, 3) if orientation in (5, 6, 7, 8) else (5, 7, 3))
+
+
+def test_transparency_shows_white_whatever_the_form(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 4), np.uint8)
+    image = Image.fromarray(pixels)
+    alpha = pixels[..., 3:] / 255
+    expected = np.rint(pixels[..., :3] * alpha + 255 * (1 - alpha))
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "a.webp", lossless=True, exact=True)
+    image.save(tmp_path / "a.tif")
+    shape = (3, 32, 32)
+    for name in ("a.png", "a.webp", "a.tif"):
+        found = adapt(decode(tmp_path / name), shape)[0].permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+    memory = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    np.testing.assert_array_equal(adapt(memory, shape)[0].permute(1, 2, 0).numpy(), expected)
+    palette = Image.fromarray(pixels[..., :3]).quantize(200)
+    opaque = np.random.default_rng(2).integers(0, 256, 256, np.uint8)
+    palette.save(tmp_path / "p.png", transparency=opaque.tobytes())
+    places = np.asarray(palette)
+    colours = np.array(palette.getpalette()).reshape(-1, 3)[places]
+    share = opaque[places][..., None] / 255
+    found = adapt(decode(tmp_path / "p.png"), shape)[0].permute(1, 2, 0).numpy()
+    assert np.abs(found - (colours * share + 255 * (1 - share))).max() <= 1
+
+
+def test_other_colour_spaces_become_rgb(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 32).astype(np.uint8)
+    pixels = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], ramp[::-1, None]), 2)
+    image = Image.fromarray(pixels)
+    for mode, name, near in (
+        ("CMYK", "c.tif", 0), ("CMYK", "c.jpg", 8), ("LAB", "l.tif", 5), ("YCbCr", "y.jpg", 8),
+        ("P", "p.png", 20), ("P", "p.gif", 20),
+    ):  # fmt: skip
+        image.convert(mode).save(tmp_path / name)
+        found = of(tmp_path / name)
+        assert found.shape == (32, 32, 3), name
+        assert np.abs(found.astype(int) - pixels).mean() <= near, name
+    for mode, name in (("1", "b.png"), ("L", "g.jpg"), ("L", "g.bmp")):
+        image.convert(mode).save(tmp_path / name)
+        found = of(tmp_path / name)[..., 0].astype(int)
+        assert np.abs(found - np.asarray(image.convert(mode).convert("L"))).max() <= 3, name
+
+
+def test_the_first_frame_of_an_animation_is_read(tmp_path: Path) -> None:
+    frames = [Image.new("L", (6, 5), value) for value in (10, 100, 200)]
+    for name in ("a.gif", "a.webp", "a.png", "a.tiff"):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        assert set(of(tmp_path / name)[..., 0].ravel().tolist()) == {10}, name
+
+
+def test_large_and_plain_pictures_are_read(tmp_path: Path) -> None:
+    Image.new("1", (4960, 7016), 1).save(tmp_path / "scan.tif", compression="group4")
+    Image.new("RGB", (6000, 4000), (2, 1, 3)).save(tmp_path / "night.jpg")
+    assert (tmp_path / "scan.tif").stat().st_size < 10_000
+    for name, shape in (("scan.tif", (1, 1, 7016, 4960)), ("night.jpg", (1, 3, 4000, 6000))):
+        assert decode(tmp_path / name).shape == shape
+
+
+def test_the_limit_counts_pixels_and_can_be_raised(tmp_path: Path) -> None:
+    Image.new("L", (100, 50)).save(tmp_path / "x.png")
+    with pytest.raises(CovcliError, match="100×50 are more than 4999 pixels: raise --max-pixels"):
+        decode(tmp_path / "x.png", 4999)
+    assert decode(tmp_path / "x.png", 5000).shape == (1, 1, 50, 100)
+
+
+@pytest.mark.parametrize("size", [(6000, 1), (1, 6000), (3, 9000), (20_000, 90)])
+def test_a_thin_image_costs_no_memory_and_keeps_its_middle(size: tuple[int, int]) -> None:
+    width, height = size
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    image = torch.zeros(1, 3, height, width, dtype=torch.uint8)
+    if width > height:
+        image[..., width // 2 - 1 : width // 2 + 1] = 200  # just around the middle
+    else:
+        image[..., height // 2 - 1 : height // 2 + 1, :] = 200
+    found = adapt(image, (3, 224, 224))
+    assert found.shape == (1, 3, 224, 224)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
+    assert int(found[0, 0, 112, 112]) > 100
+    assert torch.equal(found, found.flip(2, 3))
+
+
+def test_an_image_that_is_not_thin_is_cut_after_resizing_as_ever() -> None:
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, 64, 900), np.uint8))
+    from torchvision.transforms.v2 import functional as F
+
+    expected = F.center_crop(F.resize(image, [32, 450], antialias=True), [32, 32])
+    assert torch.equal(adapt(image, (3, 32, 32)), expected)
+
+
+def broken_tiff(path: Path) -> Path:
+    buffer = io.BytesIO()
+    Image.fromarray(deep(40, 50).astype(np.uint8)).convert("1").save(
+        buffer, "TIFF", compression="group4"
+    )
+    content = bytearray(buffer.getvalue())
+    content[8:60] = bytes(range(100, 152))
+    path.write_bytes(content)
+    return path
+
+
+def test_libraries_of_decoders_write_nothing_by_themselves(tmp_path: Path) -> None:
+    path = broken_tiff(tmp_path / "x.tif")
+    code = (
+        "import sys; from pathlib import Path; from covcli.core.errors import CovcliError\n"
+        "from covcli.data.decoding import decode\n"
+        "try: decode(Path(sys.argv[1]))\n"
+        "except CovcliError: pass"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_decoders_warnings_are_lines_of_the_log_and_name_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "TIFF")
+    content = buffer.getvalue()
+    start = struct.unpack("<I", content[4:8])[0]
+    # an entry of a tag nobody knows, that lies beyond the end of the file
+    count = struct.unpack("<H", content[start : start + 2])[0]
+    entry = struct.pack("<HHII", 65000, 2, 9, 10**6)
+    changed = content[:start] + struct.pack("<H", count + 1) + content[start + 2 :]
+    changed = changed[: start + 2 + 12 * count] + entry + changed[start + 2 + 12 * count :]
+    path = tmp_path / "w.tif"
+    path.write_bytes(changed)
+    for quiet in (True, False):
+        warnings.simplefilter("always")  # not once; pytest restores it
+        with progress.reporter(quiet), contextlib.suppress(CovcliError):
+            decode(path)
+        shown = capsys.readouterr().err
+        if quiet:
+            assert shown == ""
+        else:
+            assert all(line.startswith(f"warning: {path}: ") for line in shown.splitlines())
+            assert shown
+    assert logging.getLogger("covcli").handlers == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_mutated_image_decodes_or_is_refused_in_one_line(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 256, (40, 50, 3), np.uint8))
+    kinds: list[tuple[str, dict[str, object]]] = [
+        *((name, {}) for name in FORMATS),
+        *(("TIFF", {"compression": name}) for name in ("tiff_lzw", "jpeg", "tiff_adobe_deflate")),
+    ]
+    for form, options in kinds:
+        buffer = io.BytesIO()
+        image.save(buffer, form, **options)
+        for _ in range(50):
+            content = np.frombuffer(buffer.getvalue(), np.uint8).copy()
+            head = min(len(content), int(generator.choice([40, 400, len(content)])))
+            places = generator.integers(0, head, int(generator.choice([1, 2, 5, 20])))
+            content[places] = generator.integers(0, 256, len(places))
+            length = len(content) if generator.random() < 0.8 else generator.integers(len(content))
+            (tmp_path / "x").write_bytes(content[:length].tobytes())
+            try:
+                pixels = decode(tmp_path / "x")
+            except CovcliError as error:
+                assert "\n" not in str(error)
+            else:
+                assert pixels.dtype == torch.uint8
+                assert pixels.shape[1] <= 4
+
+
+def test_running_out_of_memory_is_no_broken_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "x.png")
+
+    def exhausted(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(decoding, "_pixels", exhausted)
+    with pytest.raises(MemoryError):
+        decode(tmp_path / "x.png")
