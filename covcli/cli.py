@@ -19,6 +19,7 @@ from covcli.options import (
     GranularityChoice,
     GuaranteeMode,
     JsonFlag,
+    MaxError,
     Plugin,
     Process,
     QuietFlag,
@@ -155,10 +156,12 @@ def build_signature(
     guarantee: Annotated[
         GuaranteeMode,
         typer.Option(
-            help="marginal: in the mean over calibrations; certified: of this one, with 95% "
-            "confidence, by predicted class too."
+            help="marginal: in the mean over calibrations; by-class: in each predicted class; "
+            "certified-overall: of this calibration, with 95% confidence; certified: and in each "
+            "predicted class."
         ),
     ] = "marginal",
+    max_error: MaxError = None,
     model: Annotated[str | None, typer.Option(help="For a bare state dict: its model.")] = None,
     mean: Annotated[
         str | None, typer.Option(help="For a bare state dict: pixel means, as 0.49,0.48,0.45.")
@@ -190,7 +193,8 @@ def build_signature(
     config = SignatureConfig(
         checkpoint=checkpoint, method=method, granularity=granularity, trusted=trusted,
         calibration=calibration, confidence_threshold=confidence_threshold, alpha=alpha,
-        guarantee=guarantee, model=model, statistics=read_statistics(mean, std), runs=runs,
+        guarantee=guarantee, max_error=max_error, model=model,
+        statistics=read_statistics(mean, std), runs=runs,
         data_dir=data_dir, output=output, force=force, device=device, amp=amp, seed=seed,
     )  # fmt: skip
     with reporter(quiet or not process.prints) as progress:
@@ -262,8 +266,9 @@ def evaluate(
     ] = None,
     guarantee: Annotated[
         GuaranteeMode | None,
-        typer.Option(help="marginal or certified; default: the signature's."),
+        typer.Option(help="In which sense, see build-signature; default: the signature's."),
     ] = None,
+    max_error: MaxError = None,
     baseline: Annotated[
         list[str] | None,
         typer.Option(help="Detector of pytorch-ood to compare with, or all; may repeat."),
@@ -326,8 +331,9 @@ def evaluate(
         wanted += gates.read_baseline(baseline_results, tolerance, tuple(untrusted))
     config = EvaluationConfig(
         untrusted=tuple(untrusted), checkpoint=checkpoint, signature=signature, method=method,
-        trusted=trusted, alpha=alpha, guarantee=guarantee, baselines=tuple(baseline or ()),
-        explain=explain, gates=tuple(wanted), model=model, runs=runs,
+        trusted=trusted, alpha=alpha, guarantee=guarantee, max_error=max_error,
+        baselines=tuple(baseline or ()), explain=explain, gates=tuple(wanted), model=model,
+        runs=runs,
         data_dir=data_dir, output=output, force=force, device=device, seed=seed,
     )  # fmt: skip
     with reporter(quiet or not process.prints) as progress:

@@ -44,9 +44,16 @@ Plugin = Annotated[
     list[Path] | None,
     typer.Option(help="Python file to run first: it can register models, datasets and methods."),
 ]
+MaxError = Annotated[
+    float | None,
+    typer.Option(
+        help="With 95% confidence, at most this share of the answers that pass is wrong; the "
+        "others are unsure."
+    ),
+]
 GranularityChoice: TypeAlias = Literal["channel", "unit"]
 Augment: TypeAlias = Literal["auto", "none", "crop", "crop-flip"]
-GuaranteeMode: TypeAlias = Literal["marginal", "certified"]
+GuaranteeMode: TypeAlias = Literal["marginal", "by-class", "certified", "certified-overall"]
 AmpMode: TypeAlias = Literal["off", "bf16", "auto"]
 Amp = Annotated[
     AmpMode,

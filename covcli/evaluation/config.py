@@ -22,6 +22,7 @@ class EvaluationConfig:
     trusted: str | None = None
     alpha: float | None = None
     guarantee: Mode | None = None
+    max_error: float | None = None
     baselines: tuple[str, ...] = ()
     explain: int = 0
     gates: tuple[Gate, ...] = ()

@@ -14,6 +14,7 @@ from covcli.evaluation.inputs import Job
 from covcli.evaluation.own_errors import own_errors
 from covcli.evaluation.scores import Measured
 from covcli.reporting.documents import (
+    Accepted,
     ClassAlarms,
     Deceived,
     Detection,
@@ -35,12 +36,13 @@ from covcli.signature.guarantee import (
     alarms_bound,
     alarms_interval,
     binomial_interval,
+    total_alarms_interval,
 )
 
 LEAST_DECEIVED = 10  # fewer images say too little to draw a bootstrap from
 
 
-def overall(rule: Rule, flagged: Tensor, seed: int) -> FalseAlarms:
+def overall(rule: Rule, flagged: Tensor, predicted: Tensor, seed: int) -> FalseAlarms:
     """Compare the share of alarms among trusted images with what calibration promises.
 
     Parameters
@@ -49,11 +51,12 @@ def overall(rule: Rule, flagged: Tensor, seed: int) -> FalseAlarms:
         What gave the verdicts.
     flagged
         The verdicts, bool of shape (N,).
+    predicted
+        The same images' predicted classes, int64 of shape (N,).
     seed
         Of the bootstrap interval.
     """
-    scores, images = int(rule.counts.sum()), len(flagged)
-    low, high = _promise(rule.guarantee, scores, images)
+    low, high = _promised_overall(rule, predicted)
     share = metrics.share(flagged.numpy(), seed)
     return FalseAlarms(rule.guarantee.alpha, share.value, share.low, share.high, low, high)
 
@@ -61,7 +64,7 @@ def overall(rule: Rule, flagged: Tensor, seed: int) -> FalseAlarms:
 def by_class(
     rule: Rule, flagged: Tensor, predicted: Tensor, classes: tuple[str, ...]
 ) -> list[ClassAlarms]:
-    """Compare the same by predicted class, for which only certified calibration promises.
+    """Compare the same by predicted class, for which not every guarantee promises something.
 
     Parameters
     ----------
@@ -78,7 +81,7 @@ def by_class(
 def _of_class(rule: Rule, k: int, flagged: Tensor, name: str) -> ClassAlarms:
     images, alarms, scores = len(flagged), int(flagged.sum()), int(rule.counts[k])
     low, high = binomial_interval(alarms, images) if images else (None, None)
-    certified = images and rule.guarantee.mode == "certified"
+    promised = images and rule.guarantee.each_class
     return ClassAlarms(
         name=name,
         images=images,
@@ -88,24 +91,37 @@ def _of_class(rule: Rule, k: int, flagged: Tensor, name: str) -> ClassAlarms:
         high=high,
         calibration_scores=scores,
         threshold=float(rule.thresholds[k]),
-        promised_high=_promise(rule.guarantee, scores, images)[1] if certified else None,
+        promised_high=_promise(rule.guarantee, scores, images)[1] if promised else None,
     )
 
 
 def _promise(guarantee: Guarantee, scores: int, images: int) -> tuple[float, float]:
     """Return where the share of alarms among so many new images lies with 95% probability.
 
-    In certified mode the other thresholds can only lower it: there is an upper bound alone.
+    What is certified has an upper bound alone, which other thresholds can only lower.
     """
     rank = guarantee.rank(scores)
-    if guarantee.mode == "certified":
+    if guarantee.certain:
         return 0.0, alarms_bound(rank, scores, images)
     return alarms_interval(rank, scores, images)
 
 
+def _promised_overall(rule: Rule, predicted: Tensor) -> tuple[float, float]:
+    """Return the same over all classes: by class, the alarms are those of each, added up."""
+    if rule.guarantee.mode != "by-class":
+        return _promise(rule.guarantee, int(rule.counts.sum()), len(predicted))
+    tested = torch.bincount(predicted, minlength=len(rule.counts)).tolist()
+    groups = [
+        (rule.guarantee.rank(scores), scores, images)
+        for scores, images in zip(rule.counts.tolist(), tested, strict=True)
+        if images
+    ]
+    return total_alarms_interval(groups)
+
+
 def guaranteed(guarantee: Guarantee) -> Guaranteed:
     """Return a guarantee as the results state it."""
-    confidence = CONFIDENCE if guarantee.mode == "certified" else None
+    confidence = CONFIDENCE if guarantee.certain else None
     return Guaranteed(guarantee.mode, guarantee.alpha, confidence, guarantee.statement())
 
 
@@ -170,12 +186,32 @@ def _trusted_figures(job: Job, measured: Measured) -> TrustedSet:
         images=len(images),
         fingerprint=images.fingerprint,
         accuracy=float(measured.correct.mean()),
-        false_alarm_rate=overall(rule, flagged, job.config.seed),
+        false_alarm_rate=overall(rule, flagged, measured.predicted, job.config.seed),
         false_alarms_by_class=by_class(
             rule, flagged, measured.predicted, job.judge.signature.classes
         ),
         mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
+        accepted=_accepted(job, measured),
         errors=own_errors(measured.scores, measured.correct, job.config.seed),
+    )
+
+
+def _accepted(job: Job, measured: Measured) -> Accepted | None:
+    """Return how many answers pass, and how many of those are wrong, where that is bounded."""
+    max_error = job.judge.rule.guarantee.max_error
+    if max_error is None:
+        return None
+    passing = ~(measured.untrusted | measured.unsure)
+    wrong = int((passing & ~measured.correct).sum())
+    share = binomial_interval(int(passing.sum()), len(passing))
+    error = binomial_interval(wrong, int(passing.sum())) if passing.any() else None
+    return Accepted(
+        max_error=max_error,
+        images=int(passing.sum()),
+        unsure=int(measured.unsure.sum()),
+        wrong=wrong,
+        coverage=Estimate(float(passing.mean()), *share),
+        error_rate=None if error is None else Estimate(wrong / int(passing.sum()), *error),
     )
 
 
@@ -191,6 +227,7 @@ def _untrusted_figures(
         fingerprint=images.fingerprint,
         scores=_detections(job, trusted, measured, np.ones(len(images), bool)),
         mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
+        unsure=int(measured.unsure.sum()),
         success_rate=success,
         deceived=deceived,
     )

@@ -54,14 +54,15 @@ def load_job(config: EvaluationConfig) -> Job:
         files.refuse_existing(path, config.force)
     judge, record = judges.load(
         checkpoint_path, signature_path,
-        alpha=config.alpha, guarantee=config.guarantee, device=config.device,
+        alpha=config.alpha, guarantee=config.guarantee, max_error=config.max_error,
+        device=config.device,
     )  # fmt: skip
     spec, classes = judge.model.spec, judge.signature.classes
     if config.model not in (None, spec.name):
         raise CovcliError(f"the signature is of {spec.name!r}", where=f"--model {config.model}")
     softmax = judge.calibration.softmax_rule(judge.rule.guarantee, classes)
     trusted, warnings = _trusted(config, record, classes)
-    plan = compare.prepare(config.baselines, judge.model, record, config.data_dir, classes)
+    plan = compare.prepare(config.baselines, judge, record, config.data_dir)
     return Job(
         config, outputs, checkpoint_path, signature_path, judge,
         {"coverage": judge.rule, "softmax": softmax}, record, trusted, plan, warnings,

@@ -30,8 +30,8 @@ class Measured:
         (N,).
     p_value, confidence, softmax_confidence
         float64 of shape (N,).
-    untrusted
-        The verdict, bool of shape (N,).
+    untrusted, unsure
+        The verdict, bool of shape (N,); both are False where the answer passes.
     coverage
         Share of each point's neurons inside the range, mean over the images, shape (L,).
     """
@@ -43,6 +43,7 @@ class Measured:
     confidence: np.ndarray
     softmax_confidence: np.ndarray
     untrusted: np.ndarray
+    unsure: np.ndarray
     coverage: list[float]
 
     @property
@@ -62,7 +63,7 @@ class Measured:
         label = None if self.label is None else self.label.numpy()
         return ImageScores(
             self.predicted.numpy(), label, self.scores, self.p_value, self.confidence,
-            self.softmax_confidence, self.untrusted,
+            self.softmax_confidence, self.untrusted, self.unsure,
         )  # fmt: skip
 
 
@@ -73,10 +74,12 @@ def measure(judge: Judge, images: ImageSet, progress: Progress) -> Measured:
         v = judge(batch.logits, batch.neurons)
         inside = judge.signature.coverage(batch.neurons, v.predicted)
         softmax = softmax_score(batch.logits.cpu())
-        verdicts = (v.predicted, v.score, v.p_value, v.confidence, v.untrusted)
+        verdicts = (v.predicted, v.score, v.p_value, v.confidence, v.untrusted, v.unsure)
         parts.append((batch.rows, *verdicts, inside, softmax))
     predicted, *columns = distributed.collect(parts)
-    score, p_value, confidence, untrusted, coverage, doubt = (c.numpy() for c in columns)
+    score, p_value, confidence, untrusted, unsure, coverage, doubt = (
+        column.numpy() for column in columns
+    )
     return Measured(
         predicted=predicted,
         label=images.labels,
@@ -85,6 +88,7 @@ def measure(judge: Judge, images: ImageSet, progress: Progress) -> Measured:
         confidence=confidence,
         softmax_confidence=1 - doubt,
         untrusted=untrusted,
+        unsure=unsure,
         coverage=coverage.mean(0).tolist(),
     )
 

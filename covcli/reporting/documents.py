@@ -178,11 +178,11 @@ class Guaranteed:
     Attributes
     ----------
     mode
-        "marginal" or "certified".
+        "marginal", "by-class", "certified" or "certified-overall".
     alpha
         The rate.
     confidence
-        Over the draw of the calibration images, 0.95 where the rate is certified; None elsewhere.
+        Over the draw of the calibration images, 0.95 where the rate is certified; None else.
     statement
         The guarantee in words, with where it ends.
     """
@@ -194,11 +194,36 @@ class Guaranteed:
 
 
 @dataclass(frozen=True)
+class Accepted:
+    """How many answers on trusted test images pass, and how many of those are wrong.
+
+    Attributes
+    ----------
+    max_error
+        What the share of wrong answers among those that pass stays at or below, with 95%
+        confidence over the draw of the calibration images.
+    images, unsure, wrong
+        How many pass; how many do not though their images are familiar; how many pass wrongly.
+    coverage
+        The share of the answers that pass, with its exact 95% interval.
+    error_rate
+        The share of wrong answers among those that pass, likewise; None if none passes.
+    """
+
+    max_error: float
+    images: int
+    unsure: int
+    wrong: int
+    coverage: Estimate
+    error_rate: Estimate | None
+
+
+@dataclass(frozen=True)
 class TrustedSet:
     """The trusted test images.
 
     `errors` says how well each score finds those that the network classifies wrongly; None where
-    it makes no error, or nothing but errors.
+    it makes no error, or nothing but errors. `accepted` is None unless wrong answers are bounded.
     """
 
     name: str
@@ -209,6 +234,7 @@ class TrustedSet:
     false_alarms_by_class: list[ClassAlarms]
     mean_confidence: dict[str, float]
     errors: dict[str, OwnErrors] | None
+    accepted: Accepted | None = None
 
 
 @dataclass(frozen=True)
@@ -236,7 +262,8 @@ class UntrustedSet:
 
     `scores` has "coverage", "softmax" and the baselines that were asked for. `success_rate` is the
     share deceived of the images that were classified rightly before the attack; None for a set
-    that is no attack, or where no image was.
+    that is no attack, or where no image was. `unsure` counts the images that are not untrusted
+    and whose answers do not pass all the same.
     """
 
     name: str
@@ -246,6 +273,7 @@ class UntrustedSet:
     mean_confidence: dict[str, float]
     success_rate: Estimate | None
     deceived: Deceived | None
+    unsure: int = 0
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ UNLABELLED = -1
 COLUMNS = {
     "set": np.object_, "index": np.int64, "label": np.int64, "predicted": np.int64,
     "score": np.float64, "p_value": np.float64, "confidence": np.float64, "untrusted": np.int64,
-    "softmax_confidence": np.float64,
+    "unsure": np.int64, "softmax_confidence": np.float64,
 }  # fmt: skip
 SUFFIX = "_score"
 
@@ -42,8 +42,8 @@ class ImageScores:
         softmax score is one minus the confidence, so what a file holds of it ends at 1e-16.
     p_value, confidence, softmax_confidence
         float64, in [0, 1].
-    untrusted
-        The verdict, bool.
+    untrusted, unsure
+        The verdict, bool; both are False where the answer passes.
     """
 
     predicted: np.ndarray
@@ -53,6 +53,7 @@ class ImageScores:
     confidence: np.ndarray
     softmax_confidence: np.ndarray
     untrusted: np.ndarray
+    unsure: np.ndarray
 
     @property
     def baselines(self) -> dict[str, np.ndarray]:
@@ -79,6 +80,7 @@ def write_scores(path: Path, sets: Mapping[str, ImageScores]) -> None:
                 "p_value": of.p_value,
                 "confidence": of.confidence,
                 "untrusted": of.untrusted.astype(int),
+                "unsure": of.unsure.astype(int),
                 "softmax_confidence": of.softmax_confidence,
                 **{f"{baseline}{SUFFIX}": values for baseline, values in of.baselines.items()},
             }
@@ -100,6 +102,8 @@ def read_scores(path: Path) -> dict[str, ImageScores]:
     try:
         text = io.BytesIO(file_checks.read_gzip(path))
         table = pd.read_csv(text, keep_default_na=False, dtype={"set": str})
+        if "unsure" not in table:  # written before wrong answers could be bounded
+            table["unsure"] = 0
         if missing := COLUMNS.keys() - table.columns:
             raise ValueError(f"no column {sorted(missing)[0]}")
         table = table.astype(COLUMNS)
@@ -122,6 +126,7 @@ def _scores(rows: pd.DataFrame) -> ImageScores:
         confidence=columns["confidence"],
         softmax_confidence=columns["softmax_confidence"],
         untrusted=columns["untrusted"].astype(bool),
+        unsure=columns["unsure"].astype(bool),
     )
 
 

@@ -191,7 +191,9 @@ def errors(data: ReportData) -> Section | None:
     axes.legend(fontsize=8)
     note = f"In per cent, with 95% bootstrap intervals. {tables.ERRORS_NOTE}"
     picture = Picture("errors", "Share of errors against share of images kept", figure)
-    return Section("The network's own errors", [picture, table, note])
+    accepted = tables.accepted(data.evaluation)
+    blocks: list[Block] = [picture, table, note]
+    return Section("The network's own errors", blocks if accepted is None else [accepted, *blocks])
 
 
 @SECTIONS.add("training")

@@ -174,6 +174,18 @@ def false_alarms(result: EvaluationResult) -> str:
     )
 
 
+def accepted(result: EvaluationResult) -> str | None:
+    """Word how many answers pass and how many of those are wrong; None where nothing bounds it."""
+    a = result.trusted.accepted
+    if a is None:
+        return None
+    return (
+        f"Of the trusted images' answers {interval(a.coverage)}% pass and {a.unsure} are unsure; "
+        f"of those that pass {interval(a.error_rate, 2)}% are wrong ({a.wrong} of {a.images}; "
+        f"promised at most {percent(a.max_error, 2)}%, with 95% confidence)."
+    )
+
+
 def highest_class(result: EvaluationResult) -> str:
     """Word the predicted class with the highest false-alarm rate."""
     worst = _highest(result)[0]

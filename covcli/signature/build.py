@@ -42,6 +42,7 @@ class SignatureConfig:
     confidence_threshold: float | None = None
     alpha: float = 0.05
     guarantee: Mode = "marginal"
+    max_error: float | None = None
     model: str | None = None
     statistics: tuple[Statistics, Statistics] | None = None
     runs: Path = Path("runs")
@@ -117,7 +118,7 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
         If a file, a name or the data is bad, a class has no correctly classified image, the
         calibration images are too few for the guarantee, or the output exists already.
     """
-    guarantee = Guarantee(config.alpha, config.guarantee)
+    guarantee = Guarantee(config.alpha, config.guarantee, config.max_error)
     device = runtime.choose_device(config.device)
     source = checkpoints.load(config.checkpoint, config.model, config.statistics)
     training = source.training
@@ -137,7 +138,7 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
         model, images, classes, method, config.granularity, threshold, progress
     )
     _check_trusted(trusted, images, classes, threshold)
-    judge = fit_judge(model, signature, held_out, progress, guarantee)
+    judge = fit_judge(model, signature, held_out, progress, guarantee, config.seed)
     record = Record(
         trusted=DataRecord.of(images),
         trusted_images=len(images),

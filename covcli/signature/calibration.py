@@ -1,23 +1,47 @@
 """From evidence to one score, a p-value, a confidence and a verdict.
 
 Everything here is measured on calibration images: trusted ones that trained neither the network
-nor the signature. One in four of them fits how the evidence is combined, the others rank new
-scores, so that a new image and those are scored by a rule that has seen none of them.
+nor the signature. One in four of them, drawn at random, fits how the evidence is combined. The
+others rank new scores, so that a new image and those are scored by a rule that has seen none of
+them.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from covcli.core.errors import CovcliError
 from covcli.signature.combination import Combination, fit_combination
+from covcli.signature.error_bound import CONFIDENCE, doubt_threshold, least_answers
 from covcli.signature.guarantee import DEFAULT_GUARANTEE, Guarantee, Rule, make_rule
 
 FIT_EVERY = 4
 MINIMUM_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the network shows of the calibration images, in the order in which they were read.
+
+    Attributes
+    ----------
+    evidence
+        What speaks against trust, float64 of shape (n, P).
+    softmax
+        Softmax scores, see `softmax_score`, float64 of shape (n,).
+    predicted
+        Predicted classes, int64 of shape (n,).
+    wrong
+        Which predictions are wrong, bool of shape (n,); None where no labels are known.
+    """
+
+    evidence: Tensor
+    softmax: Tensor
+    predicted: Tensor
+    wrong: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -28,6 +52,8 @@ class Calibration:
     ----------
     combination
         How evidence becomes a score.
+    fitting
+        Which of the calibration images it was fitted on, bool of shape (N,); see `fits`.
     scores
         Scores of the other calibration images, ascending, float64 of shape (n,).
     softmax
@@ -35,31 +61,23 @@ class Calibration:
         `scores`: the baseline gets thresholds by the same rule.
     predicted
         The same images' predicted classes, in the order of `scores`, int64 of shape (n,).
+    wrong
+        Which of these predictions are wrong, bool of shape (n,); None where no labels are known.
     guarantee
         What is kept unless an evaluation or a monitor is told otherwise.
     """
 
     combination: Combination
+    fitting: Tensor
     scores: Tensor
     softmax: Tensor
     predicted: Tensor
+    wrong: Tensor | None = None
     guarantee: Guarantee = DEFAULT_GUARANTEE
 
     def score(self, evidence: Tensor) -> Tensor:
         """Return the score of evidence (B, P), float64 of shape (B,); larger is less trusted."""
         return self.combination.score(evidence)
-
-    def p_value(self, scores: Tensor) -> Tensor:
-        """Return the conformal p-value (1 + #{calibration scores ≥ s}) / (n + 1) of each score.
-
-        For inputs exchangeable with the calibration images, P(p ≤ α) ≤ α whatever the
-        distribution (Vovk et al., 2005; Bates et al., "Testing for outliers with conformal
-        p-values", 2023, section 2). A marginal verdict is p ≤ α; a certified one, by the
-        thresholds of `rule`, flags fewer, and p keeps its marginal meaning.
-        """
-        n = len(self.scores)
-        below = torch.searchsorted(self.scores, scores.to(self.scores).contiguous(), side="left")
-        return (1 + n - below).double() / (n + 1)
 
     def rule(self, guarantee: Guarantee, classes: tuple[str, ...]) -> Rule:
         """Return the thresholds that keep a guarantee.
@@ -75,21 +93,69 @@ class Calibration:
         ------
         CovcliError
             If there are too few calibration scores, of one predicted class where the guarantee
-            is certified; it says how many images are needed.
+            speaks of each; it says how many images are needed. If the share of wrong answers
+            that the guarantee allows cannot be shown of any of them.
         """
         self._refuse_too_few(guarantee, classes)
-        return make_rule(self.scores, self.predicted, len(classes), guarantee)
+        rule = make_rule(self.scores, self.predicted, len(classes), guarantee)
+        if guarantee.max_error is None:
+            return rule
+        return replace(rule, doubts=self._doubts(rule, guarantee.max_error))
+
+    def _doubts(self, rule: Rule, max_error: float) -> Tensor:
+        """Return below which softmax score an answer passes, by predicted class; see `Rule`."""
+        if self.wrong is None:
+            raise CovcliError(
+                "needs calibration images with labels", where=f"max-error {max_error:g}"
+            )
+        classes = len(rule.thresholds)
+        by_class = rule.guarantee.mode == "by-class"
+        groups = range(classes) if by_class else [None]
+        familiar = self.scores < rule.error_limits[self.predicted]
+        doubts = torch.empty(classes, dtype=torch.float64)
+        failure = (1 - CONFIDENCE) / len(groups)
+        for k in groups:
+            mine = familiar if k is None else familiar & (self.predicted == k)
+            doubts[slice(None) if k is None else k] = doubt_threshold(
+                self.softmax[mine], self.wrong[mine], max_error, failure
+            )
+        if bool((doubts == -math.inf).all()):
+            raise self._no_answer_passes(familiar, max_error, failure, by_class)
+        return doubts
+
+    def _no_answer_passes(
+        self, familiar: Tensor, max_error: float, failure: float, by_class: bool
+    ) -> CovcliError:
+        least, known = least_answers(max_error, failure), int(familiar.sum())
+        each = " of each predicted class" if by_class else ""
+        if known < least * (len(self.predicted.unique()) if by_class else 1):
+            return CovcliError(
+                f"{known} calibration answers are too few to show an error rate of at most "
+                f"{max_error:g}",
+                fix=f"at least {images_for(math.ceil(least / (1 - self.guarantee.alpha)))} "
+                f"calibration images{each} are needed, and more where answers are wrong",
+            )
+        return CovcliError(
+            f"no share of the answers can be shown to be wrong at most {max_error:g} of the time: "
+            f"{int(self._wrong_among(familiar))} of {known} calibration answers are wrong",
+            fix="raise --max-error, or calibrate on more images",
+        )
+
+    def _wrong_among(self, familiar: Tensor) -> Tensor:
+        assert self.wrong is not None
+        return (self.wrong & familiar).sum()
 
     def softmax_rule(self, guarantee: Guarantee, classes: tuple[str, ...]) -> Rule:
-        """Return the baseline's thresholds, the same way as `rule`."""
+        """Return the baseline's thresholds, the same way as `rule`; it has no error bound."""
         self._refuse_too_few(guarantee, classes)
-        return make_rule(self.softmax, self.predicted, len(classes), guarantee)
+        plain = replace(guarantee, max_error=None)
+        return make_rule(self.softmax, self.predicted, len(classes), plain)
 
     def _refuse_too_few(self, guarantee: Guarantee, classes: tuple[str, ...]) -> None:
         least = guarantee.minimum()
         if len(self.scores) < least:
             raise too_few(f"{len(self.scores)} calibration scores", guarantee, images_for(least))
-        if guarantee.mode == "marginal":
+        if not guarantee.each_class:
             return
         counts = torch.bincount(self.predicted, minlength=len(classes))
         fewest, short = int(counts.argmin()), int((counts < least).sum())
@@ -114,17 +180,26 @@ def softmax_score(logits: Tensor) -> Tensor:
     return torch.exp(torch.logsumexp(others, 1) - torch.logsumexp(exact, 1))
 
 
-def fits(images: int) -> Tensor:
+def fits(images: int, seed: int) -> Tensor:
     """Return which of so many calibration images fit the combination; the others rank new scores.
 
-    One in four, bool of shape (images,).
+    One in four, drawn at random by a seed: never by the place in a file, since files are often
+    sorted, or interleaved from several sources.
+
+    Returns
+    -------
+    Tensor
+        bool of shape (images,).
 
     Examples
     --------
-    >>> fits(6).tolist()
-    [True, False, False, False, True, False]
+    >>> int(fits(6, seed=0).sum())
+    2
     """
-    return torch.arange(images) % FIT_EVERY == 0
+    chosen = torch.zeros(images, dtype=torch.bool)
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    chosen[order[: -(-images // FIT_EVERY)]] = True
+    return chosen
 
 
 def images_for(scores: int) -> int:
@@ -135,7 +210,7 @@ def images_for(scores: int) -> int:
 def too_few(given: str, guarantee: Guarantee, images: int) -> CovcliError:
     """Word the refusal of a guarantee that needs more calibration images."""
     least = guarantee.minimum()
-    each = " of each predicted class" if guarantee.mode == "certified" else ""
+    each = " of each predicted class" if guarantee.each_class else ""
     return CovcliError(
         f"{given} are too few for {guarantee.mode} alpha {guarantee.alpha:g}",
         fix=f"at least {images} calibration images{each} are needed, for {least} scores: three "
@@ -149,24 +224,20 @@ def check_images(images: int, guarantee: Guarantee, classes: int) -> None:
     Whether each class is predicted often enough is known only after the network has run:
     `Calibration.rule`.
     """
-    groups = classes if guarantee.mode == "certified" else 1
+    groups = classes if guarantee.each_class else 1
     if images < images_for(groups * guarantee.minimum()):
         raise too_few(f"{images} calibration images", guarantee, images_for(guarantee.minimum()))
 
 
-def calibrate(
-    evidence: Tensor, softmax_scores: Tensor, predicted: Tensor, outliers: Sequence[Tensor] = ()
-) -> Calibration:
-    """Fit the combination on the images that `fits` names, and rank the scores of the others.
+def calibrate(observed: Observed, fitting: Tensor, outliers: Sequence[Tensor] = ()) -> Calibration:
+    """Fit the combination on some of the calibration images, and rank the scores of the others.
 
     Parameters
     ----------
-    evidence
-        Of calibration images, float64 of shape (n, P).
-    softmax_scores
-        The same images' softmax scores, float64 of shape (n,).
-    predicted
-        The same images' predicted classes, int64 of shape (n,).
+    observed
+        The calibration images.
+    fitting
+        Which of them fit the combination, bool of shape (n,); see `fits`.
     outliers
         For each expert the evidence of surrogate outliers, float64 of shapes (m, P); made from
         the images that the combination is fitted on, so that the others stay exchangeable with
@@ -177,14 +248,20 @@ def calibrate(
     CovcliError
         If there are fewer than 8 images.
     """
-    if len(evidence) < MINIMUM_IMAGES:
+    if len(fitting) < MINIMUM_IMAGES:
         raise CovcliError(
-            f"{len(evidence)} calibration images are too few",
+            f"{len(fitting)} calibration images are too few",
             fix=f"at least {MINIMUM_IMAGES} are needed, and 26 for an alpha of 0.05",
         )
-    fitting = fits(len(evidence))
-    combination = fit_combination(evidence[fitting], outliers)
-    scores = combination.score(evidence[~fitting])
+    combination = fit_combination(observed.evidence[fitting], outliers)
+    scores = combination.score(observed.evidence[~fitting])
     order = scores.argsort(stable=True)
-    softmax, classes = softmax_scores[~fitting][order], predicted[~fitting][order]
-    return Calibration(combination, scores[order], softmax, classes)
+    ranking = (~fitting).nonzero()[:, 0][order]
+    return Calibration(
+        combination=combination,
+        fitting=fitting,
+        scores=scores[order],
+        softmax=observed.softmax[ranking],
+        predicted=observed.predicted[ranking],
+        wrong=None if observed.wrong is None else observed.wrong[ranking],
+    )

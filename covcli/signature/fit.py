@@ -1,5 +1,6 @@
 """From a network and trusted images to a signature and its calibration, in memory."""
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -20,12 +21,13 @@ from covcli.methods.state import Granularity
 from covcli.models.architectures import Classifier
 from covcli.models.points import Point
 from covcli.models.sweep import Swept, sweep
-from covcli.signature.calibration import Calibration, calibrate, fits, softmax_score
+from covcli.signature.calibration import FIT_EVERY, Observed, calibrate, fits, softmax_score
 from covcli.signature.guarantee import DEFAULT_GUARANTEE, Guarantee
 from covcli.signature.judge import Judge
 from covcli.signature.signature import Signature, layout_of
-from covcli.signature.surrogates import DISTORTIONS, EXPERTS, OTHER_CLASS, distorted, other_class
+from covcli.signature.surrogates import DISTORTIONS, EXPERTS, OTHER_CLASS, Drawn, distorted, draw
 
+log = logging.getLogger(__name__)
 MINIMUM_TRUSTED = 10
 SPILL_BYTES = 8 << 30
 # How much of the spilled neurons is read at once: more than a batch of the network, so that what a
@@ -35,6 +37,8 @@ MOST_ROWS = 1024
 # How many trusted images are copied with noise, and how many surrogates of each kind are made.
 NOISY_IMAGES = 128
 SURROGATE_IMAGES = 48
+# From so many fitting images on experts pay: with fewer they scatter more than they find.
+LEAST_EXPERT_IMAGES = 20
 
 
 class Recording(AbstractContextManager["Recording"]):
@@ -228,43 +232,68 @@ def fit_judge(
     images: ImageSet,
     progress: Progress,
     guarantee: Guarantee = DEFAULT_GUARANTEE,
+    seed: int = 0,
 ) -> Judge:
     """Calibrate a signature on images, measured against their predicted classes.
+
+    Parameters
+    ----------
+    seed
+        Draws which images fit the combination, which of those become surrogate outliers, and the
+        class that each of those is measured against.
 
     Raises
     ------
     CovcliError
         If the images are too few for the guarantee, or an activation is not finite.
     """
-    calibration = _calibration(model, signature, images, progress)
-    return Judge.of(model, signature, replace(calibration, guarantee=guarantee))
+    fitting, classes = fits(len(images), seed), len(signature.classes)
+    drawn = draw(fitting, _surrogates(signature.method, fitting), classes, seed)
+    observed, elsewhere = _observe(model, signature, images, drawn, progress)
+    outliers = []
+    if len(drawn.rows):
+        surrogates = {OTHER_CLASS: elsewhere}
+        for kind in DISTORTIONS:
+            copies = distorted(images.select(drawn.rows), kind)
+            surrogates[kind] = _evidence(model, signature, copies, progress)
+        outliers = [torch.cat([surrogates[kind] for kind in kinds]) for kinds in EXPERTS.values()]
+    calibration = replace(calibrate(observed, fitting, outliers), guarantee=guarantee)
+    return Judge.of(model, signature, calibration)
 
 
-def _calibration(
-    model: Classifier, signature: Signature, images: ImageSet, progress: Progress
-) -> Calibration:
-    fitting = fits(len(images)).nonzero()[:SURROGATE_IMAGES, 0]
-    own, elsewhere = [], []
+def _surrogates(method: Method, fitting: Tensor) -> int:
+    """Return how many surrogates of each kind to make: none without experts to teach."""
+    if not method.experts:
+        return 0
+    if (number := int(fitting.sum())) < LEAST_EXPERT_IMAGES:
+        log.warning(
+            "%d calibration images fit the combination, too few to teach experts: from %d "
+            "calibration images on detection is better and varies less",
+            number, FIT_EVERY * LEAST_EXPERT_IMAGES,
+        )  # fmt: skip
+        return 0
+    return SURROGATE_IMAGES
+
+
+def _observe(
+    model: Classifier, signature: Signature, images: ImageSet, drawn: Drawn, progress: Progress
+) -> tuple[Observed, Tensor]:
+    """Return what calibration images show, and the evidence of some against another class."""
+    every, elsewhere = [], []
     title, points = "reading calibration images", signature.points
     for batch in sweep(model, images, points, signature.granularity, progress, title):
         best = batch.logits.argmax(1)
         evidence = signature.evidence(batch.neurons, best)
-        own.append((batch.rows, evidence, softmax_score(batch.logits.cpu()), best))
-        if signature.method.experts:
-            mine = torch.isin(batch.rows, fitting)
-            others = other_class(best[mine.to(best.device)], len(signature.classes))
-            neurons = batch.neurons[mine.to(best.device)]
-            elsewhere.append((batch.rows[mine], signature.evidence(neurons, others)))
-    evidence, softmax, predicted = distributed.collect(own)
-    outliers = []
-    if signature.method.experts:
-        (others,) = distributed.collect([part for part in elsewhere if len(part[0])])
-        surrogates = {OTHER_CLASS: others}
-        for kind in DISTORTIONS:
-            copies = distorted(images.select(fitting), kind)
-            surrogates[kind] = _evidence(model, signature, copies, progress)
-        outliers = [torch.cat([surrogates[kind] for kind in kinds]) for kinds in EXPERTS.values()]
-    return calibrate(evidence, softmax, predicted, outliers)
+        every.append((batch.rows, evidence, softmax_score(batch.logits.cpu()), best))
+        mine = torch.isin(batch.rows, drawn.rows)
+        if bool(mine.any()):
+            rows, places = batch.rows[mine], mine.to(best.device)
+            others = drawn.other_classes(rows, best[places], len(signature.classes))
+            elsewhere.append((rows, signature.evidence(batch.neurons[places], others)))
+    evidence, softmax, predicted = distributed.collect(every)
+    wrong = None if images.labels is None else predicted != images.labels
+    against = distributed.collect(elsewhere)[0] if len(drawn.rows) else evidence[:0]
+    return Observed(evidence, softmax, predicted, wrong), against
 
 
 def _evidence(

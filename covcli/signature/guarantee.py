@@ -1,4 +1,4 @@
-"""Which of n calibration scores may be the threshold, so that false alarms stay below a rate.
+"""Which calibration scores are thresholds, so that false alarms and wrong answers stay rare.
 
 A verdict is "untrusted" for scores above the k-th largest calibration score. If the calibration
 scores and the new ones are drawn alike and no two are equal, the share of new scores above it is
@@ -9,19 +9,23 @@ proof.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
+from scipy.signal import fftconvolve
 from scipy.stats import betabinom, binom, binomtest
 from torch import Tensor
+from torch.nn.functional import pad
 
 from covcli.core.errors import CovcliError
 from covcli.core.specs import suggestion
 
-Mode: TypeAlias = Literal["marginal", "certified"]
+Mode: TypeAlias = Literal["marginal", "by-class", "certified", "certified-overall"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 CONFIDENCE = 0.95
 _DOUBT = 0.05  # 1 − 0.95 is a little more in binary
@@ -74,6 +78,25 @@ def alarms_interval(rank: int, scores: int, images: int) -> tuple[float, float]:
     return float(law.ppf(0.025)) / images, float(law.ppf(0.975)) / images
 
 
+def total_alarms_interval(groups: Sequence[tuple[int, int, int]]) -> tuple[float, float]:
+    """Return the same for groups with a threshold each: ranks, scores and images of each.
+
+    Given how many images each group has, the groups' counts are independent, so that the law of
+    their sum is the convolution of their laws.
+
+    >>> total_alarms_interval([(5, 99, 100)]) == alarms_interval(5, 99, 100)
+    True
+    """
+    law = np.ones(1)
+    for rank, scores, images in groups:
+        own = betabinom(images, rank, scores + 1 - rank).pmf(np.arange(images + 1))
+        law = fftconvolve(law, own) if len(law) * len(own) > 1 << 20 else np.convolve(law, own)
+    below = law.clip(0).cumsum()
+    low, high = (int(np.searchsorted(below, end * below[-1])) for end in (0.025, 0.975))
+    images = sum(images for _, _, images in groups)
+    return low / images, high / images
+
+
 def alarms_bound(rank: int, scores: int, images: int) -> float:
     """Return what the share of alarms among new images stays at or below with 95% probability."""
     return float(betabinom(images, rank, scores + 1 - rank).ppf(CONFIDENCE)) / images
@@ -85,27 +108,57 @@ def binomial_interval(alarms: int, images: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+_STATEMENTS: Mapping[Mode, str] = {
+    "marginal": (
+        "An image like the calibration images raises a false alarm with a probability of at most "
+        "{alpha}, the draw of those images counted in: the rate of this one calibration may lie "
+        "above, and nothing is promised of a single class."
+    ),
+    "by-class": (
+        "Among images like the calibration images that are predicted as any one class, one raises "
+        "a false alarm with a probability of at most {alpha}, the draw of those images counted "
+        "in: the rates of this one calibration may lie above."
+    ),
+    "certified": (
+        "With 95% confidence over the draw of the calibration images, this monitor's false-alarm "
+        "rate on images like them is at most {alpha}; and so it is, with 95% confidence each, "
+        "among the images predicted as each one class."
+    ),
+    "certified-overall": (
+        "With 95% confidence over the draw of the calibration images, this monitor's false-alarm "
+        "rate on images like them is at most {alpha}; nothing is promised of a single class."
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Guarantee:
-    """A false-alarm rate, and the sense in which it is not exceeded.
+    """A false-alarm rate, the sense in which it is not exceeded, and a rate of wrong answers.
 
     Attributes
     ----------
     alpha
-        The rate, in (0, 1).
+        The false-alarm rate, in (0, 1).
     mode
         "marginal": a new image raises the alarm with a probability of at most α, the draw of the
-        calibration images counted in. "certified": with 95% confidence over that draw, the rate
-        of the monitor that came of it is at most α, over all images and by predicted class.
+        calibration images counted in. "by-class": the same among the images predicted as each
+        class (Mondrian conformal prediction; Vovk et al., "Algorithmic learning in a random
+        world", 2005, section 4.5). "certified-overall": with 95% confidence over that draw, the
+        rate of the monitor that came of it is at most α. "certified": that, and the same with 95%
+        confidence each among the images predicted as each class.
+    max_error
+        With 95% confidence over that draw, the share of wrong answers among those that pass, in
+        (0, 1); by predicted class in the mode "by-class". None: nothing is said of wrong answers.
 
     Raises
     ------
     CovcliError
-        If α is not between 0 and 1, or the mode unknown.
+        If a rate is not between 0 and 1, or the mode unknown.
     """
 
     alpha: float = 0.05
     mode: Mode = "marginal"
+    max_error: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
@@ -114,33 +167,51 @@ class Guarantee:
             raise CovcliError(
                 f"unknown guarantee {self.mode!r}", fix=suggestion(self.mode, list(MODES))
             )
+        if self.max_error is not None and not 0 < self.max_error < 1:
+            raise CovcliError("must lie between 0 and 1", where=f"max-error {self.max_error}")
 
-    def changed(self, alpha: float | None, mode: Mode | None) -> "Guarantee":
-        """Return the guarantee with another α, or mode; None keeps this one's."""
-        return Guarantee(self.alpha if alpha is None else alpha, mode or self.mode)
+    @property
+    def certain(self) -> bool:
+        """Whether it holds with 95% confidence for the monitor at hand, not in the mean."""
+        return self.mode in ("certified", "certified-overall")
+
+    @property
+    def each_class(self) -> bool:
+        """Whether something is promised of the images predicted as each class."""
+        return self.mode in ("by-class", "certified")
+
+    def changed(
+        self, alpha: float | None, mode: Mode | None, max_error: float | None = None
+    ) -> "Guarantee":
+        """Return the guarantee with another α, mode or error rate; None keeps this one's."""
+        return Guarantee(
+            self.alpha if alpha is None else alpha,
+            mode or self.mode,
+            self.max_error if max_error is None else max_error,
+        )
 
     def rank(self, scores: int) -> int:
         """Return which of so many scores, from the largest on, is the threshold; 0: too few."""
-        rank = rank_certified if self.mode == "certified" else rank_marginal
+        rank = rank_certified if self.certain else rank_marginal
         return rank(scores, self.alpha)
 
     def minimum(self) -> int:
         """Return how many scores have a rank."""
-        minimum = minimum_certified if self.mode == "certified" else minimum_marginal
+        minimum = minimum_certified if self.certain else minimum_marginal
         return minimum(self.alpha)
 
     def statement(self) -> str:
         """Return what is guaranteed, in words, with where it ends."""
-        if self.mode == "certified":
-            return (
-                f"With 95% confidence over the draw of the calibration images, this monitor's "
-                f"false-alarm rate on images like them is at most {self.alpha:g}; and so it is, "
-                f"with 95% confidence each, among the images predicted as each one class. {ENDS}"
-            )
+        alarms = _STATEMENTS[self.mode].format(alpha=f"{self.alpha:g}")
+        return f"{alarms} {self._error_statement()}{ENDS}"
+
+    def _error_statement(self) -> str:
+        if self.max_error is None:
+            return ""
+        each = ", whatever class is predicted," if self.mode == "by-class" else ""
         return (
-            f"An image like the calibration images raises a false alarm with a probability of at "
-            f"most {self.alpha:g}, the draw of those images counted in: the rate of this one "
-            f"calibration may lie above, and nothing is promised of a single class. {ENDS}"
+            f"With 95% confidence over the draw of the calibration images, at most "
+            f"{self.max_error:g} of the answers that pass on images like them{each} are wrong. "
         )
 
 
@@ -149,7 +220,7 @@ DEFAULT_GUARANTEE = Guarantee()
 
 @dataclass(frozen=True)
 class Rule:
-    """Which scores are untrusted, so that a guarantee is kept.
+    """Which scores are untrusted and which answers pass, so that a guarantee is kept.
 
     Attributes
     ----------
@@ -158,16 +229,24 @@ class Rule:
     overall
         The threshold that the scores of all calibration images give.
     thresholds
-        The threshold of images predicted as each class, float64 of shape (C,): the overall one,
-        or in certified mode the larger of that and the class's own.
+        The threshold of images predicted as each class, float64 of shape (C,): the overall one;
+        for "by-class" the class's own; for "certified" the larger of both.
     counts
         How many calibration scores are of images predicted as each class, int64 of shape (C,).
+    ranked
+        The calibration scores, ascending, float64 of shape (1, n); for "by-class" those of each
+        class, shape (C, m), with minus infinity before those of a class that has fewer than m.
+    doubts
+        Of images predicted as each class, below which softmax score an answer passes, float64 of
+        shape (C,); infinity where nothing is promised of wrong answers.
     """
 
     guarantee: Guarantee
     overall: float
     thresholds: Tensor
     counts: Tensor
+    ranked: Tensor
+    doubts: Tensor
 
     def untrusted(self, scores: Tensor, predicted: Tensor) -> Tensor:
         """Return the verdicts: whether each score exceeds its class's threshold.
@@ -180,6 +259,52 @@ class Rule:
             Predicted classes, int64 of shape (B,).
         """
         return scores > self.thresholds[predicted]
+
+    def unsure(self, scores: Tensor, predicted: Tensor, doubt: Tensor) -> Tensor:
+        """Return which answers do not pass though their images are not untrusted.
+
+        Where an answer passes, the score lies below the threshold that the error bound was found
+        under (see `error_limits`), and the doubt below the bound.
+
+        Parameters
+        ----------
+        scores, predicted
+            As for `untrusted`.
+        doubt
+            The softmax scores, float64 of shape (B,).
+        """
+        sure = (scores < self.error_limits[predicted]) & (doubt < self.doubts[predicted])
+        return ~self.untrusted(scores, predicted) & ~sure
+
+    @cached_property
+    def error_limits(self) -> Tensor:
+        """Below which score answers can pass, by predicted class, float64 of shape (C,).
+
+        One order statistic for all of the images that the error bound speaks of: given it, those
+        with smaller scores are still independent draws. The larger of two thresholds, as of
+        "certified", would not leave them so.
+        """
+        if self.guarantee.mode == "by-class":
+            return self.thresholds
+        return torch.full_like(self.thresholds, self.overall)
+
+    def p_value(self, scores: Tensor, predicted: Tensor) -> Tensor:
+        """Return the conformal p-value (1 + #{calibration scores ≥ s}) / (n + 1) of each score.
+
+        For inputs exchangeable with the calibration images, P(p ≤ α) ≤ α whatever the
+        distribution (Vovk et al., 2005; Bates et al., "Testing for outliers with conformal
+        p-values", 2023, section 2). For "by-class" the scores and n are those of the predicted
+        class, and so is the statement. A marginal verdict and one by class is p ≤ α; a certified
+        one flags fewer, and p keeps its marginal meaning. The parameters are those of `untrusted`.
+        """
+        scores = scores.to(self.ranked).contiguous()
+        if len(self.ranked) == 1:
+            n = self.ranked.shape[1]
+            below = torch.searchsorted(self.ranked[0], scores, side="left")
+            return (1 + n - below).double() / (n + 1)
+        rows = self.ranked[predicted]
+        below = torch.searchsorted(rows, scores[:, None], side="left")[:, 0]
+        return (1 + self.ranked.shape[1] - below).double() / (self.counts[predicted] + 1)
 
     def confidence(self, scores: Tensor, predicted: Tensor) -> Tensor:
         """Return 2^(−s/τ), 1 for s ≤ 0: below one half exactly where the verdict is "untrusted".
@@ -206,8 +331,8 @@ def make_rule(scores: Tensor, predicted: Tensor, classes: int, guarantee: Guaran
     Parameters
     ----------
     scores
-        float64 of shape (n,). Fewer than the guarantee's minimum, in certified mode of a
-        predicted class, give a threshold of infinity.
+        float64 of shape (n,). Fewer than the guarantee's minimum, of a predicted class where it
+        speaks of each, give a threshold of infinity.
     predicted
         The same images' predicted classes, int64 of shape (n,).
     classes
@@ -215,14 +340,29 @@ def make_rule(scores: Tensor, predicted: Tensor, classes: int, guarantee: Guaran
     guarantee
         What to keep.
     """
+    own = [scores[predicted == k] for k in range(classes)] if guarantee.each_class else [scores]
+    of_group = torch.tensor(
+        [_largest(mine, guarantee.rank(len(mine))) for mine in own], dtype=torch.float64
+    )
     overall = _largest(scores, guarantee.rank(len(scores)))
-    thresholds = torch.full((classes,), overall, dtype=torch.float64)
-    counts = torch.bincount(predicted, minlength=classes)
+    thresholds = of_group.expand(classes)
     if guarantee.mode == "certified":
-        own = [scores[predicted == k] for k in range(classes)]
-        of_class = [_largest(mine, guarantee.rank(len(mine))) for mine in own]
-        thresholds = thresholds.maximum(torch.tensor(of_class, dtype=torch.float64))
-    return Rule(guarantee, overall, thresholds, counts)
+        thresholds = thresholds.clamp_min(overall)
+    return Rule(
+        guarantee=guarantee,
+        overall=overall,
+        thresholds=thresholds.clone(),
+        counts=torch.bincount(predicted, minlength=classes),
+        ranked=_ranked(own if guarantee.mode == "by-class" else [scores]),
+        doubts=torch.full((classes,), math.inf, dtype=torch.float64),
+    )
+
+
+def _ranked(groups: Sequence[Tensor]) -> Tensor:
+    """Return each group's scores in a row, ascending, filled up with minus infinity before them."""
+    rows = [scores.double().sort().values for scores in groups]
+    most = max(map(len, rows))
+    return torch.stack([pad(row, (most - len(row), 0), value=-math.inf) for row in rows])
 
 
 def _largest(scores: Tensor, rank: int) -> float:

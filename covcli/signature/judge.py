@@ -22,10 +22,12 @@ from covcli.models.architectures import Classifier
 from covcli.models.points import Recorder
 from covcli.models.sweep import Swept, forward, sweep
 from covcli.signature import signature as signatures
-from covcli.signature.calibration import Calibration
+from covcli.signature.calibration import Calibration, softmax_score
 from covcli.signature.guarantee import Guarantee, Mode, Rule
 from covcli.signature.record import Record
 from covcli.signature.signature import Signature
+
+TRUSTED, UNSURE, UNTRUSTED = "trusted", "unsure", "untrusted"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ class Verdicts:
     confidence
         float64 of shape (B,), in [0, 1]; below one half where `untrusted`.
     untrusted
-        The verdict by the judge's `rule`, bool of shape (B,).
+        The verdict by the judge's `rule`, bool of shape (B,): a foreign or attacked image.
+    unsure
+        Where the image is familiar and yet the answer does not pass, bool of shape (B,): nowhere
+        unless the guarantee bounds the share of wrong answers.
     """
 
     logits: Tensor
@@ -58,6 +63,14 @@ class Verdicts:
     p_value: Tensor
     confidence: Tensor
     untrusted: Tensor
+    unsure: Tensor
+
+    @property
+    def words(self) -> list[str]:
+        """Each verdict in a word: "trusted", "unsure" or "untrusted"."""
+        flags = zip(self.untrusted.tolist(), self.unsure.tolist(), strict=True)
+        return [UNTRUSTED if foreign else UNSURE if doubtful else TRUSTED
+                for foreign, doubtful in flags]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,10 +132,16 @@ class Judge:
             predicted=predicted,
             evidence=evidence,
             score=score,
-            p_value=self.calibration.p_value(score),
+            p_value=self.rule.p_value(score, classes),
             confidence=self.rule.confidence(score, classes),
             untrusted=self.rule.untrusted(score, classes),
+            unsure=self._unsure(logits, score, classes),
         )
+
+    def _unsure(self, logits: Tensor, score: Tensor, classes: Tensor) -> Tensor:
+        if self.rule.guarantee.max_error is None:
+            return torch.zeros(len(score), dtype=torch.bool)
+        return self.rule.unsure(score, classes, softmax_score(logits.cpu()))
 
     def sweep(self, images: ImageSet, progress: Progress, title: str) -> Iterator[Swept]:
         """Run the network over a set, see `covcli.models.sweep.sweep`."""
@@ -164,6 +183,7 @@ def load(
     *,
     alpha: float | None = None,
     guarantee: Mode | None = None,
+    max_error: float | None = None,
     device: str = "cpu",
 ) -> tuple[Judge, Record]:
     """Read a checkpoint and its signature; return their judge and the signature's record.
@@ -175,8 +195,10 @@ def load(
     signature_file
         The signature.
     alpha, guarantee
-        The false-alarm rate to stay below, and in which sense: "marginal" or "certified"; None
-        takes what the signature stores.
+        The false-alarm rate to stay below, and in which sense, see `Guarantee`; None takes what
+        the signature stores.
+    max_error
+        The share of wrong answers among those that pass; None takes what the signature stores.
     device
         Where to compute.
 
@@ -188,7 +210,7 @@ def load(
     """
     place = runtime.choose_device(device)
     signature, calibration, record = signatures.load(signature_file)
-    wanted = calibration.guarantee.changed(alpha, guarantee)
+    wanted = calibration.guarantee.changed(alpha, guarantee, max_error)
     model = checkpoints.load(checkpoint, signature.model).model
     signature.check_model(model, signature_file)
     return Judge.of(model.on(place), signature.to(place), calibration, wanted), record

@@ -8,6 +8,7 @@ from typing import Any
 from covcli.core import distributed, files, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
+from covcli.data import labels
 from covcli.data.images import DataRecord
 from covcli.methods import State
 from covcli.models import checkpoint as checkpoints
@@ -80,12 +81,13 @@ def merge_signatures(config: MergeConfig, progress: Progress) -> SignatureResult
     first.signature.check_model(source.model, first.path)
     model = source.model.on(device)
     model.precision = first.signature.precision
-    held_out = first.record.calibration_set(config.data_dir, "build the parts again")
+    calibrating = first.record.calibration_set(config.data_dir, "build the parts again")
+    held_out = labels.matched(calibrating, first.signature.classes).images
     guarantee = first.calibration.guarantee
     check_images(len(held_out), guarantee, len(first.signature.classes))
     state = merged_state([part.signature for part in parts])
     signature = replace(first.signature, state=state).to(device)
-    judge = fit_judge(model, signature, held_out, progress, guarantee)
+    judge = fit_judge(model, signature, held_out, progress, guarantee, config.seed)
     provenance = distributed.agree(runtime.provenance(device, config.seed))
     return save(config.output, judge, merged_record(parts, provenance))
 

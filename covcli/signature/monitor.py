@@ -73,6 +73,7 @@ class Monitor:
         *,
         alpha: float | None = None,
         guarantee: Mode | None = None,
+        max_error: float | None = None,
         device: str = "cpu",
     ) -> Self:
         """Read a checkpoint (or the bare weights a signature was built from) and its signature.
@@ -85,7 +86,11 @@ class Monitor:
             The false-alarm rate to stay below on images like the calibration images, in (0, 1);
             None takes what the signature stores.
         guarantee
-            In which sense: "marginal" or "certified"; None takes what the signature stores.
+            In which sense: "marginal", "by-class", "certified-overall" or "certified"; None
+            takes what the signature stores.
+        max_error
+            The share of wrong answers among those that pass, in (0, 1), with 95% confidence: the
+            others are `unsure`. None takes what the signature stores.
         device
             "cpu", "cuda", "cuda:1" or "auto".
 
@@ -96,7 +101,9 @@ class Monitor:
             the calibration has too few images for the guarantee.
         """
         paths = Path(checkpoint), Path(signature_file)
-        judge, _ = judges.load(*paths, alpha=alpha, guarantee=guarantee, device=device)
+        judge, _ = judges.load(
+            *paths, alpha=alpha, guarantee=guarantee, max_error=max_error, device=device
+        )
         return cls(judge)
 
     def __call__(self, images: Tensor | np.ndarray, *, normalised: bool = False) -> Verdicts:

@@ -27,9 +27,9 @@ from covcli.signature.guarantee import MODES, Guarantee
 from covcli.signature.record import Record
 
 COMBINATION = ("center", "scale", "weights", "level", "spread")
-RANKING = ("scores", "softmax", "predicted")
+RANKING = ("fitting", "scores", "softmax", "predicted")
 
-SIGNATURE_SCHEMA = 2  # until 1 the units of a channel stood together
+SIGNATURE_SCHEMA = 3  # until 2 every fourth calibration image fitted, whatever their order
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,8 @@ def save(path: Path, signature: Signature, calibration: Calibration, record: Rec
     combination = calibration.combination
     tensors |= {f"combination.{name}": getattr(combination, name) for name in COMBINATION}
     tensors |= {f"calibration.{name}": getattr(calibration, name) for name in RANKING}
+    if calibration.wrong is not None:
+        tensors["calibration.wrong"] = calibration.wrong
     metadata = {
         "method": signature.method.spec(),
         "granularity": signature.granularity,
@@ -178,7 +180,8 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
         combination = Combination(floor=float(metadata["floor"]), **scales)
         ranking = {name: tensors[f"calibration.{name}"] for name in RANKING}
         guarantee = _read_guarantee(metadata["guarantee"])
-        calibration = Calibration(combination, guarantee=guarantee, **ranking)
+        wrong = tensors.get("calibration.wrong")
+        calibration = Calibration(combination, wrong=wrong, guarantee=guarantee, **ranking)
         signature = Signature(
             method, granularity, points, state, model,
             str(metadata["fingerprint"]), tuple(str(name) for name in metadata["classes"]),
@@ -193,10 +196,13 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
 
 def _read_guarantee(entry: dict[str, Any]) -> Guarantee:
     """Raise a KeyError, TypeError or ValueError unless the entry is one that `save` writes."""
-    alpha, mode = entry["alpha"], entry["mode"]
-    if not isinstance(alpha, float) or not 0 < alpha < 1 or mode not in MODES or len(entry) != 2:
+    alpha, mode, max_error = entry["alpha"], entry["mode"], entry["max_error"]
+    rates = [alpha] if max_error is None else [alpha, max_error]
+    if not all(isinstance(rate, float) and 0 < rate < 1 for rate in rates) or len(entry) != 3:
         raise ValueError("a malformed guarantee")
-    return Guarantee(alpha, mode)
+    if mode not in MODES:
+        raise ValueError("an unknown guarantee")
+    return Guarantee(alpha, mode, max_error)
 
 
 def _check(signature: Signature, calibration: Calibration) -> None:
@@ -224,6 +230,11 @@ def _check(signature: Signature, calibration: Calibration) -> None:
         raise ValueError("calibration classes that the network does not have")
     if bool((scores.diff() < 0).any()):
         raise ValueError("calibration scores out of order")
+    fitting, wrong = calibration.fitting, calibration.wrong
+    if fitting.dtype != torch.bool or fitting.ndim != 1 or int((~fitting).sum()) != len(scores):
+        raise ValueError("other calibration images than scores")
+    if wrong is not None and (wrong.dtype != torch.bool or wrong.shape != scores.shape):
+        raise ValueError("calibration answers of another shape or type than the scores")
     numbers = [getattr(combination, name) for name in COMBINATION]
     numbers += [calibration.scores, calibration.softmax]
     if not all(t.dtype == torch.float64 and bool(t.isfinite().all()) for t in numbers):

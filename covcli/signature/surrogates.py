@@ -96,13 +96,50 @@ class DistortedSource:
         return hashlib.sha256(f"{self.kind} {SEED} {self.source.fingerprint}".encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Which calibration images become surrogate outliers.
+
+    Attributes
+    ----------
+    rows
+        Their places among the calibration images, ascending, int64 of shape (m,).
+    shifts
+        How far the class that each is measured against lies from the predicted one, counted in a
+        circle, int64 of shape (m,): 1 to classes − 1.
+    """
+
+    rows: Tensor
+    shifts: Tensor
+
+    def other_classes(self, rows: Tensor, predicted: Tensor, classes: int) -> Tensor:
+        """Return a class that is not the predicted one, for images at those of the places."""
+        mine = torch.searchsorted(self.rows, rows)
+        return (predicted + self.shifts[mine].to(predicted.device)) % classes
+
+
+def draw(fitting: Tensor, most: int, classes: int, seed: int) -> Drawn:
+    """Draw at most so many of the images that fit a combination, and another class for each.
+
+    Parameters
+    ----------
+    fitting
+        Which calibration images fit the combination, bool of shape (n,).
+    most
+        How many to draw.
+    classes
+        How many classes there are.
+    seed
+        Of the draw, which depends on nothing else: not on the order of files or on batches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = fitting.nonzero()[:, 0]
+    rows = rows[torch.randperm(len(rows), generator=generator)[:most]].sort().values
+    shifts = torch.randint(1, max(2, classes), (len(rows),), generator=generator)
+    return Drawn(rows, shifts)
+
+
 def distorted(images: ImageSet, kind: str) -> ImageSet:
     """Return the set with every image distorted, under the labels of the originals."""
     source = DistortedSource(images.source, kind)
     return ImageSet(f"{images.name} ({kind})", source, images.rows, images.labels, images.classes)
-
-
-def other_class(classes: Tensor, count: int) -> Tensor:
-    """Return for each image of a batch a class that is not the given one, in turn; (B,)."""
-    step = torch.arange(len(classes), device=classes.device) % max(1, count - 1)
-    return (classes + 1 + step) % count

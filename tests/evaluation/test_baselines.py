@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from covcli.models import architectures
 from covcli.models import checkpoint as checkpoints
 from covcli.models.architectures import ModelSpec
 from covcli.reporting.report import report
+from covcli.signature import judge as judges
 from covcli.signature import signature
 from covcli.signature.build import SignatureConfig, SignatureResult, build_signature
 from covcli.training.train import TrainResult, split_rows
@@ -37,8 +39,8 @@ def network(trained: TrainResult) -> Network:
 
 @pytest.fixture(scope="module")
 def plan(network: Network, signed: SignatureResult) -> Plan:
-    _, _, record = signature.load(signed.path)
-    return compare.prepare(["all"], network.model, record, None)
+    judge, record = judges.load(signed.path.parent / "checkpoint.pt", signed.path)
+    return compare.prepare(["all"], replace(judge, model=network.model), record, None)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +205,7 @@ def test_evaluate_puts_the_baselines_beside_ours(run: Path) -> None:
     _, held_out = split_rows(1437, 0.25, 0)
     calibration = datasets.load("digits", "train").select(held_out)
     ranking = calibration.select(
-        torch.arange(len(calibration))[torch.arange(len(calibration)) % 4 > 0]
+        (~signature.load(run / "signature-mrc.safetensors")[1].fitting).nonzero()[:, 0]
     )
     detector = detectors.MaxLogit(model)
     with torch.no_grad():
@@ -236,19 +238,18 @@ def test_a_missing_library_is_a_clear_error(run: Path, monkeypatch: pytest.Monke
     assert evaluate(plain, Silent()).untrusted
 
 
-def test_bad_baselines_are_refused_before_any_work(
-    run: Path, tmp_path: Path, plan: Plan, signed: SignatureResult
-) -> None:
+def test_bad_baselines_are_refused_before_any_work(signed: SignatureResult) -> None:
     with pytest.raises(CovcliError, match="did you mean 'energy'"):
         compare.expand(["enrgy"])
     assert compare.expand(["knn", "all"]) == tuple(BASELINES)
-    _, _, record = signature.load(signed.path)
+    judge, record = judges.load(signed.path.parent / "checkpoint.pt", signed.path)
     squeezed = architectures.build(
         ModelSpec("torchvision:squeezenet1_1", 10, (3, 64, 64), *architectures.CIFAR10)
     )
     with pytest.raises(CovcliError, match="no linear layer"):
-        compare.prepare(["knn"], squeezed, record, None)
-    assert compare.prepare(["energy"], squeezed, record, None).names == ("energy",)
+        compare.prepare(["knn"], replace(judge, model=squeezed), record, None)
+    plan = compare.prepare(["energy"], replace(judge, model=squeezed), record, None)
+    assert plan.names == ("energy",)
 
 
 def test_images_that_changed_since_are_refused(run: Path, tmp_path: Path) -> None:

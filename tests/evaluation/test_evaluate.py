@@ -14,6 +14,7 @@ from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
 from covcli.data import datasets
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
+from covcli.reporting.report import report
 from covcli.signature import signature
 from covcli.signature.build import SignatureResult
 from covcli.signature.monitor import Monitor
@@ -112,3 +113,30 @@ def test_results_name_what_they_were_made_of(evaluated: Path, signed: SignatureR
     assert document["trusted"]["fingerprint"] == datasets.load("digits", "test").fingerprint
     for entry in document["untrusted"][:2]:
         assert entry["fingerprint"] == datasets.load(entry["name"], "test").fingerprint
+
+
+def test_answers_that_pass_are_counted_as_the_monitor_gives_them(run: Path) -> None:
+    names = (run / "checkpoint.pt", run / "signature-mrc.safetensors")
+    config = EvaluationConfig(("photos?limit=50",), runs=run.parent, max_error=0.1)
+    result = evaluate(config, Silent())
+    digits = datasets.load("digits", "test")
+    verdicts = Monitor.load(*names, max_error=0.1)(
+        digits.batch(torch.arange(len(digits)), (3, 32, 32))
+    )
+    words = np.array(verdicts.words)
+    right = (verdicts.predicted == digits.labels).numpy()
+    found = result.trusted.accepted
+    assert found is not None
+    assert (found.images, found.unsure) == ((words == "trusted").sum(), (words == "unsure").sum())
+    assert found.unsure > 0
+    assert found.wrong == (~right[words == "trusted"]).sum()
+    assert found.coverage.value == (words == "trusted").mean()
+    assert found.error_rate is not None
+    assert found.error_rate.low <= found.wrong / found.images <= found.error_rate.high
+    table = pd.read_csv(run / "scores.csv.gz", keep_default_na=False)
+    mine = table[table["set"] == "trusted"]
+    np.testing.assert_array_equal(mine["unsure"].astype(bool), words == "unsure")
+    assert "with 95% confidence" in report(run).markdown.read_text()
+    # Nothing is unsure where nothing bounds the wrong answers.
+    plain = Monitor.load(*names)(digits.batch(torch.arange(9), (3, 32, 32)))
+    assert set(plain.words) <= {"trusted", "untrusted"}

@@ -36,6 +36,7 @@ def image_scores(seed: int, images: int, labelled: bool, baselines: list[str]) -
         | {name: generator.normal(size=images) for name in baselines},
         p_value=generator.random(images), confidence=generator.random(images),
         softmax_confidence=1 - doubt, untrusted=generator.random(images) < 0.5,
+        unsure=generator.random(images) < 0.5,
     )  # fmt: skip
 
 
@@ -52,7 +53,14 @@ def test_scores_come_back_by_set(
     for name, of in sets.items():
         again = found[name]
         assert (again.label is None) == (of.label is None)
-        for field in ("predicted", "p_value", "confidence", "softmax_confidence", "untrusted"):
+        for field in (
+            "predicted",
+            "p_value",
+            "confidence",
+            "softmax_confidence",
+            "untrusted",
+            "unsure",
+        ):
             np.testing.assert_array_equal(getattr(again, field), getattr(of, field))
         for score in ("coverage", "knn"):
             np.testing.assert_array_equal(again.scores[score], of.scores[score])
@@ -64,7 +72,8 @@ def test_the_table_has_the_documented_columns(tmp_path: Path) -> None:
     write_scores(tmp_path / "s", {"trusted": image_scores(0, 3, False, ["knn"])})
     text = gzip.decompress((tmp_path / "s").read_bytes()).decode()
     assert text.splitlines()[0] == (
-        "set,index,label,predicted,score,p_value,confidence,untrusted,softmax_confidence,knn_score"
+        "set,index,label,predicted,score,p_value,confidence,untrusted,unsure,softmax_confidence,"
+        "knn_score"
     )
     table = pd.read_csv(tmp_path / "s", compression="gzip")
     assert table["index"].tolist() == [0, 1, 2]

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from covcli.core.errors import CovcliError
-from covcli.signature.calibration import Calibration, calibrate, softmax_score
+from covcli.signature.calibration import Calibration, Observed, calibrate, fits, softmax_score
 from covcli.signature.combination import COLUMNS, RIDGE, VOICES, fit_combination, fit_expert
-from covcli.signature.guarantee import Guarantee, Rule, alarms_bound, alarms_interval
+from covcli.signature.guarantee import Guarantee, Rule, alarms_bound, alarms_interval, make_rule
 
+ANY = Guarantee(0.9)
 SCORES = st.lists(
     st.one_of(st.sampled_from([0.0, 1.0, 2.0]), st.floats(-50, 50)), min_size=1, max_size=60
 )
@@ -24,7 +25,8 @@ def calibration(scores: list[float], predicted: list[int] | None = None) -> Cali
     classes = torch.tensor(predicted or [0] * len(scores))
     order = values.argsort()
     combination = fit_combination(torch.eye(2).double(), [])
-    return Calibration(combination, values[order], values[order], classes[order])
+    fitting = torch.zeros(len(scores), dtype=torch.bool)
+    return Calibration(combination, fitting, values[order], values[order], classes[order])
 
 
 def marginal(scores: list[float], alpha: float) -> Rule:
@@ -35,7 +37,11 @@ def marginal(scores: list[float], alpha: float) -> Rule:
 @given(scores=SCORES, new=SCORES)
 def test_p_values_follow_the_definition(scores: list[float], new: list[float]) -> None:
     tested = new + scores
-    found = calibration(scores).p_value(torch.tensor(tested, dtype=torch.float64))
+    rule = make_rule(
+        torch.tensor(scores, dtype=torch.float64), torch.zeros(len(scores)).long(), 1, ANY
+    )
+    only = torch.zeros(len(tested), dtype=torch.int64)
+    found = rule.p_value(torch.tensor(tested, dtype=torch.float64), only)
     expected = [(1 + sum(s >= t for s in scores)) / (len(scores) + 1) for t in tested]
     np.testing.assert_array_equal(found.numpy(), expected)
 
@@ -53,7 +59,7 @@ def test_threshold_p_value_and_confidence_agree(
     tested = torch.tensor(new + scores, dtype=torch.float64)
     only = torch.zeros(len(tested), dtype=torch.int64)
     flagged = made.untrusted(tested, only)
-    assert torch.equal(flagged, calibration(scores).p_value(tested) <= alpha + 1e-12)
+    assert torch.equal(flagged, made.p_value(tested, only) <= alpha + 1e-12)
     confidence = made.confidence(tested, only)
     assert torch.equal(flagged, confidence < 0.5)
     assert bool(((confidence >= 0) & (confidence <= 1)).all())
@@ -102,19 +108,23 @@ def naive_score(evidence: np.ndarray, fitted: np.ndarray) -> np.ndarray:
     return soft_maximum(evidence) - soft_maximum(fitted).min()
 
 
-def test_scores_follow_the_formula_and_the_fit_sees_one_image_in_four() -> None:
+def test_scores_follow_the_formula_and_the_fit_sees_its_images_alone() -> None:
     generator = np.random.default_rng(0)
     costs = generator.random((41, 3)) * [1, 0.1, 0]  # the last column never says anything
     softmax = torch.from_numpy(generator.random(41))
     predicted = torch.from_numpy(generator.integers(0, 5, 41))
-    made = calibrate(torch.from_numpy(costs), softmax, predicted)
-    fitting = np.arange(41) % 4 == 0
+    wrong = torch.from_numpy(generator.random(41) < 0.3)
+    fitting = fits(41, seed=5).numpy()
+    assert int(fitting.sum()) == 11
+    observed = Observed(torch.from_numpy(costs), softmax, predicted, wrong)
+    made = calibrate(observed, torch.from_numpy(fitting))
     expected = naive_score(costs, costs[fitting])
     np.testing.assert_allclose(made.score(torch.from_numpy(costs)).numpy(), expected, rtol=1e-9)
     np.testing.assert_allclose(made.scores.numpy(), np.sort(expected[~fitting]), rtol=1e-9)
     order = np.argsort(expected[~fitting], kind="stable")
     np.testing.assert_array_equal(made.softmax.numpy(), softmax.numpy()[~fitting][order])
     np.testing.assert_array_equal(made.predicted.numpy(), predicted.numpy()[~fitting][order])
+    np.testing.assert_array_equal(made.wrong.numpy(), wrong.numpy()[~fitting][order])
     noisy = costs + np.array([0, 0, 1.0])
     assert bool((made.score(torch.from_numpy(noisy)) > made.score(torch.from_numpy(costs))).all())
 
@@ -174,7 +184,7 @@ def test_voices_are_combined_as_stated() -> None:
 def test_too_few_calibration_images_are_refused() -> None:
     costs = torch.ones(7, 2, dtype=torch.float64)
     with pytest.raises(CovcliError, match="7 calibration images are too few"):
-        calibrate(costs, torch.ones(7, dtype=torch.float64), torch.zeros(7).long())
+        calibrate(Observed(costs, costs[:, 0], torch.zeros(7).long(), None), fits(7, 0))
 
 
 def test_softmax_scores_of_saturated_logits_stay_apart() -> None:
@@ -182,3 +192,13 @@ def test_softmax_scores_of_saturated_logits_stay_apart() -> None:
     found = softmax_score(logits).numpy()
     expected = [math.exp(-40) / (1 + math.exp(-40)), math.exp(-60) / (1 + math.exp(-60)), 0.5]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_the_split_is_random_by_seed_and_a_quarter_rounded_up() -> None:
+    for n in (8, 9, 10, 11, 26, 1000):
+        assert int(fits(n, 0).sum()) == math.ceil(n / 4)
+    assert torch.equal(fits(1000, 1), fits(1000, 1))
+    assert not torch.equal(fits(1000, 1), fits(1000, 2))
+    # Each place fits about as often as any other, in whatever rhythm the file was put together.
+    often = torch.stack([fits(64, seed) for seed in range(2000)]).double().mean(0)
+    assert bool(((often - 0.25).abs() < 0.05).all())

@@ -34,6 +34,7 @@ from covcli.signature.guarantee import (
     minimum_marginal,
     rank_certified,
     rank_marginal,
+    total_alarms_interval,
 )
 from covcli.signature.monitor import Monitor
 from covcli.signature.signature import load_signature, save_signature
@@ -77,8 +78,8 @@ def test_the_least_numbers(mode: str, alpha: float, scores: int, images: int) ->
     guarantee = Guarantee(alpha, mode)  # type: ignore[arg-type]
     assert guarantee.minimum() == scores
     assert (guarantee.rank(scores - 1), guarantee.rank(scores)) == (0, 1)
-    # Of every four images the first fits the scale: so many of N rank.
-    assert [sum(i % 4 != 0 for i in range(n)) >= scores for n in (images - 1, images)] == [0, 1]
+    # A quarter of the images, rounded up, fits the scale: so many of N rank.
+    assert [n - math.ceil(n / 4) >= scores for n in (images - 1, images)] == [0, 1]
     assert images_for(scores) == images
     check_images(images, guarantee, 1)
     with pytest.raises(CovcliError, match=f"at least {images} calibration images"):
@@ -93,7 +94,8 @@ def known(*per_class: int) -> Calibration:
     scores = torch.arange(sum(per_class), dtype=torch.float64)
     predicted = torch.repeat_interleave(torch.arange(len(per_class)), torch.tensor(per_class))
     combination = fit_combination(torch.eye(2).double(), [])
-    return Calibration(combination, scores, scores, predicted)
+    fitting = torch.zeros(len(scores), dtype=torch.bool)
+    return Calibration(combination, fitting, scores, scores, predicted)
 
 
 def test_every_class_needs_its_own_scores_and_the_poorest_is_named() -> None:
@@ -169,6 +171,106 @@ def test_a_marginal_rate_is_alpha_in_the_mean_and_no_class_is_promised_it() -> N
     assert mean[1] > 0.1  # twice what was asked for, in the class of large scores
 
 
+def test_by_class_the_rate_of_each_class_is_alpha_in_the_mean() -> None:
+    generator = np.random.default_rng(10)
+    found, values, expected = [], np.zeros(3), []
+    for _ in range(DRAWS):
+        rule = make_rule(*draw(generator, 0.0), 3, Guarantee(0.05, "by-class"))
+        found.append(rates(rule.thresholds.numpy(), 0.0)[:3])
+        expected.append([rank_marginal(int(n), 0.05) / (int(n) + 1) for n in rule.counts])
+        new = torch.from_numpy(generator.exponential(SCALES))
+        values += rule.p_value(new, torch.arange(3)).numpy() <= 0.05
+    mean = np.mean(found, 0)
+    deviation = np.std(np.subtract(found, expected), 0) / math.sqrt(DRAWS)
+    assert (np.abs(mean - np.mean(expected, 0)) < 4 * deviation).all()
+    assert (values <= binom.ppf(0.999, DRAWS, 0.05)).all()
+    assert (values >= binom.ppf(0.001, DRAWS, 0.04)).all()
+
+
+def test_p_values_by_class_follow_the_definition_within_the_class() -> None:
+    generator = np.random.default_rng(11)
+    scores, predicted = draw(generator, 0.25)
+    rule = make_rule(scores, predicted, 3, Guarantee(0.05, "by-class"))
+    new, kinds = draw(generator, 0.25)
+    expected = [
+        (1 + int((scores[predicted == k] >= s).sum())) / (1 + int((predicted == k).sum()))
+        for s, k in zip(new, kinds, strict=True)
+    ]
+    np.testing.assert_array_equal(rule.p_value(new, kinds).numpy(), expected)
+    assert torch.equal(rule.untrusted(new, kinds), rule.p_value(new, kinds) <= 0.05)
+
+
+def test_the_total_of_the_classes_alarms_has_the_law_of_their_sum() -> None:
+    generator = np.random.default_rng(12)
+    groups = [(5, 99, 40), (2, 50, 7), (11, 220, 130)]
+    rates = [generator.beta(k, n + 1 - k, 200_000) for k, n, _ in groups]
+    drawn = sum(generator.binomial(g[2], rate) for g, rate in zip(groups, rates, strict=True))
+    low, high = (end * 177 for end in total_alarms_interval(groups))
+    assert abs(np.mean(drawn < low) - 0.02) < 0.02
+    assert np.mean(drawn <= low) >= 0.025 - 0.002
+    assert np.mean(drawn <= high) >= 0.975 - 0.002
+    assert np.mean(drawn <= high - 1) < 0.975 + 0.002
+
+
+def answers(generator: np.random.Generator, n: int) -> tuple[Calibration, torch.Tensor]:
+    """Draw n answers whose doubt u is uniform, wrong with a probability of 0.3·u², in 3 classes.
+
+    The score is independent of the doubt; of class 2 answers are wrong twice as often.
+    """
+    doubt, predicted = generator.random(n), generator.choice(3, n, p=SHARES)
+    wrong = generator.random(n) < 0.3 * doubt**2 * np.where(predicted == 2, 2, 1)
+    scores = np.sort(generator.exponential(size=n))
+    parts = [torch.from_numpy(a) for a in (scores, doubt, predicted, wrong)]
+    combination = fit_combination(torch.eye(2).double(), [])
+    return Calibration(combination, torch.zeros(n, dtype=torch.bool), *parts), parts[2]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_answers_that_pass_are_wrong_at_most_as_often_as_promised(mode: str) -> None:
+    """R(t) = 0.1·t²·(1 + share of class 2) in closed form, whatever the score's threshold."""
+    generator = np.random.default_rng(13)
+    guarantee = Guarantee(0.1, mode, 0.04)  # type: ignore[arg-type]
+    exceeded, kept, names = 0, [], ("a", "b", "c")
+    for _ in range(300):
+        rule = answers(generator, 3000)[0].rule(guarantee, names)
+        t = rule.doubts.clamp(0, 1).numpy()
+        factor = np.array([1, 1, 2])
+        wrong, passing = SHARES * 0.1 * t**3 * factor, SHARES * t
+        each = 0.1 * t**2 * factor > 0.04
+        exceeded += each.any() if mode == "by-class" else wrong.sum() > 0.04 * passing.sum()
+        kept.append(passing.sum())
+    assert exceeded <= binom.ppf(0.999, 300, 0.05)
+    assert np.mean(kept) > 0.3
+
+
+def test_unsure_is_familiar_and_doubtful_or_just_below_the_alarm() -> None:
+    calibration, predicted = answers(np.random.default_rng(14), 3000)
+    rule = calibration.rule(Guarantee(0.1, "certified", 0.04), ("a", "b", "c"))
+    scores, doubt = calibration.scores, calibration.softmax
+    untrusted = rule.untrusted(scores, predicted)
+    unsure = rule.unsure(scores, predicted, doubt)
+    assert not bool((untrusted & unsure).any())
+    passing = ~(untrusted | unsure)
+    expected = (scores < rule.overall) & (doubt < rule.doubts[predicted])
+    assert torch.equal(passing, expected & ~untrusted)
+    assert bool(unsure.any())
+
+
+def test_an_error_bound_that_cannot_be_shown_is_refused_with_the_number_needed() -> None:
+    generator, names = np.random.default_rng(15), ("a", "b", "c")
+    with pytest.raises(
+        CovcliError, match=r"calibration answers are too few .* 0.02; at least 2\d\d"
+    ):
+        answers(generator, 150)[0].rule(Guarantee(0.1, "marginal", 0.02), names)
+    calibration = answers(generator, 3000)[0]
+    hopeless = dataclasses.replace(calibration, wrong=calibration.softmax < 0.9)
+    with pytest.raises(CovcliError, match=r"no share of the answers .* raise --max-error"):
+        hopeless.rule(Guarantee(0.1, "marginal", 0.02), names)
+    unlabelled = dataclasses.replace(calibration, wrong=None)
+    with pytest.raises(CovcliError, match=r"max-error 0.02: needs calibration images with labels"):
+        unlabelled.rule(Guarantee(0.1, "marginal", 0.02), names)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_verdicts_and_confidences_agree_class_by_class(mode: str) -> None:
     generator = np.random.default_rng(9)
@@ -180,6 +282,8 @@ def test_verdicts_and_confidences_agree_class_by_class(mode: str) -> None:
         for k in range(3):
             mine = values[predicted == k]
             assert int(flagged[predicted == k].sum()) == int((mine > rule.thresholds[k]).sum())
+            if mode == "by-class":
+                assert int(flagged[predicted == k].sum()) < rank_marginal(len(mine), 0.05)
             if mode == "certified":  # with ties too, fewer lie above than the rank allows
                 assert int(flagged[predicted == k].sum()) < rank_certified(len(mine), 0.05)
         confidence = rule.confidence(values, predicted)
@@ -204,6 +308,8 @@ def test_a_guarantee_changes_only_where_told() -> None:
     assert stored.changed(None, None) == stored
     assert stored.changed(0.1, None) == Guarantee(0.1, "certified")
     assert stored.changed(None, "marginal") == Guarantee(0.2, "marginal")
+    assert stored.changed(None, None, 0.02) == Guarantee(0.2, "certified", 0.02)
+    assert Guarantee(max_error=0.1).changed(0.1, None).max_error == 0.1
     with pytest.raises(CovcliError, match="did you mean 'certified'"):
         stored.changed(None, "certifed")  # type: ignore[arg-type]
 
@@ -282,16 +388,17 @@ def test_the_baseline_gets_its_thresholds_by_the_same_guarantee(certified: Path)
 
 @pytest.mark.parametrize(
     "entry",
-    [{"alpha": 0.05, "mode": "sure"}, {"alpha": "0.05", "mode": "marginal"}, {"mode": "marginal"},
-     {"alpha": 1, "mode": "marginal"}, {"alpha": 1.5, "mode": "marginal"}, None, [], 3,
-     {"alpha": 0.05, "mode": []}, {"alpha": 0.05, "mode": "marginal", "more": 1},
-     {"alpha": True, "mode": "marginal"}, {"alpha": 0.0, "mode": "certified"}],
+    [{"mode": "sure"}, {"alpha": "0.05"}, {"alpha": 1}, {"alpha": 1.5}, {"mode": []}, {"more": 1},
+     {"alpha": True}, {"alpha": 0.0}, {"alpha": None}, {"max_error": 0.0}, {"max_error": "0.1"},
+     {"max_error": True}, None, [], 3],
 )  # fmt: skip
 def test_a_crafted_guarantee_is_refused(run: Path, entry: object) -> None:
     path = run / "signature-mrc.safetensors"
     tensors, metadata = load_signature(path)
     del metadata["checksum"]
-    save_signature(path, tensors, {**metadata, "guarantee": entry})
+    whole = {"alpha": 0.05, "mode": "marginal", "max_error": None}
+    crafted = whole | entry if isinstance(entry, dict) else entry
+    save_signature(path, tensors, {**metadata, "guarantee": crafted})
     with pytest.raises(CovcliError, match="does not hold together"):
         signature.load(path)
 

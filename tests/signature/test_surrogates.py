@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from covcli.data.images import in_memory
-from covcli.signature.surrogates import DISTORTIONS, EXPERTS, OTHER_CLASS, distorted, other_class
+from covcli.signature.surrogates import DISTORTIONS, EXPERTS, OTHER_CLASS, distorted, draw
 
 
 def images(shape: tuple[int, int, int], count: int = 6) -> torch.Tensor:
@@ -54,11 +54,27 @@ def test_distortions_do_what_they_say() -> None:
             assert tiles[0] == tiles[1]
 
 
-def test_another_class_is_never_the_same() -> None:
-    classes = torch.arange(100) % 7
-    others = other_class(classes, 7)
+def test_surrogates_and_their_other_classes_are_drawn_at_random_by_seed() -> None:
+    fitting = torch.arange(4000) % 4 == 0
+    drawn = draw(fitting, 500, 7, seed=3)
+    assert len(drawn.rows) == 500
+    assert bool(fitting[drawn.rows].all())
+    assert bool((drawn.rows.diff() > 0).all())
+    assert 1600 < float(drawn.rows.double().mean()) < 2400  # of the whole file, not its beginning
+    classes = torch.arange(500) % 7
+    others = drawn.other_classes(drawn.rows, classes, 7)
     assert bool((others != classes).all())
-    assert set(others.tolist()) == set(range(7))
+    for k in range(7):  # each other class about as often
+        counts = torch.bincount(others[classes == k], minlength=7)
+        assert counts[k] == 0
+        assert int(counts[torch.arange(7) != k].min()) >= 3
+    # An image's class is the same in whatever batch it comes.
+    some = torch.tensor([7, 250, 499])
+    assert torch.equal(drawn.other_classes(drawn.rows[some], classes[some], 7), others[some])
+    assert not torch.equal(draw(fitting, 500, 7, seed=4).rows, drawn.rows)
+    few = draw(fitting[:8], 500, 2, seed=0)
+    assert few.rows.tolist() == [0, 4]
+    assert few.other_classes(few.rows, torch.tensor([0, 1]), 2).tolist() == [1, 0]
 
 
 def test_experts_learn_from_what_there_is() -> None:

@@ -12,13 +12,11 @@ from torch import Tensor
 from covcli.core import distributed
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
-from covcli.data import labels
 from covcli.data.images import ImageSet
 from covcli.evaluation.baselines.adapters import FittingImages, Network
 from covcli.evaluation.baselines.detectors import BASELINES, Detector, library
-from covcli.models.architectures import Classifier
-from covcli.signature.calibration import fits
 from covcli.signature.guarantee import Guarantee, Rule, make_rule
+from covcli.signature.judge import Judge
 from covcli.signature.record import Record
 
 # Counts as least trusted: what a detector says where it divides by zero or overflows.
@@ -91,27 +89,19 @@ def expand(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def prepare(
-    names: Sequence[str],
-    model: Classifier,
-    record: Record,
-    data_dir: Path | None,
-    classes: Sequence[str] | None = None,
-) -> Plan:
+def prepare(names: Sequence[str], judge: Judge, record: Record, data_dir: Path | None) -> Plan:
     """Check baselines and load what they need, before any work is done.
 
     Parameters
     ----------
     names
         Names in BASELINES, or "all".
-    model
-        The network.
+    judge
+        The network, and which calibration images rank scores.
     record
         The signature's record of the images that it was made from.
     data_dir
         The folder that downloaded sets live in.
-    classes
-        The network's class names; by default their numbers.
 
     Raises
     ------
@@ -123,6 +113,7 @@ def prepare(
     if not chosen:
         return Plan(chosen, None, None, None)
     library()
+    model = judge.model
     network = Network(model)
     for name in chosen:
         if BASELINES.get(name).features and network.last is None:
@@ -133,10 +124,9 @@ def prepare(
                 fix=f"choose of {', '.join(others)}",
             )
     otherwise = "leave --baseline out"
-    known = classes or labels.numbered(model.spec.classes)
-    trusted = record.trusted_set(known, data_dir, otherwise)
+    trusted = record.trusted_set(judge.signature.classes, data_dir, otherwise)
     held_out = record.calibration_set(data_dir, otherwise)
-    ranking = torch.nonzero(~fits(len(held_out)))[:, 0]
+    ranking = torch.nonzero(~judge.calibration.fitting)[:, 0]
     return Plan(chosen, network, trusted, held_out.select(ranking))
 
 
