@@ -27,7 +27,7 @@ from covcli.models import checkpoint as checkpoints
 from covcli.models.checkpoint import load_checkpoint
 from covcli.reporting.report import report
 from covcli.signature import signature
-from covcli.training.config import PAUSED
+from covcli.training.paused import PAUSED
 
 MEANING = {
     "signature": lambda path: (
@@ -162,7 +162,7 @@ def test_every_reader_refuses_the_corpus(path: Path) -> None:
     canary = Path("/tmp/covcli-canary")  # what the pickles of the corpus would make
     readers: list[Callable[[Path], object]] = [
         checkpoints.load, signature.load, files.read_json,
-        lambda p: files.load_content(p, PAUSED), lambda p: datasets.load(f"npz:{p}", "train"),
+        PAUSED.load, lambda p: datasets.load(f"npz:{p}", "train"),
         decode, file_checks.read_gzip,
     ]  # fmt: skip
     for read in readers:

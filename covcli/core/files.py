@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,8 +22,6 @@ from torch import Tensor
 
 from covcli.core import file_checks
 from covcli.core.errors import CovcliError
-
-SCHEMA = 1
 
 
 @contextmanager
@@ -148,37 +147,59 @@ def digest(content: Any) -> str:
     return hashlib.sha256((text + fingerprint(tensors)).encode()).hexdigest()
 
 
-def save_content(path: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Write plain values and tensors as a PyTorch file of a kind, with a digest of all of it."""
-    document = {"format": kind, "schema": SCHEMA, "digest": digest(content), "content": content}
-    buffer = io.BytesIO()
-    torch.save(document, buffer)
-    write_bytes(path, buffer.getbuffer())
+@dataclass(frozen=True)
+class Format:
+    """A kind of PyTorch file of our own: plain values and tensors, with a digest of all of it.
 
-
-def load_content(path: Path, kind: str) -> dict[str, Any]:
-    """Read what `save_content` wrote.
-
-    Raises
-    ------
-    CovcliError
-        If the file is missing, of another kind or schema, or damaged.
+    Attributes
+    ----------
+    name
+        What the file says that it is: "covcli" and the kind.
+    schema
+        The version of what it holds.
+    keys
+        Of its content; a file that lacks one is refused.
     """
-    return checked_content(path, kind, load_weights_only(path))
 
+    name: str
+    schema: int
+    keys: frozenset[str] = frozenset()
 
-def checked_content(path: Path, kind: str, document: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a document of a kind; another kind, or damage, is a CovcliError."""
-    if document.get("format") != kind:
-        raise CovcliError(f"is no {kind.removeprefix('covcli ')}", where=path)
-    if document.get("schema") != SCHEMA:
-        raise CovcliError(
-            f"has schema {document.get('schema')!r}, this covcli reads {SCHEMA}", where=path
-        )
-    content = document.get("content")
-    if not isinstance(content, dict) or digest(content) != document.get("digest"):
-        raise CovcliError("is damaged: its content does not match its digest", where=path)
-    return content
+    def save(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Write a file of this format, whole or not at all."""
+        document = {
+            "format": self.name, "schema": self.schema, "digest": digest(content),
+            "content": content,
+        }  # fmt: skip
+        buffer = io.BytesIO()
+        torch.save(document, buffer)
+        write_bytes(path, buffer.getbuffer())
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        CovcliError
+            If the file is missing, of another format or schema, damaged, or lacks a key.
+        """
+        return self.content(path, load_weights_only(path))
+
+    def content(self, path: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the content of what was read of a file already; the errors are those of `load`."""
+        if document.get("format") != self.name:
+            raise CovcliError(f"is no {self.name.removeprefix('covcli ')}", where=path)
+        if document.get("schema") != self.schema:
+            raise CovcliError(
+                f"has schema {document.get('schema')!r}, this covcli reads {self.schema}",
+                where=path,
+            )
+        content = document.get("content")
+        if not isinstance(content, dict) or digest(content) != document.get("digest"):
+            raise CovcliError("is damaged: its content does not match its digest", where=path)
+        if missing := self.keys - content.keys():
+            raise CovcliError(f"lacks {', '.join(sorted(missing))}", where=path)
+        return content
 
 
 def load_weights_only(path: Path) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def read(kind: type[Kind], document: Mapping[str, Any]) -> Kind:
     try:
         built: Kind = _adapter(cast(Any, kind)).validate_python(document)
     except ValidationError as error:
-        place = ".".join(str(part) for part in error.errors()[0]["loc"])
+        place = ".".join(str(part) for part in error.errors()[0]["loc"]) or "the document"
         raise ValueError(f"{place}: {_worded(error)}") from None
     return built
 

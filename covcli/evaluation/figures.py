@@ -14,6 +14,7 @@ from covcli.evaluation.inputs import Job
 from covcli.evaluation.own_errors import own_errors
 from covcli.evaluation.scores import Measured
 from covcli.reporting.documents import (
+    EVALUATION_SCHEMA,
     Accepted,
     ClassAlarms,
     Deceived,
@@ -136,7 +137,7 @@ def result_of(
     signature, rule = judge.signature, judge.rule
     trusted = measured["trusted"]
     return EvaluationResult(
-        schema=files.SCHEMA,
+        schema=EVALUATION_SCHEMA,
         provenance=runtime.provenance(judge.model.mean.device, config.seed) | job.plan.versions,
         signature=EvaluatedSignature(
             method=signature.method.name,

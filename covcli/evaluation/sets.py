@@ -19,7 +19,7 @@ from covcli.data.images import ImageSet, MemorySource, in_memory
 from covcli.evaluation.scores import Measured
 from covcli.signature.judge import Judge
 
-PART = "covcli evaluation part"
+PART = files.Format("covcli evaluation part", schema=1, keys=frozenset({"measured", "images"}))
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Parts:
         if not path.is_file():
             return None
         try:
-            content = files.load_content(path, PART)
+            content = PART.load(path)
             fields = content["measured"]
             measured = Measured(**{k: _to_array(k, v) for k, v in fields.items()})
         except (CovcliError, KeyError, TypeError, AttributeError):
@@ -129,7 +129,7 @@ class Parts:
     def keep(self, of: str, measured: Measured, images: Tensor | None) -> None:
         """Keep what was measured of a set; `images` where making them again would be dear."""
         fields = {k: _to_tensor(v) for k, v in vars(measured).items()}
-        files.save_content(self._path(of), PART, {"measured": fields, "images": images})
+        PART.save(self._path(of), {"measured": fields, "images": images})
 
     def _path(self, of: str) -> Path:
         path = self._folder / f".part-{files.digest([self._key, of])[:24]}.pt"

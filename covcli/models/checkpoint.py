@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from covcli.core.errors import CovcliError
-from covcli.core.files import checked_content, load_weights_only, save_content
+from covcli.core.files import Format, load_weights_only
 from covcli.data.images import DataRecord
 from covcli.methods import make_method
 from covcli.models import architectures
 from covcli.models.architectures import Classifier, ModelSpec, Statistics
 
-CHECKPOINT = "covcli checkpoint"
-CHECKPOINT_FIELDS = {"model", "state", "classes", "trusted", "calibration_rows", "training"}
+CHECKPOINT = Format(
+    "covcli checkpoint",
+    schema=1,
+    keys=frozenset({"model", "state", "classes", "trusted", "calibration_rows", "training"}),
+)
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,8 @@ def _fitting(model: Classifier, state: Mapping[str, Tensor], path: Path) -> dict
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint: `content` has the keys of CHECKPOINT_FIELDS, of plain types."""
-    save_content(path, CHECKPOINT, content)
+    """Write a checkpoint: `content` has the keys of CHECKPOINT, of plain types."""
+    CHECKPOINT.save(path, content)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -146,9 +149,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     document = load_weights_only(path)
     if isinstance(document.get("format"), str):
-        content = checked_content(path, CHECKPOINT, document)
-        if missing := CHECKPOINT_FIELDS - content.keys():
-            raise CovcliError(f"lacks {', '.join(sorted(missing))}", where=path)
+        content = CHECKPOINT.content(path, document)
     else:
         content = {"state": document.get("state_dict", document)}
     state = content["state"]

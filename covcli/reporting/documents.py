@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator
 
-from covcli.core import files
+from covcli.core import files, settings
 from covcli.core.errors import CovcliError, one_line
 from covcli.data.images import DataRecord
 
 Document = TypeVar("Document")
+EVALUATION_SCHEMA = 1
+TRAINING_SCHEMA = 1
 
 
 def _none_as(value: float) -> BeforeValidator:
@@ -575,10 +577,7 @@ def read_evaluation(path: Path) -> EvaluationResult:
     CovcliError
         If the file is missing, is no evaluation, or is of another schema.
     """
-    document = files.read_json(path)
-    if not isinstance(document, dict) or document.get("schema") != files.SCHEMA:
-        raise CovcliError(f"is not an evaluation of schema {files.SCHEMA}", where=path)
-    return _typed(EvaluationResult, document, path)
+    return _read(EvaluationResult, path, "an evaluation", EVALUATION_SCHEMA)
 
 
 def read_training_log(path: Path) -> TrainingLog:
@@ -587,16 +586,17 @@ def read_training_log(path: Path) -> TrainingLog:
     Raises
     ------
     CovcliError
-        If the file is missing or is no training log.
+        If the file is missing, is no training log, or is of another schema.
     """
-    return _typed(TrainingLog, files.read_json(path), path)
+    return _read(TrainingLog, path, "a training log", TRAINING_SCHEMA)
 
 
-def _typed(kind: type[Document], document: Any, path: Path) -> Document:
+def _read(kind: type[Document], path: Path, called: str, schema: int) -> Document:
     """Return a document as a dataclass; keys that it does not know are left out."""
+    document = files.read_json(path)
+    if not isinstance(document, dict) or document.get("schema") != schema:
+        raise CovcliError(f"is not {called} of schema {schema}", where=path)
     try:
-        return TypeAdapter(kind).validate_python(document)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the document"
-        raise CovcliError(f"does not hold together ({place}: {first['msg']})", where=path) from None
+        return settings.read(kind, document)
+    except ValueError as error:
+        raise CovcliError(f"does not hold together ({error})", where=path) from None

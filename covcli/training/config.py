@@ -1,21 +1,15 @@
 """What `train` is told, and what it logs."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from covcli.core.errors import CovcliError
 from covcli.models.sweep import Amp
-from covcli.reporting.documents import EpochLog, Watch, WatchedSet
+from covcli.reporting.documents import EpochLog
 from covcli.training.epoch import Augmentation
-
-PAUSED_FILE = "last.pt"
-
-PAUSED = "covcli paused training"
 
 
 @dataclass(frozen=True)
@@ -67,27 +61,6 @@ def save_interval(text: str) -> tuple[int | None, float | None] | None:
     if not (0 <= value < float("inf") and (minutes or value >= 1)):
         return None
     return (None, 60 * value) if minutes else (int(value), None)
-
-
-def restored_config(content: Mapping[str, Any], run: Path, data_dir: Path | None) -> TrainConfig:
-    """Return what a saved run was told; its folder and its data may have moved."""
-    try:
-        known = {field.name: content["settings"][field.name] for field in fields(TrainConfig)}
-        known["untrusted"] = tuple(known["untrusted"])
-        old = known["data_dir"]
-        known |= {"runs": run.parent, "name": run.name}
-        known["data_dir"] = data_dir or (Path(old) if old else None)
-        return TrainConfig(**known)
-    except (KeyError, TypeError) as error:
-        raise CovcliError(f"does not hold together ({error!r})", where=run / PAUSED_FILE) from None
-
-
-def restored_entry(document: Mapping[str, Any]) -> EpochLog:
-    """Rebuild an entry of the log from its dictionary."""
-    watched = document["watched"]
-    if watched is not None:
-        watched = Watch(watched["points"], [WatchedSet(**entry) for entry in watched["sets"]])
-    return EpochLog(**{**document, "watched": watched})
 
 
 def describe(entry: EpochLog, epochs: int) -> str:

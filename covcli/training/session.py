@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from covcli.attacks import attacks
-from covcli.core import distributed, files, runtime
+from covcli.core import distributed, files, runtime, settings
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress, Silent
 from covcli.core.signals import Interrupts
@@ -24,17 +24,15 @@ from covcli.models.sweep import choose_precision, sweep
 from covcli.reporting.documents import EpochLog, Watch
 from covcli.signature.fit import fit_signature
 from covcli.training.config import (
-    PAUSED,
-    PAUSED_FILE,
     TrainConfig,
     describe,
     first_penalised,
-    restored_entry,
     save_interval,
     split_rows,
 )
 from covcli.training.epoch import SUMS, Augmentation, Trainer, epoch
 from covcli.training.loss import RUNNING, ConfidenceLoss
+from covcli.training.paused import PAUSED, PAUSED_FILE
 from covcli.training.watch import watch
 
 # A running signature is built from at most so many training images, to stay cheap.
@@ -206,7 +204,7 @@ class Session:
             "sums": self.sums,
             "generator": self.generator.get_state(),
         }
-        files.save_content(path, PAUSED, content)
+        PAUSED.save(path, content)
 
     def restore(self, content: Mapping[str, Any], path: Path) -> None:
         """Take over the position of a saved session.
@@ -228,7 +226,7 @@ class Session:
             if content["running"] is not None:
                 state = State(dict(content["running"]), dict(content["reductions"]))
                 self._train_towards(state.to(self.trainer.model.mean.device))
-            self.history = [restored_entry(entry) for entry in content["history"]]
+            self.history = [settings.read(EpochLog, entry) for entry in content["history"]]
             self.step = int(content["step"])
             self.sums = content["sums"]
             self.generator.set_state(content["generator"])

@@ -16,16 +16,15 @@ from covcli.data.images import DataRecord
 from covcli.methods import make_method
 from covcli.models import checkpoint as checkpoints
 from covcli.models.checkpoint import Checkpoint
-from covcli.reporting.documents import EpochLog
+from covcli.reporting.documents import TRAINING_SCHEMA, EpochLog
 from covcli.reporting.terminal import say
+from covcli.training import paused
 from covcli.training.config import (
-    PAUSED,
-    PAUSED_FILE,
     TrainConfig,
-    restored_config,
     save_interval,
     split_rows,
 )
+from covcli.training.paused import PAUSED_FILE
 from covcli.training.session import Session
 
 __all__ = ["TrainConfig", "TrainResult", "resume", "split_rows", "train"]
@@ -103,17 +102,13 @@ def resume(
     Interrupted
         If a signal arrived; the run can be resumed again.
     """
-    path = run / PAUSED_FILE
     # All ranks go on from what the first one has saved and reads.
-    paused = distributed.agree(_paused(path) if distributed.is_first() else {})
-    config = restored_config(paused, run, data_dir)
-    try:
-        _check(config)
-    except (TypeError, AttributeError) as error:
-        raise CovcliError(f"does not hold together ({error})", where=path) from None
+    content = distributed.agree(paused.read(run) if distributed.is_first() else {})
+    config = paused.restored_config(content, run, data_dir)
+    _check(config)
     images = datasets.load(config.trusted, "train", config.data_dir)
     session = Session(config, images)
-    session.restore(paused, path)
+    session.restore(content, run / PAUSED_FILE)
     return _finish(session, run, progress, interrupts or Interrupts(), new=False)
 
 
@@ -136,12 +131,6 @@ def interrupted_run(name: str, runs: Path) -> Path:
     if name == "latest":
         return run_folders.last_interrupted(runs, PAUSED_FILE)
     return (Path(name) if Path(name).is_dir() else runs / name).resolve()
-
-
-def _paused(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CovcliError("holds nothing to resume", where=path.parent)
-    return files.load_content(path, PAUSED)
 
 
 def _finish(
@@ -223,7 +212,7 @@ def _write(run: Path, session: Session, result: TrainResult) -> None:
         ),
     )  # fmt: skip
     document = {
-        "schema": files.SCHEMA,
+        "schema": TRAINING_SCHEMA,
         "provenance": result.provenance,
         "settings": settings,
         "data": vars(result.data),

@@ -14,7 +14,7 @@ from covcli.core import files, run_folders
 from covcli.core.errors import CovcliError
 from covcli.models.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from covcli.signature.signature import load_signature, save_signature
-from covcli.training.config import PAUSED
+from covcli.training.paused import PAUSED
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -87,13 +87,13 @@ def test_checkpoints_come_back_and_damage_is_noticed(tmp_path: Path) -> None:
         save_checkpoint(path, content(**changes))
         with pytest.raises(CovcliError, match=message):
             load_checkpoint(path)
-    files.save_content(path, CHECKPOINT, {"state": {}})
+    CHECKPOINT.save(path, {"state": {}})
     with pytest.raises(CovcliError, match="lacks"):
         load_checkpoint(path)
-    files.save_content(path, PAUSED, content())
+    PAUSED.save(path, content())
     with pytest.raises(CovcliError, match="is no checkpoint"):
         load_checkpoint(path)
-    torch.save({"format": CHECKPOINT, "schema": 99}, path)
+    torch.save({"format": CHECKPOINT.name, "schema": 99}, path)
     with pytest.raises(CovcliError, match="schema 99"):
         load_checkpoint(path)
 

@@ -65,7 +65,8 @@ def test_a_document_is_read_whole_or_refused_in_one_line() -> None:
         ({"inner": []}, "values: is missing"),
         ({"inner": [{"sets": [3]}], "values": {}}, "inner.0.sets.0: must be"),
         ({"inner": 3, "values": {}}, "inner: must be"),
+        ([], "the document: must be"),
     ):
         with pytest.raises(ValueError, match=place) as caught:
-            read(Outer, wrong)
+            read(Outer, wrong)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)

@@ -113,7 +113,7 @@ class Signals(Silent):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, images: int, at_once: int) -> None:
         self.left, self.at_once, self.saves = images, at_once, 0
-        save = files.save_content
+        save = files.Format.save
 
         def saving(*arguments: object) -> None:
             self.saves += 1
@@ -125,7 +125,7 @@ class Signals(Silent):
             if -32 < self.left <= 0:
                 for _ in range(self.at_once):
                     os.kill(os.getpid(), signal.SIGTERM)
-                monkeypatch.setattr(files, "save_content", saving)
+                monkeypatch.setattr(files.Format, "save", saving)
             plain(optimizer)
 
         plain = torch.optim.SGD.step
