@@ -4,8 +4,9 @@
     python benchmarks/calibration.py --checkpoint C --signature S --trusted DATA
 
 The first takes the trusted rows of an evaluation and runs no network; the second makes them.
-The scores are cut at random into a calibration half and a test half, again and again. Prints a
-Markdown table and what its columns mean, or one JSON document with --json.
+The scores are cut at random into a calibration half and a test half, again and again. Prints two
+Markdown tables, of false alarms and of wrong answers among those that pass, and what their columns
+mean, or one JSON document with --json.
 
 Of n + m scores without ties, cut at random, the number of test scores above the k-th largest
 calibration score is beta-binomial (negative hypergeometric) exactly, whatever the scores are. So
@@ -29,9 +30,12 @@ from scipy.stats import hypergeom, kstest, kstwo
 from torch import Tensor
 
 from covcli.core import runtime
+from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
 from covcli.reporting import per_image
+from covcli.signature.calibration import Calibration
+from covcli.signature.combination import fit_combination
 from covcli.signature.guarantee import MODES, Guarantee, make_rule
 
 Floats = npt.NDArray[np.float64]
@@ -39,6 +43,8 @@ Ints = npt.NDArray[np.int64]
 Draw = tuple[Tensor, Tensor]
 HEAD = ["guarantee", "α, %", "images", "rate, %", "5 to 95%", "above α (law), %", "inside, %",
         "distance", "true rate above α, %"]  # fmt: skip
+ERROR_HEAD = ["max error, %", "guarantee", "error rate of what passes, %", "passes, %",
+              "true error rate above, %", "refused, %"]  # fmt: skip
 LEGEND = """\
 rate: share of the test half flagged, mean and quantiles over the splits. above α: share of splits
 where it exceeds α, and what the law says; certified too this may be more than 5%, because the test
@@ -59,14 +65,15 @@ def options() -> argparse.Namespace:
     parser.add_argument("--trusted", help="default: the trained set's test split")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.01, 0.05, 0.1])
+    parser.add_argument("--max-errors", type=float, nargs="*", default=[0.02, 0.05])
     parser.add_argument("--splits", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
-def read_scores(args: argparse.Namespace, folder: Path) -> tuple[Tensor, Tensor]:
-    """Return the trusted images' scores and predicted classes."""
+def read_scores(args: argparse.Namespace, folder: Path) -> per_image.ImageScores:
+    """Return what is known of the trusted images."""
     path = args.scores
     if path is None:
         runtime.configure(args.seed, 0)
@@ -75,8 +82,7 @@ def read_scores(args: argparse.Namespace, folder: Path) -> tuple[Tensor, Tensor]
             data_dir=args.data_dir, output=folder,
         )  # fmt: skip
         path = evaluate(config, Silent()).files[per_image.SCORES]
-    trusted = per_image.read_scores(Path(path))["trusted"]
-    return torch.tensor(trusted.scores["coverage"]), torch.tensor(trusted.predicted)
+    return per_image.read_scores(Path(path))["trusted"]
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def rows(scores: Tensor, predicted: Tensor, args: argparse.Namespace) -> Iterato
         redrawn = count(scores, predicted, guarantee, again)
         for g in range(cut.alarms.shape[1]):
             fewest = min(cut.calibrating[:, g].min(), redrawn.calibrating[:, g].min())
-            if guarantee.mode == "certified" and fewest < guarantee.minimum():
+            if guarantee.each_class and fewest < guarantee.minimum():
                 print(f"{guarantee}, group {g}: too few scores, left out", file=sys.stderr)
                 continue
             yield row(cut, redrawn, guarantee, g, args.seed)
@@ -161,7 +167,7 @@ def rows(scores: Tensor, predicted: Tensor, args: argparse.Namespace) -> Iterato
 def row(cut: Counts, redrawn: Counts, guarantee: Guarantee, g: int, seed: int) -> Row:
     alarms, tested = cut.alarms[:, g], cut.tested[:, g]
     rates, allowed = alarms / tested, np.floor(guarantee.alpha * tested + 1e-9).astype(np.int64)
-    known = g == 0 or guarantee.mode == "certified"
+    known = guarantee.each_class if g else guarantee.mode != "by-class"
     by_law, inside, distance = lawful(cut, guarantee, g, seed) if known else (None, None, None)
     true_rates = redrawn.alarms[:, g] / redrawn.tested[:, g]
     low, high = np.quantile(rates, [0.05, 0.95])
@@ -178,7 +184,7 @@ def lawful(cut: Counts, guarantee: Guarantee, g: int, seed: int) -> tuple[float,
     ranks = np.array([guarantee.rank(int(scores)) for scores in n])
     allowed = np.floor(guarantee.alpha * m + 1e-9).astype(np.int64)
     above = 1 - law(allowed, ranks, n, m)
-    lowest, highest = (0.025, 0.975) if guarantee.mode == "marginal" else (0.0, 0.95)
+    lowest, highest = (0.0, 0.95) if guarantee.certain else (0.025, 0.975)
     alarms, alone = cut.alarms[:, g], cut.alone[:, g]
     inside = (law(alarms, ranks, n, m) >= lowest) & (law(alarms - 1, ranks, n, m) < highest)
     below, upto = law(alone - 1, ranks, n, m), law(alone, ranks, n, m)
@@ -198,22 +204,107 @@ def line(found: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+@dataclass(frozen=True)
+class Errors:
+    """What calibrations with an error bound did; shares of 1.
+
+    Attributes
+    ----------
+    mean, above
+        The error rate among the answers of the test halves that passed, in the mean; and the
+        share of other calibrations, drawn from all images with replacement, whose error rate over
+        all of them, from which they were drawn, exceeded the bound: at most 5% is promised.
+    coverage
+        The share of the answers that passed, in the mean.
+    refused
+        The share of calibrations that were refused.
+    """
+
+    max_error: float
+    guarantee: str
+    mean: float
+    coverage: float
+    above: float
+    refused: float
+
+
+def wrong_answers(
+    trusted: per_image.ImageScores, guarantee: Guarantee, draws: list[Draw]
+) -> tuple[Floats, Floats]:
+    """Return, for calibrations that were not refused, the error rate and the share that passes."""
+    parts = (trusted.scores["coverage"], trusted.scores["softmax"], trusted.predicted,
+             trusted.predicted != trusted.label)  # fmt: skip
+    columns = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
+    classes = tuple(map(str, range(int(trusted.predicted.max()) + 1)))
+    combination = fit_combination(torch.eye(2, dtype=torch.float64), [])  # not used: scores exist
+    found = []
+    for calibrating, testing in draws:
+        ordered = calibrating[columns[0][calibrating].argsort()]
+        known = [column[ordered] for column in columns]
+        try:
+            fitting = torch.zeros(len(ordered), dtype=torch.bool)
+            rule = Calibration(combination, fitting, known[0], known[1], known[2], known[3]).rule(
+                guarantee, classes
+            )
+        except CovcliError:
+            continue
+        scores, doubt, predicted, wrong = (column[testing] for column in columns)
+        passing = ~(rule.untrusted(scores, predicted) | rule.unsure(scores, predicted, doubt))
+        rate = float(wrong[passing].double().mean()) if bool(passing.any()) else 0.0
+        found.append((rate, float(passing.double().mean())))
+    rates, shares = np.array(found).reshape(-1, 2).T
+    return rates, shares
+
+
+def error_rows(trusted: per_image.ImageScores, args: argparse.Namespace) -> Iterator[Errors]:
+    generator = torch.Generator().manual_seed(args.seed)
+    size, half = len(trusted.predicted), len(trusted.predicted) // 2
+    orders = [torch.randperm(size, generator=generator) for _ in range(args.splits)]
+    splits = [(order[:half], order[half:]) for order in orders]
+    whole = torch.arange(size)
+    again = [(torch.randint(size, (half,), generator=generator), whole) for _ in orders]
+    for max_error in args.max_errors:
+        for mode in MODES:
+            guarantee = Guarantee(max(args.alphas), mode, max_error)
+            rates, shares = wrong_answers(trusted, guarantee, splits)
+            redrawn, _ = wrong_answers(trusted, guarantee, again)
+            refused = 1 - len(redrawn) / len(again)
+            if not len(rates) or not len(redrawn):
+                yield Errors(max_error, mode, float("nan"), 0.0, 0.0, refused)
+                continue
+            above = float((redrawn > max_error + 1e-12).sum() / len(again))
+            yield Errors(max_error, mode, float(rates.mean()), float(shares.mean()), above, refused)
+
+
+def error_line(found: Errors) -> str:
+    shares = (found.mean, found.coverage, found.above, found.refused)
+    cells = [f"{100 * found.max_error:g}", found.guarantee, *(f"{100 * s:.2f}" for s in shares)]
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     args = options()
     with tempfile.TemporaryDirectory() as folder:
-        scores, predicted = read_scores(args, Path(folder))
+        trusted = read_scores(args, Path(folder))
+    scores, predicted = (
+        torch.tensor(trusted.scores["coverage"]), torch.tensor(trusted.predicted)
+    )  # fmt: skip
     ties = len(scores) - len(scores.unique())
     critical = float(kstwo.ppf(0.95, args.splits))
     found = rows(scores, predicted, args)
     if args.json:
         settings = {k: str(v) for k, v in vars(args).items()}
         document = {"settings": settings, "scores": len(scores), "ties": ties,
-                    "critical_distance": critical, "rows": [asdict(r) for r in found]}  # fmt: skip
+                    "critical_distance": critical, "rows": [asdict(r) for r in found],
+                    "errors": [asdict(r) for r in error_rows(trusted, args)]}  # fmt: skip
         print(json.dumps(document, indent=2))
         return
     print(f"| {' | '.join(HEAD)} |\n|{' --- |' * len(HEAD)}")
     for r in found:
         print(line(r), flush=True)
+    print(f"\n| {' | '.join(ERROR_HEAD)} |\n|{' --- |' * len(ERROR_HEAD)}")
+    for e in error_rows(trusted, args):
+        print(error_line(e), flush=True)
     print(f"\n{len(scores)} scores, {ties} ties, {args.splits} splits, seed {args.seed}; the "
           f"distance's critical value at 5% is {critical:.3f}.\n{LEGEND}")  # fmt: skip
 
