@@ -32,7 +32,8 @@ from common import Ratio, Work
 from torch import Tensor
 
 from covcli.data import datasets
-from covcli.data.images import ImageSet, Shape, in_memory
+from covcli.data.images import ImageSet, in_memory
+from covcli.data.preprocessing import Shape
 from covcli.models.sweep import to_network
 from covcli.training.epoch import Augmentation, Trainer, augment, draw_moves, epoch
 

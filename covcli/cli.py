@@ -21,6 +21,7 @@ from covcli.options import (
     JsonFlag,
     MaxError,
     Plugin,
+    Preprocess,
     Process,
     QuietFlag,
     Runs,
@@ -67,11 +68,18 @@ def train(
         list[str] | None, typer.Option(help="Images to watch beside; may repeat.")
     ] = None,
     model: Annotated[
-        str, typer.Option(help="vgg19, vgg11, resnet18 or torchvision:NAME.")
+        str, typer.Option(help="vgg19, vgg11, resnet18, torchvision:NAME or timm:NAME.")
     ] = "vgg19",
     pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Start from torchvision's ImageNet weights.")
+        bool, typer.Option("--pretrained", help="Start from the library's ImageNet weights.")
     ] = False,
+    preprocess: Preprocess = None,
+    logits: Annotated[
+        str,
+        typer.Option(
+            "--logits", "--output", help="Where a network returns several tensors: its logits."
+        ),
+    ] = "",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
     batch_size: Annotated[int, typer.Option(min=2, help="Images a step, of all ranks.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Peak of the one-cycle schedule.")] = 0.05,
@@ -101,7 +109,7 @@ def train(
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
     runs: Runs = Path("runs"),
     data_dir: DataDir = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     threads: Threads = 0,
     seed: Seed = 0,
     plugin: Plugin = None,
@@ -116,7 +124,8 @@ def train(
     process = prepare(device, seed, threads, plugin)
     config = training.TrainConfig(
         method=method, trusted=trusted, untrusted=tuple(untrusted or ()), model=model,
-        pretrained=pretrained, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+        pretrained=pretrained, preprocess=preprocess, logits=logits, epochs=epochs,
+        batch_size=batch_size, learning_rate=learning_rate,
         weight_decay=weight_decay, confidence_threshold=confidence_threshold,
         confidence_weight=confidence_weight, signature_every=signature_every,
         calibration_split=calibration_split, save_every=save_every, augment=augment, seed=seed,
@@ -169,6 +178,10 @@ def build_signature(
     std: Annotated[
         str | None, typer.Option(help="For a bare state dict: pixel deviations, alike.")
     ] = None,
+    preprocess: Preprocess = None,
+    logits: Annotated[
+        str, typer.Option(help="For a bare state dict, of several outputs: the logits' name.")
+    ] = "",
     output: Annotated[
         Path | None, typer.Option(help="Signature file; default: beside the checkpoint.")
     ] = None,
@@ -176,7 +189,7 @@ def build_signature(
     amp: Amp = "off",
     runs: Runs = Path("runs"),
     data_dir: DataDir = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     threads: Threads = 0,
     seed: Seed = 0,
     plugin: Plugin = None,
@@ -194,7 +207,7 @@ def build_signature(
         checkpoint=checkpoint, method=method, granularity=granularity, trusted=trusted,
         calibration=calibration, confidence_threshold=confidence_threshold, alpha=alpha,
         guarantee=guarantee, max_error=max_error, model=model,
-        statistics=read_statistics(mean, std), runs=runs,
+        statistics=read_statistics(mean, std), preprocess=preprocess, logits=logits, runs=runs,
         data_dir=data_dir, output=output, force=force, device=device, amp=amp, seed=seed,
     )  # fmt: skip
     with reporter(quiet or not process.prints) as progress:
@@ -215,7 +228,7 @@ def merge_signatures(
     ] = None,
     force: Force = False,
     data_dir: DataDir = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     threads: Threads = 0,
     seed: Seed = 0,
     plugin: Plugin = None,
@@ -309,7 +322,7 @@ def evaluate(
     force: Force = False,
     runs: Runs = Path("runs"),
     data_dir: DataDir = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     threads: Threads = 0,
     seed: Seed = 0,
     plugin: Plugin = None,

@@ -33,7 +33,14 @@ DataDir = Annotated[
         envvar="COVCLI_DATA_DIR", help="Folder of downloaded sets; default: the user's cache."
     ),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, cuda:1.")]
+Preprocess = Annotated[
+    str | None,
+    typer.Option(
+        help="How images become inputs, as resize=256,crop=224,interpolation=bicubic; "
+        "default: as the model expects them."
+    ),
+]
 Threads = Annotated[int, typer.Option(min=0, help="Threads on the CPU; 0 leaves it to torch.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of every random choice.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print nothing to stderr but errors.")]

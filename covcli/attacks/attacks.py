@@ -342,4 +342,5 @@ def run_attack(
     finally:
         for parameter, needs in zip(model.parameters(), wanted, strict=True):
             parameter.requires_grad_(needs)
-    return in_memory(spec.text, distributed.collect(attacked)[0], labels, trusted.classes)
+    pixels = distributed.collect(attacked)[0]
+    return in_memory(spec.text, pixels, labels, trusted.classes, ready=True)

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from covcli.core import file_checks
 from covcli.core.errors import CovcliError
+from covcli.core.weights_only import load_weights_only
 
 
 @contextmanager
@@ -200,51 +199,6 @@ class Format:
         if missing := self.keys - content.keys():
             raise CovcliError(f"lacks {', '.join(sorted(missing))}", where=path)
         return content
-
-
-def load_weights_only(path: Path) -> dict[str, Any]:
-    """Read a file of tensors and plain values; one that would run code is a CovcliError."""
-    wrong = CovcliError(
-        "is not a PyTorch checkpoint that loads without running code",
-        where=path,
-        fix="expected a file from `covcli train` or a state dict saved by torch.save",
-    )
-    try:
-        if path.suffix == ".safetensors":
-            return dict(safetensors.torch.load_file(path))
-        file_checks.check_torch_archive(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an odd pickle protocol is judged below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        whole = all(map(_is_whole, _tensors(content)))
-    except CovcliError:
-        raise
-    except FileNotFoundError:
-        raise CovcliError("no such file", where=path) from None
-    except OSError as error:
-        raise CovcliError(f"cannot be read ({error.strerror})", where=path) from None
-    except Exception:  # torch.load raises a dozen kinds of errors on hostile or broken files
-        raise wrong from None
-    if not isinstance(content, dict) or not whole:
-        raise wrong
-    return content
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Return whether a tensor has the bytes that its shape claims (strides of 0 can claim more)."""
-    return (
-        tensor.layout == torch.strided
-        and not tensor.is_quantized
-        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-    )
 
 
 def plain(value: Any) -> Any:

@@ -6,17 +6,17 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from covcli.core.errors import CovcliError
-
-Shape: TypeAlias = tuple[int, int, int]
+from covcli.data.preprocessing import COVERING, InputShape, Preprocess, Shape
 
 LONGEST = 16  # sides of the result: what of a resized image may lie outside it
 # ITU-R BT.601 luma, the weights that PIL's "L" mode uses.
@@ -104,13 +104,25 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class MemorySource:
-    """All images of a set as one uint8 tensor of shape (N, C, H, W)."""
+    """All images of a set in memory.
+
+    Attributes
+    ----------
+    images
+        uint8 of shape (N, C, H, W).
+    ready
+        Whether they were made for one network: in the shape of its inputs they are not resized.
+    """
 
     images: Tensor
+    ready: bool = False
 
     def read(self, rows: Tensor, shape: Shape) -> Tensor:
         """Gather the rows and turn them to the shape asked for."""
-        return adapt(self.images[rows], shape)
+        images = self.images[rows]
+        if self.ready and tuple(images.shape[1:]) == tuple(shape):
+            return images
+        return adapt(images, shape)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -150,20 +162,23 @@ def in_memory(
     labels: np.ndarray | Tensor | None,
     classes: tuple[str, ...] = (),
     flips: bool = False,
+    ready: bool = False,
 ) -> ImageSet:
     """Make a set of images that already lie in memory, uint8 of shape (N, C, H, W)."""
     pixels = torch.as_tensor(images)
     known = None if labels is None else torch.as_tensor(labels).to(torch.int64)
-    return ImageSet(name, MemorySource(pixels), torch.arange(len(pixels)), known, classes, flips)
+    source = MemorySource(pixels, ready)
+    return ImageSet(name, source, torch.arange(len(pixels)), known, classes, flips)
 
 
 def adapt(images: Tensor, shape: Shape) -> Tensor:
     """Turn images to a model's channels and size.
 
     Transparency, a second or fourth channel, shows white behind it. Grey images become three
-    equal channels, colours become grey by luma. The shorter side is resized (bilinear,
-    antialiased) and the middle cut out; of an image more than 16 times as long as it is wide,
-    only the part around the middle is resized.
+    equal channels, colours become grey by luma. Images are resized and the middle is cut out, as
+    the shape of a network says (`InputShape`); by default they are resized as little as makes them
+    cover that size (bilinear, antialiased), and images of that very size stay as they are. Of an
+    image more than 16 times as long as it is wide, only the part around the middle is resized.
 
     Parameters
     ----------
@@ -184,15 +199,13 @@ def adapt(images: Tensor, shape: Shape) -> Tensor:
         images = images.expand(-1, 3, -1, -1)
     elif images.shape[1] == 3 and channels == 1:
         images = (images * LUMA).sum(1, keepdim=True).round().to(torch.uint8)
-    if images.shape[2:] == (height, width):
-        return images
-    images = _without_far_ends(images, height, width)
-    scale = max(height / images.shape[2], width / images.shape[3])
-    size = [
-        max(round(side * scale), least)
-        for side, least in zip(images.shape[2:], shape[1:], strict=True)
-    ]
-    cut: Tensor = F.center_crop(F.resize(images, size, antialias=True), [height, width])
+    how = shape.preprocess if isinstance(shape, InputShape) else COVERING
+    images = _without_far_ends(images, (height, width), how)
+    size = list(how.size(images.shape[2:], (height, width)))
+    if list(images.shape[2:]) != size:
+        mode = InterpolationMode(how.interpolation)
+        images = F.resize(images, size, interpolation=mode, antialias=True)
+    cut: Tensor = F.center_crop(images, [height, width])
     return cut
 
 
@@ -218,13 +231,15 @@ def on_white(images: Tensor) -> Tensor:
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
 
 
-def _without_far_ends(images: Tensor, height: int, width: int) -> Tensor:
+def _without_far_ends(images: Tensor, wanted: tuple[int, int], how: Preprocess) -> Tensor:
     """Cut the ends off a long thin image that would be resized only to be cut off then."""
     high, wide = images.shape[2:]
-    scale = max(height / high, width / wide)
+    scale = how.scale((high, wide), wanted)
+    if scale is None:
+        return images
     kept = [
         min(side, math.ceil(LONGEST * least / scale))
-        for side, least in ((high, height), (wide, width))
+        for side, least in zip((high, wide), wanted, strict=True)
     ]
     if kept == [high, wide]:
         return images

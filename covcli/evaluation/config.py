@@ -31,5 +31,5 @@ class EvaluationConfig:
     data_dir: Path | None = None
     output: Path | None = None
     force: bool = False
-    device: str = "cpu"
+    device: str = "auto"
     seed: int = 0

@@ -57,7 +57,7 @@ class Opener:
     def made_of(self, pixels: Tensor) -> ImageSet:
         """Return the images that an attack made earlier."""
         assert self.start is not None
-        return in_memory(self.name, pixels, self.start.labels, self.start.classes)
+        return in_memory(self.name, pixels, self.start.labels, self.start.classes, ready=True)
 
 
 def opener(

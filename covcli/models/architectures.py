@@ -1,86 +1,38 @@
-"""MODELS: the classifiers that covcli trains and watches; normalisation is part of each."""
+"""Architectures by name, and the Classifier: a network with its normalisation."""
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
 from covcli.core.errors import CovcliError
-from covcli.core.specs import Registry, suggestion
-from covcli.data.images import ImageSet, Shape
+from covcli.data.images import ImageSet
+from covcli.data.preprocessing import InputShape, Shape
 from covcli.methods.state import Granularity
+from covcli.models import zoo
+from covcli.models.logits import find_logits
 from covcli.models.points import Point, find_points
+from covcli.models.registry import MODELS, Architecture, Build
+from covcli.models.spec import (
+    CIFAR10,
+    IMAGENET,
+    ModelSpec,
+    Normalisation,
+    Precision,
+    Statistics,
+    precision,
+)
 
+__all__ = [
+    "CIFAR10", "IMAGENET", "MODELS", "Architecture", "Classifier", "ModelSpec", "Precision",
+    "Statistics", "architecture", "build", "from_state", "load_pretrained", "model",
+    "pixel_statistics", "precision", "read_statistics",
+]  # fmt: skip
 log = logging.getLogger(__name__)
-Statistics: TypeAlias = tuple[float, ...]
-Precision: TypeAlias = Literal["float32", "bfloat16"]
-IMAGENET: tuple[Statistics, Statistics] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CIFAR10: tuple[Statistics, Statistics] = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """All that rebuilds a network without its weights.
-
-    Attributes
-    ----------
-    name
-        A name in MODELS, or `torchvision:NAME`.
-    classes
-        How many classes it tells apart.
-    shape
-        Channels, height and width of its input.
-    mean, deviation
-        Per channel, of pixels in [0, 1]; subtracted and divided by inside the network.
-    pretrained
-        Whether it has the layout of torchvision's ImageNet weights.
-    """
-
-    name: str
-    classes: int
-    shape: Shape
-    mean: Statistics
-    deviation: Statistics
-    pretrained: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the specification as plain lists and numbers."""
-        return {**asdict(self), "shape": list(self.shape), "mean": list(self.mean),
-                "deviation": list(self.deviation)}  # fmt: skip
-
-    @classmethod
-    def from_dict(cls, document: Any, where: object) -> "ModelSpec":
-        """Rebuild a specification that was read from a file; a malformed one is a CovcliError."""
-        try:
-            values = {field.name: document[field.name] for field in fields(cls)}
-            channels, height, width = (int(side) for side in values["shape"])
-            spec = cls(
-                name=str(values["name"]),
-                classes=int(values["classes"]),
-                shape=(channels, height, width),
-                mean=tuple(float(v) for v in values["mean"]),
-                deviation=tuple(float(v) for v in values["deviation"]),
-                pretrained=bool(values["pretrained"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CovcliError(f"has a malformed model entry ({error!r})", where=where) from None
-        sizes_fit = channels in (1, 3) and 0 < height <= 4096 and 0 < width <= 4096
-        if not (sizes_fit and 0 < spec.classes <= 100_000 and len(spec.mean) == channels
-                and len(spec.deviation) == channels and min(spec.deviation) > 0):  # fmt: skip
-            raise CovcliError("has a model entry out of range", where=where)
-        return spec
-
-
-def precision(text: str) -> Precision:
-    """Return the precision of that name; another is a ValueError."""
-    for known in get_args(Precision):
-        if text == known:
-            return text  # type: ignore[return-value]
-    raise ValueError(f"precision {text!r}")
+# What a network raises on images that it was not made for.
+FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError)
 
 
 class Classifier(nn.Module):
@@ -91,7 +43,8 @@ class Classifier(nn.Module):
     spec
         What it was built from.
     network
-        Maps normalised images (B, C, H, W) to logits (B, classes).
+        Maps normalised images (B, C, H, W) to logits (B, classes), or to a nest of tensors that
+        holds them.
 
     Attributes
     ----------
@@ -111,16 +64,21 @@ class Classifier(nn.Module):
         self.register_buffer("deviation", torch.tensor(spec.deviation).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, classes) of images (B, C, H, W) with pixels in [0, 1]."""
+        """Return logits (B, classes) of images (B, C, H, W) with pixels in [0, 1].
+
+        Raises
+        ------
+        CovcliError
+            If the network returns no logits, or several tensors that could be them.
+        """
         return self.classify((images - self.mean) / self.deviation)
 
     def classify(self, normalised: Tensor) -> Tensor:
-        """Return the logits of images that were normalised already."""
+        """Return the logits of images that were normalised already; errors as of `forward`."""
         low = self.precision == "bfloat16"
         with torch.autocast(normalised.device.type, torch.bfloat16, enabled=low):
             output = self.network(normalised)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        return logits.float()
+        return find_logits(output, len(normalised), self.spec.classes, self.spec.logits).float()
 
     def pixels(self, normalised: Tensor) -> Tensor:
         """Return normalised images as pixels in [0, 1]."""
@@ -131,43 +89,46 @@ class Classifier(nn.Module):
         return self.to(device).to(memory_format=torch.channels_last)
 
     def points(self, granularity: Granularity) -> list[Point]:
-        """Return the coverage points, named as in the network."""
+        """Return the coverage points, named as in the network.
+
+        Raises
+        ------
+        CovcliError
+            If the network refuses images of its shape, returns no logits, or has no layer to
+            record.
+        """
         example = torch.zeros(2, *self.spec.shape, device=self.mean.device)
+        try:
+            with torch.no_grad():
+                self.eval()(example)
+        except FAILURES as error:
+            raise CovcliError(
+                f"the network refuses images of shape {tuple(self.spec.shape)} "
+                f"({type(error).__name__}: {error})",
+                where=f"model {self.spec.name!r}",
+                fix="name the size that it takes, as --preprocess crop=224",
+            ) from error
         return find_points(self.network, (example - self.mean) / self.deviation, granularity)
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """How a registered model is made.
+def model(name: str, *, size: int = 32, weights: str | None = None) -> Callable[[Build], Build]:
+    """Register a function of (classes, pretrained) that returns a network, under a name.
 
-    Attributes
+    Parameters
     ----------
-    build
-        Takes the number of classes and whether the layout is that of the pretrained weights.
+    name
+        What `--model` calls it.
     size
         Height and width of its input.
-    statistics
-        Mean and deviation assumed for weights that come without a checkpoint.
     weights
-        torchvision's name of the pretrained model, or None where there is none.
+        torchvision's name of ImageNet weights that fit the layout `pretrained`, if any do.
     """
 
-    build: Callable[[int, bool], nn.Module]
-    size: int = 32
-    statistics: tuple[Statistics, Statistics] = CIFAR10
-    weights: str | None = None
-
-
-MODELS: Registry[Architecture] = Registry("model")
-
-
-def model(
-    name: str, *, size: int = 32, weights: str | None = None
-) -> Callable[[Callable[[int, bool], nn.Module]], Callable[[int, bool], nn.Module]]:
-    """Register a function of (classes, pretrained) that returns a network, under a name."""
-
-    def decorate(build: Callable[[int, bool], nn.Module]) -> Callable[[int, bool], nn.Module]:
-        MODELS.add(name)(Architecture(build, size, weights=weights))
+    def decorate(build: Build) -> Build:
+        published = None if weights is None else zoo.torchvision_published(weights)
+        layouts = (False,) if weights is None else (False, True)
+        shape = InputShape((3, size, size))
+        MODELS.add(name)(Architecture(build, shape, CIFAR10, published, layouts))
         return build
 
     return decorate
@@ -219,28 +180,23 @@ def resnet18(classes: int, pretrained: bool) -> nn.Module:
 
 
 def architecture(name: str) -> Architecture:
-    """Return the architecture of a name in MODELS or of `torchvision:NAME`."""
-    if not name.startswith("torchvision:"):
-        return MODELS.get(name)
-    known = torchvision.models.list_models(module=torchvision.models)
-    short = name.removeprefix("torchvision:")
-    if short not in known:
-        raise CovcliError(f"unknown torchvision model {short!r}", fix=suggestion(short, known))
+    """Return the architecture of a name in MODELS, of `torchvision:NAME` or of `timm:NAME`.
 
-    def build(classes: int, _pretrained: bool) -> nn.Module:
-        takes_aux = short in ("googlenet", "inception_v3")
-        extra = {"aux_logits": False, "init_weights": True} if takes_aux else {}
-        network: nn.Module = torchvision.models.get_model(short, num_classes=classes, **extra)
-        return network
-
-    size = 299 if short == "inception_v3" else 224
-    return Architecture(build, size, IMAGENET, short)
+    Raises
+    ------
+    CovcliError
+        If the name is unknown, or its library is not installed.
+    """
+    family, colon, short = name.partition(":")
+    if colon and family in zoo.FAMILIES:
+        return zoo.FAMILIES[family](short)
+    return MODELS.get(name)
 
 
-def input_shape(name: str, pretrained: bool) -> Shape:
-    """Return the channels, height and width that a model takes."""
-    size = 224 if pretrained and name in MODELS else architecture(name).size
-    return (3, size, size)
+def input_shape(name: str, pretrained: bool) -> InputShape:
+    """Return the channels, height and width that a model takes, and how images become such."""
+    shape, _ = architecture(name).expects(pretrained)
+    return shape
 
 
 def build(spec: ModelSpec) -> Classifier:
@@ -249,25 +205,25 @@ def build(spec: ModelSpec) -> Classifier:
 
 
 def load_pretrained(model: Classifier) -> None:
-    """Fill a network with torchvision's ImageNet weights, all but a head of another size.
+    """Fill a network with published ImageNet weights, all but a head of another size.
 
     Raises
     ------
     CovcliError
         If there are none for this model, or they cannot be downloaded.
     """
-    name = architecture(model.spec.name).weights
-    if name is None:
+    published = architecture(model.spec.name).published
+    if published is None:
         raise CovcliError("has no pretrained weights", where=f"model {model.spec.name!r}")
-    weights = torchvision.models.get_model_weights(name).DEFAULT
-    log.info("reading torchvision's weights of %s", name)
+    log.info("reading the published weights of %s", published.name)
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
+        state = published.state()
     except (OSError, RuntimeError) as error:
         raise CovcliError(
-            f"the weights of {name} could not be downloaded ({error})",
+            f"the weights of {published.name} could not be downloaded ({error})",
             where="--pretrained",
-            fix=f"check the network, or put the file into {torch.hub.get_dir()}/checkpoints",
+            fix="check the connection; torchvision keeps its files in "
+            f"{torch.hub.get_dir()}/checkpoints, timm in the cache of Hugging Face",
         ) from None
     own = model.network.state_dict()
     own.update({k: v for k, v in state.items() if k in own and v.shape == own[k].shape})
@@ -275,63 +231,23 @@ def load_pretrained(model: Classifier) -> None:
 
 
 def from_state(spec: ModelSpec, state: Mapping[str, Tensor], where: object) -> Classifier:
-    """Build a network with the weights of a checkpoint; others than its own are a CovcliError."""
-    model = build(spec)
-    _load(model, state, where)
-    return model
+    """Build a network with the weights of a checkpoint; others than its own are a CovcliError.
 
-
-def from_bare_state(
-    name: str,
-    state: Mapping[str, Tensor],
-    where: object,
-    statistics: tuple[Statistics, Statistics] | None = None,
-) -> Classifier:
-    """Build a network around a bare state dict, choosing the layout that its shapes fit.
-
-    Parameters
-    ----------
-    name
-        The model's name.
-    state
-        Weights under the network's own names; half precision is turned to single.
-    where
-        Names the weights in an error.
-    statistics
-        Mean and deviation per channel that the weights were trained with; by default those of
-        CIFAR-10, or of ImageNet for ImageNet's layouts and torchvision's models.
-
-    Raises
-    ------
-    CovcliError
-        If the weights fit no layout of the model.
+    They are compared first: a small file cannot ask for the memory of a large network.
     """
-    made = architecture(name)
-    vectors = [tensor for tensor in state.values() if tensor.ndim == 1]
-    if not vectors:
-        raise CovcliError("has no bias vector, so no classes to count", where=where)
-    classes = len(vectors[-1])
-    for pretrained in (False, True):
-        mean, deviation = statistics or (IMAGENET if pretrained else made.statistics)
-        spec = ModelSpec(name, classes, input_shape(name, pretrained), mean, deviation, pretrained)
-        model = build(spec)
-        own = model.network.state_dict()
-        if {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in state.items()}:
-            model.network.load_state_dict(dict(state))
-            return model
-    raise CovcliError(f"the weights do not fit model {name!r}", where=where, fix="name its --model")
-
-
-def _load(model: Classifier, state: Mapping[str, Tensor], where: object) -> None:
+    own = architecture(spec.name).shapes(spec.classes, spec.pretrained)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if own != {n.removeprefix("network."): s for n, s in found.items() if n.startswith("network.")}:
+        raise CovcliError(f"the weights do not fit model {spec.name!r}", where=where)
+    model = build(spec)
     try:
         model.load_state_dict(dict(state))
     except RuntimeError:
-        raise CovcliError(
-            f"the weights do not fit model {model.spec.name!r}", where=where
-        ) from None
+        raise CovcliError(f"the weights do not fit model {spec.name!r}", where=where) from None
+    return model
 
 
-def pixel_statistics(images: ImageSet, shape: Shape) -> tuple[Statistics, Statistics]:
+def pixel_statistics(images: ImageSet, shape: Shape) -> Normalisation:
     """Return each channel's mean and deviation in [0, 1] over at most 5,000 to 10,000 images."""
     rows = torch.arange(0, len(images), max(1, len(images) // 5000))
     total = torch.zeros(shape[0], dtype=torch.float64)
@@ -345,9 +261,7 @@ def pixel_statistics(images: ImageSet, shape: Shape) -> tuple[Statistics, Statis
     return tuple(mean.tolist()), tuple(deviation.tolist())
 
 
-def read_statistics(
-    mean: str | None, deviation: str | None
-) -> tuple[Statistics, Statistics] | None:
+def read_statistics(mean: str | None, deviation: str | None) -> Normalisation | None:
     """Read `--mean` and `--std`, three numbers each with commas between; both or neither.
 
     Raises

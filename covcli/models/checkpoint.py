@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from covcli.core.errors import CovcliError
-from covcli.core.files import Format, load_weights_only
+from covcli.core.files import Format
+from covcli.core.weights_only import load_weights_only
 from covcli.data.images import DataRecord
 from covcli.methods import make_method
 from covcli.models import architectures
-from covcli.models.architectures import Classifier, ModelSpec, Statistics
+from covcli.models.architectures import Classifier, ModelSpec
+from covcli.models.weights import Foreign, from_foreign, from_spec
 
 CHECKPOINT = Format(
     "covcli checkpoint",
@@ -68,31 +70,29 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     )
 
 
-def load(
-    path: Path,
-    bare_model: str | ModelSpec | None = None,
-    statistics: tuple[Statistics, Statistics] | None = None,
-) -> Checkpoint:
-    """Read a checkpoint, or a bare state dict for a model that the caller names.
+def load(path: Path, foreign: Foreign | ModelSpec | str | None = None) -> Checkpoint:
+    """Read a checkpoint, or weights that were trained elsewhere.
 
     Parameters
     ----------
     path
         The file.
-    bare_model
-        For a bare state dict: the model's name, or the whole specification.
-    statistics
-        For a bare state dict: mean and deviation of the pixels it was trained with.
+    foreign
+        For weights without a checkpoint: the model's name, what else is known of them, or the
+        whole specification of the network.
 
     Raises
     ------
     CovcliError
         If the file cannot be read, is of another kind, or its weights fit no such model.
     """
-    content = load_checkpoint(path)
-    if "model" not in content:
-        return _bare(path, content["state"], bare_model, statistics)
+    document = load_weights_only(path)
+    if not isinstance(document.get("format"), str):
+        return _bare(path, document, foreign)
+    content = _checked(path, document)
     spec = ModelSpec.from_dict(content["model"], path)
+    if isinstance(foreign, Foreign):
+        _refuse_contradiction(spec, foreign, path)
     model = architectures.from_state(spec, content["state"], path)
     rows, trusted, classes = content["calibration_rows"], content["trusted"], content["classes"]
     try:
@@ -110,28 +110,30 @@ def load(
     return Checkpoint(path, model, names, record, rows, training)
 
 
+def _refuse_contradiction(spec: ModelSpec, told: Foreign, path: Path) -> None:
+    """Raise a CovcliError if a caller says otherwise than the checkpoint of what it records."""
+    if told.model not in (None, spec.name):
+        raise CovcliError(f"is a checkpoint of {spec.name!r}", where=f"{path}: --model")
+    options = {"--mean, --std": told.statistics, "--preprocess": told.preprocess,
+               "--logits": told.logits}  # fmt: skip
+    for option, value in options.items():
+        if value:
+            raise CovcliError(
+                f"{option} is for weights without a checkpoint, and this one records its own",
+                where=path,
+            )
+
+
 def _bare(
-    path: Path,
-    state: Mapping[str, Tensor],
-    bare_model: str | ModelSpec | None,
-    statistics: tuple[Statistics, Statistics] | None,
+    path: Path, document: Mapping[str, Any], foreign: Foreign | ModelSpec | str | None
 ) -> Checkpoint:
-    if bare_model is None:
-        raise CovcliError("is a bare state dict", where=path, fix="name its --model")
-    if isinstance(bare_model, ModelSpec):
-        model = architectures.build(bare_model)
-        model.network.load_state_dict(_fitting(model, state, path))
+    if isinstance(foreign, ModelSpec):
+        model = from_spec(document, foreign, path)
     else:
-        model = architectures.from_bare_state(bare_model, state, path, statistics)
+        told = foreign if isinstance(foreign, Foreign) else Foreign(foreign)
+        model = from_foreign(document, told, path)
     classes = tuple(str(k) for k in range(model.spec.classes))
     return Checkpoint(path, model, classes, None, torch.empty(0, dtype=torch.int64), {}, True)
-
-
-def _fitting(model: Classifier, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    shapes = {name: tensor.shape for name, tensor in state.items()}
-    if shapes != {name: tensor.shape for name, tensor in model.network.state_dict().items()}:
-        raise CovcliError(f"the weights do not fit model {model.spec.name!r}", where=path)
-    return dict(state)
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -140,18 +142,18 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, or a bare state dict as `{"state": ...}`, without unpickling objects.
+    """Read what `save_checkpoint` wrote, without unpickling objects.
 
     Raises
     ------
     CovcliError
         If the file is missing, of another kind, damaged, or holds NaN or infinite weights.
     """
-    document = load_weights_only(path)
-    if isinstance(document.get("format"), str):
-        content = CHECKPOINT.content(path, document)
-    else:
-        content = {"state": document.get("state_dict", document)}
+    return _checked(path, load_weights_only(path))
+
+
+def _checked(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    content = CHECKPOINT.content(path, document)
     state = content["state"]
     if (
         not isinstance(state, dict)

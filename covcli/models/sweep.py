@@ -12,7 +12,8 @@ from torch import Tensor
 from covcli.core import distributed
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
-from covcli.data.images import ImageSet, Shape, batches
+from covcli.data.images import ImageSet, batches
+from covcli.data.preprocessing import Shape
 from covcli.methods.state import Granularity
 from covcli.models.architectures import Classifier, Precision
 from covcli.models.points import Point, Recorder

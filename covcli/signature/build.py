@@ -15,9 +15,10 @@ from covcli.data.images import DataRecord, ImageSet
 from covcli.methods import Method, make_method
 from covcli.methods.state import Granularity
 from covcli.models import checkpoint as checkpoints
-from covcli.models.architectures import Statistics
 from covcli.models.checkpoint import Checkpoint
+from covcli.models.spec import Normalisation
 from covcli.models.sweep import Amp, choose_precision
+from covcli.models.weights import Foreign
 from covcli.reporting.terminal import say
 from covcli.signature import signature as signatures
 from covcli.signature.calibration import check_images
@@ -44,12 +45,14 @@ class SignatureConfig:
     guarantee: Mode = "marginal"
     max_error: float | None = None
     model: str | None = None
-    statistics: tuple[Statistics, Statistics] | None = None
+    statistics: Normalisation | None = None
+    preprocess: str | None = None
+    logits: str = ""
     runs: Path = Path("runs")
     data_dir: Path | None = None
     output: Path | None = None
     force: bool = False
-    device: str = "cpu"
+    device: str = "auto"
     amp: Amp = "off"
     seed: int = 0
 
@@ -120,7 +123,8 @@ def build_signature(config: SignatureConfig, progress: Progress) -> SignatureRes
     """
     guarantee = Guarantee(config.alpha, config.guarantee, config.max_error)
     device = runtime.choose_device(config.device)
-    source = checkpoints.load(config.checkpoint, config.model, config.statistics)
+    told = Foreign(config.model, config.statistics, config.preprocess, config.logits)
+    source = checkpoints.load(config.checkpoint, told)
     training = source.training
     method = make_method(config.method or str(training.get("method", DEFAULT_METHOD)))
     default_threshold = float(training.get("confidence_threshold", 0.9))

@@ -29,7 +29,7 @@ class MergeConfig:
     checkpoint: Path | None = None
     data_dir: Path | None = None
     force: bool = False
-    device: str = "cpu"
+    device: str = "auto"
     seed: int = 0
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from covcli.data.images import ImageSet, Shape, Source
+from covcli.data.images import ImageSet, Source
+from covcli.data.preprocessing import Shape
 
 Distort: TypeAlias = Callable[[Tensor, np.random.Generator], Tensor]
 SEED = 0

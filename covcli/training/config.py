@@ -21,6 +21,8 @@ class TrainConfig:
     untrusted: tuple[str, ...] = ()
     model: str = "vgg19"
     pretrained: bool = False
+    preprocess: str | None = None
+    logits: str = ""
     epochs: int = 10
     batch_size: int = 64
     learning_rate: float = 0.05
@@ -32,7 +34,7 @@ class TrainConfig:
     save_every: str = "1"
     augment: Augmentation | Literal["auto"] = "auto"
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
     amp: Amp = "off"
     name: str | None = None
     runs: Path = Path("runs")

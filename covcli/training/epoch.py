@@ -11,7 +11,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from covcli.core import distributed
 from covcli.core.errors import CovcliError
-from covcli.data.images import ImageSet, Shape, batches
+from covcli.data.images import ImageSet, batches
+from covcli.data.preprocessing import Shape
 from covcli.methods.state import Granularity
 from covcli.models.architectures import Classifier
 from covcli.models.points import Point, Recorder

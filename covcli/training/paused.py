@@ -19,6 +19,8 @@ PAUSED = Format(
          "reductions", "history", "step", "sums", "generator"}
     ),
 )  # fmt: skip
+# Settings that runs of earlier versions do not record.
+ADDED = {"preprocess", "logits"}
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -38,7 +40,9 @@ def restored_config(content: Mapping[str, Any], run: Path, data_dir: Path | None
         If the settings are none that a run can have.
     """
     try:
-        told = {field.name: content["settings"][field.name] for field in fields(TrainConfig)}
+        recorded = content["settings"]
+        names = [field.name for field in fields(TrainConfig)]
+        told = {name: recorded[name] for name in names if name in recorded or name not in ADDED}
         moved = {"runs": run.parent, "name": run.name, "data_dir": data_dir or told["data_dir"]}
         return settings.read(TrainConfig, told | moved)
     except (LookupError, TypeError, ValueError) as error:

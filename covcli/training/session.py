@@ -80,7 +80,7 @@ class Session:
             if config.augment == "auto"
             else config.augment
         )
-        self.steps = -(-len(self.training) // config.batch_size)
+        self.steps = _steps(len(self.training), config.batch_size)
         if distributed.size() > 1 and len(self.training) // self.steps < 2 * distributed.size():
             raise CovcliError(
                 f"batches of {len(self.training) // self.steps} images are too few for "
@@ -259,15 +259,30 @@ class _Saver:
             self.after_step()
 
 
+def _steps(images: int, batch_size: int) -> int:
+    """Return into how many batches an epoch is cut, each of two images at least.
+
+    A normalisation layer cannot learn from one image alone: three images make one batch of three,
+    even where a batch is said to have two.
+    """
+    if images < 2:
+        raise CovcliError(
+            f"{images} training images are too few: a batch needs two", where="--trusted"
+        )
+    return min(-(-images // batch_size), images // 2)
+
+
 def _model(config: TrainConfig, images: ImageSet, device: torch.device) -> Classifier:
     """Build the network for the classes of the training images."""
-    shape = architectures.input_shape(config.model, config.pretrained)
+    shape, statistics = architectures.architecture(config.model).expects(config.pretrained)
+    shape = shape.changed(config.preprocess)
     mean, deviation = (
-        architectures.IMAGENET
-        if config.pretrained
-        else architectures.pixel_statistics(images, shape)
+        statistics if config.pretrained else architectures.pixel_statistics(images, shape)
     )
-    spec = ModelSpec(config.model, len(images.classes), shape, mean, deviation, config.pretrained)
+    spec = ModelSpec(
+        config.model, len(images.classes), shape, mean, deviation, config.pretrained,
+        shape.preprocess, config.logits,
+    )  # fmt: skip
     model = architectures.build(spec)
     if config.pretrained:
         architectures.load_pretrained(model)

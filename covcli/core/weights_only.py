@@ -1,0 +1,138 @@
+"""Files of tensors and plain values, as torch and safetensors write them, read without their code.
+
+A pickle can name functions to call. torch's `weights_only` reader calls none but those on its list;
+the list here adds what only holds values: NumPy's numbers and arrays, paths, parsed arguments.
+"""
+
+import argparse
+import pathlib
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from covcli.core import file_checks
+from covcli.core.errors import CovcliError
+
+# How files of torch before 1.6 begin, which are no archives.
+BEFORE_ARCHIVES = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+NUMBERS = "?bhilqBHILQefdgFD"
+_scalar, _array = np._core.multiarray.scalar, np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+HARMLESS: list[Any] = [
+    np.dtype, np.ndarray, *{type(np.dtype(kind)) for kind in NUMBERS}, np.dtypes.StrDType,
+    _scalar, (_scalar, "numpy.core.multiarray.scalar"),
+    _array, (_array, "numpy.core.multiarray._reconstruct"),
+    argparse.Namespace,
+    (pathlib.PurePosixPath, "pathlib.PosixPath"),
+    (pathlib.PurePosixPath, "pathlib._local.PosixPath"),
+    (pathlib.PureWindowsPath, "pathlib.WindowsPath"),
+    (pathlib.PureWindowsPath, "pathlib._local.WindowsPath"),
+]  # fmt: skip
+# What torch and safetensors raise on files that are broken or hostile; no signal is among them.
+BROKEN = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+    AssertionError, EOFError, ImportError, pickle.UnpicklingError, struct.error,
+    zipfile.BadZipFile, SafetensorError,
+)  # fmt: skip
+COMPLAINT = "is not a PyTorch checkpoint"
+CURE = "save the network's state_dict() by torch.save"
+
+
+def load_weights_only(path: Path) -> dict[str, Any]:
+    """Read a file of tensors and plain values, whatever its name, without running code.
+
+    Archives of torch.save, its files before torch 1.6, and safetensors.
+
+    Raises
+    ------
+    CovcliError
+        If the file is missing, damaged, of another kind, or holds objects that only code could
+        rebuild; the first of them is named.
+    """
+    try:
+        content = _read(path)
+        whole = all(map(_is_whole, _tensors(content)))
+    except CovcliError:
+        raise
+    except FileNotFoundError:
+        raise CovcliError("no such file", where=path) from None
+    except OSError as error:
+        raise CovcliError(f"cannot be read ({error.strerror})", where=path) from None
+    except BROKEN as error:
+        raise _refusal(path, str(error)) from None
+    if not isinstance(content, dict) or not whole:
+        raise _refusal(path, "")
+    return content
+
+
+def _read(path: Path) -> Any:
+    with path.open("rb") as file:
+        start = file.read(len(BEFORE_ARCHIVES))
+    if path.suffix == ".safetensors" or _begins_as_safetensors(start, path):
+        return dict(safetensors.torch.load_file(path))
+    if start != BEFORE_ARCHIVES:
+        _refuse_programs(path)
+        file_checks.check_torch_archive(path)
+    with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
+        warnings.simplefilter("ignore")  # an odd pickle protocol is judged by the reader
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _begins_as_safetensors(start: bytes, path: Path) -> bool:
+    """Return whether a file begins with the length of a JSON header, and the header."""
+    length = int.from_bytes(start[:8], "little")
+    return start[8:9] == b"{" and length < path.stat().st_size
+
+
+def _refuse_programs(path: Path) -> None:
+    """Raise a CovcliError if an archive holds a network as a program beside its weights."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        names = {Path(name).name for name in archive.namelist()}
+    if "constants.pkl" in names or "archive_format" in names:
+        kind = "TorchScript" if "constants.pkl" in names else "torch.export"
+        raise CovcliError(f"{COMPLAINT}: it is a program of {kind}", where=path, fix=CURE)
+
+
+def _refusal(path: Path, reason: str) -> CovcliError:
+    """Word why a file was not read; torch's reason names the first object that is not allowed."""
+    named = re.search(r"(?:GLOBAL|class) ([\w.]+)", reason)
+    if named is None:
+        return CovcliError(
+            f"{COMPLAINT} that loads without running code",
+            where=path,
+            fix="expected a file from `covcli train` or a state dict saved by torch.save",
+        )
+    return CovcliError(
+        f"{COMPLAINT} that loads without running code: it holds a {named[1]}",
+        where=path,
+        fix=CURE,
+    )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Return whether a tensor has the bytes that its shape claims (strides of 0 can claim more)."""
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )

@@ -1,0 +1,92 @@
+"""ModelSpec: all that rebuilds a network without its weights."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from covcli.core.errors import CovcliError
+from covcli.data.preprocessing import COVERING, InputShape, Preprocess, Shape
+
+Statistics: TypeAlias = tuple[float, ...]
+Normalisation: TypeAlias = tuple[Statistics, Statistics]
+Precision: TypeAlias = Literal["float32", "bfloat16"]
+IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR10: Normalisation = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that rebuilds a network without its weights.
+
+    Attributes
+    ----------
+    name
+        A name in MODELS, `torchvision:NAME` or `timm:NAME`.
+    classes
+        How many classes it tells apart.
+    shape
+        Channels, height and width of its input; an `InputShape` of `preprocess`, so that images
+        that are read in this shape are prepared in the network's way.
+    mean, deviation
+        Per channel, of pixels in [0, 1]; subtracted and divided by inside the network.
+    pretrained
+        Whether it has the layout of torchvision's ImageNet weights.
+    preprocess
+        How images become inputs.
+    logits
+        Which part of what the network returns tells the classes apart; "" where that is plain.
+    """
+
+    name: str
+    classes: int
+    shape: Shape
+    mean: Statistics
+    deviation: Statistics
+    pretrained: bool = False
+    preprocess: Preprocess = COVERING
+    logits: str = ""
+
+    def __post_init__(self) -> None:
+        """Bind the way in which images are prepared to the shape."""
+        object.__setattr__(self, "shape", InputShape(self.shape, self.preprocess))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the specification as plain lists and numbers."""
+        return {**asdict(self), "shape": list(self.shape), "mean": list(self.mean),
+                "deviation": list(self.deviation), "preprocess": self.preprocess.as_dict(),
+                }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, document: Any, where: object) -> "ModelSpec":
+        """Rebuild a specification that was read from a file; a malformed one is a CovcliError.
+
+        Files of earlier versions name neither preprocessing nor logits: both are the default.
+        """
+        try:
+            channels, height, width = (int(side) for side in document["shape"])
+            spec = cls(
+                name=str(document["name"]),
+                classes=int(document["classes"]),
+                shape=(channels, height, width),
+                mean=tuple(float(v) for v in document["mean"]),
+                deviation=tuple(float(v) for v in document["deviation"]),
+                pretrained=bool(document["pretrained"]),
+                preprocess=Preprocess.from_dict(
+                    document.get("preprocess", COVERING.as_dict())
+                ),
+                logits=str(document.get("logits", "")),
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CovcliError(f"has a malformed model entry ({error!r})", where=where) from None
+        sizes_fit = channels in (1, 3) and 0 < height <= 4096 and 0 < width <= 4096
+        if not (sizes_fit and 0 < spec.classes <= 100_000 and len(spec.mean) == channels
+                and len(spec.deviation) == channels and min(spec.deviation) > 0):  # fmt: skip
+            raise CovcliError("has a model entry out of range", where=where)
+        return spec
+
+
+def precision(text: str) -> Precision:
+    """Return the precision of that name; another is a ValueError."""
+    for known in get_args(Precision):
+        if text == known:
+            return text  # type: ignore[return-value]
+    raise ValueError(f"precision {text!r}")
