@@ -13,7 +13,8 @@ from torch import Tensor
 
 from covcli.data.decoding import decode
 from covcli.data.digests import content_digests
-from covcli.data.images import Shape, adapt, compute_alone
+from covcli.data.images import adapt, compute_alone
+from covcli.data.preprocessing import Shape
 
 MOST_THREADS = 16
 

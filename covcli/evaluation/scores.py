@@ -9,7 +9,8 @@ from torch import Tensor
 
 from covcli.core import distributed
 from covcli.core.progress import Progress
-from covcli.data.images import ImageSet, Shape
+from covcli.data.images import ImageSet
+from covcli.data.preprocessing import Shape
 from covcli.reporting.per_image import ExplainedImage, ImageScores, Samples, Thumbnails
 from covcli.signature.calibration import softmax_score
 from covcli.signature.judge import Judge
