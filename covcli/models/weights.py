@@ -22,7 +22,7 @@ from covcli.models.registry import Architecture
 from covcli.models.spec import ModelSpec, Normalisation
 
 log = logging.getLogger(__name__)
-Shape: TypeAlias = tuple[int, ...]
+Sides: TypeAlias = tuple[int, ...]
 
 # Modules that wrap others and put their name into the names of the weights, wherever they stand.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -99,7 +99,7 @@ class Skeleton:
     """
 
     names: Mapping[str, str]
-    shapes: Mapping[str, Shape]
+    shapes: Mapping[str, Sides]
     growth: Mapping[str, tuple[int, int]]
 
     @classmethod
@@ -117,7 +117,7 @@ class Skeleton:
             growth,
         )
 
-    def classes(self, found: Mapping[str, Shape]) -> int | None:
+    def classes(self, found: Mapping[str, Sides]) -> int | None:
         """Return how many classes most of these weights tell apart; None if none depends on it."""
         counts: Counter[int] = Counter()
         for name, (dim, step) in self.growth.items():
@@ -127,7 +127,7 @@ class Skeleton:
                     counts[FEW + more] += 1
         return counts.most_common(1)[0][0] if counts else None
 
-    def shape(self, name: str, classes: int) -> Shape:
+    def shape(self, name: str, classes: int) -> Sides:
         """Return the shape of a weight in a network of so many classes."""
         shape = list(self.shapes[name])
         if name in self.growth:
@@ -159,7 +159,7 @@ class Match:
     classes: int | None
     missing: Sequence[str]
     unexpected: Sequence[str]
-    reshaped: Sequence[tuple[str, Shape, Shape]]
+    reshaped: Sequence[tuple[str, Sides, Sides]]
     ignored: Sequence[str]
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_config
 from torch import Tensor, nn
 
 from covcli.core.errors import CovcliError
@@ -18,7 +19,6 @@ from covcli.models.weights import Foreign
 from covcli.signature.build import SignatureConfig, build_signature
 from covcli.signature.monitor import Monitor
 from covcli.training.train import train
-from tests.conftest import tiny_config
 
 B, K = 2, 10
 LOGITS, FEATURES = torch.arange(B * K).view(B, K).float(), torch.ones(B, 64)
@@ -98,8 +98,10 @@ class Several(nn.Module):
         return body, self.side(body), self.head(body)
 
 
-if "several" not in MODELS:
-    model("several")(lambda classes, pretrained: Several(classes))
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    if "several" not in MODELS:
+        model("several")(lambda classes, pretrained: Several(classes))
 
 
 def test_a_named_output_is_trained_recorded_and_monitored(tmp_path: Path) -> None:

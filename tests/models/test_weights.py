@@ -54,9 +54,11 @@ class Normed(nn.Module):
         return self.head(torch.relu(self.conv(x)).mean((2, 3)))
 
 
-if "norms" not in MODELS:
-    model("norms")(lambda classes, pretrained: Norms(classes))
-    model("normed")(lambda classes, pretrained: Normed(classes))
+@pytest.fixture(scope="module", autouse=True)
+def _registered() -> None:
+    if "norms" not in MODELS:
+        model("norms")(lambda classes, pretrained: Norms(classes))
+        model("normed")(lambda classes, pretrained: Normed(classes))
 
 
 @pytest.fixture(scope="module")
