@@ -27,7 +27,8 @@ from torch import Tensor
 from covcli.core import runtime
 from covcli.core.progress import Silent
 from covcli.data import datasets
-from covcli.data.images import ImageSet, Shape, Source
+from covcli.data.images import ImageSet, Source
+from covcli.data.preprocessing import Shape
 from covcli.methods import make_method
 from covcli.models import checkpoint as checkpoints
 from covcli.signature.fit import fit_judge, fit_signature
