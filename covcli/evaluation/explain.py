@@ -159,11 +159,11 @@ class _View:
         neurons: Tensor,
         classes: Tensor,
     ) -> "_View":
-        method, ready, layout = signature.method, signature.ready, signature.layout
-        low, high = method.span(ready, layout, classes)
+        scorer = signature.scorer
+        low, high = scorer.span(classes)
         parts = (
-            neurons.double(), method.costs(ready, layout, neurons, classes),
-            method.inside(ready, layout, neurons, classes), low.double(), high.double(),
+            neurons.double(), scorer.costs(neurons, classes),
+            scorer.inside(neurons, classes), low.double(), high.double(),
         )  # fmt: skip
         return cls(signature, shapes, *(part.cpu().numpy() for part in parts))
 

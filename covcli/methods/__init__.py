@@ -1,12 +1,13 @@
 """The methods: each summarises trusted activations and scores a new input against them."""
 
-from covcli.methods.base import METHODS, Method, make_method
+from covcli.methods.base import METHODS, Method, Scorer, make_method
 from covcli.methods.contributions import ActivationCoverage
 from covcli.methods.ensemble import Ensemble
 from covcli.methods.gaussian import Gauss
+from covcli.methods.layout import Layout
 from covcli.methods.ranges import MultiRange, SingleRange
 from covcli.methods.ranks import NeuronRank
-from covcli.methods.state import Layout, Reduction, State
+from covcli.methods.state import Reduction, State
 
 __all__ = [
     "METHODS",
@@ -18,6 +19,7 @@ __all__ = [
     "MultiRange",
     "NeuronRank",
     "Reduction",
+    "Scorer",
     "SingleRange",
     "State",
     "make_method",

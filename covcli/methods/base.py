@@ -6,12 +6,15 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from covcli.core.errors import CovcliError
 from covcli.core.specs import Registry, fraction, parse, positive_count
-from covcli.methods.state import Expected, Granularity, Layout, State
+from covcli.methods.layout import Layout
+from covcli.methods.state import Expected, Granularity, State
 
+# So many neurons of each image are read at once, or one point's if that has more.
+PIECE = 1 << 16
 # Some rows, as numbers, int64; or all of them.
 Rows: TypeAlias = Tensor | slice
 
@@ -29,8 +32,6 @@ class Method(ABC):
     ----------
     name
         The name in the registry.
-    at_once
-        Up to about how many neurons, of several images, evidence is read at once.
     contributions
         Whether its neurons are what activations contribute to the network's certainty, which
         takes gradients, rather than the activations.
@@ -39,7 +40,6 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    at_once: ClassVar[int] = 1 << 20
     contributions: ClassVar[bool] = False
     experts: ClassVar[bool] = False
 
@@ -101,20 +101,56 @@ class Method(ABC):
         """Fold a batch of noisy copies into what `begin_noisy` returned."""
         raise NotImplementedError
 
-    def prepare(self, state: State, layout: Layout) -> State:
-        """Return what is read for scoring: the complete state, or tensors derived from it."""
-        return state
+    @abstractmethod
+    def prepare(self, state: State, layout: Layout) -> "Scorer":
+        """Return what scores new neurons against the complete state, on the state's device."""
+
+    def columns(self, layout: Layout) -> int:
+        """Return how many columns the evidence has: one a point, or several blocks of those."""
+        return len(layout.sizes)
 
     @abstractmethod
-    def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return each neuron's cost, measured against the class of its image.
+    def expected(self, layout: Layout) -> Expected:
+        """Return each complete tensor's type and shape, to check files against."""
+
+    def spec(self) -> str:
+        """Return the specification that makes this method again."""
+        parameters = "&".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+        return f"{self.name}?{parameters}" if parameters else self.name
+
+
+class Scorer(nn.Module, ABC):
+    """What a method prepares to score new neurons: buffers, bound to the layout of the neurons.
+
+    All of it is plain tensor operations: Python's control flow depends on the layout alone, never
+    on values or on how many images there are, and nothing waits for a GPU. So `torch.export` and
+    `torch.compile` accept it, with any number of images.
+
+    Parameters
+    ----------
+    layout
+        Which neurons belong to which point.
+    buffers
+        What the neurons are measured against, by the name of the attribute.
+    """
+
+    def __init__(self, layout: Layout, buffers: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.layout = layout
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor)
+
+    @property
+    def columns(self) -> int:
+        """How many columns the evidence has: one a point, or several blocks of such columns."""
+        return len(self.layout.sizes)
+
+    @abstractmethod
+    def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the evidence: what speaks against trust, in columns to standardise.
 
         Parameters
         ----------
-        ready
-            What `prepare` returned.
-        layout
-            Which neurons belong to which point.
         neurons
             Shape (B, N).
         classes
@@ -123,53 +159,35 @@ class Method(ABC):
         Returns
         -------
         Tensor
-            float32 of shape (B, N), at least 0.
+            float64 of shape (B, columns); larger is less trusted.
         """
 
-    def soft_costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return a stand-in of `costs` with a gradient in the neurons, for attacks that descend it.
+    def soft(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return a stand-in of the evidence with a gradient in the neurons, for attacks.
 
-        By default the costs themselves. A method whose costs are comparisons or counts overrides
-        this. Parameters and shape are those of `costs`.
+        By default the evidence itself. A method that compares or counts overrides this. The
+        parameters and the shape are those of `forward`.
         """
-        return self.costs(ready, layout, neurons, classes)
+        return self(neurons, classes)  # type: ignore[no-any-return]
 
     @abstractmethod
-    def inside(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+    def costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return each neuron's cost against the class of its image, (B, N), at least 0."""
+
+    @abstractmethod
+    def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return which neurons lie inside the class's trusted pattern, bool of shape (B, N)."""
 
-    def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return what speaks against trust, in columns that calibration standardises.
-
-        The log of each point's mean cost, one more neuron's worth added, so that 0 has a log.
-
-        Returns
-        -------
-        Tensor
-            float64 of shape (B, columns): one column a point, or several blocks of such columns.
-        """
-        return log_means(self.costs(ready, layout, neurons, classes), layout)
-
-    def soft_evidence(
-        self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor
-    ) -> Tensor:
-        """Return a stand-in of `evidence` with a gradient in the neurons; parameters as there."""
-        return log_means(self.soft_costs(ready, layout, neurons, classes), layout)
-
-    def columns(self, layout: Layout) -> int:
-        """Return how many columns the evidence has."""
-        return len(layout.sizes)
+    def coverage(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the share of each point's neurons inside, float64 of shape (B, L)."""
+        return self.layout.means(self.inside(neurons, classes))
 
     @abstractmethod
-    def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
+    def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ends of the trusted pattern that `inside` tests, to explain a verdict.
 
         Parameters
         ----------
-        ready
-            What `prepare` returned.
-        layout
-            Which neurons belong to which point.
         classes
             The class of each image, int64 of shape (B,).
 
@@ -180,14 +198,47 @@ class Method(ABC):
             where the pattern has no end on that side.
         """
 
-    @abstractmethod
-    def expected(self, layout: Layout) -> Expected:
-        """Return each complete tensor's type and shape, to check files against."""
 
-    def spec(self) -> str:
-        """Return the specification that makes this method again."""
-        parameters = "&".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
-        return f"{self.name}?{parameters}" if parameters else self.name
+class CostScorer(Scorer):
+    """A scorer whose evidence is the log of each point's mean cost.
+
+    One more neuron's worth is added to the mean, so that 0 has a log. Points are read in pieces:
+    what a piece takes of memory and cache does not grow with the network.
+    """
+
+    widths: Tensor
+
+    def __init__(self, layout: Layout, buffers: Mapping[str, Tensor]) -> None:
+        super().__init__(layout, buffers)
+        widths = torch.tensor(layout.sizes, dtype=torch.float64)
+        self.register_buffer("widths", widths.to(next(self.buffers()).device))
+
+    @abstractmethod
+    def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the costs of the neurons of some neighbouring points, shape (B, width)."""
+
+    def soft_costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return a stand-in of `costs` with a gradient in the neurons; by default the costs."""
+        return self.costs(neurons, classes)
+
+    def costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return each neuron's cost against the class of its image, (B, N), at least 0."""
+        return self.costs_at(self.layout, neurons, classes)
+
+    def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return log(mean cost + 1/neurons) of each point, float64 of shape (B, L)."""
+        sums = [
+            part.sums(self.costs_at(part, neurons[:, part.span], classes))
+            for part in self.layout.pieces(PIECE)
+        ]
+        return self._log_means(torch.cat(sums, 1))
+
+    def soft(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the same from the soft costs, with a gradient in the neurons."""
+        return self._log_means(self.layout.sums(self.soft_costs(neurons, classes)))
+
+    def _log_means(self, sums: Tensor) -> Tensor:
+        return torch.log((sums + 1) / self.widths)
 
 
 def cell_index(cells: Tensor, classes: Tensor, count: int) -> Tensor:
@@ -218,16 +269,6 @@ def by_class(classes: Tensor) -> Iterator[tuple[int, Rows, int]]:
 def picked(values: Tensor, rows: Rows) -> Tensor:
     """Return those rows; a view if it is all of them."""
     return values if isinstance(rows, slice) else values.index_select(0, rows)
-
-
-def log_means(costs: Tensor, layout: Layout) -> Tensor:
-    """Return log(mean + 1/neurons) of each point's costs, float64 of shape (B, L)."""
-    return log_sums(layout.sums(costs), layout)
-
-
-def log_sums(sums: Tensor, layout: Layout) -> Tensor:
-    """Return the same from the sums of each point's costs, (B, L)."""
-    return torch.log((sums + 1) / layout.widths.to(sums.device))
 
 
 METHODS: Registry[type[Method]] = Registry("method")

@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Method, cell_index
-from covcli.methods.state import Expected, Layout, State
+from covcli.methods.base import METHODS, CostScorer, Method, cell_index
+from covcli.methods.layout import Layout
+from covcli.methods.state import Expected, State
 
 SMALLEST = 1e-6
 
@@ -58,53 +59,66 @@ class ActivationCoverage(Method):
 
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Count the bins of a batch."""
-        places = self._places(neurons, labels).flatten()
+        bins = self.bin(neurons, self.edges().to(neurons.device))
+        places = cell_index(bins, labels, self.bins).flatten()
         counts = state["counts"].view(-1)
         counts.scatter_add_(0, places, torch.ones_like(places, dtype=torch.int32))
 
-    def prepare(self, state: State, layout: Layout) -> State:
-        """Return the counts that an image is measured against, by class."""
+    def prepare(self, state: State, layout: Layout) -> "BinScorer":
+        """Return what scores new neurons against the counts that count, by class."""
         counts = state["counts"]
         if self.classes == "all":
             counts = counts.sum(0, keepdim=True, dtype=torch.int32).expand_as(counts).contiguous()
-        return State({"counts": counts})
+        return BinScorer(layout, counts, self)
 
-    def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return one minus the coverage of each neuron's bin."""
-        found = ready["counts"].view(-1)[self._places(neurons, classes)]
-        return 1 - (found / self.full).clamp_max(1)
-
-    def inside(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return which neurons lie in a bin where a trusted image has been."""
-        return ready["counts"].view(-1)[self._places(neurons, classes)] > 0
-
-    def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the values where the first covered bin begins and the last one ends."""
-        covered = (ready["counts"][classes] > 0).int()
-        first = covered.argmax(2)
-        last = self.bins - 1 - covered.flip(2).argmax(2)
-        edges = torch.logit(self._edges().to(classes.device)) / self.steepness
-        edges[0], edges[-1] = -torch.inf, torch.inf
-        return edges[first], edges[last + 1]
-
-    def bin(self, neurons: Tensor) -> Tensor:
+    def bin(self, neurons: Tensor, edges: Tensor) -> Tensor:
         """Return the bin of each neuron's state, 0 to bins − 1; an edge belongs to the lower."""
         states = torch.sigmoid(self.steepness * neurons).clamp(SMALLEST, 1 - SMALLEST)
-        inner = torch.bucketize(states, self._edges().to(states.device)) - 1
-        return inner.clamp(0, self.bins - 1)
+        return (torch.bucketize(states, edges) - 1).clamp(0, self.bins - 1)
 
-    def _edges(self) -> Tensor:
+    def edges(self) -> Tensor:
+        """Return where the bins begin and the last one ends, shape (bins + 1,)."""
         lower = self.bins // 2
         first, last = torch.log10(torch.tensor([SMALLEST, 0.5])).tolist()
         left = torch.logspace(first, last, lower + 1)
         right = 1 - torch.logspace(first, last, self.bins - lower + 1).flip(0)
         return torch.cat([left, right[1:]])
 
-    def _places(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the index of each neuron's bin in the flattened counts."""
-        return cell_index(self.bin(neurons), classes, self.bins)
-
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
         shape = (layout.classes, layout.neurons, self.bins)
         return {"counts": (torch.int32, shape)}
+
+
+class BinScorer(CostScorer):
+    """Scores bins, see `ActivationCoverage`."""
+
+    counts: Tensor
+    edges: Tensor
+
+    def __init__(self, layout: Layout, counts: Tensor, method: ActivationCoverage) -> None:
+        super().__init__(layout, {"counts": counts, "edges": method.edges().to(counts.device)})
+        self.method = method
+
+    def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return one minus the coverage of each neuron's bin."""
+        return 1 - (self._seen(part, neurons, classes) / self.method.full).clamp_max(1)
+
+    def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return which neurons lie in a bin where a trusted image has been."""
+        return self._seen(self.layout, neurons, classes) > 0
+
+    def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values where the first covered bin begins and the last one ends."""
+        covered = (self.counts.index_select(0, classes) > 0).int()
+        first = covered.argmax(2)
+        last = self.method.bins - 1 - covered.flip(2).argmax(2)
+        inner = torch.logit(self.edges[1:-1]) / self.method.steepness
+        ends = inner.new_full((1,), torch.inf)
+        edges = torch.cat([-ends, inner, ends])
+        return edges[first], edges[last + 1]
+
+    def _seen(self, part: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return how many trusted images each neuron's bin has seen."""
+        columns = torch.arange(part.span.start, part.span.stop, device=neurons.device)
+        return self.counts[classes[:, None], columns, self.method.bin(neurons, self.edges)]

@@ -7,18 +7,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS
+from covcli.methods.base import METHODS, Method, Scorer
 from covcli.methods.gaussian import (
     Gauss,
-    class_means,
-    log_distances,
+    GaussScorer,
+    Whitening,
+    refuse_wide,
     rescaled,
-    square_sums,
     sums_by_class,
+    whiten,
     whole_numbers,
 )
-from covcli.methods.ranges import SingleRange, united
-from covcli.methods.state import Expected, Layout, State
+from covcli.methods.layout import Layout
+from covcli.methods.ranges import RangeScorer, SingleRange, united
+from covcli.methods.state import Expected, State
 
 RANGES = SingleRange()
 RANGE_TENSORS = ("low", "high")
@@ -26,7 +28,7 @@ RANGE_TENSORS = ("low", "high")
 
 @METHODS.add("ensemble")
 @dataclass(frozen=True)
-class Ensemble(Gauss):
+class Ensemble(Method):
     """Three kinds of evidence at each coverage point, in one pass.
 
     - `src`: the share of neurons outside their range.
@@ -36,7 +38,7 @@ class Ensemble(Gauss):
       images and their noisy copies, in trusted deviations. A small perturbation of every pixel,
       an adversarial one included, hides in distances of all directions, but not in this one.
 
-    The calibration combines the 3·L columns with experts (see `covcli.combination`).
+    The calibration combines the 3·L columns with experts (see `covcli.signature.combination`).
 
     Parameters
     ----------
@@ -46,10 +48,20 @@ class Ensemble(Gauss):
 
     name: ClassVar[str] = "ensemble"
     experts: ClassVar[bool] = True
+    shrinkage: float = Gauss.shrinkage
+
+    def __post_init__(self) -> None:
+        """Check the parameter."""
+        Gauss(self.shrinkage)
+
+    @property
+    def gauss(self) -> Gauss:
+        """The member that measures distances."""
+        return Gauss(self.shrinkage)
 
     def begin(self, layout: Layout) -> State:
         """Return the empty ranges of `src`: the first pass finds them, as in `gauss` the peaks."""
-        self._check(layout)
+        refuse_wide(layout, self.name)
         state, ranges = State(), RANGES.begin(layout)
         for key in RANGE_TENSORS:
             state.declare(key, ranges[key], ranges.reductions[key])
@@ -58,7 +70,7 @@ class Ensemble(Gauss):
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Find the ranges in the first pass; add to the sums of `gauss` in the second."""
         if "unit" in state.tensors:
-            self._sum(state, layout, neurons, labels)
+            self.gauss.add(state, layout, neurons, labels)
         else:
             RANGES.widen(state, neurons, labels)
 
@@ -68,7 +80,7 @@ class Ensemble(Gauss):
             return None
         ends = torch.cat([state[key] for key in RANGE_TENSORS]).abs()
         seen = torch.where(ends.isfinite(), ends, 0.0)  # infinite: a class not seen
-        summing = self._summing(layout.values_of(seen).amax(0), layout)
+        summing = self.gauss.summing(layout.values_of(seen).amax(0), layout)
         for key in RANGE_TENSORS:
             summing.declare(key, state[key], "same")
         return summing
@@ -85,80 +97,94 @@ class Ensemble(Gauss):
         noisy["noisy_total"].add_(sums_by_class(whole, labels, layout.classes))
         noisy["noisy_count"].add_(torch.bincount(labels, minlength=layout.classes))
 
-    def _scaled(self, part: State, ratio: Tensor, unit: Tensor, layout: Layout) -> State:
-        """Return a part in another unit, noisy copies included."""
-        scaled = super()._scaled(part, ratio, unit, layout)
-        scaled.tensors["noisy_total"] = rescaled(part["noisy_total"], ratio)
-        return scaled
-
     def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
         """Return the parts in the larger unit, with the range that holds all of their ranges."""
-        aligned = super().align(parts, layout)
         low, high = united(parts)
-        for part in aligned:
-            part.tensors |= {"low": low, "high": high}
+        aligned = self.gauss.align(parts, layout)
+        for part, given in zip(aligned, parts, strict=True):
+            ratio = given["unit"] / part["unit"]
+            noisy = rescaled(given["noisy_total"], ratio)
+            part.tensors |= {"low": low, "high": high, "noisy_total": noisy}
         return aligned
 
-    def prepare(self, state: State, layout: Layout) -> State:
-        """Return what `gauss` reads, and the ranges."""
-        ready = super().prepare(state, layout)
-        ready.tensors |= {key: state[key] for key in (*RANGE_TENSORS, "count")}
-        return ready
-
-    def _directions(
-        self, state: State, layout: Layout, whitening: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Return each point's Σ⁻¹d/√(dᵀΣ⁻¹d), shape (1, V)."""
-        count = state["noisy_count"].to(torch.float64)
-        noisy = state["noisy_total"] * state["unit"]
-        shift = (noisy - count[:, None] * class_means(state)).sum(0)
-        directions = []
-        for white, part in zip(whitening, shift.split(layout.values), strict=True):
-            moved = white @ part
-            directions.append((white.T @ moved / moved.norm().clamp_min(1e-12))[None])
-        return directions
-
-    def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the columns of `src`, of `gauss`, and along the direction, (B, 3·L)."""
-        outside = RANGES.evidence(ready, layout, neurons, classes)
-        return self._beside(outside, ready, layout, neurons, classes)
-
-    def soft_evidence(
-        self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor
-    ) -> Tensor:
-        """Return the evidence with the soft costs of `src`."""
-        outside = RANGES.soft_evidence(ready, layout, neurons, classes)
-        return self._beside(outside, ready, layout, neurons, classes)
-
-    def _beside(
-        self, outside: Tensor, ready: State, layout: Layout, neurons: Tensor, classes: Tensor
-    ) -> Tensor:
-        """Return the columns of `src` with those of `gauss` and along the direction beside them."""
-        products = list(self._products(ready, layout, neurons, classes))
-        distances = log_distances([square_sums(part[:, :-1]) for part in products], layout)
-        along = torch.cat([part[:, -1] for part in products]).T
-        return torch.cat([outside, distances, along.double()], 1)
+    def prepare(self, state: State, layout: Layout) -> "EnsembleScorer":
+        """Return the members' scorers side by side; see `Gauss.prepare`."""
+        whitening = whiten(state, layout, self.shrinkage, self.spec())
+        return EnsembleScorer(
+            RANGES.prepare(state, layout),
+            GaussScorer(layout, whitening, noise_directions(state, layout, whitening)),
+        )
 
     def columns(self, layout: Layout) -> int:
-        """Return 3·L."""
+        """Return how many columns the evidence has: 3·L."""
         return 3 * len(layout.sizes)
-
-    def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return 1 outside the range, 0 inside."""
-        return RANGES.costs(ready, layout, neurons, classes)
-
-    def inside(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return which neurons lie in the range of their class."""
-        return RANGES.inside(ready, layout, neurons, classes)
-
-    def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ranges of those classes."""
-        return RANGES.span(ready, layout, classes)
 
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
         ranges = {key: RANGES.expected(layout)[key] for key in RANGE_TENSORS}
-        return {**super().expected(layout), **ranges, **noisy_sums(layout)}
+        return {**self.gauss.expected(layout), **ranges, **noisy_sums(layout)}
+
+
+class EnsembleScorer(Scorer):
+    """The members' evidence side by side, see `Ensemble`; `src` explains it.
+
+    Parameters
+    ----------
+    ranges
+        The scorer of `src`.
+    gauss
+        The scorer of `gauss`, which looks in one direction beside.
+    """
+
+    def __init__(self, ranges: RangeScorer, gauss: GaussScorer) -> None:
+        super().__init__(ranges.layout, {})
+        self.ranges = ranges
+        self.gauss = gauss
+
+    @property
+    def columns(self) -> int:
+        """How many columns the evidence has: 3·L."""
+        return 3 * len(self.layout.sizes)
+
+    def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the columns of `src`, of `gauss`, and along the direction, (B, 3·L)."""
+        outside = self.ranges(neurons, classes)
+        return torch.cat([outside, *self._distances(neurons, classes)], 1)
+
+    def soft(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the evidence with the soft costs of `src`."""
+        outside = self.ranges.soft(neurons, classes)
+        return torch.cat([outside, *self._distances(neurons, classes)], 1)
+
+    def _distances(self, neurons: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the columns of `gauss`, and those along the direction, (B, L) each."""
+        products = self.gauss.products(neurons, classes)
+        along = torch.cat([part[:, -1] for part in products]).T
+        return self.gauss.distances(products), along.double()
+
+    def costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return 1 outside the range, 0 inside."""
+        return self.ranges.costs(neurons, classes)
+
+    def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return which neurons lie in the range of their class."""
+        return self.ranges.inside(neurons, classes)
+
+    def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ranges of those classes."""
+        return self.ranges.span(classes)
+
+
+def noise_directions(state: State, layout: Layout, whitening: Whitening) -> list[Tensor]:
+    """Return each point's Σ⁻¹d/√(dᵀΣ⁻¹d), shape (1, V)."""
+    count = state["noisy_count"].double()
+    noisy = state["noisy_total"] * state["unit"]
+    shift = (noisy - count[:, None] * whitening.mean).sum(0)
+    directions = []
+    for white, part in zip(whitening.matrices, shift.split(layout.values), strict=True):
+        moved = white @ part
+        directions.append((white.T @ moved / moved.norm().clamp_min(1e-12))[None])
+    return directions
 
 
 def noisy_sums(layout: Layout) -> Expected:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from covcli.core.errors import CovcliError
-from covcli.methods.base import METHODS, Method
-from covcli.methods.state import Expected, Layout, State, blocks
+from covcli.methods.base import METHODS, Method, Scorer
+from covcli.methods.layout import Layout, blocks
+from covcli.methods.state import Expected, State
 
 # A neuron that hardly varies counts as deviating this share of its point's root mean square
 # deviation, or one that never fired on trusted images would outweigh all others.
@@ -62,17 +63,10 @@ class Gauss(Method):
         CovcliError
             If a point has more than 4,096 values: their covariance would not fit.
         """
-        self._check(layout)
+        refuse_wide(layout, self.name)
         state = State()
         state.declare("peak", torch.zeros(sum(layout.values)), "max")
         return state
-
-    def _check(self, layout: Layout) -> None:
-        if max(layout.values) > MOST_VALUES:
-            raise CovcliError(
-                f"{self.name} cannot hold the covariance of {max(layout.values)} neurons",
-                fix="use --granularity channel, or the method src or mrc",
-            )
 
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Find the largest values in the first pass; sum values and their products in the second.
@@ -80,12 +74,13 @@ class Gauss(Method):
         The sums are of whole numbers of a unit, so no order or grouping of images changes a bit.
         """
         if "unit" in state.tensors:
-            self._sum(state, layout, neurons, labels)
+            self.add(state, layout, neurons, labels)
         elif len(neurons):
             largest = layout.values_of(neurons).abs().amax(0)
             torch.maximum(state["peak"], largest, out=state["peak"])
 
-    def _sum(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+    def add(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+        """Add a batch to the sums of the second pass."""
         whole = whole_numbers(state, layout.values_of(neurons))
         state["total"].add_(sums_by_class(whole, labels, layout.classes))
         state["count"].add_(torch.bincount(labels, minlength=layout.classes))
@@ -97,9 +92,10 @@ class Gauss(Method):
         """Choose each value's unit after the first pass: a power of two, 2^20 to its peak."""
         if "unit" in state.tensors:
             return None
-        return self._summing(state["peak"], layout)
+        return self.summing(state["peak"], layout)
 
-    def _summing(self, peaks: Tensor, layout: Layout) -> State:
+    def summing(self, peaks: Tensor, layout: Layout) -> State:
+        """Return sums of 0, in units that suit values of at most these peaks, shape (V,)."""
         units = [math.ldexp(1.0, math.frexp(peak)[1] - BITS) for peak in peaks.tolist()]
         summing = State.of_sums(self.sums(layout)).to(peaks.device)
         summing.declare("unit", peaks.new_tensor(units, dtype=torch.float64), "same")
@@ -120,116 +116,15 @@ class Gauss(Method):
         }
         return State(part.tensors | scaled, dict(part.reductions))
 
-    def prepare(self, state: State, layout: Layout) -> State:
-        """Return class means, deviations, and each point's whitening matrix.
+    def prepare(self, state: State, layout: Layout) -> "GaussScorer":
+        """Return what measures the distance of new neurons.
 
         Raises
         ------
         CovcliError
             If a point's covariance is singular: too few images for so little shrinkage.
         """
-        mean = class_means(state)
-        deviations, whitening = [], []
-        triangles = _triangles(state["products"], layout)
-        means = mean.split(layout.values, 1)
-        units = state["unit"].split(layout.values)
-        parts = zip(triangles, means, units, strict=True)
-        for number, (triangle, center, unit) in enumerate(parts):
-            products = _unpack(triangle, len(unit)) * unit * unit[:, None]
-            deviation, white = self._whiten(products, center, state["count"], number)
-            deviations.append(deviation)
-            whitening.append(white)
-        pairs = zip(whitening, self._directions(state, layout, whitening), strict=True)
-        return State({
-            "mean": mean.float(),
-            "deviation": torch.cat(deviations).float(),
-            **_halves([torch.cat(pair) for pair in pairs]),
-        })  # fmt: skip
-
-    def _directions(
-        self, state: State, layout: Layout, whitening: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """Return what stands below each whitening matrix, shapes (directions, V)."""
-        return [white[:0] for white in whitening]
-
-    def _whiten(
-        self, products: Tensor, mean: Tensor, count: Tensor, number: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return the deviations (V,), and a W of shape (V, V) with WᵀW = Σ⁻¹, of one point."""
-        n = count.to(mean.dtype)
-        between = (mean * n[:, None]).T @ mean
-        covariance = (products - between) / n.sum().clamp_min(1)
-        deviation = covariance.diagonal().clamp_min(0).sqrt()
-        typical = float(deviation.square().mean().sqrt())
-        deviation = deviation.clamp_min(LEAST_DEVIATION * typical if typical > 0 else 1.0)
-        correlation = covariance / deviation / deviation[:, None]
-        shrunk = (1 - self.shrinkage) * correlation
-        shrunk.diagonal().copy_(torch.ones_like(deviation))  # both ends have the same diagonal
-        factor, failed = torch.linalg.cholesky_ex(shrunk)
-        if bool(failed):
-            raise CovcliError(
-                f"the covariance at coverage point {number + 1} is singular",
-                where=self.spec(),
-                fix="take more trusted images or more shrinkage",
-            )
-        unit = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        white = torch.linalg.solve_triangular(factor, unit, upper=False)
-        return deviation, white / deviation
-
-    def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return log(d²/V) of each point, float64 of shape (B, L)."""
-        whitened = self._products(ready, layout, neurons, classes)
-        return log_distances([square_sums(part) for part in whitened], layout)
-
-    def _products(
-        self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor
-    ) -> Iterator[Tensor]:
-        """Yield the products of points' matrices with their values less the class's means.
-
-        Yields
-        ------
-        Tensor
-            Of neighbouring points of equal width at once, shape (points, rows, B).
-        """
-        away = self._away(ready, layout, neurons, classes)
-        for number, block in enumerate(blocks(away, layout.values)):
-            upper, lower = ready[f"upper.{number}"], ready[f"lower.{number}"]
-            values = block.permute(1, 2, 0)
-            yield torch.cat([upper @ values[:, : upper.shape[2]], lower @ values], 1)
-
-    def _away(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        return layout.values_of(neurons) - ready["mean"].index_select(0, classes)
-
-    def soft_evidence(
-        self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor
-    ) -> Tensor:
-        """Return the evidence, which has a gradient."""
-        return self.evidence(ready, layout, neurons, classes)
-
-    def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return each value's squared distance in its own deviations; 0 for maxima."""
-        costs = torch.zeros_like(neurons)
-        columns = layout.value_columns.to(neurons.device)
-        costs[:, columns] = self._apart(ready, layout, neurons, classes).square()
-        return costs
-
-    def inside(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return which values lie within three deviations of their class; maxima always do."""
-        low, high = self.span(ready, layout, classes)
-        return (neurons >= low) & (neurons <= high)
-
-    def _apart(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        return self._away(ready, layout, neurons, classes) / ready["deviation"]
-
-    def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the class's mean less and plus three deviations; no ends for maxima."""
-        shape = (len(classes), layout.neurons)
-        high = ready["mean"].new_full(shape, torch.inf)
-        low, columns = -high, layout.value_columns
-        reach = SPAN * ready["deviation"]
-        low[:, columns] = ready["mean"][classes] - reach
-        high[:, columns] = ready["mean"][classes] + reach
-        return low, high
+        return GaussScorer(layout, whiten(state, layout, self.shrinkage, self.spec()))
 
     def sums(self, layout: Layout) -> Expected:
         """Return the type and shape of the tensors that the second pass sums."""
@@ -245,16 +140,173 @@ class Gauss(Method):
         return {**self.sums(layout), "unit": (torch.float64, (sum(layout.values),))}
 
 
-def square_sums(whitened: Tensor) -> Tensor:
-    """Return the squared norms (points, B) of whitened values (points, V, B), float64."""
-    return whitened.square().sum(1, dtype=torch.float64)
+def refuse_wide(layout: Layout, method: str) -> None:
+    """Raise a CovcliError if a point has more values than a covariance is kept of."""
+    if max(layout.values) > MOST_VALUES:
+        raise CovcliError(
+            f"{method} cannot hold the covariance of {max(layout.values)} neurons",
+            fix="use --granularity channel, or the method src or mrc",
+        )
 
 
-def log_distances(squares: Sequence[Tensor], layout: Layout) -> Tensor:
-    """Return log(d²/V), finite, float64 of shape (B, L), from d² in parts of shape (points, B)."""
-    limits = torch.finfo(torch.float64)
-    costs = torch.cat(list(squares)).T / layout.value_counts.to(squares[0].device)
-    return torch.log(costs.clamp(limits.tiny, limits.max))
+@dataclass(frozen=True)
+class Whitening:
+    """What trusted values look like, all float64.
+
+    Attributes
+    ----------
+    mean
+        Of each class, shape (classes, V).
+    deviation
+        Around the class means, shape (V,).
+    matrices
+        Of each point a W of shape (V, V) with WᵀW = Σ⁻¹, lower triangular.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    matrices: list[Tensor]
+
+
+def whiten(state: State, layout: Layout, shrinkage: float, where: str) -> Whitening:
+    """Factor each point's covariance.
+
+    Parameters
+    ----------
+    state
+        A complete state of `gauss`.
+    layout, shrinkage
+        See `Gauss`.
+    where
+        Names the method in an error.
+
+    Raises
+    ------
+    CovcliError
+        If a point's covariance is singular: too few images for so little shrinkage.
+    """
+    mean, count = class_means(state), state["count"].double()
+    deviations, matrices = [], []
+    parts = zip(
+        _triangles(state["products"], layout),
+        mean.split(layout.values, 1),
+        state["unit"].split(layout.values),
+        strict=True,
+    )
+    for number, (triangle, center, unit) in enumerate(parts):
+        products = _unpack(triangle, len(unit)) * unit * unit[:, None]
+        between = (center * count[:, None]).T @ center
+        covariance = (products - between) / count.sum().clamp_min(1)
+        deviation, matrix = _factor(covariance, shrinkage)
+        if matrix is None:
+            raise CovcliError(
+                f"the covariance at coverage point {number + 1} is singular",
+                where=where,
+                fix="take more trusted images or more shrinkage",
+            )
+        deviations.append(deviation)
+        matrices.append(matrix)
+    return Whitening(mean, torch.cat(deviations), matrices)
+
+
+def _factor(covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor | None]:
+    """Return the deviations and the whitening matrix of a covariance; no matrix of a singular."""
+    deviation = covariance.diagonal().clamp_min(0).sqrt()
+    typical = float(deviation.square().mean().sqrt())
+    deviation = deviation.clamp_min(LEAST_DEVIATION * typical if typical > 0 else 1.0)
+    correlation = covariance / deviation / deviation[:, None]
+    shrunk = (1 - shrinkage) * correlation
+    shrunk.diagonal().copy_(torch.ones_like(deviation))  # both ends have the same diagonal
+    factor, failed = torch.linalg.cholesky_ex(shrunk)
+    if bool(failed):
+        return deviation, None
+    unit = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+    return deviation, torch.linalg.solve_triangular(factor, unit, upper=False) / deviation
+
+
+class GaussScorer(Scorer):
+    """Measures distances, see `Gauss`, and how far values lie in some directions.
+
+    Parameters
+    ----------
+    layout
+        Which neurons belong to which point.
+    whitening
+        What trusted values look like.
+    directions
+        Of each point further vectors to multiply its values by, shape (directions, V): done
+        together with the whitening this costs next to nothing.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    places: Tensor
+    counts: Tensor
+
+    def __init__(
+        self, layout: Layout, whitening: Whitening, directions: Sequence[Tensor] | None = None
+    ) -> None:
+        matrices = whitening.matrices
+        if directions is not None:
+            matrices = [torch.cat(pair) for pair in zip(matrices, directions, strict=True)]
+        device = whitening.mean.device
+        buffers = {
+            "mean": whitening.mean.float(),
+            "deviation": whitening.deviation.float(),
+            "places": layout.value_columns.to(device, copy=True),
+            "counts": torch.tensor(layout.values, dtype=torch.float64, device=device),
+        }
+        super().__init__(layout, {**buffers, **_halves(matrices)})
+
+    def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return log(d²/V) of each point, float64 of shape (B, L)."""
+        return self.distances(self.products(neurons, classes))
+
+    def products(self, neurons: Tensor, classes: Tensor) -> list[Tensor]:
+        """Return the products of points' matrices with their values less the class's means.
+
+        Returns
+        -------
+        list of Tensor
+            Of neighbouring points of equal width V in one, shape (points, V + directions, B).
+        """
+        found = []
+        for number, block in enumerate(blocks(self._away(neurons, classes), self.layout.values)):
+            upper, lower = (self.get_buffer(f"{half}_{number}") for half in ("upper", "lower"))
+            values = block.permute(1, 2, 0)
+            found.append(torch.cat([upper @ values[:, : upper.shape[2]], lower @ values], 1))
+        return found
+
+    def distances(self, products: list[Tensor]) -> Tensor:
+        """Return log(d²/V), finite, float64 of shape (B, L)."""
+        widths = [width for width, _ in groupby(self.layout.values)]
+        squares = [
+            part[:, :width].square().sum(1, dtype=torch.float64)
+            for part, width in zip(products, widths, strict=True)
+        ]
+        limits = torch.finfo(torch.float64)
+        costs = torch.cat(squares).T / self.counts
+        return torch.log(costs.clamp(limits.tiny, limits.max))
+
+    def costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return each value's squared distance in its own deviations; 0 for maxima."""
+        apart = self._away(neurons, classes) / self.deviation
+        return torch.zeros_like(neurons).index_copy(1, self.places, apart.square())
+
+    def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return which values lie within three deviations of their class; maxima always do."""
+        low, high = self.span(classes)
+        return (neurons >= low) & (neurons <= high)
+
+    def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the class's mean less and plus three deviations; no ends for maxima."""
+        mean, reach = self.mean.index_select(0, classes), SPAN * self.deviation
+        free = mean.new_full((classes.shape[0], self.layout.neurons), torch.inf)
+        low, high = mean - reach, mean + reach
+        return -free.index_copy(1, self.places, -low), free.index_copy(1, self.places, high)
+
+    def _away(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        return neurons.index_select(1, self.places) - self.mean.index_select(0, classes)
 
 
 def _halves(matrices: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -266,8 +318,8 @@ def _halves(matrices: Sequence[Tensor]) -> dict[str, Tensor]:
     runs = groupby(matrices, lambda matrix: matrix.shape[1])
     for number, (width, run) in enumerate(runs):
         whole = torch.stack(list(run)).float()
-        halves[f"upper.{number}"] = whole[:, : width // 2, : width // 2].contiguous()
-        halves[f"lower.{number}"] = whole[:, width // 2 :].contiguous()
+        halves[f"upper_{number}"] = whole[:, : width // 2, : width // 2].contiguous()
+        halves[f"lower_{number}"] = whole[:, width // 2 :].contiguous()
     return halves
 
 

@@ -6,26 +6,27 @@ Analysis", IEEE TSE 2022 (arXiv 2101.12100), section IV: single-range and multi-
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from covcli.methods.base import METHODS, Method, by_class, cell_index, log_sums, picked
+from covcli.methods.base import METHODS, CostScorer, Method, by_class, cell_index, picked
+from covcli.methods.layout import Layout
 from covcli.methods.soft import hinge, interpolated
-from covcli.methods.state import Expected, Layout, State, bag_counts, bag_starts, whole_sums
+from covcli.methods.state import Expected, State
 
 # In soft costs a range narrower than this share of its neuron's mean width counts as that wide.
 LEAST_WIDTH = 0.05
 # So many neurons are counted at once: what that takes stays in the cache.
 COUNTED_AT_ONCE = 1 << 20
-# So many neurons, of one image or several, fit the cache with what they are compared with: each
-# image's ends, or those of one class.
-WHOLE = 1 << 20
-PIECE = 1 << 18
-ENDS = ("low", "high")
-ALL = slice(None)
+# So many neurons of a class's images fit the cache of a CPU.
+CLASS_PIECE = 1 << 18
+# So many neurons of a point make a bag.
+BAG = 512
 
 
 @METHODS.add("src")
@@ -38,7 +39,6 @@ class SingleRange(Method):
     """
 
     name: ClassVar[str] = "src"
-    at_once: ClassVar[int] = 1 << 25
 
     def begin(self, layout: Layout) -> State:
         """Return empty ranges, (+inf, -inf), and counts of 0."""
@@ -61,64 +61,9 @@ class SingleRange(Method):
             torch.minimum(state["low"][k], mine.amin(0), out=state["low"][k])
             torch.maximum(state["high"][k], mine.amax(0), out=state["high"][k])
 
-    def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return 1 outside the range, 0 inside."""
-        return self.costs_at(ALL, ready, neurons, classes)
-
-    def costs_at(self, span: slice, ready: State, neurons: Tensor, classes: Tensor | int) -> Tensor:
-        """Return the costs of neurons (B, width) that stand at `span`; `classes` may be one."""
-        low, high = (_held(ready[key], classes, span) for key in ENDS)
-        return _differ(neurons, neurons.clamp(low, high))
-
-    def soft_costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the distance outside the range in widths of the range, 0 inside."""
-        low, high, width = (part[classes] for part in _ranges(ready, neurons.dtype))
-        return hinge(neurons, low, high, width)
-
-    def inside(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return which neurons lie in the closed range of their class."""
-        low, high = self.span(ready, layout, classes)
-        return (neurons >= low) & (neurons <= high)
-
-    def evidence(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the log of each point's mean cost; see `Method.evidence`.
-
-        Many neurons are read class by class and a few points at a time: what a class compares these
-        with is read from memory once, for all of its images.
-        """
-        # There are caches to fit on a CPU alone; elsewhere fewer and larger operations pay.
-        few = len(neurons) != 1 and neurons.numel() <= WHOLE
-        if few or neurons.device.type != "cpu":
-            sums = self.sums_at(ALL, layout, ready, neurons, classes)
-            return log_sums(whole_sums(sums, layout), layout)
-        found = []
-        for k, rows, count in by_class(classes):
-            mine = [
-                self.sums_at(span, part, ready, picked(neurons[:, span], rows), k)
-                for span, part in layout.pieces(PIECE // count)
-            ]
-            found.append((rows, torch.cat(mine, 1)))
-        sums = neurons.new_empty((len(neurons), found[0][1].shape[1]), dtype=torch.float64)
-        for rows, theirs in found:
-            sums[rows] = theirs.double()
-        return log_sums(whole_sums(sums, layout), layout)
-
-    def sums_at(
-        self, span: slice, part: Layout, ready: State, neurons: Tensor, classes: Tensor | int
-    ) -> Tensor:
-        """Return the sums of costs of the points that stand at `span`, or of their bags.
-
-        Returns
-        -------
-        Tensor
-            Shape (B, points), or (B, bags) where a point's neurons are cut into `bags`.
-        """
-        return part.sums(self.costs_at(span, ready, neurons, classes))
-
-    def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ranges of those classes."""
-        low, high = (_held(ready[key], classes, ALL) for key in ENDS)
-        return low, high
+    def prepare(self, state: State, layout: Layout) -> "RangeScorer":
+        """Return what compares new neurons with the ranges."""
+        return RangeScorer(layout, {"low": state["low"], "high": state["high"]})
 
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
@@ -189,7 +134,7 @@ class MultiRange(SingleRange):
 
     def _count(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         low, high = (state[end].index_select(0, labels) for end in ("low", "high"))
-        section = self.section(neurons - low, self._scale(low, high))
+        section = self.section(neurons - low, self.scale(low, high))
         cells = cell_index(section, labels, self.sections).flatten()
         counts = state["sections"].view(-1)
         counts.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
@@ -207,7 +152,7 @@ class MultiRange(SingleRange):
         known = (part["count"] > 0)[:, None]  # without images there is nothing to count
         begin = torch.where(known, part["low"] - low, 0.0)
         width = torch.where(known, part["high"] - part["low"], 0.0)
-        scale = self._scale(low, high)
+        scale = self.scale(low, high)
         counts = torch.zeros_like(part["sections"])
         for q in range(self.sections):
             centre = begin + width * ((q + 0.5) / self.sections)
@@ -216,86 +161,30 @@ class MultiRange(SingleRange):
         tensors = {**part.tensors, "low": low, "high": high, "sections": counts}
         return State(tensors, dict(part.reductions))
 
-    def prepare(self, state: State, layout: Layout) -> State:
-        """Return the ranges and a table of costs.
+    def prepare(self, state: State, layout: Layout) -> "SectionScorer":
+        """Return what looks up the costs of new neurons."""
+        return SectionScorer(layout, state, self)
 
-        The table has shape (classes, Q + 2, N): the cost of each section, of the last one again,
-        for the upper end, and outside. Neighbouring neurons often lie in the same section, and
-        then are neighbours in it. `columns` numbers the neurons.
+    def table(self, state: State) -> Tensor:
+        """Return the costs, float32 of shape (classes, Q + 2, N).
+
+        Of each section, of the last one again, for the upper end, and outside. Neighbouring neurons
+        often lie in the same section, and then are neighbours in it.
         """
-        low, high, count, sections = (state[key] for key in ("low", "high", "count", "sections"))
-        shape = (len(count), self.sections + 2, low.shape[1])
-        table = torch.empty(shape, dtype=torch.float32, device=low.device)
-        for mine, found, n in zip(table, sections, count.float(), strict=True):
-            mine[:-2] = self._cost(found.T.float(), n)
+        sections, count = state["sections"], state["count"].float()
+        classes, neurons, _ = sections.shape
+        table = sections.new_empty((classes, self.sections + 2, neurons), dtype=torch.float32)
+        for mine, counted, n in zip(table, sections, count, strict=True):
+            mine[:-2] = self._cost(counted.T.float(), n)
             mine[-2] = mine[-3]
             mine[-1] = self._cost(torch.zeros_like(n), n)
-        # The ends of an empty range are infinite, and 0 times infinity is not a number.
-        scale = torch.where(low > high, 1.0, self._scale(low, high))
-        kind = torch.int32 if table.numel() < 1 << 31 else torch.int64  # the smaller is faster
-        columns = torch.arange(shape[2], dtype=kind, device=low.device)
-        return State({
-            "low": low, "high": high, "count": count, "scale": scale, "table": table,
-            "columns": columns,
-        })  # fmt: skip
-
-    def costs_at(self, span: slice, ready: State, neurons: Tensor, classes: Tensor | int) -> Tensor:
-        """Return the cost of the section that each neuron lies in."""
-        table, cells = self._cells(span, ready, neurons, classes)
-        return table.index_select(0, cells.view(-1)).view_as(neurons)
-
-    def sums_at(
-        self, span: slice, part: Layout, ready: State, neurons: Tensor, classes: Tensor | int
-    ) -> Tensor:
-        """Return the sums of bags of costs; a CPU looks them up and adds them in one step."""
-        if neurons.device.type != "cpu":
-            return super().sums_at(span, part, ready, neurons, classes)
-        table, cells = self._cells(span, ready, neurons, classes)
-        starts = bag_starts(part.sizes, len(neurons), cells.dtype)
-        sums: Tensor = embedding_bag(cells.view(-1), table[:, None], starts, mode="sum")
-        return sums.view(len(neurons), sum(bag_counts(part.sizes)))
-
-    def _cells(
-        self, span: slice, ready: State, neurons: Tensor, classes: Tensor | int
-    ) -> tuple[Tensor, Tensor]:
-        """Return a table of costs, flat, and where it holds each neuron's."""
-        low, high, scale = (_held(ready[key], classes, span) for key in (*ENDS, "scale"))
-        within = neurons.clamp(low, high)
-        outside = _differ(neurons, within)
-        row = self.place(within.sub_(low), scale).add_(outside, alpha=self.sections + 1)
-        row.clamp_max_(self.sections + 1)
-        columns, table = ready["columns"][span], ready["table"]
-        rows, width = table.shape[1:]
-        if isinstance(classes, int):
-            table = table[classes]
-        else:
-            columns = columns + (classes * (rows * width)).to(columns.dtype)[:, None]
-        # Written over what nobody reads any more, if that is as wide: it is in the cache.
-        fits = columns.dtype.itemsize == outside.dtype.itemsize
-        cells = outside.view(columns.dtype) if fits else outside.to(columns.dtype)
-        cells.copy_(row)
-        return table.view(-1), torch.add(columns, cells, alpha=width, out=cells)
+        return table
 
     def _cost(self, found: Tensor, n: Tensor) -> Tensor:
         """Return the cost of sections that hold `found` of n images."""
         if self.cost == "share":
             return 1 - found / n.clamp_min(1)
         return -torch.log((found + 0.5) / (n + self.sections / 2))
-
-    def soft_costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the cost interpolated between section centres, plus the distance outside.
-
-        Half a section beyond the range the cost is that of a neuron outside; from there on only
-        the distance, in widths of the range, has a gradient.
-        """
-        low, high, width = (part[classes] for part in _ranges(ready, neurons.dtype))
-        rows = [-1, *range(self.sections), -1]
-        table = ready["table"][:, rows].mT.to(neurons.dtype)
-        distance = hinge(neurons, low, high, width)
-        span = torch.where(high > low, high - low, 1.0)
-        place = (neurons - low) / span * self.sections + 0.5  # 0 is the centre left of the range
-        place = torch.where(high > low, place, 1 - distance)  # one section, fading on both sides
-        return interpolated(table, classes, place) + distance
 
     def section(self, above: Tensor, scale: Tensor) -> Tensor:
         """Return each neuron's section, 0 to Q−1, int64; parameters as of `place`."""
@@ -312,11 +201,11 @@ class MultiRange(SingleRange):
         above
             How far neurons inside their range lie above its lower end; changed in place.
         scale
-            Sections per unit of activation, see `_scale`.
+            Sections per unit of activation, see `scale`.
         """
         return above.mul_(scale).clamp_(0, self.sections)
 
-    def _scale(self, low: Tensor, high: Tensor) -> Tensor:
+    def scale(self, low: Tensor, high: Tensor) -> Tensor:
         """Return Q/(high − low), float32 and finite; 0 for a range of no width."""
         width = high.double() - low.double()
         scale = torch.where(width > 0, self.sections / width, 0.0)
@@ -328,16 +217,20 @@ class MultiRange(SingleRange):
         return {**super().expected(layout), "sections": (torch.int32, shape)}
 
 
-def _held(tensor: Tensor, classes: Tensor | int, span: slice) -> Tensor:
-    """Return what a tensor (classes, N) holds at `span` of one class, or of each image's."""
+def held(tensor: Tensor, part: Layout, classes: Tensor | int) -> Tensor:
+    """Return what a tensor (classes, N) holds of some points for one class, or each image's."""
     if isinstance(classes, int):
-        return tensor[classes, span]
-    return tensor[:, span].index_select(0, classes)
+        return tensor[classes, part.span]
+    return tensor[:, part.span].index_select(0, classes)
 
 
-def _differ(values: Tensor, others: Tensor) -> Tensor:
-    """Return 1 where they differ, else 0, as numbers: truth values are slow to make and use."""
-    return torch.ne(values, others, out=torch.empty_like(values))
+@lru_cache(maxsize=1024)
+def bag_starts(sizes: tuple[int, ...], images: int, dtype: torch.dtype) -> Tensor:
+    """Return where each bag starts among the neurons of so many images, flattened."""
+    begins = zip(accumulate(sizes, initial=0), sizes, strict=False)
+    starts = [start for begin, size in begins for start in range(begin, begin + size, BAG)]
+    every = torch.arange(images)[:, None] * sum(sizes) + torch.tensor(starts)
+    return every.view(-1).to(dtype)
 
 
 def united(parts: Sequence[State]) -> tuple[Tensor, Tensor]:
@@ -346,12 +239,141 @@ def united(parts: Sequence[State]) -> tuple[Tensor, Tensor]:
     return low, torch.stack([part["high"] for part in parts]).amax(0)
 
 
-def _ranges(ready: State, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the ends and a positive width of each class's ranges, finite, each (classes, N)."""
-    known = (ready["count"] > 0)[:, None]
-    low = torch.where(known, ready["low"], 0.0).to(dtype)
-    high = torch.where(known, ready["high"], 0.0).to(dtype)
-    width = high - low
-    typical = width.sum(0) / known.sum().clamp_min(1)
-    least = torch.where(typical > 0, LEAST_WIDTH * typical, 1.0)
-    return low, high, torch.maximum(width, least)
+class RangeScorer(CostScorer):
+    """Compares neurons with ranges, see `SingleRange`."""
+
+    low: Tensor
+    high: Tensor
+
+    def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:
+        """Return 1 outside the range, 0 inside; `classes` may be the class of all images."""
+        return self._nearest(part, neurons, classes).ne_(neurons)  # NaN is outside
+
+    def _nearest(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:
+        """Return the nearest values in the ranges."""
+        return neurons.clamp(held(self.low, part, classes), held(self.high, part, classes))
+
+    def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return log(mean cost + 1/neurons) of each point, float64 of shape (B, L)."""
+        # Tensors of a subclass are being traced.
+        if type(neurons) is Tensor and neurons.is_cpu and not torch.compiler.is_compiling():
+            return self._log_means(self._sums_by_class(neurons, classes))
+        return super().forward(neurons, classes)
+
+    def _sums_by_class(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the sums of each point's costs on a CPU, float64 of shape (B, L).
+
+        What a class compares its images with is read from memory once for all of them, in pieces
+        that fit the cache.
+        """
+        sums = neurons.new_empty((len(neurons), len(self.layout.sizes)), dtype=torch.float64)
+        for k, rows, count in by_class(classes):
+            pieces = [
+                self.class_sums(part, picked(neurons[:, part.span], rows), k)
+                for part in self.layout.pieces(CLASS_PIECE // count)
+            ]
+            sums[rows] = torch.cat(pieces, 1)
+        return sums
+
+    def class_sums(self, part: Layout, neurons: Tensor, k: int) -> Tensor:
+        """Return the sums of some points' costs for images of one class, float64 of (B, points)."""
+        return part.sums(self.costs_at(part, neurons, k))
+
+    def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return which neurons lie in the closed range of their class."""
+        low, high = self.span(classes)
+        return (neurons >= low) & (neurons <= high)
+
+    def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ranges of those classes."""
+        return self.low.index_select(0, classes), self.high.index_select(0, classes)
+
+    def soft_costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the distance outside the range in widths of the range, 0 inside."""
+        low, high, width = (part[classes] for part in self._finite(neurons.dtype))
+        return hinge(neurons, low, high, width)
+
+    def _finite(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the ends and a positive width of each class's ranges, each (classes, N)."""
+        known = self.low <= self.high  # a class without images has an empty range
+        low = torch.where(known, self.low, 0.0).to(dtype)
+        high = torch.where(known, self.high, 0.0).to(dtype)
+        width = high - low
+        typical = width.sum(0) / known.sum(0).clamp_min(1)
+        least = torch.where(typical > 0, LEAST_WIDTH * typical, 1.0)
+        return low, high, torch.maximum(width, least)
+
+
+class SectionScorer(RangeScorer):
+    """Looks up the costs of sections, see `MultiRange`.
+
+    Parameters
+    ----------
+    layout
+        Which neurons belong to which point.
+    state
+        The method's complete state.
+    method
+        Says where the sections are.
+    """
+
+    scale: Tensor
+    table: Tensor
+    numbers: Tensor
+
+    def __init__(self, layout: Layout, state: State, method: MultiRange) -> None:
+        ends = {"low": state["low"], "high": state["high"]}
+        # The ends of an empty range are infinite, and 0 times infinity is not a number.
+        empty = ends["low"] > ends["high"]
+        scale = torch.where(empty, 1.0, method.scale(ends["low"], ends["high"]))
+        table = method.table(state)
+        small = table.numel() < 1 << 31  # and the smaller type is faster
+        numbers = torch.arange(layout.neurons, dtype=torch.int32 if small else torch.int64)
+        places = {"table": table, "numbers": numbers.to(table.device)}
+        super().__init__(layout, {**ends, "scale": scale, **places})
+        self.method = method
+
+    def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:
+        """Return the cost of the section that each neuron lies in."""
+        cells = self._cells(part, neurons, classes)
+        return self.table.view(-1).index_select(0, cells.view(-1)).view_as(cells)
+
+    def class_sums(self, part: Layout, neurons: Tensor, k: int) -> Tensor:
+        """Return the sums of some points' costs for images of one class, looked up in one step.
+
+        What of a bag of neurons is summed in float32 loses little.
+        """
+        cells = self._cells(part, neurons, k)
+        bags = tuple(-(-size // BAG) for size in part.sizes)
+        starts = bag_starts(part.sizes, len(neurons), cells.dtype)
+        sums = embedding_bag(cells.view(-1), self.table.view(-1, 1), starts, mode="sum")
+        return Layout(part.classes, bags, bags).sums(sums.view(len(neurons), sum(bags)))
+
+    def _cells(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:
+        """Return where the flattened table holds each neuron's cost."""
+        nearest = self._nearest(part, neurons, classes)
+        outside = nearest.ne(neurons)
+        above = nearest.sub_(held(self.low, part, classes))
+        row = self.method.place(above, held(self.scale, part, classes))
+        row.masked_fill_(outside, self.method.sections + 1)
+        rows, width = self.table.shape[1:]
+        first = classes * (rows * width)
+        if isinstance(first, Tensor):
+            first = first.to(self.numbers.dtype)[:, None]
+        return torch.add(self.numbers[part.span] + first, row.to(self.numbers.dtype), alpha=width)
+
+    def soft_costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the cost interpolated between section centres, plus the distance outside.
+
+        Half a section beyond the range the cost is that of a neuron outside; from there on only
+        the distance, in widths of the range, has a gradient.
+        """
+        low, high, width = (part[classes] for part in self._finite(neurons.dtype))
+        sections = self.method.sections
+        outside = self.table[:, -1:]
+        table = torch.cat([outside, self.table[:, :sections], outside], 1).mT.to(neurons.dtype)
+        distance = hinge(neurons, low, high, width)
+        span = torch.where(high > low, high - low, 1.0)
+        place = (neurons - low) / span * sections + 0.5  # 0 is the centre left of the range
+        place = torch.where(high > low, place, 1 - distance)  # one section, fading on both sides
+        return interpolated(table, classes, place) + distance

@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Method
-from covcli.methods.state import Expected, Layout, State
+from covcli.methods.base import METHODS, CostScorer, Method
+from covcli.methods.layout import Layout, blocks
+from covcli.methods.state import Expected, State
 
 
 @METHODS.add("nrc")
@@ -44,43 +45,13 @@ class NeuronRank(Method):
 
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Count whose top each neuron belongs to."""
-        top = self._weights(layout, neurons) > 0
+        top = rank_weights(layout, neurons, self.share) > 0
         state["top"].index_add_(0, labels, top.int())
         state["count"].add_(torch.bincount(labels, minlength=layout.classes))
 
-    def costs(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return each top neuron's part of the cost, times the neurons of its point."""
-        weights = self._weights(layout, neurons)
-        parts = [
-            part / part.sum(1, keepdim=True) * part.shape[1]
-            for part in weights.split(layout.sizes, 1)
-        ]
-        return torch.cat(parts, 1) * (1 - self._frequencies(ready, classes))
-
-    def inside(self, ready: State, layout: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return which neurons are not in the top, or have been for a trusted image too."""
-        return (self._weights(layout, neurons) == 0) | (self._frequencies(ready, classes) > 0)
-
-    def span(self, ready: State, layout: Layout, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return no ends: a rank depends on the other neurons, not on a value alone."""
-        high = torch.full((len(classes), layout.neurons), torch.inf, device=classes.device)
-        return -high, high
-
-    def _frequencies(self, ready: State, classes: Tensor) -> Tensor:
-        return ready["top"][classes] / ready["count"][classes, None].clamp_min(1)
-
-    def _weights(self, layout: Layout, neurons: Tensor) -> Tensor:
-        """Return 1 − r/m for the neurons of the top, 0 for others and for maxima; (B, N)."""
-        weights = torch.zeros_like(neurons)
-        start = 0
-        for size, values in zip(layout.sizes, layout.values, strict=True):
-            m = -int(-self.share * values // 1)
-            part = neurons[:, start : start + values]
-            order = part.argsort(dim=1, descending=True, stable=True)[:, :m]
-            ranked = 1 - torch.arange(m, device=neurons.device, dtype=neurons.dtype) / m
-            weights[:, start : start + values].scatter_(1, order, ranked.expand(len(order), m))
-            start += size
-        return weights
+    def prepare(self, state: State, layout: Layout) -> "RankScorer":
+        """Return what scores new neurons against how often each was in the top."""
+        return RankScorer(layout, state, self.share)
 
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
@@ -88,3 +59,50 @@ class NeuronRank(Method):
             "top": (torch.int32, (layout.classes, layout.neurons)),
             "count": (torch.int64, (layout.classes,)),
         }
+
+
+class RankScorer(CostScorer):
+    """Scores ranks, see `NeuronRank`."""
+
+    top: Tensor
+    count: Tensor
+
+    def __init__(self, layout: Layout, state: State, share: float) -> None:
+        super().__init__(layout, {"top": state["top"], "count": state["count"]})
+        self.share = share
+
+    def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return each top neuron's part of the cost, times the neurons of its point."""
+        weights = rank_weights(part, neurons, self.share)
+        scaled = [
+            block / block.sum(2, keepdim=True) * block.shape[2]
+            for block in blocks(weights, part.sizes)
+        ]
+        rare = 1 - self._frequencies(part.span, classes)
+        return torch.cat([block.flatten(1) for block in scaled], 1) * rare
+
+    def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return which neurons are not in the top, or have been for a trusted image too."""
+        weights = rank_weights(self.layout, neurons, self.share)
+        return (weights == 0) | (self._frequencies(self.layout.span, classes) > 0)
+
+    def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return no ends: a rank depends on the other neurons, not on a value alone."""
+        shape = (classes.shape[0], self.layout.neurons)
+        high = torch.full(shape, torch.inf, device=classes.device)
+        return -high, high
+
+    def _frequencies(self, span: slice, classes: Tensor) -> Tensor:
+        top = self.top[:, span].index_select(0, classes)
+        return top / self.count.index_select(0, classes).clamp_min(1)[:, None]
+
+
+def rank_weights(layout: Layout, neurons: Tensor, share: float) -> Tensor:
+    """Return 1 − r/m for the neurons of the top, 0 for others and for maxima; (B, N)."""
+    parts = []
+    for part, values in zip(neurons.split(layout.sizes, 1), layout.values, strict=True):
+        m = -int(-share * values // 1)
+        order = part[:, :values].argsort(dim=1, descending=True, stable=True)[:, :m]
+        ranked = 1 - torch.arange(m, device=part.device, dtype=part.dtype) / m
+        parts.append(torch.zeros_like(part).scatter(1, order, ranked.expand_as(order)))
+    return torch.cat(parts, 1)

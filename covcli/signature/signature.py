@@ -17,7 +17,7 @@ from torch import Tensor
 from covcli.core import file_checks, files, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.files import fingerprint, write_bytes
-from covcli.methods import Layout, Method, State, make_method
+from covcli.methods import Layout, Method, Scorer, State, make_method
 from covcli.methods.state import GRANULARITIES, Granularity
 from covcli.models.architectures import Classifier, ModelSpec, Precision, precision
 from covcli.models.points import Point
@@ -76,14 +76,14 @@ class Signature:
         return layout_of(self.points, len(self.classes))
 
     @cached_property
-    def ready(self) -> State:
-        """What the method reads for scoring."""
+    def scorer(self) -> Scorer:
+        """What scores new neurons."""
         # First needed in a sweep, it serves gradients too.
         with torch.inference_mode(False), runtime.one_thread():
             return self.method.prepare(self.state, self.layout)
 
     def evidence(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return what speaks against trust, float64 of shape (B, columns).
+        """Return what speaks against trust, float64 of shape (B, columns); see `Scorer`.
 
         Parameters
         ----------
@@ -92,11 +92,8 @@ class Signature:
         classes
             The class that each image is measured against, shape (B,).
         """
-        rows = max(1, self.method.at_once // max(1, neurons.shape[1]))
-        if len(neurons) <= rows:
-            return self.method.evidence(self.ready, self.layout, neurons, classes)
-        pieces = zip(neurons.split(rows), classes.split(rows), strict=True)
-        return torch.cat([self.method.evidence(self.ready, self.layout, *p) for p in pieces])
+        evidence: Tensor = self.scorer(neurons, classes)
+        return evidence
 
     @property
     def columns(self) -> int:
@@ -105,12 +102,11 @@ class Signature:
 
     def soft_evidence(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return a stand-in of `evidence` with a gradient in the neurons; of the same shape."""
-        return self.method.soft_evidence(self.ready, self.layout, neurons, classes)
+        return self.scorer.soft(neurons, classes)
 
     def coverage(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the share of each point's neurons inside their range, float64 of shape (B, L)."""
-        inside = self.method.inside(self.ready, self.layout, neurons, classes)
-        return self.layout.means(inside)
+        return self.scorer.coverage(neurons, classes)
 
     def to(self, device: torch.device) -> "Signature":
         """Return the signature with its state on a device."""

@@ -93,7 +93,7 @@ def check_naively(
     ]  # fmt: skip
     parts = [part.flatten(1) for part in parts]
     classes = torch.from_numpy(logits.argmax(1))
-    costs = made.method.costs(made.ready, made.layout, torch.cat(parts, 1), classes)
+    costs = made.scorer.costs(torch.cat(parts, 1), classes)
     sizes = np.array([part.shape[1] for part in parts])
     begins = np.concatenate([[0], sizes.cumsum()])
     for e in found:

@@ -17,8 +17,8 @@ from covcli.methods import (
     MultiRange,
     SingleRange,
     State,
+    base,
     make_method,
-    ranges,
 )
 from covcli.signature.fit import fold
 
@@ -91,11 +91,11 @@ def test_costs_follow_the_formulas(
     state = folded(spec, neurons, labels, [np.arange(len(labels))])
     x = np.concatenate([tested[0], neurons])  # values on the edges too
     classes = np.concatenate([tested[1], labels])
-    ready = make_method(spec).prepare(state, LAYOUT)
-    costs = make_method(spec).costs(ready, LAYOUT, torch.from_numpy(x), torch.from_numpy(classes))
+    scorer = make_method(spec).prepare(state, LAYOUT)
+    costs = scorer.costs(torch.from_numpy(x), torch.from_numpy(classes))
     expected = [naive_cost(spec, neurons, labels, x[i], classes[i]) for i in range(len(x))]
     np.testing.assert_allclose(costs.numpy(), expected, rtol=1e-5, atol=1e-6)
-    inside = make_method(spec).inside(ready, LAYOUT, torch.from_numpy(x), torch.from_numpy(classes))
+    inside = scorer.inside(torch.from_numpy(x), torch.from_numpy(classes))
     outside = [naive_cost("src", neurons, labels, x[i], classes[i]) for i in range(len(x))]
     np.testing.assert_array_equal(~inside.numpy(), np.array(outside, bool))
 
@@ -179,28 +179,29 @@ def test_every_method_keeps_the_contract(name: str) -> None:
     state = complete(method, neurons, labels)
     found = {k: (v.dtype, tuple(v.shape)) for k, v in state.tensors.items()}
     assert found == dict(method.expected(LAYOUT))
-    ready = method.prepare(state, LAYOUT)
-    costs = method.costs(ready, LAYOUT, neurons, labels)
-    inside = method.inside(ready, LAYOUT, neurons, labels)
-    evidence = method.evidence(ready, LAYOUT, neurons, labels)
+    scorer = method.prepare(state, LAYOUT)
+    costs = scorer.costs(neurons, labels)
+    inside = scorer.inside(neurons, labels)
+    evidence = scorer(neurons, labels)
     assert costs.shape == inside.shape == neurons.shape
     assert evidence.shape == (len(neurons), method.columns(LAYOUT))
+    assert scorer.columns == method.columns(LAYOUT)
     assert evidence.dtype == torch.float64
     assert bool(evidence.isfinite().all() & (costs >= 0).all())
     assert float(inside.float().mean()) > 0.95
     strange = -20 * neurons  # other sizes, another order, other signs
-    assert float(method.costs(ready, LAYOUT, strange, labels).mean()) > float(costs.mean())
-    outside = ~method.inside(ready, LAYOUT, strange, labels)
+    assert float(scorer.costs(strange, labels).mean()) > float(costs.mean())
+    outside = ~scorer.inside(strange, labels)
     assert float(outside.float().mean()) > 0.1
-    far = method.evidence(ready, LAYOUT, strange, labels)
+    far = scorer(strange, labels)
     points = len(LAYOUT.sizes)
     more = far.mean(0)[:points] - evidence.mean(0)[:points]
     assert bool((more >= 0).all())  # a point of one neuron has only one order
     assert float(more.max()) > 0
-    low, high = method.span(ready, LAYOUT, labels)
+    low, high = scorer.span(labels)
     assert low.shape == high.shape == neurons.shape
     beyond = (strange < low) | (strange > high)
-    assert not bool((method.inside(ready, LAYOUT, strange, labels) & beyond).any())
+    assert not bool((scorer.inside(strange, labels) & beyond).any())
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -209,8 +210,8 @@ def test_a_class_without_images_and_a_dead_neuron_are_scored(name: str) -> None:
     neurons, labels = trusted_neurons(2)
     neurons[:, 3] = 0
     state = complete(method, neurons[labels != 2], labels[labels != 2])
-    ready = method.prepare(state, LAYOUT)
-    assert bool(method.evidence(ready, LAYOUT, neurons, labels).isfinite().all())
+    scorer = method.prepare(state, LAYOUT)
+    assert bool(scorer(neurons, labels).isfinite().all())
 
 
 @settings(max_examples=60, deadline=None)
@@ -236,7 +237,7 @@ def test_gauss_sums_whole_numbers_of_a_unit(data: tuple[np.ndarray, np.ndarray])
 def test_gauss_follows_its_formula(shrinkage: float) -> None:
     neurons, labels = trusted_neurons(4)
     method = make_method(f"gauss?shrinkage={shrinkage}")
-    ready = method.prepare(complete(method, neurons, labels), LAYOUT)
+    scorer = method.prepare(complete(method, neurons, labels), LAYOUT)
     x, y = neurons.double().numpy(), labels.numpy()
     tested = 3 * x[::-1].copy()
     expected = []
@@ -247,48 +248,49 @@ def test_gauss_follows_its_formula(shrinkage: float) -> None:
         shrunk = (1 - shrinkage) * covariance + shrinkage * np.diag(covariance.diagonal())
         away = tested[:, columns] - means[y]
         expected.append(np.log(np.sum(away @ np.linalg.inv(shrunk) * away, 1) / len(columns)))
-    found = method.evidence(ready, LAYOUT, torch.from_numpy(tested).float(), labels)
+    found = scorer(torch.from_numpy(tested).float(), labels)
     np.testing.assert_allclose(found.numpy(), np.stack(expected, 1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("spec", ["src", "mrc", "mrc?sections=3&cost=share"])
+@pytest.mark.parametrize("spec", ["src", "mrc", "mrc?sections=3&cost=share", "nrc", "nac"])
 @given(data=samples())
 @settings(max_examples=40, deadline=None)
-def test_evidence_read_by_class_and_all_at_once_is_the_same(
+def test_evidence_read_one_by_one_in_pieces_and_all_at_once_is_the_same(
     spec: str, data: tuple[np.ndarray, np.ndarray]
 ) -> None:
     neurons, labels = (torch.from_numpy(part) for part in data)
     method = make_method(spec)
-    ready = method.prepare(folded(spec, *data, [np.arange(len(labels))]), LAYOUT)
-    tested = [ready, LAYOUT, 1.5 * neurons.flip(0), labels]
-    at_once = method.evidence(*tested)
+    scorer = method.prepare(folded(spec, *data, [np.arange(len(labels))]), LAYOUT)
+    tested = 1.5 * neurons.flip(0)
+    at_once = scorer(tested, labels)
+    alone = [scorer(tested[i, None], labels[i, None]) for i in range(len(labels))]
+    assert torch.equal(torch.cat(alone), at_once)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranges, "WHOLE", 0)
-        assert torch.equal(method.evidence(*tested), at_once)
+        patch.setattr(base, "PIECE", 1)
+        assert torch.equal(scorer(tested, labels), at_once)
 
 
 @pytest.mark.parametrize("spec", ["src", "mrc", "mrc?sections=3&cost=share"])
 def test_evidence_of_wide_points_is_the_log_of_their_mean_cost(
     spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read all at once, by class, and by class in pieces; in both precisions, and of no image."""
+    """Read all at once and in pieces; in both precisions, and of no image."""
     sizes = (1300, 5, 512, 513, 1)
     layout, generator = Layout(CLASSES, sizes, sizes), torch.Generator().manual_seed(0)
     neurons = torch.randn(40, sum(sizes), generator=generator).relu()
     labels = torch.randint(CLASSES, (40,), generator=generator)
     method = make_method(spec)
-    ready = method.prepare(fold(method, layout, lambda: [(neurons, labels)]), layout)
+    scorer = method.prepare(fold(method, layout, lambda: [(neurons, labels)]), layout)
     tested, classes = 1.2 * neurons.flip(0), labels
-    costs = method.costs(ready, layout, tested, classes).double().numpy()
+    costs = scorer.costs(tested, classes).double().numpy()
     parts = np.split(costs, np.cumsum(sizes)[:-1], 1)
     expected = np.log(np.stack([(part.sum(1) + 1) / part.shape[1] for part in parts], 1))
-    for whole, piece in ((1 << 20, 1 << 18), (0, 1 << 18), (0, 6000)):
-        monkeypatch.setattr(ranges, "WHOLE", whole)
-        monkeypatch.setattr(ranges, "PIECE", piece)
+    for piece in (1 << 16, 600, 1):
+        monkeypatch.setattr(base, "PIECE", piece)
         for each in (tested, tested.double()):
-            found = method.evidence(ready, layout, each, classes)
+            found = scorer(each, classes)
             np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
-        assert method.evidence(ready, layout, tested[:0], classes[:0]).shape == (0, len(sizes))
+        assert scorer(tested[:0], classes[:0]).shape == (0, len(sizes))
 
 
 def test_points_of_any_widths_are_summed_and_measured_apart() -> None:
@@ -303,13 +305,13 @@ def test_points_of_any_widths_are_summed_and_measured_apart() -> None:
         np.testing.assert_allclose(layout.means(x).numpy(), np.stack(expected, 1), rtol=1e-12)
     for name in ("src", "mrc", "gauss"):
         method = make_method(name)
-        ready = method.prepare(fold(method, layout, lambda: [(neurons, labels)]), layout)
-        found = method.evidence(ready, layout, 2 * neurons, labels)
+        scorer = method.prepare(fold(method, layout, lambda: [(neurons, labels)]), layout)
+        found = scorer(2 * neurons, labels)
         for i, (size, end) in enumerate(zip(sizes, np.cumsum(sizes), strict=True)):
             mine = neurons[:, end - size : end]
             alone = Layout(2, (size,), values[i : i + 1])
             state = fold(method, alone, lambda mine=mine: [(mine, labels)])
-            part = method.evidence(method.prepare(state, alone), alone, 2 * mine, labels)
+            part = method.prepare(state, alone)(2 * mine, labels)
             np.testing.assert_allclose(found[:, [i]].numpy(), part.numpy(), rtol=1e-5, atol=1e-5)
 
 
@@ -317,19 +319,19 @@ def test_the_ensemble_measures_along_the_direction_of_noise() -> None:
     neurons, labels = trusted_neurons(5)
     method = make_method("ensemble")
     state = complete(method, neurons, labels)
-    ready = method.prepare(state, LAYOUT)
+    scorer = method.prepare(state, LAYOUT)
     x, y = neurons.double().numpy()[:, 2:], labels.numpy()
     means = np.stack([x[y == k].mean(0) for k in range(CLASSES)])
     covariance = np.cov((x - means[y]).T, bias=True)
     inverse = np.linalg.inv(0.95 * covariance + 0.05 * np.diag(covariance.diagonal()))
     shift = (x[:30] + 0.5 - means[y[:30]]).mean(0)
     along = (x - means[y]) @ inverse @ shift / np.sqrt(shift @ inverse @ shift)
-    found = method.evidence(ready, LAYOUT, neurons, labels)
+    found = scorer(neurons, labels)
     np.testing.assert_allclose(found[:, 5].numpy(), along, rtol=1e-3, atol=1e-3)
     for name, columns in {"src": slice(0, 2), "gauss": slice(2, 4)}.items():
         alone = make_method(name)
         part = alone.prepare(complete(alone, neurons, labels), LAYOUT)
-        assert torch.equal(found[:, columns], alone.evidence(part, LAYOUT, neurons, labels))
+        assert torch.equal(found[:, columns], part(neurons, labels))
 
 
 @settings(max_examples=60, deadline=None)
@@ -342,9 +344,9 @@ def test_rank_costs_follow_the_formula(
         return order[: math.ceil(share * len(row))]
 
     method = make_method(f"nrc?share={share}")
-    ready = method.prepare(folded(method.spec(), *trusted, [np.arange(len(trusted[1]))]), LAYOUT)
+    scorer = method.prepare(folded(method.spec(), *trusted, [np.arange(len(trusted[1]))]), LAYOUT)
     x, classes = tested
-    costs = method.costs(ready, LAYOUT, torch.from_numpy(x), torch.from_numpy(classes))
+    costs = scorer.costs(torch.from_numpy(x), torch.from_numpy(classes))
     for columns in ([0], [2, 3, 4]):
         size = 2 if columns == [0] else 3
         for i, k in enumerate(classes):
@@ -387,9 +389,9 @@ def test_soft_costs_lead_back(name: str) -> None:
     method = METHODS.get(name)()
     neurons, labels = trusted_neurons(6)
     neurons[:, 2] = 0.25  # a constant neuron
-    ready = method.prepare(complete(method, neurons, labels), LAYOUT)
+    scorer = method.prepare(complete(method, neurons, labels), LAYOUT)
     far = (neurons + 3).double().requires_grad_()  # outside, where the cost itself is flat
-    method.soft_costs(ready, LAYOUT, far, labels).sum().backward()
+    scorer.soft_costs(far, labels).sum().backward()
     assert far.grad is not None
     assert bool((far.grad > 0).all())
 
@@ -398,13 +400,11 @@ def test_soft_costs_lead_back(name: str) -> None:
 def test_soft_evidence_has_a_true_gradient(name: str) -> None:
     method = METHODS.get(name)()
     neurons, labels = trusted_neurons(7)
-    ready = method.prepare(complete(method, neurons, labels), LAYOUT)
-    ready = State({key: value.double() for key, value in ready.tensors.items()})
+    scorer = method.prepare(complete(method, neurons, labels), LAYOUT)
+    scorer = scorer.double()
     x = neurons[:12].double() + 0.7 * torch.randn(12, NEURONS, dtype=torch.float64)
     classes = torch.arange(12) % CLASSES
-    assert torch.autograd.gradcheck(
-        lambda t: method.soft_evidence(ready, LAYOUT, t, classes), x.requires_grad_()
-    )
+    assert torch.autograd.gradcheck(lambda t: scorer.soft(t, classes), x.requires_grad_())
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -425,10 +425,10 @@ def test_soft_costs_are_the_costs_where_those_are_sure(
     centres = torch.from_numpy(low + (high - low) * (place + 0.5) / sections)
     classes = torch.from_numpy(k)
     wide = (high - low) > np.maximum(1e-3, 1e-3 * np.abs(high))  # a float32 centre in its section
-    ready = method.prepare(state, LAYOUT)
-    cost = method.costs(ready, LAYOUT, centres.float(), classes).numpy()
-    soft = method.soft_costs(ready, LAYOUT, centres, classes).numpy()
+    scorer = method.prepare(state, LAYOUT)
+    cost = scorer.costs(centres.float(), classes).numpy()
+    soft = scorer.soft_costs(centres, classes).numpy()
     np.testing.assert_allclose(soft[wide], cost[wide], rtol=1e-4, atol=1e-4)
     outside = torch.from_numpy(high + 3 * np.maximum(high - low, 1e4))
-    cost = method.costs(ready, LAYOUT, outside.float(), classes)
-    assert bool((method.soft_costs(ready, LAYOUT, outside, classes) >= cost - 1e-4).all())
+    cost = scorer.costs(outside.float(), classes)
+    assert bool((scorer.soft_costs(outside, classes) >= cost - 1e-4).all())

@@ -35,10 +35,10 @@ def test_nac_agrees_with_nacue(trained: TrainResult) -> None:
     modules = dict(model.network.named_modules())
     peer = NACUE(model, [modules[p.module] for p in points], m_bins=50, alpha=100.0, o_star=20)
     peer.fit([(images["train"], labels)])
-    ready = method.prepare(state, layout)
+    scorer = method.prepare(state, layout)
     for name in ("test", "noise"):
         found = neurons(images[name])
-        costs = method.costs(ready, layout, found, torch.zeros(len(found), dtype=torch.int64))
+        costs = scorer.costs(found, torch.zeros(len(found), dtype=torch.int64))
         coverage = (1 - layout.means(costs)).sum(1)
         np.testing.assert_allclose(-coverage.numpy(), peer.predict(images[name]).numpy(), atol=1e-5)
     assert float(peer.predict(images["noise"]).mean()) != float(peer.predict(images["test"]).mean())
@@ -53,8 +53,8 @@ def test_gauss_agrees_with_mahalanobis() -> None:
     tested = 3 * torch.randn(80, 6, generator=generator)
     layout = Layout(3, (6,), (6,))
     method = make_method("gauss?shrinkage=1e-9")
-    ready = method.prepare(fold(method, layout, lambda: [(trusted, labels)]), layout)
-    logs = [method.evidence(ready, layout, tested, torch.full((80,), k)) for k in range(3)]
+    scorer = method.prepare(fold(method, layout, lambda: [(trusted, labels)]), layout)
+    logs = [scorer(tested, torch.full((80,), k)) for k in range(3)]
     nearest = torch.cat(logs, 1).exp().amin(1) * 6  # squared distance
     peer = Mahalanobis(None).fit_features(trusted, labels).predict_features(tested)
     # theirs is half the distance in a scatter that is not divided by the number of images
