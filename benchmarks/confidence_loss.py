@@ -25,7 +25,8 @@ from covcli.core import runtime
 from covcli.core.progress import Silent
 from covcli.evaluation.evaluate import EvaluationConfig, EvaluationResult, evaluate
 from covcli.models import architectures
-from covcli.signature.build import SignatureConfig, build_signature
+from covcli.signature.build import build_signature
+from covcli.signature.config import SignatureConfig
 from covcli.training.train import TrainConfig, TrainResult, train
 
 UNTRUSTED = ["mnist?limit=1000", "photos?limit=1000", "noise:gaussian?limit=500",

@@ -23,7 +23,8 @@ from covcli.evaluation.baselines import compare
 from covcli.evaluation.evaluate import EvaluationConfig, EvaluationResult, evaluate
 from covcli.methods import METHODS
 from covcli.reporting.documents import Estimate
-from covcli.signature.build import SignatureConfig, build_signature
+from covcli.signature.build import build_signature
+from covcli.signature.config import SignatureConfig
 
 UNTRUSTED = [
     "mnist", "fashion-mnist", "photos", "noise:gaussian", "noise:uniform", "attack:fgsm",

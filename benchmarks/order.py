@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from covcli.core import runtime
+from covcli.core.choices import Mode
 from covcli.core.progress import Silent
 from covcli.data import datasets
 from covcli.data.images import ImageSet, Source
@@ -32,7 +33,7 @@ from covcli.data.preprocessing import Shape
 from covcli.methods import make_method
 from covcli.models import checkpoint as checkpoints
 from covcli.signature.fit import fit_judge, fit_signature
-from covcli.signature.guarantee import Guarantee, Mode
+from covcli.signature.guarantee import Guarantee
 from covcli.signature.judge import Judge
 from covcli.training.train import TrainConfig, train
 

@@ -31,11 +31,12 @@ import torch
 from common import Ratio, Work
 from torch import Tensor
 
+from covcli.core.choices import Augmentation
 from covcli.data import datasets
 from covcli.data.images import ImageSet, in_memory
 from covcli.data.preprocessing import Shape
 from covcli.models.sweep import to_network
-from covcli.training.epoch import Augmentation, Trainer, augment, draw_moves, epoch
+from covcli.training.epoch import Trainer, augment, draw_moves, epoch
 
 QUICK = {"repetitions": 1, "images": 24, "batch_size": 8}
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from covcli.models.points import CoverageLayer
     from covcli.reporting.documents import EvaluationResult
     from covcli.reporting.report import ReportResult, report
-    from covcli.signature.build import SignatureConfig, SignatureResult, build_signature
+    from covcli.signature.build import SignatureResult, build_signature
+    from covcli.signature.config import SignatureConfig
     from covcli.signature.monitor import Monitor, Verdicts
     from covcli.training.config import TrainConfig
     from covcli.training.loss import ConfidenceLoss
@@ -47,7 +48,7 @@ _HOMES = {
     "EvaluationResult": "reporting.documents",
     "Monitor": "signature.monitor",
     "ReportResult": "reporting.report",
-    "SignatureConfig": "signature.build",
+    "SignatureConfig": "signature.config",
     "SignatureResult": "signature.build",
     "TrainConfig": "training.config",
     "TrainResult": "training.train",

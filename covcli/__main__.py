@@ -1,8 +1,4 @@
-"""The error boundary: run a command, and exit with the documented code.
-
-0 done; 1 a gate failed; 2 bad usage, bad input or a bad file; 3 an internal error; 130 and 143
-interrupted.
-"""
+"""The error boundary: run a command, and exit with the documented code, an `ExitCode`."""
 
 import os
 import sys
@@ -10,10 +6,10 @@ import traceback
 from typing import Any
 
 from covcli.core import output, signals
-from covcli.core.errors import CovcliError, one_line
+from covcli.core.errors import CovcliError, ExitCode, one_line
 from covcli.core.signals import Interrupted
 
-INTERRUPTED = (130, 143)
+INTERRUPTED = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         signals.leave_at_once()
     if lost := output.finish():
         sys.stderr.write(f"error: {lost}\n")
-        code = code or 2
+        code = code or ExitCode.BAD_INPUT
     many = (ranks := _ranks()) is not None and ranks.size() > 1
     if many or (code in INTERRUPTED and arguments is None):
         sys.stderr.flush()
@@ -48,7 +44,7 @@ def _run(args: list[str], debug: bool) -> int:
         returned = app(args=args, prog_name="covcli", standalone_mode=False)
         if (ranks := _ranks()) is not None:
             ranks.stop()
-        return returned if isinstance(returned, int) else 0
+        return returned if isinstance(returned, int) else ExitCode.DONE
     except BaseException as error:
         signals.leave_at_once()  # a signal from here on finds nothing to save
         return _fail(error, *_describe(error), debug)
@@ -59,22 +55,26 @@ def _ranks() -> Any:
     return sys.modules.get("covcli.core.distributed")
 
 
-def _describe(error: Any) -> tuple[str, int]:
+def _describe(error: Any) -> tuple[str, ExitCode]:
     """Return what stderr says of an error, and the exit code."""
     if isinstance(error, Interrupted):
         return str(error), error.code
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # Typer's
-        return "interrupted", 130
+        return "interrupted", ExitCode.INTERRUPTED
     if isinstance(error, CovcliError):
-        return f"error: {error}", 2
+        return f"error: {error}", ExitCode.BAD_INPUT
     if hasattr(error, "format_message") and getattr(error, "exit_code", None) == 2:
         if not str(error.format_message()).strip():  # a bare `covcli` has shown the help
-            return "error: name a command; see covcli --help", 2
-        return f"error: {one_line(error.format_message())}; see covcli --help", 2
+            return "error: name a command; see covcli --help", ExitCode.BAD_INPUT
+        return f"error: {one_line(error.format_message())}; see covcli --help", ExitCode.BAD_INPUT
     kind = type(error).__name__
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate" in str(error):
-        return "error: memory exhausted; try a smaller --batch-size or another --device", 2
-    return f"internal error: {kind}: {one_line(str(error))}; run again with --debug", 3
+        return (
+            "error: memory exhausted; try a smaller --batch-size or another --device",
+            ExitCode.BAD_INPUT,
+        )
+    message = f"internal error: {kind}: {one_line(str(error))}; run again with --debug"
+    return message, ExitCode.INTERNAL_ERROR
 
 
 def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:

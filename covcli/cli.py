@@ -4,20 +4,21 @@ Nothing heavy is imported before a command runs, so that `covcli --help` answers
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from covcli.core.choices import AugmentationChoice, GranularityChoice, Mode
+from covcli.core.errors import ExitCode
+from covcli.evaluation.config import EvaluationConfig
 from covcli.options import (
     Amp,
-    Augment,
     DataDir,
     DebugFlag,
     Device,
     Force,
-    GranularityChoice,
-    GuaranteeMode,
     JsonFlag,
     MaxError,
     Plugin,
@@ -29,7 +30,10 @@ from covcli.options import (
     Threads,
     Version,
     prepare,
+    setting,
 )
+from covcli.signature.config import MergeConfig, SignatureConfig, read_statistics
+from covcli.training.config import TrainConfig
 
 app = typer.Typer(
     name="covcli",
@@ -62,67 +66,84 @@ def _print(process: Process, result: Any, path: Path, json: bool) -> None:
 def train(
     method: Annotated[
         str, typer.Option(help="Of the signature: ensemble, src, mrc, gauss, nrc or nac.")
-    ] = "ensemble",
-    trusted: Annotated[str, typer.Option(help="Images to learn.")] = "cifar10",
+    ] = TrainConfig.method,
+    trusted: Annotated[str, typer.Option(help="Images to learn.")] = TrainConfig.trusted,
     untrusted: Annotated[
         list[str] | None, typer.Option(help="Images to watch beside; may repeat.")
     ] = None,
     model: Annotated[
         str, typer.Option(help="vgg19, vgg11, resnet18, torchvision:NAME or timm:NAME.")
-    ] = "vgg19",
+    ] = TrainConfig.model,
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Start from the library's ImageNet weights.")
-    ] = False,
-    preprocess: Preprocess = None,
+    ] = TrainConfig.pretrained,
+    preprocess: Preprocess = TrainConfig.preprocess,
     logits: Annotated[
         str,
         typer.Option(
             "--logits", "--output", help="Where a network returns several tensors: its logits."
         ),
-    ] = "",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
-    batch_size: Annotated[int, typer.Option(min=2, help="Images a step, of all ranks.")] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the one-cycle schedule.")] = 0.05,
-    weight_decay: Annotated[float, typer.Option(min=0, help="On matrices and kernels.")] = 5e-4,
+    ] = TrainConfig.logits,
+    epochs: Annotated[
+        int, setting(TrainConfig, "epochs", "Passes over the training images.")
+    ] = TrainConfig.epochs,
+    batch_size: Annotated[
+        int, setting(TrainConfig, "batch_size", "Images a step, of all ranks.")
+    ] = TrainConfig.batch_size,
+    learning_rate: Annotated[
+        float, setting(TrainConfig, "learning_rate", "Peak of the one-cycle schedule.")
+    ] = TrainConfig.learning_rate,
+    weight_decay: Annotated[
+        float, setting(TrainConfig, "weight_decay", "On matrices and kernels.")
+    ] = TrainConfig.weight_decay,
     confidence_threshold: Annotated[
         float,
-        typer.Option(min=0, help="Softmax confidence from which a correct answer is trusted."),
-    ] = 0.9,
+        setting(
+            TrainConfig,
+            "confidence_threshold",
+            "Softmax confidence from which a correct answer is trusted.",
+        ),
+    ] = TrainConfig.confidence_threshold,
     confidence_weight: Annotated[
-        float, typer.Option(min=0, help="Weight of the penalty on untrusted activations.")
-    ] = 0.1,
+        float,
+        setting(
+            TrainConfig, "confidence_weight", "Weight of the penalty on untrusted activations."
+        ),
+    ] = TrainConfig.confidence_weight,
     signature_every: Annotated[
-        int, typer.Option(min=1, help="Epochs between two refreshes of the running signature.")
-    ] = 1,
+        int,
+        setting(
+            TrainConfig, "signature_every", "Epochs between two refreshes of the running signature."
+        ),
+    ] = TrainConfig.signature_every,
     calibration_split: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the images held out to calibrate.")
-    ] = 0.1,
+        float,
+        setting(TrainConfig, "calibration_split", "Share of the images held out to calibrate."),
+    ] = TrainConfig.calibration_split,
     save_every: Annotated[
         str, typer.Option(help="Save for --resume every so many epochs, or minutes, as 10m.")
-    ] = "1",
+    ] = TrainConfig.save_every,
     resume: Annotated[
         str | None,
         typer.Option(help="Go on with an interrupted run: its folder or name, or latest."),
     ] = None,
-    augment: Annotated[Augment, typer.Option(help="Of training images.")] = "auto",
-    amp: Amp = "off",
-    name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
-    runs: Runs = Path("runs"),
-    data_dir: DataDir = None,
-    device: Device = "auto",
+    augment: Annotated[
+        AugmentationChoice, typer.Option(help="Of training images.")
+    ] = TrainConfig.augment,
+    amp: Amp = TrainConfig.amp,
+    name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = TrainConfig.name,
+    runs: Runs = TrainConfig.runs,
+    data_dir: DataDir = TrainConfig.data_dir,
+    device: Device = TrainConfig.device,
     threads: Threads = 0,
-    seed: Seed = 0,
+    seed: Seed = TrainConfig.seed,
     plugin: Plugin = None,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
     """Train a network with the ConfidenceLoss; print the checkpoint's path."""
-    from covcli.core.progress import reporter
-    from covcli.training import train as training
-
-    process = prepare(device, seed, threads, plugin)
-    config = training.TrainConfig(
+    config = TrainConfig(
         method=method, trusted=trusted, untrusted=tuple(untrusted or ()), model=model,
         pretrained=pretrained, preprocess=preprocess, logits=logits, epochs=epochs,
         batch_size=batch_size, learning_rate=learning_rate,
@@ -131,6 +152,11 @@ def train(
         calibration_split=calibration_split, save_every=save_every, augment=augment, seed=seed,
         device=device, amp=amp, name=name, runs=runs, data_dir=data_dir,
     )  # fmt: skip
+
+    from covcli.core.progress import reporter
+    from covcli.training import train as training
+
+    process = prepare(device, seed, threads, plugin)
     with reporter(quiet or not process.prints) as progress:
         if resume is None:
             result = training.train(config, progress, process.interrupts)
@@ -148,61 +174,61 @@ def build_signature(
     method: Annotated[
         str | None,
         typer.Option(help="ensemble, src, mrc, gauss, …; default: as trained, or ensemble."),
-    ] = None,
+    ] = SignatureConfig.method,
     granularity: Annotated[
         GranularityChoice, typer.Option(help="channel: mean and maximum; unit: every position.")
-    ] = "channel",
+    ] = SignatureConfig.granularity,
     trusted: Annotated[
         str | None, typer.Option(help="Images to build from; default: the training images.")
-    ] = None,
+    ] = SignatureConfig.trusted,
     calibration: Annotated[
         str | None, typer.Option(help="Held-out trusted images; default: the recorded split.")
-    ] = None,
+    ] = SignatureConfig.calibration,
     confidence_threshold: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Default: as trained, or 0.9.")
-    ] = None,
-    alpha: Annotated[float, typer.Option(help="False-alarm rate to stay below.")] = 0.05,
+        float | None,
+        setting(SignatureConfig, "confidence_threshold", "Default: as trained, or 0.9."),
+    ] = SignatureConfig.confidence_threshold,
+    alpha: Annotated[
+        float, typer.Option(help="False-alarm rate to stay below.")
+    ] = SignatureConfig.alpha,
     guarantee: Annotated[
-        GuaranteeMode,
+        Mode,
         typer.Option(
             help="marginal: in the mean over calibrations; by-class: in each predicted class; "
             "certified-overall: of this calibration, with 95% confidence; certified: and in each "
             "predicted class."
         ),
-    ] = "marginal",
-    max_error: MaxError = None,
-    model: Annotated[str | None, typer.Option(help="For a bare state dict: its model.")] = None,
+    ] = SignatureConfig.guarantee,
+    max_error: MaxError = SignatureConfig.max_error,
+    model: Annotated[
+        str | None, typer.Option(help="For a bare state dict: its model.")
+    ] = SignatureConfig.model,
     mean: Annotated[
         str | None, typer.Option(help="For a bare state dict: pixel means, as 0.49,0.48,0.45.")
     ] = None,
     std: Annotated[
         str | None, typer.Option(help="For a bare state dict: pixel deviations, alike.")
     ] = None,
-    preprocess: Preprocess = None,
+    preprocess: Preprocess = SignatureConfig.preprocess,
     logits: Annotated[
         str, typer.Option(help="For a bare state dict, of several outputs: the logits' name.")
-    ] = "",
+    ] = SignatureConfig.logits,
     output: Annotated[
         Path | None, typer.Option(help="Signature file; default: beside the checkpoint.")
-    ] = None,
-    force: Force = False,
-    amp: Amp = "off",
-    runs: Runs = Path("runs"),
-    data_dir: DataDir = None,
-    device: Device = "auto",
+    ] = SignatureConfig.output,
+    force: Force = SignatureConfig.force,
+    amp: Amp = SignatureConfig.amp,
+    runs: Runs = SignatureConfig.runs,
+    data_dir: DataDir = SignatureConfig.data_dir,
+    device: Device = SignatureConfig.device,
     threads: Threads = 0,
-    seed: Seed = 0,
+    seed: Seed = SignatureConfig.seed,
     plugin: Plugin = None,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
     """Record what the neurons do on trusted images; print the signature's path."""
-    from covcli.core.progress import reporter
-    from covcli.models.architectures import read_statistics
-    from covcli.signature.build import SignatureConfig, build_signature, describe_signature
-
-    process = prepare(device, seed, threads, plugin)
     config = SignatureConfig(
         checkpoint=checkpoint, method=method, granularity=granularity, trusted=trusted,
         calibration=calibration, confidence_threshold=confidence_threshold, alpha=alpha,
@@ -210,6 +236,11 @@ def build_signature(
         statistics=read_statistics(mean, std), preprocess=preprocess, logits=logits, runs=runs,
         data_dir=data_dir, output=output, force=force, device=device, amp=amp, seed=seed,
     )  # fmt: skip
+
+    from covcli.core.progress import reporter
+    from covcli.signature.build import build_signature, describe_signature
+
+    process = prepare(device, seed, threads, plugin)
     with reporter(quiet or not process.prints) as progress:
         result = build_signature(config, progress)
     if process.prints and not quiet:
@@ -225,27 +256,28 @@ def merge_signatures(
     output: Annotated[Path, typer.Option(help="The merged signature's file.")],
     checkpoint: Annotated[
         Path | None, typer.Option(help="Their network; default: checkpoint.pt beside the first.")
-    ] = None,
-    force: Force = False,
-    data_dir: DataDir = None,
-    device: Device = "auto",
+    ] = MergeConfig.checkpoint,
+    force: Force = MergeConfig.force,
+    data_dir: DataDir = MergeConfig.data_dir,
+    device: Device = MergeConfig.device,
     threads: Threads = 0,
-    seed: Seed = 0,
+    seed: Seed = MergeConfig.seed,
     plugin: Plugin = None,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
     """Merge signatures that were built in different places, and calibrate anew; print the path."""
-    from covcli.core.progress import reporter
-    from covcli.signature.build import describe_signature
-    from covcli.signature.merge import MergeConfig, merge_signatures
-
-    process = prepare(device, seed, threads, plugin)
     config = MergeConfig(
         parts=tuple(parts), output=output, checkpoint=checkpoint, data_dir=data_dir, force=force,
         device=device, seed=seed,
     )  # fmt: skip
+
+    from covcli.core.progress import reporter
+    from covcli.signature.build import describe_signature
+    from covcli.signature.merge import merge_signatures
+
+    process = prepare(device, seed, threads, plugin)
     with reporter(quiet or not process.prints) as progress:
         result = merge_signatures(config, progress)
     if process.prints and not quiet:
@@ -260,36 +292,40 @@ def evaluate(
     ],
     checkpoint: Annotated[
         Path | None, typer.Option(help="Default: the newest run's, or the signature's neighbour.")
-    ] = None,
+    ] = EvaluationConfig.checkpoint,
     signature: Annotated[
         Path | None, typer.Option(help="Default: the newest beside the checkpoint.")
-    ] = None,
+    ] = EvaluationConfig.signature,
     method: Annotated[
         str | None, typer.Option(help="Take the newest signature of this method.")
-    ] = None,
+    ] = EvaluationConfig.method,
     model: Annotated[
         str | None, typer.Option(help="For bare weights; the signature knows it already.")
-    ] = None,
+    ] = EvaluationConfig.model,
     trusted: Annotated[
         str | None, typer.Option(help="Trusted test images; default: the trained set's test split.")
-    ] = None,
+    ] = EvaluationConfig.trusted,
     alpha: Annotated[
         float | None,
         typer.Option(help="False-alarm rate to stay below; default: the signature's."),
-    ] = None,
+    ] = EvaluationConfig.alpha,
     guarantee: Annotated[
-        GuaranteeMode | None,
+        Mode | None,
         typer.Option(help="In which sense, see build-signature; default: the signature's."),
-    ] = None,
-    max_error: MaxError = None,
+    ] = EvaluationConfig.guarantee,
+    max_error: MaxError = EvaluationConfig.max_error,
     baseline: Annotated[
         list[str] | None,
         typer.Option(help="Detector of pytorch-ood to compare with, or all; may repeat."),
     ] = None,
     explain: Annotated[
         int,
-        typer.Option(min=0, help="How many images of each set to explain, most suspicious first."),
-    ] = 0,
+        setting(
+            EvaluationConfig,
+            "explain",
+            "How many images of each set to explain, most suspicious first.",
+        ),
+    ] = EvaluationConfig.explain,
     fail_under: Annotated[
         list[str] | None,
         typer.Option(
@@ -305,7 +341,7 @@ def evaluate(
         Path | None, typer.Option(help="Earlier evaluation.json: exit 1 if a set got worse.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, max=1, help="How much worse than the earlier evaluation.")
+        float, typer.Option(help="How much worse than the earlier evaluation, from 0 to 1.")
     ] = 0.01,
     junit: Annotated[Path | None, typer.Option(help="Write the gates as a JUnit report.")] = None,
     summary: Annotated[Path | None, typer.Option(help="Write a Markdown summary.")] = None,
@@ -318,23 +354,30 @@ def evaluate(
     ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the results; default: the signature's.")
-    ] = None,
-    force: Force = False,
-    runs: Runs = Path("runs"),
-    data_dir: DataDir = None,
-    device: Device = "auto",
+    ] = EvaluationConfig.output,
+    force: Force = EvaluationConfig.force,
+    runs: Runs = EvaluationConfig.runs,
+    data_dir: DataDir = EvaluationConfig.data_dir,
+    device: Device = EvaluationConfig.device,
     threads: Threads = 0,
-    seed: Seed = 0,
+    seed: Seed = EvaluationConfig.seed,
     plugin: Plugin = None,
     quiet: QuietFlag = False,
     json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
     """Measure how well a signature tells untrusted images from trusted ones."""
+    config = EvaluationConfig(
+        untrusted=tuple(untrusted), checkpoint=checkpoint, signature=signature, method=method,
+        trusted=trusted, alpha=alpha, guarantee=guarantee, max_error=max_error,
+        baselines=tuple(baseline or ()), explain=explain, model=model, runs=runs,
+        data_dir=data_dir, output=output, force=force, device=device, seed=seed,
+    )  # fmt: skip
+
     from covcli.core.files import write_bytes
     from covcli.core.progress import reporter
     from covcli.evaluation import gates
-    from covcli.evaluation.evaluate import EvaluationConfig, evaluate
+    from covcli.evaluation.evaluate import evaluate
     from covcli.reporting import pipelines, terminal
 
     process = prepare(device, seed, threads, plugin)
@@ -342,13 +385,7 @@ def evaluate(
     wanted += [gates.parse_gate(text, "--fail-over") for text in fail_over or []]
     if baseline_results is not None:
         wanted += gates.read_baseline(baseline_results, tolerance, tuple(untrusted))
-    config = EvaluationConfig(
-        untrusted=tuple(untrusted), checkpoint=checkpoint, signature=signature, method=method,
-        trusted=trusted, alpha=alpha, guarantee=guarantee, max_error=max_error,
-        baselines=tuple(baseline or ()), explain=explain, gates=tuple(wanted), model=model,
-        runs=runs,
-        data_dir=data_dir, output=output, force=force, device=device, seed=seed,
-    )  # fmt: skip
+    config = replace(config, gates=tuple(wanted))
     with reporter(quiet or not process.prints) as progress:
         result = evaluate(config, progress)
     if not process.prints:
@@ -367,7 +404,7 @@ def evaluate(
     for outcome in failed if annotations is None else []:
         sys.stderr.write(f"{outcome}\n")
     if failed:
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.GATE_FAILED)
 
 
 @app.command()

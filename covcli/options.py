@@ -3,12 +3,13 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from covcli.core import output
+from covcli.core import output, settings
+from covcli.core.choices import AmpMode
 from covcli.core.errors import CovcliError
 from covcli.core.version import __version__
 
@@ -20,6 +21,12 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         sys.stdout.write(f"covcli {__version__}\n")
         raise typer.Exit
+
+
+def setting(config: type, name: str, help: str) -> Any:
+    """Return the option of a configuration's field; its help ends with the field's bounds."""
+    bounds = settings.bounds(config, name)
+    return typer.Option(help=f"{help.removesuffix('.')}, {bounds}." if bounds else help)
 
 
 Version = Annotated[
@@ -42,7 +49,7 @@ Preprocess = Annotated[
     ),
 ]
 Threads = Annotated[int, typer.Option(min=0, help="Threads on the CPU; 0 leaves it to torch.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of every random choice.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice, below 2^31.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print nothing to stderr but errors.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -58,10 +65,6 @@ MaxError = Annotated[
         "others are unsure."
     ),
 ]
-GranularityChoice: TypeAlias = Literal["channel", "unit"]
-Augment: TypeAlias = Literal["auto", "none", "crop", "crop-flip"]
-GuaranteeMode: TypeAlias = Literal["marginal", "by-class", "certified", "certified-overall"]
-AmpMode: TypeAlias = Literal["off", "bf16", "auto"]
 Amp = Annotated[
     AmpMode,
     typer.Option(help="Compute in bfloat16: bf16, or auto if that measures faster at the start."),

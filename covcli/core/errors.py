@@ -1,8 +1,21 @@
-"""The one kind of error that a user is meant to read."""
+"""The one kind of error that a user is meant to read, and how a command ends."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a command's exit code says."""
+
+    DONE = 0
+    GATE_FAILED = 1
+    BAD_INPUT = 2  # bad usage, bad input or a bad file
+    INTERNAL_ERROR = 3
+    INTERRUPTED = 130  # by SIGINT
+    TERMINATED = 143  # by SIGTERM
 
 
 class CovcliError(Exception):
-    """Bad usage, bad input or a bad file: one line, exit code 2.
+    """Bad usage, bad input or a bad file: one line, and `ExitCode.BAD_INPUT`.
 
     Parameters
     ----------

@@ -5,10 +5,13 @@ A dataclass says what its fields may hold by their annotations: a type, a `Liter
 came about; `read` builds a dataclass from a document that came from a file.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_type_hints
+
+from annotated_types import Interval
 
 from covcli.core.errors import CovcliError
 
@@ -51,7 +54,6 @@ def settle(config: Any) -> None:
     Examples
     --------
     >>> from typing import Annotated
-    >>> from annotated_types import Interval
     >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
     ... class Config:
@@ -75,6 +77,29 @@ def settle(config: Any) -> None:
                 _worded(error), where=f"--{field.name.replace('_', '-')} {value}"
             ) from None
         object.__setattr__(config, field.name, settled)
+
+
+def bounds(config: type, name: str) -> str:
+    """Return the bounds of a dataclass's field in words; empty where it has none.
+
+    Examples
+    --------
+    >>> from covcli.training.config import TrainConfig
+    >>> bounds(TrainConfig, "calibration_split"), bounds(TrainConfig, "epochs")
+    ('at least 0 and below 1', 'at least 1')
+    """
+    found = []
+    for interval in _intervals(get_type_hints(config, include_extras=True)[name]):
+        ends = [("at least", interval.ge), ("above", interval.gt), ("at most", interval.le),
+                ("below", interval.lt)]  # fmt: skip
+        found += [f"{word} {end}" for word, end in ends if end not in (None, math.inf)]
+    return " and ".join(found)
+
+
+def _intervals(hint: Any) -> list[Interval]:
+    """Return the bounds in an annotation, those of a value that may be None too."""
+    own = [entry for entry in getattr(hint, "__metadata__", ()) if isinstance(entry, Interval)]
+    return own + [entry for part in get_args(hint) for entry in _intervals(part)]
 
 
 def read(kind: type[Kind], document: Mapping[str, Any]) -> Kind:

@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from covcli.core.errors import ExitCode
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 8.0  # seconds from the first signal until a process that does not end is ended
 SAVING = 60.0  # the same while a file is being written
@@ -42,9 +44,9 @@ class Interrupted(BaseException):
         self.signal = number
 
     @property
-    def code(self) -> int:
-        """The exit code: 130 or 143."""
-        return 128 + self.signal
+    def code(self) -> ExitCode:
+        """The exit code."""
+        return ExitCode(128 + self.signal)
 
     def __str__(self) -> str:
         word = _word(self.signal)

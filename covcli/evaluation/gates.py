@@ -2,61 +2,24 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from covcli.core.errors import CovcliError
 from covcli.core.specs import amount, suggestion
+from covcli.evaluation.config import LOWER_IS_BETTER, Gate, Statistic
 from covcli.reporting.documents import Estimate, EvaluationResult, GateOutcome, read_evaluation
 from covcli.signature.guarantee import binomial_interval
 
 DETECTION = ["auroc", "aupr_out", "aupr_in", "fpr95", "detection_rate"]
 OF_TRUSTED = ["accuracy", "false_alarm_rate"]
 METRICS = [*DETECTION, *OF_TRUSTED]
-LOWER_IS_BETTER = {"fpr95", "false_alarm_rate"}
 # What an earlier evaluation is compared by.
 REGRESSION = ["auroc", "fpr95"]
 
-Statistic: TypeAlias = Literal["value", "low", "high"]
 Option: TypeAlias = Literal["--fail-under", "--fail-over"]
 STATISTICS: dict[str, Statistic] = {name: name for name in get_args(Statistic)}
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A figure and its bound: what to reach, or for fpr95 and false_alarm_rate not to exceed.
-
-    Attributes
-    ----------
-    metric, value
-        The metric and the bound, in [0, 1].
-    name
-        The untrusted set that it is asked of; None for every set.
-    statistic
-        What of the metric is held against the bound: its value, or an end of its 95% interval.
-    """
-
-    metric: str
-    value: float
-    name: str | None = None
-    statistic: Statistic = "value"
-
-    @property
-    def relation(self) -> Literal[">=", "<="]:
-        """How a figure that passes stands to the bound."""
-        return "<=" if self.metric in LOWER_IS_BETTER else ">="
-
-    def outcome(self, name: str, estimate: Estimate, seconds: float) -> GateOutcome:
-        """Hold the gate against a set's figure; one that is not a number fails."""
-        figure = float(getattr(estimate, self.statistic))
-        passed = figure <= self.value if self.relation == "<=" else figure >= self.value
-        return GateOutcome(
-            metric=self.metric, statistic=self.statistic, relation=self.relation,
-            bound=self.value, set=name, value=figure, low=estimate.low, high=estimate.high,
-            passed=passed, seconds=seconds,
-        )  # fmt: skip
 
 
 def parse_gate(text: str, option: Option = "--fail-under") -> Gate:
@@ -101,6 +64,17 @@ def parse_gate(text: str, option: Option = "--fail-under") -> Gate:
     return Gate(metric, value, name if colon else None, STATISTICS[statistic or "value"])
 
 
+def held(gate: Gate, name: str, estimate: Estimate, seconds: float) -> GateOutcome:
+    """Hold a gate against a set's figure; one that is not a number fails."""
+    figure = float(getattr(estimate, gate.statistic))
+    passed = figure <= gate.value if gate.relation == "<=" else figure >= gate.value
+    return GateOutcome(
+        metric=gate.metric, statistic=gate.statistic, relation=gate.relation, bound=gate.value,
+        set=name, value=figure, low=estimate.low, high=estimate.high, passed=passed,
+        seconds=seconds,
+    )  # fmt: skip
+
+
 def _bound(text: str, where: str) -> float:
     try:
         value = amount(text)
@@ -127,15 +101,18 @@ def read_baseline(path: Path, tolerance: float, untrusted: tuple[str, ...]) -> l
     path
         An evaluation.json.
     tolerance
-        How much lower an AUROC, or higher an FPR95, may be.
+        How much lower an AUROC, or higher an FPR95, may be; in [0, 1].
     untrusted
         The sets now evaluated; those that the earlier evaluation lacks are not compared.
 
     Raises
     ------
     CovcliError
-        If the file is no evaluation, or shares no set with this one.
+        If the file is no evaluation, or shares no set with this one, or the tolerance is out of
+        range.
     """
+    if not 0 <= tolerance <= 1:
+        raise CovcliError("must lie between 0 and 1", where=f"--tolerance {tolerance}")
     gates = []
     earlier = {entry.name: entry for entry in read_evaluation(path).untrusted}
     for name in untrusted:
@@ -172,7 +149,7 @@ def check(
     """
     times = seconds or {}
     return [
-        gate.outcome(name, estimate, times.get(key, 0.0))
+        held(gate, name, estimate, times.get(key, 0.0))
         for gate in gates
         for key, name, estimate in _figures(result, gate.metric)
         if gate.name in (None, name)

@@ -44,8 +44,6 @@ def load_job(config: EvaluationConfig) -> Job:
         raise CovcliError("name at least one --untrusted set")
     if repeated := {t for t in config.untrusted if config.untrusted.count(t) > 1}:
         raise CovcliError("is named twice", where=f"--untrusted {repeated.pop()}")
-    if config.explain < 0:
-        raise CovcliError("must be at least 0", where=f"--explain {config.explain}")
     gates.check_names(config.gates, config.untrusted)
     checkpoint_path, signature_path = find_files(config)
     output = config.output or run_folders.short(signature_path.parent)

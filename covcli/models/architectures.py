@@ -28,7 +28,7 @@ from covcli.models.spec import (
 __all__ = [
     "CIFAR10", "IMAGENET", "MODELS", "Architecture", "Classifier", "ModelSpec", "Precision",
     "Statistics", "architecture", "build", "from_state", "load_pretrained", "model",
-    "pixel_statistics", "precision", "read_statistics",
+    "pixel_statistics", "precision",
 ]  # fmt: skip
 log = logging.getLogger(__name__)
 # What a network raises on images that it was not made for.
@@ -259,23 +259,3 @@ def pixel_statistics(images: ImageSet, shape: Shape) -> Normalisation:
     mean = total / len(rows)
     deviation = (squares / len(rows) - mean.square()).clamp_min(1e-4).sqrt()
     return tuple(mean.tolist()), tuple(deviation.tolist())
-
-
-def read_statistics(mean: str | None, deviation: str | None) -> Normalisation | None:
-    """Read `--mean` and `--std`, three numbers each with commas between; both or neither.
-
-    Raises
-    ------
-    CovcliError
-        If one is missing or is not three numbers, or a deviation is not above 0.
-    """
-    if mean is None and deviation is None:
-        return None
-    try:
-        means = tuple(float(part) for part in (mean or "").split(","))
-        deviations = tuple(float(part) for part in (deviation or "").split(","))
-    except ValueError:
-        means = deviations = ()
-    if not (len(means) == len(deviations) == 3 and min(deviations) > 0):
-        raise CovcliError("expected three numbers each, as 0.49,0.48,0.45", where="--mean, --std")
-    return means, deviations

@@ -4,12 +4,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from covcli.core import distributed
+from covcli.core.choices import AmpMode
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
 from covcli.data.images import ImageSet, batches
@@ -24,7 +24,6 @@ SWEEP_IMAGES = 64
 SWEEP_POSITIONS = 1 << 21
 SWEEP_NEURONS = 1 << 26
 MEASURED: tuple[Precision, ...] = ("float32", "bfloat16")
-Amp: TypeAlias = Literal["off", "bf16", "auto"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,9 @@ def sweep(
             progress.advance(len(rows))
 
 
-def choose_precision(amp: Amp, model: Classifier, work: Callable[[Tensor], object]) -> Precision:
+def choose_precision(
+    amp: AmpMode, model: Classifier, work: Callable[[Tensor], object]
+) -> Precision:
     """Return the precision asked for; for "auto" the one in which the network works faster.
 
     Parameters

@@ -13,48 +13,21 @@ from covcli.core.progress import Progress
 from covcli.data import datasets, labels
 from covcli.data.images import DataRecord, ImageSet
 from covcli.methods import Method, make_method
-from covcli.methods.state import Granularity
 from covcli.models import checkpoint as checkpoints
 from covcli.models.checkpoint import Checkpoint
-from covcli.models.spec import Normalisation
-from covcli.models.sweep import Amp, choose_precision
+from covcli.models.sweep import choose_precision
 from covcli.models.weights import Foreign
 from covcli.reporting.terminal import say
 from covcli.signature import signature as signatures
 from covcli.signature.calibration import check_images
+from covcli.signature.config import SignatureConfig
 from covcli.signature.fit import MINIMUM_TRUSTED, Trusted, fit_judge, fit_signature
-from covcli.signature.guarantee import Guarantee, Mode
+from covcli.signature.guarantee import Guarantee
 from covcli.signature.judge import Judge
 from covcli.signature.record import Record, less
 
 log = logging.getLogger(__name__)
 DEFAULT_METHOD = "ensemble"
-
-
-@dataclass(frozen=True)
-class SignatureConfig:
-    """What `build-signature` is told; `None` takes the checkpoint's own."""
-
-    checkpoint: Path
-    method: str | None = None
-    granularity: Granularity = "channel"
-    trusted: str | None = None
-    calibration: str | None = None
-    confidence_threshold: float | None = None
-    alpha: float = 0.05
-    guarantee: Mode = "marginal"
-    max_error: float | None = None
-    model: str | None = None
-    statistics: Normalisation | None = None
-    preprocess: str | None = None
-    logits: str = ""
-    runs: Path = Path("runs")
-    data_dir: Path | None = None
-    output: Path | None = None
-    force: bool = False
-    device: str = "auto"
-    amp: Amp = "off"
-    seed: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from scipy.stats import betabinom, binom, binomtest
 from torch import Tensor
 from torch.nn.functional import pad
 
+from covcli.core.choices import Mode
 from covcli.core.errors import CovcliError
 from covcli.core.specs import suggestion
 
-Mode: TypeAlias = Literal["marginal", "by-class", "certified", "certified-overall"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 CONFIDENCE = 0.95
 _DOUBT = 0.05  # 1 − 0.95 is a little more in binary

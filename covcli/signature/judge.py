@@ -14,6 +14,7 @@ from torch import Tensor
 
 from covcli.attacks.adaptive import Look, Monitored
 from covcli.core import runtime
+from covcli.core.choices import Mode
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
 from covcli.data.images import ImageSet
@@ -23,7 +24,7 @@ from covcli.models.points import Recorder
 from covcli.models.sweep import Swept, forward, sweep
 from covcli.signature import signature as signatures
 from covcli.signature.calibration import Calibration, softmax_score
-from covcli.signature.guarantee import Guarantee, Mode, Rule
+from covcli.signature.guarantee import Guarantee, Rule
 from covcli.signature.record import Record
 from covcli.signature.signature import Signature
 

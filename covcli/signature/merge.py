@@ -15,22 +15,10 @@ from covcli.models import checkpoint as checkpoints
 from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureResult, save
 from covcli.signature.calibration import Calibration, check_images
+from covcli.signature.config import MergeConfig
 from covcli.signature.fit import fit_judge
 from covcli.signature.record import MergedPart, Record
 from covcli.signature.signature import Signature
-
-
-@dataclass(frozen=True)
-class MergeConfig:
-    """What `merge-signatures` is told; the checkpoint is by default beside the first part."""
-
-    parts: tuple[Path, ...]
-    output: Path
-    checkpoint: Path | None = None
-    data_dir: Path | None = None
-    force: bool = False
-    device: str = "auto"
-    seed: int = 0
 
 
 @dataclass(frozen=True)

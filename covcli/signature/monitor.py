@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from covcli.core.choices import Mode
 from covcli.core.errors import CovcliError
 from covcli.data.images import adapt
 from covcli.models.architectures import Classifier
 from covcli.models.points import Recorder
 from covcli.models.sweep import forward, to_network
 from covcli.signature import judge as judges
-from covcli.signature.guarantee import Mode
 from covcli.signature.judge import Judge, Verdicts
 
 __all__ = ["Monitor", "Verdicts"]

@@ -1,20 +1,63 @@
-"""What `train` is told, and what it logs."""
+"""What `train` is told."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-import torch
-from torch import Tensor
+from annotated_types import Interval
 
-from covcli.models.sweep import Amp
-from covcli.reporting.documents import EpochLog
-from covcli.training.epoch import Augmentation
+from covcli.core.choices import AmpMode, AugmentationChoice, Seed
+from covcli.core.errors import CovcliError
+from covcli.core.settings import settle
+
+Amount = Annotated[float, Interval(ge=0, lt=math.inf)]
+ShareBelowOne = Annotated[float, Interval(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What `train` is told."""
+    """What `train` is told.
+
+    Attributes
+    ----------
+    method
+        The method of the signature that the run is meant for.
+    trusted
+        The images to learn: a specification of labelled data.
+    untrusted
+        Sets to watch beside, in which coverage is logged every epoch.
+    model, pretrained
+        The network, and whether it starts from the library's ImageNet weights.
+    preprocess
+        How images are prepared for it; by default as its architecture has it.
+    logits
+        Where it returns several tensors: the logits' name.
+    epochs, batch_size
+        Passes over the training images, and images a step, of all ranks together.
+    learning_rate, weight_decay
+        The peak of the one-cycle schedule, and the decay of matrices and kernels.
+    confidence_threshold
+        Softmax confidence from which on a correct answer is trusted.
+    confidence_weight
+        The weight of the ConfidenceLoss; 0 trains without it.
+    signature_every
+        Epochs between two refreshes of the running signature.
+    calibration_split
+        Share of the images held out to calibrate.
+    save_every
+        Save what `resume` needs every so many epochs ("2"), or minutes ("10m").
+    augment
+        How training images are changed.
+    seed
+        Of every random choice.
+    device, amp
+        Where to compute (cpu, cuda, cuda:1 or auto), and whether in bfloat16.
+    name, runs
+        The run folder's name, by default made of model, method and time; and the folder of all.
+    data_dir
+        The folder that downloaded sets live in; by default the user's cache.
+    """
 
     method: str = "ensemble"
     trusted: str = "cifar10"
@@ -23,34 +66,30 @@ class TrainConfig:
     pretrained: bool = False
     preprocess: str | None = None
     logits: str = ""
-    epochs: int = 10
-    batch_size: int = 64
-    learning_rate: float = 0.05
-    weight_decay: float = 5e-4
-    confidence_threshold: float = 0.9
-    confidence_weight: float = 0.1
-    signature_every: int = 1
-    calibration_split: float = 0.1
+    epochs: Annotated[int, Interval(ge=1)] = 10
+    batch_size: Annotated[int, Interval(ge=2)] = 64
+    learning_rate: Annotated[float, Interval(gt=0, lt=math.inf)] = 0.05
+    weight_decay: Amount = 5e-4
+    confidence_threshold: ShareBelowOne = 0.9
+    confidence_weight: Amount = 0.1
+    signature_every: Annotated[int, Interval(ge=1)] = 1
+    calibration_split: ShareBelowOne = 0.1
     save_every: str = "1"
-    augment: Augmentation | Literal["auto"] = "auto"
-    seed: int = 0
+    augment: AugmentationChoice = "auto"
+    seed: Seed = 0
     device: str = "auto"
-    amp: Amp = "off"
+    amp: AmpMode = "off"
     name: str | None = None
     runs: Path = Path("runs")
     data_dir: Path | None = None
 
-
-def split_rows(images: int, calibration_split: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return which images train the network and which are held out, each in ascending order."""
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
-    held_out = round(images * calibration_split)
-    return order[held_out:].sort().values, order[:held_out].sort().values
-
-
-def first_penalised(epochs: int) -> int:
-    """Return the first epoch, from 1 on, of the second half, once the network knows its classes."""
-    return max(2, epochs // 2 + 1)
+    def __post_init__(self) -> None:
+        settle(self)
+        if save_interval(self.save_every) is None:
+            raise CovcliError(
+                "must be a number of epochs, or of minutes as 10m",
+                where=f"--save-every {self.save_every}",
+            )
 
 
 def save_interval(text: str) -> tuple[int | None, float | None] | None:
@@ -60,21 +99,6 @@ def save_interval(text: str) -> tuple[int | None, float | None] | None:
         value = float(text.removesuffix("m")) if minutes else int(text)
     except ValueError:
         return None
-    if not (0 <= value < float("inf") and (minutes or value >= 1)):
+    if not (0 <= value < math.inf and (minutes or value >= 1)):
         return None
     return (None, 60 * value) if minutes else (int(value), None)
-
-
-def describe(entry: EpochLog, epochs: int) -> str:
-    """Word one epoch in a line."""
-    text = (
-        f"epoch {entry.epoch}/{epochs}: loss {entry.loss:.4f} (cross-entropy "
-        f"{entry.cross_entropy:.4f}, penalty {entry.penalty:.4f}), accuracy {entry.accuracy:.1%}, "
-        f"held out {entry.held_out_accuracy:.1%}"
-    )
-    if entry.confident_accuracy is not None:
-        text += f", confident {entry.confident:.1%} of which right {entry.confident_accuracy:.1%}"
-    if entry.watched:
-        shares = [f"{s.name} {s.mean_coverage:.1%}" for s in entry.watched.sets]
-        text += f"; coverage {', '.join(shares)}"
-    return text

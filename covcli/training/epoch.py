@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from covcli.core import distributed
+from covcli.core.choices import Augmentation
 from covcli.core.errors import CovcliError
 from covcli.data.images import ImageSet, batches
 from covcli.data.preprocessing import Shape
@@ -18,7 +18,6 @@ from covcli.models.architectures import Classifier
 from covcli.models.points import Point, Recorder
 from covcli.models.sweep import to_network
 
-Augmentation: TypeAlias = Literal["none", "crop", "crop-flip"]
 SUMS = ("loss", "cross_entropy", "penalty", "right", "confident_right", "confident")
 
 

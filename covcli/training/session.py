@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from covcli.attacks import attacks
 from covcli.core import distributed, files, runtime, settings
+from covcli.core.choices import Augmentation
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress, Silent
 from covcli.core.signals import Interrupts
@@ -25,12 +27,9 @@ from covcli.reporting.documents import EpochLog, Watch
 from covcli.signature.fit import fit_signature
 from covcli.training.config import (
     TrainConfig,
-    describe,
-    first_penalised,
     save_interval,
-    split_rows,
 )
-from covcli.training.epoch import SUMS, Augmentation, Trainer, epoch
+from covcli.training.epoch import SUMS, Trainer, epoch
 from covcli.training.loss import RUNNING, ConfidenceLoss
 from covcli.training.paused import PAUSED, PAUSED_FILE
 from covcli.training.watch import watch
@@ -320,3 +319,30 @@ def accuracy(model: Classifier, images: ImageSet) -> float:
     swept = sweep(model, images, [], "channel", Silent(), "")
     (predicted,) = distributed.collect([(b.rows, b.logits.argmax(1)) for b in swept])
     return float((predicted == images.known_labels()).double().mean())
+
+
+def split_rows(images: int, calibration_split: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return which images train the network and which are held out, each in ascending order."""
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    held_out = round(images * calibration_split)
+    return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def first_penalised(epochs: int) -> int:
+    """Return the first epoch, from 1 on, of the second half, once the network knows its classes."""
+    return max(2, epochs // 2 + 1)
+
+
+def describe(entry: EpochLog, epochs: int) -> str:
+    """Word one epoch in a line."""
+    text = (
+        f"epoch {entry.epoch}/{epochs}: loss {entry.loss:.4f} (cross-entropy "
+        f"{entry.cross_entropy:.4f}, penalty {entry.penalty:.4f}), accuracy {entry.accuracy:.1%}, "
+        f"held out {entry.held_out_accuracy:.1%}"
+    )
+    if entry.confident_accuracy is not None:
+        text += f", confident {entry.confident:.1%} of which right {entry.confident_accuracy:.1%}"
+    if entry.watched:
+        shares = [f"{s.name} {s.mean_coverage:.1%}" for s in entry.watched.sets]
+        text += f"; coverage {', '.join(shares)}"
+    return text

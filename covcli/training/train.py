@@ -7,7 +7,6 @@ from typing import Any
 
 from covcli.attacks import attacks
 from covcli.core import distributed, files, run_folders, runtime
-from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
 from covcli.core.signals import Interrupted, Interrupts
 from covcli.core.specs import parse
@@ -21,11 +20,9 @@ from covcli.reporting.terminal import say
 from covcli.training import paused
 from covcli.training.config import (
     TrainConfig,
-    save_interval,
-    split_rows,
 )
 from covcli.training.paused import PAUSED_FILE
-from covcli.training.session import Session
+from covcli.training.session import Session, split_rows
 
 __all__ = ["TrainConfig", "TrainResult", "resume", "split_rows", "train"]
 
@@ -162,20 +159,6 @@ def _check(config: TrainConfig) -> None:
     make_method(config.method)
     for text in config.untrusted:
         _check_untrusted(text)
-    bounds = [
-        ("--save-every", save_interval(config.save_every) is not None, "epochs as 1, or 10m"),
-        ("--epochs", config.epochs >= 1, "at least 1"),
-        ("--batch-size", config.batch_size >= 2, "at least 2"),
-        ("--learning-rate", 0 < config.learning_rate < float("inf"), "above 0"),
-        ("--weight-decay", 0 <= config.weight_decay < float("inf"), "at least 0"),
-        ("--confidence-threshold", 0 <= config.confidence_threshold < 1, "in [0, 1)"),
-        ("--confidence-weight", 0 <= config.confidence_weight < float("inf"), "at least 0"),
-        ("--signature-every", config.signature_every >= 1, "at least 1"),
-        ("--calibration-split", 0 <= config.calibration_split < 1, "in [0, 1)"),
-    ]
-    for option, holds, expected in bounds:
-        if not holds:
-            raise CovcliError(f"must be {expected}", where=option)
 
 
 def _check_untrusted(text: str) -> None:

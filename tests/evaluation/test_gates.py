@@ -18,6 +18,7 @@ from covcli.evaluation.gates import (
     Option,
     check,
     check_names,
+    held,
     parse_gate,
     read_baseline,
 )
@@ -64,7 +65,7 @@ def test_a_gate_compares_the_end_of_the_interval_that_it_names(
 ) -> None:
     estimate = Estimate(figure, *ends)
     judged = {"value": figure, "low": ends[0], "high": ends[1]}[statistic]
-    outcome = Gate(metric, bound, None, statistic).outcome("mnist", estimate, 0.0)
+    outcome = held(Gate(metric, bound, None, statistic), "mnist", estimate, 0.0)
     better = judged <= bound if metric in ("fpr95", "false_alarm_rate") else judged >= bound
     assert (outcome.passed, outcome.value) == (better, judged)
 
@@ -72,7 +73,7 @@ def test_a_gate_compares_the_end_of_the_interval_that_it_names(
 def test_a_figure_that_is_no_number_passes_no_gate() -> None:
     nowhere = Estimate(float("nan"), 0.0, 1.0)
     for metric in METRICS:
-        assert not Gate(metric, 0.5).outcome("mnist", nowhere, 0.0).passed
+        assert not held(Gate(metric, 0.5), "mnist", nowhere, 0.0).passed
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from covcli.methods import Layout, State
 from covcli.models.pooling import pool
 from covcli.signature.fit import fold
-from covcli.training.config import first_penalised
 from covcli.training.loss import LEAST_WIDTH, MOST, RUNNING, TAIL, ConfidenceLoss, central_range
+from covcli.training.session import first_penalised
 
 CLASSES, SIZES = 3, [3, 4, 2, 5]
 EARLY = [3, 4]  # the points that are penalised

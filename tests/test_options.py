@@ -1,0 +1,92 @@
+"""Options take their defaults and their bounds from the configuration dataclasses."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import typer
+from annotated_types import Interval
+from test_cli import call
+
+import covcli
+from covcli.cli import app
+from covcli.core.errors import CovcliError, ExitCode
+from covcli.evaluation.config import EvaluationConfig
+from covcli.signature.config import MergeConfig, SignatureConfig
+from covcli.training.config import TrainConfig
+
+CONFIGS: dict[str, Any] = {
+    "train": TrainConfig, "build-signature": SignatureConfig, "merge-signatures": MergeConfig,
+    "evaluate": EvaluationConfig,
+}  # fmt: skip
+NEEDED = {
+    "train": [], "build-signature": ["c.pt"], "merge-signatures": ["a", "b", "--output", "c"],
+    "evaluate": ["--untrusted", "photos"],
+}  # fmt: skip
+
+
+def intervals(hint: Any) -> list[Interval]:
+    own = [entry for entry in getattr(hint, "__metadata__", ()) if isinstance(entry, Interval)]
+    return own + [entry for part in get_args(hint) for entry in intervals(part)]
+
+
+def outside() -> list[tuple[str, str, float]]:
+    """Return for each bound of each configuration a value beyond it."""
+    found = []
+    for command, config in CONFIGS.items():
+        for name, hint in get_type_hints(config, include_extras=True).items():
+            step = 1 if int in get_args(hint) else 1e-6
+            for interval in intervals(hint):
+                found += [
+                    (command, name, end + by if step == 1 else float(end + by))
+                    for end, by in (
+                        (interval.ge, -step), (interval.gt, 0), (interval.le, step),
+                        (interval.lt, 0),
+                    )
+                    if end is not None
+                ]  # fmt: skip
+                found += [(command, name, math.nan)] if step < 1 else []
+    return found
+
+
+def test_every_option_has_the_default_of_its_field() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    compared = 0
+    for name, config in CONFIGS.items():
+        options = {option.name: option.default for option in commands[name].params}
+        for field in dataclasses.fields(config):
+            if field.name in options and field.default is not dataclasses.MISSING:
+                default = None if field.default == () else field.default
+                assert options[field.name] == default, (name, field.name)
+                compared += 1
+    assert compared > 50
+
+
+@pytest.mark.parametrize(("command", "name", "value"), outside())
+def test_a_value_out_of_bounds_is_refused_alike_by_command_and_library(
+    command: str, name: str, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option = f"--{name.replace('_', '-')}"
+    code, out, err = call(capsys, command, *NEEDED[command], option, str(value))
+    assert (code, out) == (ExitCode.BAD_INPUT, "")
+    assert err.startswith(f"error: {option} {value}: must be ")
+    assert err.count("\n") == 1
+    needed = {
+        field.name: () if "tuple" in str(field.type) else Path("x")
+        for field in dataclasses.fields(CONFIGS[command])
+        if field.default is dataclasses.MISSING
+    }
+    with pytest.raises(CovcliError) as caught:
+        CONFIGS[command](**needed, **{name: value})
+    assert f"error: {caught.value}\n" == err
+
+
+def test_the_readme_lists_every_exit_code() -> None:
+    readme = Path(covcli.__file__).parents[1] / "README.md"
+    table = re.search(r"\| exit code.*?\n\n", readme.read_text(), re.DOTALL)
+    assert table is not None
+    rows = re.findall(r"^\| ([\d, ]+) \|", table[0], re.MULTILINE)
+    assert [int(code) for row in rows for code in row.split(",")] == list(ExitCode)
