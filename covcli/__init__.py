@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from covcli.reporting.documents import EvaluationResult
     from covcli.reporting.report import ReportResult, report
     from covcli.signature.build import SignatureResult, build_signature
-    from covcli.signature.config import SignatureConfig
+    from covcli.signature.config import MergeConfig, SignatureConfig
+    from covcli.signature.merge import merge_signatures
     from covcli.signature.monitor import Monitor, Verdicts
     from covcli.training.config import TrainConfig
     from covcli.training.loss import ConfidenceLoss
@@ -27,6 +28,7 @@ __all__ = [
     "CoverageLayer",
     "EvaluationConfig",
     "EvaluationResult",
+    "MergeConfig",
     "Monitor",
     "ReportResult",
     "SignatureConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "__version__",
     "build_signature",
     "evaluate",
+    "merge_signatures",
     "report",
     "train",
 ]
@@ -46,6 +49,7 @@ _HOMES = {
     "CoverageLayer": "models.points",
     "EvaluationConfig": "evaluation.config",
     "EvaluationResult": "reporting.documents",
+    "MergeConfig": "signature.config",
     "Monitor": "signature.monitor",
     "ReportResult": "reporting.report",
     "SignatureConfig": "signature.config",
@@ -55,6 +59,7 @@ _HOMES = {
     "Verdicts": "signature.monitor",
     "build_signature": "signature.build",
     "evaluate": "evaluation.evaluate",
+    "merge_signatures": "signature.merge",
     "report": "reporting.report",
     "train": "training.train",
 }
@@ -65,3 +70,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'covcli' has no attribute {name!r}")
     return getattr(import_module(f"covcli.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names, those that have not been imported yet too."""
+    return sorted({*globals(), *__all__})

@@ -421,11 +421,10 @@ def report(
 ) -> None:
     """Write report.html and report.md; print the path of the first."""
     from covcli.core.output import write_path
-    from covcli.core.run_folders import newest_run
     from covcli.reporting.report import report
     from covcli.reporting.terminal import print_json
 
-    result = report(run or newest_run(runs), output, force)
+    result = report(run, output, force, runs)
     if json:
         print_json(result)
     else:

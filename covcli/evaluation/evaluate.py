@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import torch
 
 from covcli.core import distributed, files, run_folders
-from covcli.core.progress import Progress
+from covcli.core.progress import Progress, Silent
 from covcli.core.version import __version__
 from covcli.data.images import ImageSet
 from covcli.evaluation import gates
@@ -27,7 +27,7 @@ __all__ = ["EvaluationConfig", "EvaluationResult", "evaluate"]
 log = logging.getLogger(__name__)
 
 
-def evaluate(config: EvaluationConfig, progress: Progress) -> EvaluationResult:
+def evaluate(config: EvaluationConfig, progress: Progress = Silent()) -> EvaluationResult:
     """Score trusted test images and untrusted ones, and write evaluation.json and the scores.
 
     An evaluation that was cut short does not repeat the sets that it had finished.

@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from covcli.core import files
+from covcli.core import files, run_folders
 from covcli.core.errors import CovcliError, one_line
 from covcli.core.version import __version__
 from covcli.reporting import documents, markdown, per_image
@@ -33,25 +33,33 @@ class ReportResult:
     figures: list[Path]
 
 
-def report(run: Path, output: Path | None = None, force: bool = False) -> ReportResult:
+def report(
+    run: str | Path | None = None,
+    output: str | Path | None = None,
+    force: bool = False,
+    runs: str | Path = "runs",
+) -> ReportResult:
     """Write the report of a run folder that holds an evaluation.
 
     Parameters
     ----------
     run
-        The folder.
+        The folder; by default the newest in `runs`.
     output
         Where to write; by default the run folder.
     force
         Whether to overwrite an earlier report.
+    runs
+        The folder of run folders.
 
     Raises
     ------
     CovcliError
         If the folder holds no evaluation, a file of it is broken, or a report exists already.
     """
+    run = run_folders.newest_run(Path(runs)) if run is None else Path(run)
     data = read(run)
-    folder = output or run
+    folder = run if output is None else Path(output)
     page, markdown_file = folder / "report.html", folder / "report.md"
     for path in (page, markdown_file):
         files.refuse_existing(path, force)

@@ -9,7 +9,7 @@ import torch
 
 from covcli.core import distributed, files, run_folders, runtime
 from covcli.core.errors import CovcliError
-from covcli.core.progress import Progress
+from covcli.core.progress import Progress, Silent
 from covcli.data import datasets, labels
 from covcli.data.images import DataRecord, ImageSet
 from covcli.methods import Method, make_method
@@ -85,7 +85,7 @@ class SignatureResult:
     provenance: dict[str, Any]
 
 
-def build_signature(config: SignatureConfig, progress: Progress) -> SignatureResult:
+def build_signature(config: SignatureConfig, progress: Progress = Silent()) -> SignatureResult:
     """Build, calibrate and write the signature of a checkpoint.
 
     Raises

@@ -7,7 +7,7 @@ from typing import Any
 
 from covcli.core import distributed, files, runtime
 from covcli.core.errors import CovcliError
-from covcli.core.progress import Progress
+from covcli.core.progress import Progress, Silent
 from covcli.data import labels
 from covcli.data.images import DataRecord
 from covcli.methods import State
@@ -42,7 +42,7 @@ COMMON: dict[str, Callable[[_Part], Any]] = {
 }
 
 
-def merge_signatures(config: MergeConfig, progress: Progress) -> SignatureResult:
+def merge_signatures(config: MergeConfig, progress: Progress = Silent()) -> SignatureResult:
     """Merge the states of signatures of one network, and calibrate and write what they make.
 
     The network runs over the calibration images again, which all parts must have in common: so

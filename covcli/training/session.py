@@ -282,7 +282,8 @@ def _model(config: TrainConfig, images: ImageSet, device: torch.device) -> Class
         config.model, len(images.classes), shape, mean, deviation, config.pretrained,
         shape.preprocess, config.logits,
     )  # fmt: skip
-    model = architectures.build(spec)
+    with runtime.seeded(config.seed):
+        model = architectures.build(spec)
     if config.pretrained:
         architectures.load_pretrained(model)
     return model.on(device)

@@ -7,7 +7,7 @@ from typing import Any
 
 from covcli.attacks import attacks
 from covcli.core import distributed, files, run_folders, runtime
-from covcli.core.progress import Progress
+from covcli.core.progress import Progress, Silent
 from covcli.core.signals import Interrupted, Interrupts
 from covcli.core.specs import parse
 from covcli.data import datasets
@@ -59,12 +59,18 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, progress: Progress, interrupts: Interrupts | None = None
+    config: TrainConfig = TrainConfig(),
+    progress: Progress = Silent(),
+    interrupts: Interrupts | None = None,
 ) -> TrainResult:
     """Train a network and write its run folder.
 
     Parameters
     ----------
+    config
+        What to train, on what and how; by default a VGG19 on CIFAR-10.
+    progress
+        Is told how far the work is.
     interrupts
         Where signals arrive; an interrupted run saves what `resume` needs.
 
@@ -85,7 +91,10 @@ def train(
 
 
 def resume(
-    run: Path, progress: Progress, data_dir: Path | None, interrupts: Interrupts | None = None
+    run: Path,
+    progress: Progress = Silent(),
+    data_dir: Path | None = None,
+    interrupts: Interrupts | None = None,
 ) -> TrainResult:
     """Go on with an interrupted or killed run from its last saved step.
 
