@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from covcli.core.errors import CovcliError
-from covcli.core.files import try_lock
+from covcli.core.files import refuse_existing, try_lock
 
 log = logging.getLogger(__name__)
 
@@ -61,25 +61,53 @@ def locked(folder: Path, new: bool = False) -> Iterator[None]:
     CovcliError
         If it cannot be made, another process holds it, or it holds a run where none may be.
     """
-    missing = not folder.exists()
+    with _held(folder / ".lock", "run", folder, new):
+        if new:
+            _refuse_used(folder)
+        yield
+
+
+@contextmanager
+def writing(file: Path, force: bool) -> Iterator[None]:
+    """Hold a file during the block that makes it: of two commands that make it one is refused.
+
+    Parameters
+    ----------
+    file
+        The file; its folder is made where it is missing.
+    force
+        Whether the file may be there already.
+
+    Raises
+    ------
+    CovcliError
+        If the file is there and may not, another process holds it, or its folder cannot be made.
+    """
+    with _held(file.with_name(f".{file.name}.lock"), "file", file):
+        refuse_existing(file, force)
+        yield
+
+
+@contextmanager
+def _held(lock: Path, kind: str, what: Path, new: bool = False) -> Iterator[None]:
+    """Hold a lock file during the block; folders that nothing came into go again."""
+    folder = lock.parent
+    passing = [f for f in (folder, *folder.parents) if not f.exists()] or [folder] * new
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CovcliError(f"cannot be made ({error.strerror})", where=folder) from None
-    path = folder / ".lock"
-    with _lock(path):
+    with _lock(lock, kind, what):
         try:
-            if new:
-                _refuse_used(folder)
             yield
         finally:
-            path.unlink(missing_ok=True)
-            if missing or new:
-                with contextlib.suppress(OSError):  # it holds something
-                    folder.rmdir()
+            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # one holds something
+                for empty in passing:
+                    empty.rmdir()
 
 
-def _lock(path: Path) -> IO[bytes]:
+def _lock(path: Path, kind: str, what: Path) -> IO[bytes]:
     """Return the locked file at a path; one that another process has locked is a CovcliError."""
     while True:
         try:
@@ -88,7 +116,7 @@ def _lock(path: Path) -> IO[bytes]:
             raise CovcliError(f"cannot be written ({error.strerror})", where=path) from None
         if not try_lock(file):
             file.close()
-            raise CovcliError("another process is writing this run", where=path.parent)
+            raise CovcliError(f"another process is writing this {kind}", where=what)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 return file

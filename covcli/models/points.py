@@ -3,9 +3,9 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -69,28 +69,34 @@ class Point:
     values: int
 
 
-class _OfThread(threading.local):
-    """State of the forward pass that runs in this thread; a copy begins with none."""
-
-    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
-        return type(self), ()
+T = TypeVar("T")
 
 
-class _Calls(_OfThread):
-    """How often each module was called in this pass."""
+class _PerThread(threading.local, Generic[T]):
+    """State of the forward pass that runs in this thread; a copy begins anew.
 
-    def __init__(self) -> None:
-        self.count: Counter[str] = Counter()
+    Parameters
+    ----------
+    begin
+        Returns the state that a thread begins with.
+    """
+
+    def __init__(self, begin: Callable[[], T]) -> None:  # called in each thread
+        self.begin = begin
+        self.state = begin()
+
+    def __reduce__(self) -> tuple[type["_PerThread[T]"], tuple[Callable[[], T]]]:
+        return _PerThread, (self.begin,)
 
 
-class _Seen(_OfThread):
+@dataclass
+class _Pass:
     """What a pass has shown so far, if it is recorded, and memory for the units of the next."""
 
-    def __init__(self) -> None:
-        self.listening = False
-        self.parts: dict[str, list[Tensor]] = {}
-        self.units: Tensor | None = None
-        self.spare: Tensor | None = None
+    listening: bool = False
+    parts: dict[str, list[Tensor]] = field(default_factory=dict)
+    units: Tensor | None = None
+    spare: Tensor | None = None
 
     def clear(self) -> None:
         """Forget the pass."""
@@ -122,7 +128,7 @@ class Outputs:
         by_module: dict[str, dict[int, Point]] = {}
         for point in points:
             by_module.setdefault(point.module, {})[point.call] = point
-        self._calls = _Calls()
+        self._calls = _PerThread[Counter[str]](Counter)
         # Not closures, which could neither be pickled nor copied with the network.
         self._hooks = [
             (modules[name], partial(self._end, name, calls)) for name, calls in by_module.items()
@@ -141,13 +147,14 @@ class Outputs:
         self._handles = []
 
     def _begin(self, _model: nn.Module, _inputs: Any) -> None:
-        self._calls.count.clear()
+        self._calls.state.clear()
 
     def _end(
         self, name: str, points: Mapping[int, Point], _module: nn.Module, _inputs: Any, output: Any
     ) -> None:
-        call = self._calls.count[name]
-        self._calls.count[name] = call + 1
+        calls = self._calls.state
+        call = calls[name]
+        calls[name] = call + 1
         point = points.get(call)
         if point is not None:
             self._see(point, output)
@@ -184,7 +191,7 @@ class Recorder:
         self.granularity = granularity
         self._outputs = Outputs(model, points, self._note)
         self._stays = False
-        self._seen = _Seen()
+        self._passes = _PerThread(_Pass)
 
     def stay(self) -> None:
         """Leave the hooks on the network until `leave`; outside `with` blocks they do nothing."""
@@ -197,25 +204,27 @@ class Recorder:
         self._outputs.detach()
 
     def __enter__(self) -> Self:
-        self._seen.clear()
-        self._seen.listening = True
+        seen = self._passes.state
+        seen.clear()
+        seen.listening = True
         if not self._stays:
             self._outputs.attach()
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._seen.listening = False
-        self._seen.clear()
+        seen = self._passes.state
+        seen.listening = False
+        seen.clear()
         if not self._stays:
             self._outputs.detach()
 
     def reuse(self, neurons: Tensor | None) -> None:
         """Let this thread's next pass write its units over these, which nobody reads any more."""
-        self._seen.spare = neurons
+        self._passes.state.spare = neurons
 
     def _note(self, point: Point, output: Tensor) -> None:
         """Keep what a hook saw: neurons, or for contributions the activations until `take`."""
-        seen = self._seen
+        seen = self._passes.state
         if not seen.listening:
             return
         if self.granularity == "contribution":
@@ -225,7 +234,7 @@ class Recorder:
         else:
             seen.parts[point.name] = statistics(output, point.channel_dim, self.granularity)
 
-    def _keep(self, seen: _Seen, point: Point, output: Tensor) -> Tensor:
+    def _keep(self, seen: _Pass, point: Point, output: Tensor) -> Tensor:
         """Copy a point's units to their place among all neurons, which saves copying them twice."""
         sizes = [each.neurons for each in self.points]
         if seen.units is None:
@@ -235,7 +244,7 @@ class Recorder:
         place.unflatten(1, last.shape[1:]).copy_(last)
         return place
 
-    def _room(self, seen: _Seen, output: Tensor, neurons: int) -> Tensor:
+    def _room(self, seen: _Pass, output: Tensor, neurons: int) -> Tensor:
         """Return memory for a batch's units; touching fresh memory costs more than the copying."""
         shape, dtype = (len(output), neurons), torch.promote_types(output.dtype, torch.float32)
         spare, seen.spare = seen.spare, None
@@ -257,7 +266,7 @@ class Recorder:
         CovcliError
             If a point was not reached by the forward pass.
         """
-        seen = self._seen
+        seen = self._passes.state
         missing = [p.name for p in self.points if p.name not in seen.parts]
         if missing:
             raise CovcliError(f"coverage point {missing[0]!r} was not reached", where="the network")

@@ -1,6 +1,7 @@
 """build_signature: fold a method's state over trusted images and calibrate its scores."""
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,23 +93,29 @@ def build_signature(config: SignatureConfig, progress: Progress = Silent()) -> S
     ------
     CovcliError
         If a file, a name or the data is bad, a class has no correctly classified image, the
-        calibration images are too few for the guarantee, or the output exists already.
+        calibration images are too few for the guarantee, or the output exists already or is being
+        written.
     """
-    guarantee = Guarantee(config.alpha, config.guarantee, config.max_error)
-    device = runtime.choose_device(config.device)
     told = Foreign(config.model, config.statistics, config.preprocess, config.logits)
     source = checkpoints.load(config.checkpoint, told)
-    training = source.training
-    method = make_method(config.method or str(training.get("method", DEFAULT_METHOD)))
-    default_threshold = float(training.get("confidence_threshold", 0.9))
+    method = make_method(config.method or str(source.training.get("method", DEFAULT_METHOD)))
+    path = distributed.agree(config.output or _default_path(config, source, method))
+    with run_folders.writing(path, config.force) if distributed.is_first() else nullcontext():
+        return _build(config, source, method, path, progress)
+
+
+def _build(
+    config: SignatureConfig, source: Checkpoint, method: Method, path: Path, progress: Progress
+) -> SignatureResult:
+    guarantee = Guarantee(config.alpha, config.guarantee, config.max_error)
+    device = runtime.choose_device(config.device)
+    default_threshold = float(source.training.get("confidence_threshold", 0.9))
     threshold = (
         default_threshold if config.confidence_threshold is None else config.confidence_threshold
     )
     images, held_out = _images(config, source)
     classes = images.classes
     check_images(len(held_out), guarantee, len(classes))
-    path = distributed.agree(config.output or _default_path(config, source, method))
-    files.refuse_existing(path, config.force)
     model = source.model.on(device)
     model.precision = choose_precision(config.amp, model, torch.inference_mode()(model))
     signature, trusted, accuracy = fit_signature(

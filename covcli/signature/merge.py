@@ -1,11 +1,12 @@
 """merge_signatures: one signature from parts that were built from different images."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from covcli.core import distributed, files, runtime
+from covcli.core import distributed, files, run_folders, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress, Silent
 from covcli.data import labels
@@ -54,11 +55,16 @@ def merge_signatures(config: MergeConfig, progress: Progress = Silent()) -> Sign
     CovcliError
         If there are fewer than two parts, they differ in the model, the method or anything else
         that makes them comparable, two are of the same images, a file or the data is bad, or the
-        output exists already.
+        output exists already or is being written.
     """
     if len(config.parts) < 2:
         raise CovcliError("name at least two signatures", where="merge-signatures")
-    files.refuse_existing(config.output, config.force)
+    output = config.output
+    with run_folders.writing(output, config.force) if distributed.is_first() else nullcontext():
+        return _merge(config, progress)
+
+
+def _merge(config: MergeConfig, progress: Progress) -> SignatureResult:
     device = runtime.choose_device(config.device)
     parts = [_Part(path, *signatures.load(path)) for path in config.parts]
     check_parts(parts)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import neurons_of, tiny_config
 
+from covcli.core import files
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
 from covcli.data import datasets
@@ -150,3 +151,42 @@ def test_softmax_calibration_is_of_the_ranked_images(trained: TrainResult, run: 
     np.testing.assert_allclose(found, expected.sort().values, rtol=1e-3, atol=1e-7)
     ranked = logits.argmax(1)[~calibration.fitting.numpy()]
     np.testing.assert_array_equal(classes.bincount(), np.bincount(ranked, minlength=10))
+
+
+class StartsAnother(Silent):
+    """Begins the same work once more while the first is under way."""
+
+    def __init__(self, config: SignatureConfig) -> None:
+        self.config, self.refused = config, 0
+
+    def start(self, title: str, total: int) -> None:
+        with pytest.raises(CovcliError, match="another process is writing this file"):
+            build_signature(self.config, Silent())
+        self.refused += 1
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_of_two_builds_of_one_output_one_wins_and_the_other_is_refused(
+    force: bool, trained: TrainResult, tmp_path: Path
+) -> None:
+    path = tmp_path / "new" / "s.safetensors"
+    config = SignatureConfig(trained.checkpoint, "src", output=path, force=force)
+    progress = StartsAnother(config)
+    result = build_signature(config, progress)
+    assert progress.refused
+    assert result.signature_fingerprint == files.digest_file(path)
+    assert list(path.parent.iterdir()) == [path]
+    if not force:
+        with pytest.raises(CovcliError, match="exists"):
+            build_signature(config, Silent())
+
+
+def test_a_build_that_fails_leaves_neither_a_folder_nor_a_lock(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    path = tmp_path / "new" / "s.safetensors"
+    with pytest.raises(CovcliError, match="too few"):
+        build_signature(
+            SignatureConfig(trained.checkpoint, "src", alpha=1e-6, output=path), Silent()
+        )
+    assert list(tmp_path.iterdir()) == []
