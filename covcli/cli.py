@@ -12,6 +12,7 @@ import typer
 
 from covcli.core.choices import AugmentationChoice, GranularityChoice, Mode
 from covcli.core.errors import ExitCode
+from covcli.core.specs import escaped
 from covcli.evaluation.config import EvaluationConfig
 from covcli.options import (
     Amp,
@@ -20,16 +21,20 @@ from covcli.options import (
     Device,
     Force,
     JsonFlag,
+    LabelsFrom,
     MaxError,
+    MaxPixels,
     Plugin,
     Preprocess,
     Process,
     QuietFlag,
     Runs,
     Seed,
+    SkipUnreadable,
     Threads,
     Version,
     prepare,
+    read_images,
     setting,
 )
 from covcli.signature.config import MergeConfig, SignatureConfig, read_statistics
@@ -67,9 +72,11 @@ def train(
     method: Annotated[
         str, typer.Option(help="Of the signature: ensemble, src, mrc, gauss, nrc or nac.")
     ] = TrainConfig.method,
-    trusted: Annotated[str, typer.Option(help="Images to learn.")] = TrainConfig.trusted,
+    trusted: Annotated[
+        str, typer.Option(parser=escaped, help="Images to learn.")
+    ] = TrainConfig.trusted,
     untrusted: Annotated[
-        list[str] | None, typer.Option(help="Images to watch beside; may repeat.")
+        list[str] | None, typer.Option(parser=escaped, help="Images to watch beside; may repeat.")
     ] = None,
     model: Annotated[
         str, typer.Option(help="vgg19, vgg11, resnet18, torchvision:NAME or timm:NAME.")
@@ -134,6 +141,9 @@ def train(
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = TrainConfig.name,
     runs: Runs = TrainConfig.runs,
     data_dir: DataDir = TrainConfig.data_dir,
+    skip_unreadable: SkipUnreadable = False,
+    max_pixels: MaxPixels = None,
+    labels_from: LabelsFrom = 0,
     device: Device = TrainConfig.device,
     threads: Threads = 0,
     seed: Seed = TrainConfig.seed,
@@ -157,6 +167,7 @@ def train(
     from covcli.training import train as training
 
     process = prepare(device, seed, threads, plugin)
+    read_images(skip_unreadable, max_pixels, labels_from)
     with reporter(quiet or not process.prints) as progress:
         if resume is None:
             result = training.train(config, progress, process.interrupts)
@@ -179,10 +190,12 @@ def build_signature(
         GranularityChoice, typer.Option(help="channel: mean and maximum; unit: every position.")
     ] = SignatureConfig.granularity,
     trusted: Annotated[
-        str | None, typer.Option(help="Images to build from; default: the training images.")
+        str | None,
+        typer.Option(parser=escaped, help="Images to build from; default: the training images."),
     ] = SignatureConfig.trusted,
     calibration: Annotated[
-        str | None, typer.Option(help="Held-out trusted images; default: the recorded split.")
+        str | None,
+        typer.Option(parser=escaped, help="Held-out trusted images; default: the recorded split."),
     ] = SignatureConfig.calibration,
     confidence_threshold: Annotated[
         float | None,
@@ -220,6 +233,9 @@ def build_signature(
     amp: Amp = SignatureConfig.amp,
     runs: Runs = SignatureConfig.runs,
     data_dir: DataDir = SignatureConfig.data_dir,
+    skip_unreadable: SkipUnreadable = False,
+    max_pixels: MaxPixels = None,
+    labels_from: LabelsFrom = 0,
     device: Device = SignatureConfig.device,
     threads: Threads = 0,
     seed: Seed = SignatureConfig.seed,
@@ -241,6 +257,7 @@ def build_signature(
     from covcli.signature.build import build_signature, describe_signature
 
     process = prepare(device, seed, threads, plugin)
+    read_images(skip_unreadable, max_pixels, labels_from)
     with reporter(quiet or not process.prints) as progress:
         result = build_signature(config, progress)
     if process.prints and not quiet:
@@ -259,6 +276,9 @@ def merge_signatures(
     ] = MergeConfig.checkpoint,
     force: Force = MergeConfig.force,
     data_dir: DataDir = MergeConfig.data_dir,
+    skip_unreadable: SkipUnreadable = False,
+    max_pixels: MaxPixels = None,
+    labels_from: LabelsFrom = 0,
     device: Device = MergeConfig.device,
     threads: Threads = 0,
     seed: Seed = MergeConfig.seed,
@@ -278,6 +298,7 @@ def merge_signatures(
     from covcli.signature.merge import merge_signatures
 
     process = prepare(device, seed, threads, plugin)
+    read_images(skip_unreadable, max_pixels, labels_from)
     with reporter(quiet or not process.prints) as progress:
         result = merge_signatures(config, progress)
     if process.prints and not quiet:
@@ -288,7 +309,10 @@ def merge_signatures(
 @app.command()
 def evaluate(
     untrusted: Annotated[
-        list[str], typer.Option(help="Untrusted images: data, noise:… or attack:…; may repeat.")
+        list[str],
+        typer.Option(
+            parser=escaped, help="Untrusted images: data, noise:… or attack:…; may repeat."
+        ),
     ],
     checkpoint: Annotated[
         Path | None, typer.Option(help="Default: the newest run's, or the signature's neighbour.")
@@ -303,7 +327,10 @@ def evaluate(
         str | None, typer.Option(help="For bare weights; the signature knows it already.")
     ] = EvaluationConfig.model,
     trusted: Annotated[
-        str | None, typer.Option(help="Trusted test images; default: the trained set's test split.")
+        str | None,
+        typer.Option(
+            parser=escaped, help="Trusted test images; default: the trained set's test split."
+        ),
     ] = EvaluationConfig.trusted,
     alpha: Annotated[
         float | None,
@@ -358,6 +385,9 @@ def evaluate(
     force: Force = EvaluationConfig.force,
     runs: Runs = EvaluationConfig.runs,
     data_dir: DataDir = EvaluationConfig.data_dir,
+    skip_unreadable: SkipUnreadable = False,
+    max_pixels: MaxPixels = None,
+    labels_from: LabelsFrom = 0,
     device: Device = EvaluationConfig.device,
     threads: Threads = 0,
     seed: Seed = EvaluationConfig.seed,
@@ -381,6 +411,7 @@ def evaluate(
     from covcli.reporting import pipelines, terminal
 
     process = prepare(device, seed, threads, plugin)
+    read_images(skip_unreadable, max_pixels, labels_from)
     wanted = [gates.parse_gate(text) for text in fail_under or []]
     wanted += [gates.parse_gate(text, "--fail-over") for text in fail_over or []]
     if baseline_results is not None:

@@ -53,6 +53,18 @@ Seed = Annotated[int, typer.Option(help="Seed of every random choice, below 2^31
 QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print nothing to stderr but errors.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+SkipUnreadable = Annotated[
+    bool,
+    typer.Option(
+        "--skip-unreadable", help="Leave out image files that cannot be read, up to 5% of a set."
+    ),
+]
+MaxPixels = Annotated[
+    int | None, typer.Option(min=1, help="Pixels an image file may have; default: 89 million.")
+]
+LabelsFrom = Annotated[
+    int, typer.Option(min=0, help="Number of the first class, where labels are numbers.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite earlier results.")]
 Plugin = Annotated[
     list[Path] | None,
@@ -78,6 +90,16 @@ class Command(TyperCommand):
         """Do the work; what its libraries print goes to stderr."""
         with output.apart():
             return super().invoke(ctx)
+
+
+def read_images(skip_unreadable: bool, max_pixels: int | None = None, labels_from: int = 0) -> None:
+    """Say how this process reads files of images."""
+    from covcli.data import decoding, reading
+
+    reading.configure(
+        skip_unreadable=skip_unreadable, labels_from=labels_from,
+        max_pixels=max_pixels or decoding.MAX_PIXELS,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from covcli.core import distributed, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
 from covcli.core.specs import Registry, Spec, amount, count, fraction, parse, positive_count
-from covcli.data.datasets import SELECTION
+from covcli.data import selection
 from covcli.data.images import ImageSet, in_memory
+from covcli.data.registry import PARTS
 from covcli.models.architectures import Classifier
 from covcli.models.sweep import sweep_batch, to_network
 
@@ -130,7 +131,7 @@ def _per_image(values: Tensor) -> Tensor:
 @ATTACKS.add("fgsm")
 def fgsm(spec: Spec) -> Attack:
     """FGSM (Goodfellow et al., 2015): one signed gradient step; `eps` (8/255), in L∞."""
-    spec.only([*SELECTION, "seed", "eps"])
+    spec.only([*PARTS, "seed", "eps"])
     epsilon = spec.take("eps", fraction, 8 / 255)
     return Attack(_within(foolbox.attacks.LinfFastGradientAttack(), epsilon))
 
@@ -141,7 +142,7 @@ def pgd(spec: Spec) -> Attack:
 
     A step is a quarter of eps unless said otherwise.
     """
-    spec.only([*SELECTION, "seed", "eps", "steps", "step"])
+    spec.only([*PARTS, "seed", "eps", "steps", "step"])
     epsilon = spec.take("eps", fraction, 8 / 255)
     attack = foolbox.attacks.LinfPGD(
         abs_stepsize=spec.take("step", fraction, epsilon / 4),
@@ -158,7 +159,7 @@ def pgd_l2(spec: Spec) -> Attack:
     images of 32×32 (Croce et al., 2021), and larger images ask for more. A step is 2.5·eps/steps
     unless said otherwise. Rounding to 8 bits adds at most √(C·H·W)/510 to the length.
     """
-    spec.only([*SELECTION, "seed", "eps", "steps", "step"])
+    spec.only([*PARTS, "seed", "eps", "steps", "step"])
     epsilon = spec.take("eps", fraction, 0.5)
     steps = spec.take("steps", positive_count, 20)
     step = spec.take("step", fraction, 2.5 * epsilon / steps)
@@ -172,7 +173,7 @@ def deepfool(spec: Spec) -> Attack:
     Has no eps: it looks for the nearest image that deceives. 200 images unless `limit` says
     otherwise.
     """
-    spec.only([*SELECTION, "seed", "steps", "overshoot"])
+    spec.only([*PARTS, "seed", "steps", "overshoot"])
     attack = foolbox.attacks.L2DeepFoolAttack(
         steps=spec.take("steps", positive_count, 50),
         overshoot=spec.take("overshoot", amount, 0.02),
@@ -189,7 +190,7 @@ def carlini_wagner(spec: Spec) -> Attack:
     class. Has no eps. 100 images unless `limit` says otherwise.
     """
     names = ["steps", "confidence", "stepsize", "initial_const", "binary_search_steps"]
-    spec.only([*SELECTION, "seed", *names])
+    spec.only([*PARTS, "seed", *names])
     attack = foolbox.attacks.L2CarliniWagnerAttack(
         steps=spec.take("steps", positive_count, 40),
         confidence=spec.take("confidence", amount, 0.0),
@@ -209,7 +210,7 @@ def boundary(spec: Spec) -> Attack:
     adapted more often, than foolbox's, which are meant for 25,000. Has no eps. About 2·steps looks
     at the network an image: 50 images unless `limit` says otherwise.
     """
-    spec.only([*SELECTION, "seed", "steps"])
+    spec.only([*PARTS, "seed", "steps"])
     attack = foolbox.attacks.BoundaryAttack(
         steps=spec.take("steps", positive_count, 500),
         spherical_step=0.1,
@@ -258,7 +259,7 @@ def adaptive(spec: Spec) -> Attack:
     See `covcli.adaptive.adaptive_pgd`. A step is 2.5·eps/steps unless said otherwise. 200 images
     unless `limit` says otherwise. Only where there is a signature: in `evaluate`.
     """
-    spec.only([*SELECTION, "seed", "eps", "steps", "step", "weight"])
+    spec.only([*PARTS, "seed", "eps", "steps", "step", "weight"])
     epsilon = spec.take("eps", fraction, 8 / 255)
     steps = spec.take("steps", positive_count, 20)
     step = spec.take("step", fraction, 2.5 * epsilon / steps)
@@ -272,16 +273,11 @@ def adaptive(spec: Spec) -> Attack:
 
 
 def attacked_rows(spec: Spec, trusted: ImageSet) -> Tensor:
-    """Return which trusted images an attack's `offset` and `limit` choose.
+    """Return which trusted images an attack's `offset` and `limit` choose, as of any set.
 
     The limit is the attack's own unless the specification has one: 1,000, or fewer if it is dear.
     """
-    offset = spec.take("offset", count, 0)
-    limit = spec.take("limit", positive_count, make_attack(spec).images)
-    rows = torch.arange(min(offset, len(trusted)), min(offset + limit, len(trusted)))
-    if len(rows) == 0:
-        raise CovcliError(f"no image left of {len(trusted)}", where=spec.text)
-    return rows
+    return selection.selected_rows(trusted, spec, make_attack(spec).images)
 
 
 def run_attack(

@@ -1,7 +1,8 @@
 """The form `name:argument?key=value&key=value` in which data, attacks and methods are named."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fractions import Fraction
@@ -9,6 +10,9 @@ from typing import Generic, TypeVar
 
 from covcli.core.errors import CovcliError
 
+YES = "yes"
+FLAG = re.compile("[a-z][a-z-]*")
+LONE_BYTE = re.compile("[\udc80-\udcff]")
 Value = TypeVar("Value")
 
 Entry = TypeVar("Entry")
@@ -25,7 +29,7 @@ class Spec:
     name, argument
         What stands before and after the first colon (`npz`, `data/cifar10`).
     parameters
-        What stands after the question mark, as text.
+        What stands after the question mark, as text; a flag's is `YES`.
     """
 
     text: str
@@ -55,26 +59,97 @@ class Spec:
 def parse(text: str) -> Spec:
     """Split a specification into its parts.
 
+    A word without a value is a flag. `of=` takes all that follows it: a specification with
+    parameters of its own.
+
     Raises
     ------
     CovcliError
         If it is empty, or a parameter has no value or stands twice.
+
+    Examples
+    --------
+    >>> spec = parse("corrupt:fog?severity=3&of=folder:photos?limit=90&first")
+    >>> spec.name, spec.argument, spec.parameters["of"]
+    ('corrupt', 'fog', 'folder:photos?limit=90&first')
+    >>> parse("folder:photos?limit=90&first").parameters
+    {'limit': '90', 'first': 'yes'}
     """
     head, question, tail = text.partition("?")
     name, _, argument = head.partition(":")
     if not name:
         raise CovcliError("an empty name", where=repr(text), fix="write NAME or NAME:ARGUMENT")
     parameters: dict[str, str] = {}
-    for pair in tail.split("&") if question else []:
+    for pair in _pairs(tail) if question else []:
         key, equals, value = pair.partition("=")
-        if not key or not equals or not value or key in parameters:
+        if not equals and FLAG.fullmatch(pair):
+            value = YES
+        if not key or not value or key in parameters:
             raise CovcliError(
                 f"cannot read the parameter {pair!r}",
                 where=text,
-                fix="write ?key=value&key=value, each key once",
+                fix="write ?key=value&key=value, each key once, and a ? within a path as %3F",
             )
         parameters[key] = value
     return Spec(text, name, argument, parameters)
+
+
+def _pairs(tail: str) -> list[str]:
+    """Split parameters at each &; what follows `of=` stays whole."""
+    before, of, nested = f"&{tail}".partition("&of=")
+    pairs = before.split("&")[1:]
+    return [*pairs, f"of={nested}"] if of else pairs
+
+
+def extended(text: str, key: str, value: str) -> str:
+    """Return a specification with one more parameter, unless it has that one already.
+
+    Examples
+    --------
+    >>> extended("corrupt:fog?of=digits", "severity", "2")
+    'corrupt:fog?severity=2&of=digits'
+    """
+    spec = parse(text)
+    if key in spec.parameters:
+        return text
+    head, _, tail = text.partition("?")
+    pairs = [pair for pair in _pairs(tail) if pair]
+    place = len(pairs) - ("of" in spec.parameters)  # which stands last
+    pairs.insert(place, key if value == YES else f"{key}={value}")
+    return f"{head}?{'&'.join(pairs)}"
+
+
+def without(text: str, keys: Collection[str]) -> str:
+    """Return a specification less some parameters.
+
+    Examples
+    --------
+    >>> without("folder:photos?limit=90&skip-unreadable", ["limit"])
+    'folder:photos?skip-unreadable'
+    """
+    head, _, tail = text.partition("?")
+    kept = [pair for pair in _pairs(tail) if pair and pair.partition("=")[0] not in keys]
+    return f"{head}?{'&'.join(kept)}" if kept else head
+
+
+def escaped(text: str) -> str:
+    r"""Return a text with the bytes that are no UTF-8 written as in `caf%E9`.
+
+    So a path that no encoding can show is printed, stored and read again.
+
+    Examples
+    --------
+    >>> escaped("folder:caf\udce9")
+    'folder:caf%E9'
+    """
+    return LONE_BYTE.sub(lambda match: f"%{ord(match[0]) - 0xDC00:02X}", text)
+
+
+def flag(text: str) -> bool:
+    """Read a flag, or `yes` or `no`."""
+    if text not in (YES, "no"):
+        raise ValueError("expected yes or no")
+    return text == YES
 
 
 def count(text: str) -> int:

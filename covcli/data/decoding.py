@@ -50,12 +50,31 @@ def _silence_libtiff() -> None:
 _silence_libtiff()
 
 
+class IrregularError(CovcliError):
+    """A pipe, a device, a socket or a folder in the place of a file."""
+
+
+class UnreadableError(CovcliError):
+    """An image file that cannot be read.
+
+    Attributes
+    ----------
+    path, reason
+        Which, and why.
+    """
+
+    def __init__(self, path: Path, reason: str, fix: str = "repair or remove it") -> None:
+        super().__init__(f"cannot be read as an image ({reason})", where=path, fix=fix)
+        self.path = path
+        self.reason = reason
+
+
 def open_regular(path: Path) -> BufferedReader:
     """Open a regular file to read.
 
     Raises
     ------
-    CovcliError
+    IrregularError
         If it is a pipe, a device, a socket or a folder: reading those may block, or never end.
     OSError
         If it cannot be opened.
@@ -64,7 +83,7 @@ def open_regular(path: Path) -> BufferedReader:
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise CovcliError("is no regular file", where=path, fix="remove it")
+        raise IrregularError("is no regular file", where=path, fix="remove it")
     return os.fdopen(handle, "rb")
 
 
@@ -88,7 +107,7 @@ def decode(path: Path, most: int = MAX_PIXELS) -> Tensor:
 
     Raises
     ------
-    CovcliError
+    UnreadableError
         If the file is of none of the FORMATS, whatever its name says; is broken; has more pixels
         than it may have; or has pixels whose range nobody can know (float, 32-bit, signed).
     """
@@ -98,12 +117,10 @@ def decode(path: Path, most: int = MAX_PIXELS) -> Tensor:
             pixels = _decoded(file, most)
     except UnidentifiedImageError:
         raise _unidentified(path) from None
+    except IrregularError:
+        raise UnreadableError(path, "it is no regular file", "remove it") from None
     except DECODER_ERRORS as error:
-        raise CovcliError(
-            f"cannot be read as an image ({error or type(error).__name__})",
-            where=path,
-            fix="repair or remove it",
-        ) from None
+        raise UnreadableError(path, str(error) or type(error).__name__) from None
     finally:
         progress.working_on(None)
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
@@ -120,7 +137,7 @@ def _decoded(file: BufferedReader, most: int) -> Pixels:
             return _upright(image, _pixels(image))
 
 
-def _unidentified(path: Path) -> CovcliError:
+def _unidentified(path: Path) -> UnreadableError:
     known = ", ".join(FORMATS)
     with open_regular(path) as file:
         is_tiff = file.read(4) in TIFF_STARTS
@@ -129,11 +146,7 @@ def _unidentified(path: Path) -> CovcliError:
         if is_tiff
         else "its content is of no format that covcli decodes"
     )
-    return CovcliError(
-        f"cannot be read as an image ({reason})",
-        where=path,
-        fix=f"store it as one of {known}, or remove it",
-    )
+    return UnreadableError(path, reason, f"store it as one of {known}, or remove it")
 
 
 def _pixels(image: ImageFile.ImageFile) -> Pixels:

@@ -6,7 +6,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,38 +44,97 @@ def user_cache() -> Path | None:
         return None
 
 
-def content_digests(folder: Path, names: Sequence[str], key: str, pool: Executor) -> Digests:
-    """Return the SHA-256 of each file's content; unchanged files are not read again.
+@dataclass(frozen=True)
+class Files:
+    """A list of files of which something is remembered.
 
-    A file counts as unchanged if its path, size, times of modification and change, and inode are
-    the same as when it was read.
-
-    Parameters
+    Attributes
     ----------
     folder
         What the names are relative to.
     names
         The files.
     key
-        Names the cached list; files under the same key replace each other's.
+        Tells lists of one folder apart; a list replaces what was remembered of another under the
+        same key.
     pool
         Threads that read.
     """
-    paths = [os.path.join(folder, name) for name in names]  # noqa: PTH118 - of a million files
+
+    folder: Path
+    names: Sequence[str]
+    key: str
+    pool: Executor
+
+
+def content_digests(listed: Files) -> Digests:
+    """Return the SHA-256 of each file's content; unchanged files are not read again."""
+    empty = np.frombuffer(EMPTY, np.uint8)
+    return remembered(listed, "content", _read, empty)
+
+
+def readable(listed: Files, decodes: Callable[[Path], object], what: str) -> NDArray[np.bool_]:
+    """Return which files can be decoded; unchanged files that could are not tried again.
+
+    Parameters
+    ----------
+    decodes
+        Decodes a file, or raises a CovcliError.
+    what
+        Names the decoder and its settings: others are tried anew.
+    """
+
+    def tried(paths: Sequence[str]) -> Digests:
+        rows = np.zeros((len(paths), SIZE), np.uint8)
+        for row, path in zip(rows, paths, strict=True):
+            with contextlib.suppress(CovcliError):
+                decodes(Path(path))
+                row[:] = np.frombuffer(EMPTY, np.uint8)
+        return rows
+
+    can: NDArray[np.bool_] = np.asarray(remembered(listed, what, tried).any(1))
+    return can
+
+
+def remembered(
+    listed: Files,
+    what: str,
+    read: Callable[[Sequence[str]], Digests],
+    of_empty: Digests | None = None,
+) -> Digests:
+    """Return what a function says of each file; unchanged files are not read again.
+
+    A file counts as unchanged if its path, size, times of modification and change, and inode are
+    the same as when it was read.
+
+    Parameters
+    ----------
+    listed
+        The files.
+    what
+        Names the function.
+    read
+        Takes paths, and returns a row for each; a row of zeros is not remembered.
+    of_empty
+        What it says of an empty file, where that is known without reading.
+    """
+    names = listed.names
+    paths = [os.path.join(listed.folder, name) for name in names]  # noqa: PTH118 - of a million files
     stamps = _stamps(paths)
     blob = b"\0".join(map(os.fsencode, names))
-    cache = _Cache.at(os.fsencode(os.path.realpath(folder)), key)
+    cache = _Cache.at(os.fsencode(os.path.realpath(listed.folder)), f"{what} {listed.key}")
     digests = cache.known(blob, names, stamps)
-    digests[stamps[:, 0] == 0] = np.frombuffer(EMPTY, np.uint8)
+    if of_empty is not None:
+        digests[stamps[:, 0] == 0] = of_empty
     missing = np.flatnonzero(~digests.any(1)).tolist()
     if not missing:
         return digests
     if len(missing) >= TOLD_FROM:
-        log.info("%s: reading %d files once to know them again", folder, len(missing))
+        log.info("%s: reading %d files once to know them again", listed.folder, len(missing))
     parts = [missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)]
     began = time.time_ns()
     for part, found in zip(
-        parts, pool.map(lambda part: _read([paths[i] for i in part]), parts), strict=True
+        parts, listed.pool.map(lambda part: read([paths[i] for i in part]), parts), strict=True
     ):
         digests[part] = found
     again = _stamps([paths[i] for i in missing])

@@ -1,22 +1,29 @@
 """Images in files: decoded when they are read, in threads that live as long as the process."""
 
 import hashlib
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
+import PIL
 import torch
 from torch import Tensor
 
-from covcli.data.decoding import decode
-from covcli.data.digests import content_digests
-from covcli.data.images import adapt, compute_alone
+from covcli.core.errors import CovcliError, one_line
+from covcli.core.files import write_bytes
+from covcli.data import digests
+from covcli.data.decoding import MAX_PIXELS, UnreadableError, decode
+from covcli.data.images import ImageSet, adapt, compute_alone
 from covcli.data.preprocessing import Shape
 
+log = logging.getLogger(__name__)
 MOST_THREADS = 16
+NAMED = 10  # so many files that cannot be read are named, the others counted
+MOST_UNREADABLE = 0.05  # of all files may be left out
 
 
 @cache
@@ -25,6 +32,22 @@ def decoders() -> ThreadPoolExecutor:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = min(MOST_THREADS, max(2, count or 1))
     return ThreadPoolExecutor(threads, "decode", initializer=compute_alone)
+
+
+def list_unreadable(path: Path, sets: Iterable[ImageSet]) -> int:
+    """Write which files were left out because they cannot be read, and why; a line each.
+
+    Returns
+    -------
+    int
+        How many there are; without any, nothing is written.
+    """
+    lines = [line for images in sets for line in images.origin.unreadable]
+    lines = list(dict.fromkeys(lines))  # two sets can be of the same files
+    if lines:
+        write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
+        log.warning("%d files cannot be read: left out, listed in %s", len(lines), path)
+    return len(lines)
 
 
 @dataclass(frozen=True)
@@ -39,26 +62,104 @@ class FileSource:
         Their names.
     key
         Tells lists of files of one folder apart, in the cache of digests.
+    most
+        How many pixels an image may have.
     """
 
     folder: Path
     files: Sequence[str]
     key: str = ""
+    most: int = MAX_PIXELS
 
     def path(self, row: int) -> Path:
         """Return the path of one file."""
         return self.folder / self.files[row]
 
     def read(self, rows: Tensor, shape: Shape) -> Tensor:
-        """Decode the rows in a few threads, and stack them."""
+        """Decode the rows in a few threads, and stack them.
+
+        Raises
+        ------
+        CovcliError
+            If a file cannot be read; it names the others that cannot be read either.
+        """
         if len(rows) == 0:
             return torch.empty((0, *shape), dtype=torch.uint8)
-        images = decoders().map(lambda row: adapt(decode(self.path(row)), shape), rows.tolist())
-        return torch.cat(list(images))
+        try:
+            return torch.cat(list(decoders().map(lambda row: self._one(row, shape), rows.tolist())))
+        except UnreadableError as error:
+            raise self._broken(error) from None
+
+    def _one(self, row: int, shape: Shape) -> Tensor:
+        return adapt(decode(self.path(row), self.most), shape)
 
     @cached_property
     def fingerprint(self) -> str:
         """Digest the files' relative names and contents."""
         digest = hashlib.sha256("\0".join(self.files).encode("utf-8", "surrogateescape"))
-        digest.update(content_digests(self.folder, self.files, self.key, decoders()).tobytes())
+        digest.update(digests.content_digests(self._listed).tobytes())
         return digest.hexdigest()
+
+    @property
+    def _listed(self) -> digests.Files:
+        return digests.Files(self.folder, self.files, self.key, decoders())
+
+    def unreadable(self) -> list[UnreadableError]:
+        """Decode all files, and return what is wrong with those that cannot be."""
+        what = f"readable by {PIL.__version__} up to {self.most}"
+        can = digests.readable(self._listed, lambda path: decode(path, self.most), what)
+        errors = []
+        for row in (~can).nonzero()[0].tolist():
+            try:
+                decode(self.path(row), self.most)
+            except UnreadableError as error:
+                errors.append(error)
+        return errors
+
+    def _broken(self, first: UnreadableError) -> CovcliError:
+        """Return the error that names all files that cannot be read."""
+        if len(self.files) > 1:
+            log.warning("%s; looking for others among %d files", first, len(self.files))
+        errors = self.unreadable() or [first]
+        advice = "repair or remove {}, or leave {} out by --skip-unreadable"
+        if len(errors) == 1:
+            return UnreadableError(errors[0].path, errors[0].reason, advice.format("it", "it"))
+        return CovcliError(
+            f"{len(errors)} of {len(self.files)} files cannot be read as images: "
+            f"{self._spelled(errors)}",
+            where=self.folder,
+            fix=advice.format("them", "them"),
+        )
+
+    def _spelled(self, errors: Sequence[UnreadableError]) -> str:
+        more = len(errors) - NAMED
+        named = [f"{os.path.relpath(error.path, self.folder)} ({error.reason})"
+                 for error in errors[:NAMED]]  # fmt: skip
+        return ", ".join(named) + (f" and {more} more" if more > 0 else "")
+
+    def less_unreadable(self, images: ImageSet) -> ImageSet:
+        """Return a set of these files less those that cannot be read, which it names.
+
+        Raises
+        ------
+        CovcliError
+            If they are more than 5% of all files, or nothing is left.
+        """
+        errors = self.unreadable()
+        if not errors:
+            return images
+        share = len(errors) / len(self.files)
+        if share > MOST_UNREADABLE:
+            raise CovcliError(
+                f"{len(errors)} of {len(self.files)} files cannot be read as images, more than "
+                f"{MOST_UNREADABLE:.0%}: {self._spelled(errors)}",
+                where=self.folder,
+                fix="repair or remove them",
+            )
+        bad = {str(error.path) for error in errors}
+        kept = [str(self.path(row)) not in bad for row in range(len(self.files))]
+        lines = tuple(one_line(f"{error.path}: {error.reason}") for error in errors)
+        return replace(
+            images.select(torch.tensor(kept).nonzero()[:, 0]),
+            origin=replace(images.origin, unreadable=lines),
+        )

@@ -35,6 +35,26 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
+class Origin:
+    """How a set was read.
+
+    Attributes
+    ----------
+    spec
+        The specification that reads the same whatever a command's options are; empty for the
+        set's name.
+    ran_in
+        The folder that a relative path in it begins at; empty without one.
+    unreadable
+        Files that were left out because they cannot be read, each with the reason.
+    """
+
+    spec: str = ""
+    ran_in: str = ""
+    unreadable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ImageSet:
     """Images in their order, with their labels where they are known.
 
@@ -55,6 +75,10 @@ class ImageSet:
     as_read
         The numbers that the source itself gives the labels, int64 of shape (N,), where `labels`
         are those of a network.
+    by_class
+        Whether the source lists one class after another, as folders do: a part of it is drawn.
+    origin
+        How the set was read, for whoever reads it again.
     """
 
     name: str
@@ -64,6 +88,8 @@ class ImageSet:
     classes: tuple[str, ...] = ()
     flips: bool = False
     as_read: Tensor | None = None
+    by_class: bool = False
+    origin: Origin = Origin()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -280,13 +306,18 @@ class DataRecord:
         The fingerprint of all that the source holds.
     images
         The fingerprint of the images that were read of it.
+    ran_in
+        The folder that a relative path in the specification begins at; empty without one.
     """
 
     spec: str
     source: str
     images: str
+    ran_in: str = ""
 
     @classmethod
     def of(cls, images: ImageSet) -> "DataRecord":
         """Describe a loaded set."""
-        return cls(images.name, images.source.fingerprint, images.fingerprint)
+        origin = images.origin
+        spec = origin.spec or images.name
+        return cls(spec, images.source.fingerprint, images.fingerprint, origin.ran_in)

@@ -105,25 +105,25 @@ def matched(images: ImageSet, classes: Sequence[str]) -> Matched:
     >>> found.images.labels.tolist(), found.notes
     ([0, 2], ("pets: no image of class 'bee'",))
     """
-    labels = images.known_labels()
+    labels, classes = images.known_labels(), tuple(classes)
     known = {name: k for k, name in enumerate(classes)}
     notes = []
     if images.classes:
         _check_range(images, len(images.classes))
         names = images.classes
-        if not known.keys() & set(names) and tuple(classes) == numbered(len(classes)):
+        if not known.keys() & set(names) and classes == numbered(len(classes)):
             notes.append(_by_position(images, len(classes)))
             known = {name: k for k, name in enumerate(names)}
         table = torch.tensor([known.get(name, -1) for name in names])
         found = table[labels]
         unknown = [names[k] for k in labels[found < 0].unique().tolist()]
+    elif classes == numbered(len(classes)) or not all(name.isdecimal() for name in classes):
+        _check_range(images, len(classes), "the network has")  # numbers count the outputs
+        found, unknown = labels, []
     else:
         values, places = labels.unique(return_inverse=True)
         names = tuple(str(value) for value in values.tolist())
-        if not all(name.isdecimal() for name in classes):  # numbers count the outputs
-            known = {name: k for k, name in enumerate(numbered(len(classes)))}
-        table = torch.tensor([known.get(name, -1) for name in names])
-        found = table[places]
+        found = torch.tensor([known.get(name, -1) for name in names])[places]
         unknown = [name for name in names if name not in known]
     if unknown:
         raise CovcliError(
@@ -133,7 +133,7 @@ def matched(images: ImageSet, classes: Sequence[str]) -> Matched:
         )
     if absent := _absent(classes, found.unique()):
         notes.append(f"{images.name}: no image of {_listed('class', absent)}")
-    return Matched(_numbered_as(images, found, tuple(classes)), tuple(notes))
+    return Matched(_numbered_as(images, found, classes), tuple(notes))
 
 
 def adopted(images: ImageSet, count: int) -> tuple[str, ...]:
@@ -170,12 +170,13 @@ def _numbered_as(images: ImageSet, labels: Tensor, classes: tuple[str, ...]) -> 
     return replace(images, labels=labels, classes=classes, as_read=as_read)
 
 
-def _check_range(images: ImageSet, count: int) -> None:
+def _check_range(images: ImageSet, count: int, who: str = "it names") -> None:
     low, high = (int(value) for value in images.known_labels().aminmax())
     if low < 0 or high >= count:
         raise CovcliError(
-            f"labels from {low} to {high}, but it names classes 0 to {count - 1}",
+            f"labels from {low} to {high}, but {who} classes 0 to {count - 1}",
             where=images.name,
+            fix=f"count them by --labels-from {low}" if 0 < low <= high < low + count else None,
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from covcli.core import distributed, files, run_folders
 from covcli.core.progress import Progress, Silent
 from covcli.core.version import __version__
+from covcli.data import image_files
 from covcli.data.images import ImageSet
 from covcli.evaluation import gates
 from covcli.evaluation.baselines import compare
@@ -60,6 +61,7 @@ def evaluate(config: EvaluationConfig, progress: Progress = Silent()) -> Evaluat
             pairs = {name: (images[name], m) for name, m in measured.items()}
             pixels = pick(pairs, job.judge.model.spec.shape, explained)
             per_image.write_samples(job.files[per_image.SAMPLES], pixels)
+            image_files.list_unreadable(output / "unreadable-evaluate.txt", images.values())
             files.write_json(job.files["evaluation.json"], files.plain(asdict(result)))
             parts.clear()
     return result

@@ -194,6 +194,7 @@ def _trusted_figures(job: Job, measured: Measured) -> TrustedSet:
         mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
         accepted=_accepted(job, measured),
         errors=own_errors(measured.scores, measured.correct, job.config.seed),
+        unreadable=len(images.origin.unreadable),
     )
 
 
@@ -231,6 +232,7 @@ def _untrusted_figures(
         unsure=int(measured.unsure.sum()),
         success_rate=success,
         deceived=deceived,
+        unreadable=len(images.origin.unreadable),
     )
 
 

@@ -1,7 +1,7 @@
 """What an evaluation needs, found, loaded and checked before any work is done."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from covcli.core import files, run_folders
@@ -97,8 +97,13 @@ def _trusted(
     config: EvaluationConfig, record: Record, classes: tuple[str, ...]
 ) -> tuple[ImageSet, list[str]]:
     """Load the trusted test images, leaving out those that calibrated; return warnings too."""
-    text = config.trusted or record.trusted.spec.partition("?")[0]
-    matched = labels.matched(datasets.load(text, "test", config.data_dir), classes)
+    usual = replace(record.trusted, spec=datasets.whole(record.trusted.spec))
+    images = (
+        datasets.reload(usual, "test", config.data_dir)
+        if config.trusted is None
+        else datasets.load(config.trusted, "test", config.data_dir)
+    )
+    text, matched = images.name, labels.matched(images, classes)
     images, warnings = matched.images, list(matched.notes)
     fresh = record.less_calibration(images)
     if len(fresh) == 0:

@@ -226,6 +226,7 @@ class TrustedSet:
 
     `errors` says how well each score finds those that the network classifies wrongly; None where
     it makes no error, or nothing but errors. `accepted` is None unless wrong answers are bounded.
+    `unreadable` counts files that were left out.
     """
 
     name: str
@@ -237,6 +238,7 @@ class TrustedSet:
     mean_confidence: dict[str, float]
     errors: dict[str, OwnErrors] | None
     accepted: Accepted | None = None
+    unreadable: int = 0
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,7 @@ class UntrustedSet:
     share deceived of the images that were classified rightly before the attack; None for a set
     that is no attack, or where no image was. `unsure` counts the images that are not untrusted
     and whose answers do not pass all the same.
+    `unreadable` counts files that were left out.
     """
 
     name: str
@@ -276,6 +279,7 @@ class UntrustedSet:
     success_rate: Estimate | None
     deceived: Deceived | None
     unsure: int = 0
+    unreadable: int = 0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from covcli.core import distributed, files, run_folders, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress, Silent
-from covcli.data import datasets, labels
+from covcli.data import datasets, image_files, labels
 from covcli.data.images import DataRecord, ImageSet
 from covcli.methods import Method, make_method
 from covcli.models import checkpoint as checkpoints
@@ -51,6 +51,8 @@ class SignatureResult:
         Names of classes where confident images were too few, so that all correct ones count.
     calibration_images
         How many images were held out to calibrate; three in four of them rank scores.
+    unreadable_images
+        How many files were left out because they cannot be read.
     guarantee
         The false-alarm rate and the mode that the signature stores.
     points, neurons
@@ -84,6 +86,7 @@ class SignatureResult:
     data: DataRecord
     calibration_data: DataRecord
     provenance: dict[str, Any]
+    unreadable_images: int = 0
 
 
 def build_signature(config: SignatureConfig, progress: Progress = Silent()) -> SignatureResult:
@@ -139,6 +142,10 @@ def _build(
     if imported:
         _import(path.parent, source, classes)
     result = save(path, judge, record)
+    if distributed.is_first():
+        listed = path.with_name("unreadable-build-signature.txt")
+        left_out = image_files.list_unreadable(listed, [images, held_out])
+        result = replace(result, unreadable_images=left_out)
     if imported:
         run_folders.mark_latest(path.parent)
     return result
@@ -192,14 +199,16 @@ def _check_trusted(
 
 def _images(config: SignatureConfig, source: Checkpoint) -> tuple[ImageSet, ImageSet]:
     """Load the images that build the signature and those that calibrate it, with none in both."""
-    text = config.trusted or (source.trusted.spec if source.trusted else None)
-    if text is None:
+    if config.trusted is not None:
+        images = datasets.load(config.trusted, "train", config.data_dir)
+    elif source.trusted is not None:
+        images = datasets.reload(source.trusted, "train", config.data_dir)
+    else:
         raise CovcliError("name the --trusted images", where=source.path)
-    images = datasets.load(text, "train", config.data_dir)
     if config.calibration is not None:
         held_out = datasets.load(config.calibration, "test", config.data_dir)
     elif source.trusted is not None and len(source.calibration_rows):
-        trained = datasets.load(source.trusted.spec, "train", config.data_dir)
+        trained = datasets.reload(source.trusted, "train", config.data_dir)
         if trained.fingerprint != source.trusted.images:
             raise CovcliError(
                 "is no longer the data that the network was trained on",
@@ -215,7 +224,7 @@ def _images(config: SignatureConfig, source: Checkpoint) -> tuple[ImageSet, Imag
         )
     images = less(images, held_out.source.fingerprint, held_out.rows)
     if len(images) == 0:
-        raise CovcliError("leaves no image that does not calibrate", where=text)
+        raise CovcliError("leaves no image that does not calibrate", where=images.name)
     count = source.model.spec.classes
     classes = labels.adopted(images, count) if source.bare else source.classes
     if held_out.labels is not None:

@@ -125,7 +125,7 @@ class Record:
         if self.parts:
             raise _gone(self.trusted.spec, otherwise, "the signature was merged from parts")
         try:
-            images = datasets.load(self.trusted.spec, "train", data_dir)
+            images = datasets.reload(self.trusted, "train", data_dir)
         except CovcliError as error:
             raise _gone(self.trusted.spec, otherwise, str(error)) from None
         images = self.less_calibration(images)
@@ -141,7 +141,7 @@ class Record:
         entry, reason = self.calibration, "its fingerprint is another"
         for split in ("test", "train"):  # the record does not say which one it was
             try:
-                images = datasets.load(entry.spec, split, data_dir)
+                images = datasets.reload(entry, split, data_dir)
             except CovcliError as error:
                 reason = str(error)
                 continue

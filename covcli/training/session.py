@@ -48,6 +48,8 @@ class Session:
         What `train` was told.
     images
         The trusted training images, of which the calibration split is held out.
+    ran_in
+        Where relative paths began when the run did.
 
     Raises
     ------
@@ -55,8 +57,9 @@ class Session:
         If the labels, a name or an untrusted set is bad.
     """
 
-    def __init__(self, config: TrainConfig, images: ImageSet) -> None:
+    def __init__(self, config: TrainConfig, images: ImageSet, ran_in: Path | None = None) -> None:
         self.config = config
+        self.ran_in = ran_in or Path.cwd()
         self.method = make_method(config.method)
         images = labels.taught(images).said()
         self.images, self.classes = images, images.classes
@@ -71,7 +74,7 @@ class Session:
         self.untrusted = {
             text: None
             if attacks.is_attack(parse(text))
-            else datasets.load(text, "test", config.data_dir)
+            else datasets.load(text, "test", config.data_dir, ran_in)
             for text in config.untrusted
         }
         self.how: Augmentation = (
@@ -193,6 +196,7 @@ class Session:
             "settings": self.settings(),
             "threads": torch.get_num_threads(),
             "trusted": DataRecord.of(self.images).images,
+            "ran_in": str(self.ran_in),
             "model": self.trainer.model.state_dict(),
             "optimizer": self.trainer.optimizer.state_dict(),
             "schedule": self.trainer.schedule.state_dict(),

@@ -1,7 +1,7 @@
 """train: teach a network with the ConfidenceLoss, and log what its neurons do on the way."""
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from covcli.core import distributed, files, run_folders, runtime
 from covcli.core.progress import Progress, Silent
 from covcli.core.signals import Interrupted, Interrupts
 from covcli.core.specs import parse
-from covcli.data import datasets
+from covcli.data import datasets, image_files, reading
 from covcli.data.images import DataRecord
 from covcli.methods import make_method
 from covcli.models import checkpoint as checkpoints
@@ -39,6 +39,8 @@ class TrainResult:
         One entry an epoch.
     training_images, calibration_images
         How many images trained the network, and how many were held out.
+    unreadable_images
+        How many files were left out because they cannot be read.
     data
         The training data's specification and fingerprints.
     checkpoint_fingerprint
@@ -53,6 +55,7 @@ class TrainResult:
     epochs: list[EpochLog]
     training_images: int
     calibration_images: int
+    unreadable_images: int
     data: DataRecord
     checkpoint_fingerprint: str
     provenance: dict[str, Any]
@@ -82,6 +85,7 @@ def train(
     Interrupted
         If a signal arrived; the run can be resumed.
     """
+    config = replace(config, trusted=reading.completed(config.trusted))  # for who resumes it
     _check(config)
     stem = f"{config.model.replace(':', '-')}-{make_method(config.method).name}"
     folder = run_folders.new_run(config.runs, config.name, stem) if distributed.is_first() else None
@@ -112,8 +116,9 @@ def resume(
     content = distributed.agree(paused.read(run) if distributed.is_first() else {})
     config = paused.restored_config(content, run, data_dir)
     _check(config)
-    images = datasets.load(config.trusted, "train", config.data_dir)
-    session = Session(config, images)
+    ran_in = Path(str(content.get("ran_in", "")))
+    images = datasets.load(config.trusted, "train", config.data_dir, ran_in)
+    session = Session(config, images, ran_in)
     session.restore(content, run / PAUSED_FILE)
     return _finish(session, run, progress, interrupts or Interrupts(), new=False)
 
@@ -187,6 +192,7 @@ def _result(run: Path, session: Session) -> TrainResult:
         epochs=session.history,
         training_images=len(session.training),
         calibration_images=len(session.held_out),
+        unreadable_images=len(session.images.origin.unreadable),
         data=DataRecord.of(session.images),
         checkpoint_fingerprint=files.fingerprint(session.trainer.model.state_dict()),
         provenance=distributed.agree(provenance),
@@ -211,8 +217,10 @@ def _write(run: Path, session: Session, result: TrainResult) -> None:
         "checkpoint_fingerprint": result.checkpoint_fingerprint,
         "training_images": result.training_images,
         "calibration_images": result.calibration_images,
+        "unreadable_images": result.unreadable_images,
         "epochs": [asdict(entry) for entry in session.history],
     }
+    image_files.list_unreadable(run / "unreadable-train.txt", [session.images])
     files.write_json(result.log, files.plain(document))
     files.write_pickle(result.log.with_suffix(".pkl"), files.plain(document))
     run_folders.mark_latest(run)

@@ -97,7 +97,12 @@ def specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             path = tmp_path / "folder" / split / f"class{i % 2}" / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(random_images(20 + i, 33, 3)).save(path)
-    arguments = {"npz": f":{tmp_path}/npz", "folder": f":{tmp_path}/folder", "noise": ":gaussian"}
+    rows = "".join(f"folder/test/class{i % 2}/{i}.png,{'ab'[i % 2]}\n" for i in range(6))
+    (tmp_path / "list.csv").write_text(f"path,label\n{rows}")
+    arguments = {
+        "npz": f":{tmp_path}/npz", "folder": f":{tmp_path}/folder", "noise": ":gaussian",
+        "csv": f":{tmp_path}/list.csv",
+    }  # fmt: skip
     return {name: name + arguments.get(name, "") for name in DATASETS}
 
 
@@ -109,7 +114,7 @@ def test_every_dataset_keeps_the_contract(name: str, specs: dict[str, str], tmp_
     pixels = whole.batch(rows, SHAPE)
     assert pixels.dtype == torch.uint8
     assert pixels.shape == (2, *SHAPE)
-    part = load(f"{specs[name]}?split=test&offset=1&limit=3", "train", tmp_path)
+    part = load(f"{specs[name]}?split=test&offset=1&limit=3&first", "train", tmp_path)
     assert len(part) == 3
     assert torch.equal(part.batch(torch.tensor([2, 0]), SHAPE), pixels)
     if whole.labels is not None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from covcli.data import digests
 from covcli.data.datasets import load
-from covcli.data.digests import content_digests
+from covcli.data.digests import Files, content_digests
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def write(folder: Path, **contents: bytes) -> None:
 
 
 def of(folder: Path, names: list[str], pool: ThreadPoolExecutor) -> list[str]:
-    return [row.tobytes().hex() for row in content_digests(folder, names, "", pool)]
+    return [row.tobytes().hex() for row in content_digests(Files(folder, names, "", pool))]
 
 
 def test_a_file_is_read_once(tmp_path: Path, reads: list[str], pool: ThreadPoolExecutor) -> None:

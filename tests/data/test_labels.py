@@ -55,9 +55,13 @@ def test_a_class_that_the_network_does_not_know_is_named() -> None:
 def test_numbers_are_the_networks_outputs_or_its_names_where_those_are_numbers() -> None:
     assert matched(images([2, 0]), ["x", "y", "z"]).images.known_labels().tolist() == [2, 0]
     assert matched(images([3, 1]), ["1", "2", "3"]).images.known_labels().tolist() == [2, 0]
-    for bad, network in (([3], ["x", "y", "z"]), ([0], ["1", "2"]), ([-1], ["x"])):
-        with pytest.raises(CovcliError, match="is unknown to the network"):
+    with pytest.raises(CovcliError, match="class '0' is unknown to the network"):
+        matched(images([0]), ["1", "2"])
+    for bad, network in (([3], ["x", "y", "z"]), ([-1], ["x"]), ([2], ["0", "1"])):
+        with pytest.raises(CovcliError, match=r"labels from .*, but the network has classes 0 to"):
             matched(images(bad), network)
+    with pytest.raises(CovcliError, match=r"from 1 to 3, .* 0 to 2; count them by --labels-from 1"):
+        matched(images([1, 3]), numbered(3))
 
 
 def test_a_network_without_names_takes_them_in_order_and_says_so() -> None:

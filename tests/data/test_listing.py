@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from covcli.core.errors import CovcliError
-from covcli.data import datasets
+from covcli.data import registry
 from covcli.data.datasets import load
 from covcli.data.images import ImageSet
 
@@ -33,7 +33,7 @@ def names_of(images: ImageSet) -> list[tuple[str, str | None]]:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    datasets.say_once.cache_clear()
+    registry.say_once.cache_clear()
     caplog.set_level(logging.WARNING, "covcli")
     return caplog
 

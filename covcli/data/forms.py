@@ -1,0 +1,247 @@
+"""Forms of data: archives, folders and lists of image files, and noise."""
+
+import csv
+import io
+import logging
+import os
+import re
+import zipfile
+import zlib
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from covcli.core import file_checks
+from covcli.core.errors import CovcliError
+from covcli.core.specs import count, positive_count
+from covcli.data import listing
+from covcli.data.decoding import open_regular
+from covcli.data.image_files import FileSource
+from covcli.data.images import ImageSet, NoiseSource, Origin, in_memory
+from covcli.data.listing import SERVING
+from covcli.data.reading import FORMS, Reading
+from covcli.data.registry import DATASETS, PARTS, Request, say_once
+
+log = logging.getLogger(__name__)
+NOISE_IMAGES = 2000
+NUMBER = re.compile(r"-?[0-9]{1,9}")
+
+
+def _located(request: Request) -> tuple[Path, Origin]:
+    """Return the path that a specification names, and how to read it again.
+
+    The path is taken as it is written, and then with `%3F` and the like for the characters that
+    they stand for; from where the command runs, and then from where the specification was
+    recorded.
+
+    Raises
+    ------
+    CovcliError
+        If nothing is there.
+    """
+    spec = request.spec
+    spec.only([*PARTS, *FORMS[spec.name]])
+    if not spec.argument:
+        raise CovcliError("needs a path", where=spec.text, fix="write name:PATH")
+    paths = [Path(text).expanduser() for text in
+             (spec.argument, os.fsdecode(unquote_to_bytes(spec.argument)))]  # fmt: skip
+    here = Path.cwd()
+    for path in paths:
+        if path.exists():
+            return path, Origin(spec.text, "" if path.is_absolute() else str(here))
+    for path in paths:
+        if request.ran_in is not None and (request.ran_in / path).exists():
+            log.info("%s: not in %s: read from %s, as recorded", path, here, request.ran_in)
+            return request.ran_in / path, Origin(spec.text, str(request.ran_in))
+    elsewhere = f", nor from {request.ran_in}, where it was" if request.ran_in else ""
+    raise CovcliError(f"no such file or folder{elsewhere}", where=paths[0])
+
+
+def _file_of_split(path: Path, request: Request, ending: str) -> Path:
+    """Return a file itself, or the file in a folder that holds the split that is asked for."""
+    if not path.is_dir():
+        return path
+    parts = [part for part in SERVING[request.split] if part != "val"] + [
+        name for name, part in listing.SPLITS.items()
+        if part == "val" and part in SERVING[request.split]
+    ]  # fmt: skip
+    for name in parts:
+        file = path / f"{name}{ending}"
+        if file.is_file():
+            if name != request.split:
+                say_once(f"{path}: no {request.split}{ending}: {file.name} serves as it")
+            return file
+    raise CovcliError(f"holds no {' or '.join(f'{name}{ending}' for name in parts)}", where=path)
+
+
+@DATASETS.add("npz")
+def npz(request: Request) -> ImageSet:
+    """Read a NumPy archive with `images` (uint8, N×H×W or N×H×W×C) and, if known, `labels` (N).
+
+    A third array, `classes`, names them: text of shape (K,), label k is class `classes[k]`. The
+    path names a file, or a folder that holds train.npz and test.npz.
+    """
+    path, origin = _located(request)
+    file = _file_of_split(path, request, ".npz")
+    images, labels, classes = _read_npz(file)
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise CovcliError(
+            f"images are {images.dtype} of shape {images.shape}",
+            where=file,
+            fix="store uint8 of shape (N, H, W) or (N, H, W, C)",
+        )
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.shape[3] not in (1, 2, 3, 4) or 0 in images.shape:
+        raise CovcliError(
+            f"images have shape {images.shape}", where=file, fix="store 1 to 4 channels, last"
+        )
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        raise CovcliError(
+            f"{len(images)} images, but labels are {labels.dtype} of shape {labels.shape}",
+            where=file,
+        )
+    names = () if labels is None else _class_names(classes, file)
+    return ImageSet(
+        request.spec.text,
+        in_memory("", torch.from_numpy(images).permute(0, 3, 1, 2), None).source,
+        torch.arange(len(images)),
+        None if labels is None else _numbered(labels.astype(np.int64), names, request),
+        names,
+        flips=True,
+        origin=origin,
+    )
+
+
+def _numbered(labels: np.ndarray, names: tuple[str, ...], request: Request) -> Tensor:
+    """Return labels as numbers from 0 on, where `labels-from` says at which they begin."""
+    first = 0 if names else Reading.of(request.spec).labels_from
+    if first and len(labels) and int(labels.min()) < first:
+        raise CovcliError(
+            f"label {int(labels.min())} is below {first}",
+            where=request.spec.text,
+            fix="name the lowest label of all by --labels-from",
+        )
+    return torch.from_numpy(labels - first)
+
+
+def _class_names(classes: np.ndarray | None, file: Path) -> tuple[str, ...]:
+    if classes is None:
+        return ()
+    if classes.dtype.kind != "U" or classes.ndim != 1 or len(set(classes.tolist())) < len(classes):
+        raise CovcliError(
+            f"classes are {classes.dtype} of shape {classes.shape}",
+            where=file,
+            fix="store their names as text of shape (K,), each once",
+        )
+    return tuple(classes.tolist())
+
+
+def _read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    file_checks.check_npz(file)
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile) or "images" not in archive:
+                raise CovcliError("holds no array named `images`", where=file)
+            return archive["images"], archive.get("labels"), archive.get("classes")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise CovcliError(f"cannot be read as a NumPy archive ({error})", where=file) from None
+
+
+@DATASETS.add("folder")
+def folder(request: Request) -> ImageSet:
+    """Image files: one subfolder a class, in alphabetical order, or files alone, unlabelled.
+
+    Where the subfolders are splits (`train`, `test`, `val`, …), the split names the one to read;
+    `val` serves where there is no `test`.
+    """
+    top, origin = _located(request)
+    if not top.is_dir():
+        raise CovcliError("is a file, not a folder", where=top)
+    root, notes = listing.split_folder(top, request.split)
+    listed = listing.list_classes(root)
+    for note in notes + listed.notes:
+        say_once(note)
+    if not listed.files:
+        raise CovcliError(
+            "holds no image", where=root, fix=f"known endings: {', '.join(listing.SUFFIXES)}"
+        )
+    labels = torch.repeat_interleave(torch.tensor(listed.counts)) if listed.classes else None
+    source = FileSource(root, listed.files, most=Reading.of(request.spec).max_pixels)
+    return _of_files(request, source, labels, listed.classes, origin)
+
+
+@DATASETS.add("csv")
+def csv_list(request: Request) -> ImageSet:
+    """Read a table with the columns `path` and, if known, `label`: a row an image.
+
+    Paths begin at the table's folder. Labels are class names, or numbers throughout. The path
+    names a file, or a folder that holds train.csv and test.csv.
+    """
+    path, origin = _located(request)
+    file = _file_of_split(path, request, ".csv")
+    names, texts = _read_csv(file)
+    source = FileSource(file.parent, names, key=file.name, most=Reading.of(request.spec).max_pixels)
+    if texts is None:
+        return _of_files(request, source, None, (), origin)
+    if all(NUMBER.fullmatch(text) for text in texts):
+        labels = _numbered(np.array(list(map(int, texts))), (), request)
+        return _of_files(request, source, labels, (), origin)
+    classes = sorted(set(texts))
+    places = {name: k for k, name in enumerate(classes)}
+    labels = torch.tensor([places[text] for text in texts])
+    return _of_files(request, source, labels, tuple(map(listing.printable, classes)), origin)
+
+
+def _read_csv(file: Path) -> tuple[list[str], list[str] | None]:
+    """Return the paths of a table, and its labels where it has such a column."""
+    try:
+        with open_regular(file) as opened:
+            text = opened.read().decode("utf-8-sig", "surrogateescape")
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except (OSError, csv.Error) as error:
+        raise CovcliError(f"cannot be read as a table ({error})", where=file) from None
+    if not rows or "path" not in rows[0]:
+        raise CovcliError("has no row, or no column `path`", where=file, fix="write path,label")
+    columns = ["path", "label"] if "label" in rows[0] else ["path"]
+    for number, row in enumerate(rows, 2):
+        if any(not row[name] or "\0" in row[name] for name in columns) or None in row:
+            raise CovcliError(f"row {number} is not whole", where=file)
+    paths = [row["path"] for row in rows]
+    return paths, [row["label"].strip() for row in rows] if "label" in columns else None
+
+
+def _of_files(
+    request: Request, source: FileSource, labels: Tensor | None, classes: tuple[str, ...],
+    origin: Origin,
+) -> ImageSet:  # fmt: skip
+    """Return the set of image files, less those that cannot be read where that is allowed."""
+    images = ImageSet(
+        request.spec.text, source, torch.arange(len(source.files)), labels, classes, flips=True,
+        by_class=True, origin=origin,
+    )  # fmt: skip
+    if not Reading.of(request.spec).skip_unreadable:
+        return images
+    return source.less_unreadable(images)
+
+
+@DATASETS.add("noise")
+def noise(request: Request) -> ImageSet:
+    """`noise:gaussian` (mean 127.5, deviation 64) or `noise:uniform` (0 to 255), with `seed`.
+
+    2,000 images of the model's size unless `limit` says otherwise.
+    """
+    request.spec.only([*PARTS, "seed"])
+    kind = request.spec.argument
+    if kind not in ("gaussian", "uniform"):
+        raise CovcliError(
+            f"unknown noise {kind!r}", where=request.spec.text, fix="known: gaussian, uniform"
+        )
+    source = NoiseSource(kind, request.spec.take("seed", count, 0))  # type: ignore[arg-type]
+    last = request.spec.take("offset", count, 0) + request.spec.take(
+        "limit", positive_count, NOISE_IMAGES
+    )
+    return ImageSet(request.spec.text, source, torch.arange(last), None)

@@ -1,0 +1,86 @@
+"""How files of images are read in this process: what a command's options say of all its data.
+
+A specification can say the same of one set (`folder:photos?skip-unreadable`), and what was read is
+recorded in that form, so that a later command needs no options to read the same again.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from PIL import Image
+
+from covcli.core.specs import YES, Spec, count, extended, flag, parse, positive_count
+from covcli.data.decoding import MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files of images are read.
+
+    Attributes
+    ----------
+    max_pixels
+        How many pixels an image may have.
+    skip_unreadable
+        Whether files that cannot be read are left out, and not an error.
+    labels_from
+        The number of the first class, where labels are numbers without names.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    skip_unreadable: bool = False
+    labels_from: int = 0
+
+    @classmethod
+    def of(cls, spec: Spec) -> "Reading":
+        """Return what a specification says, and the process where it says nothing."""
+        return cls(
+            spec.take("max-pixels", positive_count, _process.max_pixels),
+            spec.take("skip-unreadable", flag, _process.skip_unreadable),
+            spec.take("labels-from", count, _process.labels_from),
+        )
+
+
+# Which parameters a form of data has.
+OF_FILES = ["max-pixels", "skip-unreadable"]
+OF_NUMBERS = ["labels-from"]
+FORMS = {"folder": OF_FILES, "csv": [*OF_FILES, *OF_NUMBERS], "npz": OF_NUMBERS}
+
+_process = Reading()
+
+
+def configure(**changes: Any) -> None:
+    """Change how this process reads; the fields of `Reading` are the arguments."""
+    global _process
+    _process = replace(_process, **changes)
+    if _process.max_pixels > MAX_PIXELS:  # PIL's own limit, which it would enforce beside ours
+        Image.MAX_IMAGE_PIXELS = _process.max_pixels
+
+
+@contextmanager
+def configured(**changes: Any) -> Iterator[None]:
+    """Change how this process reads, within a block."""
+    global _process
+    before, limit = _process, Image.MAX_IMAGE_PIXELS
+    configure(**changes)
+    try:
+        yield
+    finally:
+        _process, Image.MAX_IMAGE_PIXELS = before, limit
+
+
+def completed(text: str) -> str:
+    """Return a specification that says itself what the process's options say of it."""
+    usual = Reading()
+    wanted = {
+        "max-pixels": (_process.max_pixels, usual.max_pixels, str(_process.max_pixels)),
+        "skip-unreadable": (_process.skip_unreadable, usual.skip_unreadable, YES),
+        "labels-from": (_process.labels_from, usual.labels_from, str(_process.labels_from)),
+    }
+    for key in FORMS.get(parse(text).name, ()):
+        value, ordinary, written = wanted[key]
+        if value != ordinary:
+            text = extended(text, key, written)
+    return text

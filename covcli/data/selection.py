@@ -1,0 +1,109 @@
+"""Which images of a source a specification selects: `offset`, `limit`, `shuffle` and `first`."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from covcli.core.errors import CovcliError
+from covcli.core.specs import Spec, count, flag, positive_count
+from covcli.data.images import ImageSet
+
+NAMED = 10
+
+
+def select(images: ImageSet, spec: Spec) -> tuple[ImageSet, list[str]]:
+    """Return the images that a specification selects, and what must be said of the choice.
+
+    Parameters and errors are those of `selected_rows`.
+    """
+    rows = selected_rows(images, spec, len(images))
+    if len(rows) == len(images):
+        return images, []
+    chosen = images.select(rows)
+    return chosen, _lacking(images, chosen)
+
+
+def selected_rows(images: ImageSet, spec: Spec, limit: int) -> Tensor:
+    """Return which images of a set a specification selects, in the set's order.
+
+    `offset` leaves out so many, and `limit` takes so many of the others: in a drawn order, or in
+    the set's own. The drawn order takes from each class as many as its share, so that every part
+    of it is like the whole, and parts that do not overlap have no image in common.
+
+    Parameters
+    ----------
+    images
+        The set. Where its source lists one class after another, the order is drawn, with the seed
+        0 unless `shuffle=SEED` names another, and `first` asks for the source's own; else it is
+        the source's own, and `shuffle=SEED` draws.
+    spec
+        The specification.
+    limit
+        How many to take unless the specification says it.
+
+    Raises
+    ------
+    CovcliError
+        If nothing is left, or a parameter is bad.
+    """
+    first = spec.take("first", flag, False)
+    if first and "shuffle" in spec.parameters:
+        raise CovcliError("first and shuffle exclude each other", where=spec.text)
+    offset = spec.take("offset", count, 0)
+    limit = spec.take("limit", positive_count, limit)
+    seed = spec.take("shuffle", count, 0)
+    if offset >= len(images):
+        raise CovcliError(
+            f"no image left: there are {len(images)}, the offset is {offset}", where=spec.text
+        )
+    if (images.by_class and not first) or "shuffle" in spec.parameters:
+        order = drawn_order(images.labels, len(images), seed)
+    else:
+        order = torch.arange(len(images))
+    return order[offset : offset + limit].sort().values
+
+
+def drawn_order(labels: Tensor | None, images: int, seed: int) -> Tensor:
+    """Return a seeded order of which every part has the classes in their shares.
+
+    Parameters
+    ----------
+    labels
+        int64 of shape (images,), or None: then all are of one class.
+    images
+        How many there are.
+    seed
+        Another seed gives another order.
+
+    Returns
+    -------
+    Tensor
+        A permutation, int64 of shape (images,).
+
+    Examples
+    --------
+    >>> labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    >>> labels[drawn_order(labels, 6, seed=0)[:3]].bincount().tolist()
+    [2, 1]
+    """
+    ticket = np.random.default_rng(seed).random(images)
+    groups = np.zeros(images, np.int64) if labels is None else labels.numpy()
+    _, groups, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    by_class = np.lexsort((ticket, groups))
+    rank = np.empty(images, np.int64)
+    rank[by_class] = np.arange(images) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    place = (rank + 0.5) / sizes[groups]  # within its class, from 0 to 1
+    return torch.from_numpy(np.lexsort((ticket, place)))
+
+
+def _lacking(images: ImageSet, chosen: ImageSet) -> list[str]:
+    """Return a note if a part of a set lacks classes that the whole has."""
+    if images.labels is None or chosen.labels is None:
+        return []
+    gone = sorted(set(images.labels.tolist()) - set(chosen.labels.tolist()))
+    if not gone:
+        return []
+    names = [repr(images.classes[k]) if k < len(images.classes) else str(k) for k in gone]
+    more = f" and {len(gone) - NAMED} more" if len(gone) > NAMED else ""
+    hint = "" if images.by_class else "; &shuffle=SEED draws across the classes"
+    return [f"{images.name}: this part lacks class {', '.join(names[:NAMED])}{more}{hint}"]
