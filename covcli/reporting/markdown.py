@@ -40,7 +40,7 @@ def _behind(first: re.Match[str]) -> str:
 
 def table(content: Table) -> str:
     """Return a table's head and rows as a Markdown table."""
-    lines = [_row(content.head), _rule(len(content.head)), *map(_row, content.rows)]
+    lines = [_row(content.head), _rule(len(content.head)), *map(_row, content.lines)]
     return "\n".join(lines)
 
 

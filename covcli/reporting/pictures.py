@@ -1,152 +1,225 @@
-"""What a report is made of: the files that it reads, sections of blocks, and how figures look."""
+"""How figures look, and the figures that take more than a few lines to draw."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from covcli.core.errors import one_line
-from covcli.reporting.documents import (
-    EvaluationResult,
-    Explanation,
-    LeftChannel,
-    PointShare,
-    TrainingLog,
-)
-from covcli.reporting.per_image import ImageScores, Samples
-from covcli.reporting.tables import Table, channel_cells
+from covcli.reporting.documents import Explanation, LeftChannel, PointShare
 
-# Okabe and Ito's colours, which the colour-blind tell apart; the first is for trusted images.
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#000000"]
+# After Okabe and Ito, which the colour-blind tell apart, dark enough for a white page; the first
+# is for trusted images.
+COLOURS = ["#0072b2", "#c25400", "#00805e", "#b0578a", "#b27b00", "#5f6670", "#7a5c00"]
+TEXT, QUIET, GRID = "#000000", "#808080", "#b0b0b0"
+STYLES = ["-", "--", ":", "-."]
 OF_POINTS = COLOURS[1:4]  # of the points that list their channels
-QUIET = "#9A9A9A"
+WIDTH = 5.4  # inches, so that a chart is legible on a telephone
+MOST_LABELS = 20  # of coverage points beside an axis
+MOST_MARKS = 40  # points of a line that are marked one by one
 BARS = 20  # how many coverage points fit
 FARTHEST = 1.5  # how many widths outside the range an axis shows
-COLUMNS = (1.14, 1.42, 1.68)  # of the text beside the axis, in widths of it
-HEADS = ("value", "trusted range", "outside, widths")
+BINS = 60
+TICKS = 7  # of the axis of the scores
 
 
-@dataclass(frozen=True)
-class ReportData:
-    """What a report is made of.
-
-    Attributes
-    ----------
-    evaluation
-        What evaluation.json holds.
-    scores
-        By set, what scores.csv.gz holds of each image.
-    samples
-        The pixels of samples.npz.
-    training
-        The newest training log, or None.
-    """
-
-    evaluation: EvaluationResult
-    scores: dict[str, ImageScores]
-    samples: Samples
-    training: TrainingLog | None
-
-    @property
-    def sets(self) -> list[str]:
-        """The sets' names, "trusted" first."""
-        return ["trusted", *[entry.name for entry in self.evaluation.untrusted]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure, with a file name and a caption."""
-
-    name: str
-    caption: str
-    figure: Figure
-
-
-Block: TypeAlias = str | Table | Picture
-
-
-@dataclass(frozen=True)
-class Section:
-    """A titled part of a report: paragraphs, tables and pictures."""
-
-    title: str
-    blocks: list[Block]
-
-
-def new_axes(width: float = 7.5, height: float = 4.0) -> tuple[Figure, Axes]:
-    """Return an empty figure of that size in inches, and its axes."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+def new_axes(height: float = 3.6) -> tuple[Figure, Axes]:
+    """Return an empty figure of that height in inches, and its axes."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+    axes.grid(alpha=0.4)
+    axes.set_axisbelow(True)
     return figure, axes
 
 
-def colours(number: int) -> list[str]:
-    """Return so many colours, told apart as far as they reach."""
-    return [COLOURS[i % len(COLOURS)] for i in range(number)]
+def add_legend(figure: Figure, columns: int = 2) -> None:
+    """Name the lines below the axes, where they cover nothing."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
+
+
+def colour(number: int) -> str:
+    """Return a line's colour."""
+    return COLOURS[number % len(COLOURS)]
+
+
+def style(number: int) -> str:
+    """Return a line's style: another one once the colours begin again."""
+    return STYLES[number // len(COLOURS) % len(STYLES)]
 
 
 def label(name: str) -> str:
     """Shorten a name for a legend; matplotlib reads dollars as mathematics."""
-    return one_line(name).replace("$", r"\$")[:40]
+    whole = one_line(name)
+    return (whole if len(whole) <= 40 else f"{whole[:39]}…").replace("$", r"\$")
 
 
-def explanation_picture(
-    entry: Explanation, order: list[str], image: np.ndarray, fires: np.ndarray | None
-) -> Figure:
-    """Draw an image, where its worst channel fires, its points' shares, and who left the range.
+def thinned(number: int, most: int) -> list[int]:
+    """Return which of so many things to label: evenly spread, at most so many."""
+    return list(range(0, number, -(-number // most)))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: its name, its points, and how it looks."""
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    colour: str
+    dashes: str
+    marker: str = ""
+
+
+def lines_picture(lines: Sequence[Line], titles: tuple[str, str], height: float) -> Figure:
+    """Draw lines over common axes.
+
+    Parameters
+    ----------
+    lines
+        What to draw.
+    titles
+        Of the axes, across and up.
+    height
+        Of the figure, in inches.
+    """
+    figure, axes = new_axes(height)
+    for line in lines:
+        axes.plot(
+            line.x, line.y, line.dashes, marker=line.marker, color=line.colour,
+            label=label(line.name), linewidth=1.4, markersize=3.5,
+        )  # fmt: skip
+    axes.set_xlabel(titles[0])
+    axes.set_ylabel(titles[1])
+    add_legend(figure)
+    return figure
+
+
+def coverage_picture(points: Sequence[str], shares: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw the share of neurons inside their range at each coverage point.
+
+    Parameters
+    ----------
+    points
+        The coverage points' names; where there are many, some of them are labelled.
+    shares
+        By set, the share at each point, in [0, 1].
+    """
+    figure, axes = new_axes(4.2)
+    marked = "o" if len(points) <= MOST_MARKS else ""
+    for k, (name, values) in enumerate(shares.items()):
+        axes.plot(
+            range(len(points)), [100 * value for value in values], style(k), marker=marked,
+            color=colour(k), label=label(name), markersize=3.5,
+        )  # fmt: skip
+    places = thinned(len(points), MOST_LABELS)
+    axes.set_xticks(places, [label(points[k]) for k in places], rotation=60, ha="right")
+    axes.set_ylabel("neurons inside their range, %")
+    add_legend(figure)
+    return figure
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis that is linear within a width of its centre and logarithmic far from it."""
+
+    centre: float
+    width: float
+
+    @classmethod
+    def of(cls, trusted: np.ndarray, threshold: float) -> "Axis":
+        """Return an axis in the scale of a threshold, seen from the middle of trusted scores."""
+        centre = float(np.median(trusted))
+        width = abs(threshold - centre)
+        if not (np.isfinite(width) and width > 0):
+            width = float(np.std(trusted))
+        return cls(centre, width if width > 0 else 1.0)
+
+    def place(self, values: np.ndarray) -> np.ndarray:
+        """Return where values stand on the axis."""
+        places: np.ndarray = np.arcsinh((np.asarray(values) - self.centre) / self.width)
+        return places
+
+    def value(self, places: np.ndarray) -> np.ndarray:
+        """Return the values that stand there."""
+        values: np.ndarray = self.centre + self.width * np.sinh(places)
+        return values
+
+    def ticks(self, low: float, high: float) -> list[float]:
+        """Return round numbers from low to high that are about evenly spread along the axis."""
+        first, last = self.place(np.array([low, high])).tolist()
+        values = self.value(np.linspace(first, last, TICKS + 1))
+        steps = 10 ** np.floor(np.log10(np.diff(values)))
+        rounded = np.round(values[1:] / steps) * steps
+        return sorted({float(tick) for tick in rounded if low <= tick <= high})
+
+
+def scores_picture(scores: Mapping[str, np.ndarray], threshold: float) -> Figure:
+    """Draw how scores are distributed, on an axis in the scale of the threshold.
+
+    One set far off does not press the others together.
+
+    Parameters
+    ----------
+    scores
+        By set, the images' scores, finite; the trusted set first.
+    threshold
+        The score above which an image is flagged; infinite where none is.
+    """
+    figure, axes = new_axes()
+    axis = Axis.of(next(iter(scores.values())), threshold)
+    every = np.concatenate(list(scores.values()))
+    low, high = axis.place(np.array([every.min(), every.max()])).tolist()
+    edges = axis.value(np.linspace(low - 0.05, high + 0.05, BINS + 1))
+    axes.set_xscale("function", functions=(axis.place, axis.value))
+    for k, (name, values) in enumerate(scores.items()):
+        counts = np.histogram(values, edges)[0]
+        axes.stairs(
+            100 * counts / len(values), edges, color=colour(k), label=label(name),
+            linestyle=style(k), linewidth=1.5,
+        )  # fmt: skip
+    if np.isfinite(threshold):
+        axes.axvline(threshold, color=TEXT, linestyle=":", label="threshold")
+    axes.set_xlim(edges[0], edges[-1])
+    axes.xaxis.set_major_locator(FixedLocator(axis.ticks(edges[0], edges[-1])))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("score (larger: less trusted)")
+    axes.set_ylabel("images, %")
+    add_legend(figure)
+    return figure
+
+
+def explanation_picture(entry: Explanation, order: Sequence[str]) -> Figure:
+    """Draw the coverage points' shares in a score, and which channels left their range.
 
     Parameters
     ----------
     entry
-        One of the document's explanations.
+        Why an image got its score.
     order
         The coverage points' names in the network's order.
-    image
-        uint8 of shape (C, H, W).
-    fires
-        The map of the worst channel, shape (h, w), or None.
     """
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    grid = figure.add_gridspec(2, 3, width_ratios=[1, 1, 3])
-    shown, mapped = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
-    bars, strips = figure.add_subplot(grid[:, 1]), figure.add_subplot(grid[:, 2])
-    pixels = image.transpose(1, 2, 0).squeeze()
-    shown.imshow(pixels, cmap="gray")
-    known = "" if entry.label is None else f"\nlabelled {label(entry.label)}"
-    shown.set_title(f"predicted {label(entry.predicted)}{known}", fontsize=8)
-    for axes in (shown, mapped):
-        axes.set_axis_off()
     listed = [point for point in entry.points if point.channels]
-    if fires is not None and entry.mapped is not None:
-        worst = {point.name: point.channels[0] for point in listed}[entry.mapped]
-        _draw_map(mapped, pixels, fires)
-        where = f"where {label(entry.mapped)},\nchannel {worst.channel} fires"
-        mapped.set_title(where, fontsize=8)
+    rows = sum(len(point.channels) for point in listed)
+    bars = min(len(entry.points), BARS)
+    heights = [0.5 + 0.17 * bars, 0.6 + 0.2 * max(rows, 1)]
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=heights)
     colours = dict(zip([p.name for p in listed], OF_POINTS, strict=False))
-    _draw_shares(bars, entry.points, order, colours)
-    _draw_strips(strips, listed, colours)
+    _draw_shares(above, entry.points, order, colours)
+    _draw_strips(below, listed, colours)
     return figure
 
 
-def _draw_map(axes: Axes, pixels: np.ndarray, fires: np.ndarray) -> None:
-    """Lay a channel's activation over the greyed image; the higher, the more opaque."""
-    height, width = pixels.shape[:2]
-    grey = pixels if pixels.ndim == 2 else pixels.mean(2)
-    axes.imshow(grey, cmap="gray", vmin=-64, vmax=320)
-    spread = float(fires.max() - fires.min())
-    strength = (fires - fires.min()) / spread if spread > 0 else np.zeros_like(fires)
-    axes.imshow(
-        strength, cmap="inferno", vmin=0, vmax=1, alpha=0.75 * strength, interpolation="nearest",
-        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-    )  # fmt: skip
-
-
 def _draw_shares(
-    axes: Axes, points: list[PointShare], order: list[str], colours: dict[str, str]
+    axes: Axes, points: list[PointShare], order: Sequence[str], colours: dict[str, str]
 ) -> None:
     """Draw the largest shares as bars, the network's first point at the top."""
     kept = sorted(points[:BARS], key=lambda point: order.index(point.name))
@@ -154,12 +227,11 @@ def _draw_shares(
         range(len(kept)), [100 * p.share for p in kept], 0.75,
         color=[colours.get(p.name, QUIET) for p in kept],
     )  # fmt: skip
-    axes.set_yticks(range(len(kept)), [label(p.name) for p in kept], fontsize=7)
+    axes.set_yticks(range(len(kept)), [label(p.name) for p in kept], fontsize=9)
     axes.invert_yaxis()
-    axes.tick_params(axis="x", labelsize=7)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("share of the score, %", fontsize=9)
+    axes.set_title("share of the score, %", fontsize=10)
 
 
 def _draw_strips(axes: Axes, points: list[PointShare], colours: dict[str, str]) -> None:
@@ -173,29 +245,16 @@ def _draw_strips(axes: Axes, points: list[PointShare], colours: dict[str, str]) 
     axes.axvspan(0, 1, color=COLOURS[0], alpha=0.15, linewidth=0)
     for y, (point, channel) in enumerate(rows):
         place, marker = _mark(channel)
-        colour = colours[point.name]
-        axes.plot([min(max(place, 0), 1), place], [y, y], color=colour, linewidth=1.5)
-        axes.plot(place, y, marker, color=colour, markersize=7, clip_on=False)
+        of_point = colours[point.name]
+        axes.plot([min(max(place, 0), 1), place], [y, y], color=of_point, linewidth=1.5)
+        axes.plot(place, y, marker, color=of_point, markersize=7, clip_on=False)
     names = [f"{label(p.name)}: {label(c.label)}" for p, c in rows]
-    axes.set_yticks(range(len(rows)), names, fontsize=7)
-    for tick, (point, _) in zip(axes.get_yticklabels(), rows, strict=True):
-        tick.set_color(colours[point.name])
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(-FARTHEST - 0.1, 1 + FARTHEST + 0.1)
-    axes.set_xticks([0, 1], ["lowest", "highest"], fontsize=7)
+    axes.set_xticks([0, 1], ["lowest", "highest"], fontsize=9)
     axes.tick_params(axis="y", length=0)
-    axes.set_title("trusted range (band) and value (mark)", fontsize=9)
-    _write_row(axes, -0.75, HEADS)
-    for y, (_, channel) in enumerate(rows):
-        _write_row(axes, y, channel_cells(channel))
-
-
-def _write_row(axes: Axes, y: float, cells: tuple[str, str, str]) -> None:
-    """Write a channel's figures to the right of the axis."""
-    for x, cell in zip(COLUMNS, cells, strict=True):
-        axes.text(
-            x, y, cell, transform=axes.get_yaxis_transform(), fontsize=7, ha="right", va="center"
-        )
+    axes.set_title("trusted range (band) and value (mark)", fontsize=10)
 
 
 def _mark(channel: LeftChannel) -> tuple[float, str]:

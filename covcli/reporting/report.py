@@ -1,19 +1,26 @@
 """report: one self-contained HTML file and a Markdown file about a run, from its files alone."""
 
 import base64
+import hashlib
 import io
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
+from markupsafe import Markup
 
 from covcli.core import files, run_folders
 from covcli.core.errors import CovcliError, one_line
 from covcli.core.version import __version__
-from covcli.reporting import documents, markdown, per_image
-from covcli.reporting.pictures import Block, Picture, ReportData, Section
+from covcli.reporting import documents, markdown, per_image, tables
+from covcli.reporting.blocks import Block, Gallery, Picture, ReportData, Section
+from covcli.reporting.headline import Headline, headline
 from covcli.reporting.sections import SECTIONS
+from covcli.reporting.svg import inline
+from covcli.reporting.tables import Table
+from covcli.reporting.thumbnails import data_uri, sheet
 
 
 @dataclass(frozen=True)
@@ -66,20 +73,18 @@ def report(
     if (folder / "figures").is_symlink():
         raise CovcliError("is a link: pictures would leave the folder", where=folder / "figures")
     try:
-        parts = [part for name in SECTIONS if (part := SECTIONS.get(name)(data)) is not None]
+        opening = headline(data)
+        sections = [part for name in SECTIONS if (part := SECTIONS.get(name)(data)) is not None]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CovcliError(f"its results do not hold together ({error!r})", where=run) from None
-    pictures = {
-        block.name: _png(block.figure)
-        for part in parts
-        for block in part.blocks
-        if isinstance(block, Picture)
-    }
+    pictures = dict(
+        content for section in sections for block in section.blocks for content in _picture(block)
+    )
     figures = {name: folder / "figures" / f"{name}.png" for name in pictures}
     for name, content in pictures.items():
         files.write_bytes(figures[name], content)
-    files.write_bytes(page, _html(parts, pictures).encode())
-    files.write_bytes(markdown_file, _markdown(parts).encode())
+    files.write_bytes(page, _html(data, opening, sections).encode())
+    files.write_bytes(markdown_file, _markdown(opening, sections).encode())
     return ReportResult(page, markdown_file, list(figures.values()))
 
 
@@ -97,25 +102,69 @@ def read(run: Path) -> ReportData:
     return ReportData(evaluation, scores, samples, training)
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-    return buffer.getvalue()
+def _picture(block: Block) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the content of the PNG file that the Markdown file shows of a block."""
+    if isinstance(block, Picture):
+        buffer = io.BytesIO()
+        block.figure.savefig(
+            buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None}
+        )
+        yield block.name, buffer.getvalue()
+    elif isinstance(block, Gallery) and block.images:
+        yield block.name, sheet(block.images)
 
 
-def _html(sections: list[Section], pictures: dict[str, bytes]) -> str:
+def _html(data: ReportData, opening: Headline, sections: list[Section]) -> str:
+    """Return a page that needs nothing else and allows nothing from elsewhere."""
     environment = Environment(
         loader=PackageLoader("covcli.reporting"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["one_line"] = one_line
-    encoded = {name: base64.b64encode(content).decode() for name, content in pictures.items()}
-    page = environment.get_template("report.html")
-    return page.render(sections=sections, pictures=encoded, version=__version__)
+    environment.filters |= {
+        "one_line": one_line, "breakable": _breakable, "data_uri": data_uri
+    }  # fmt: skip
+    style, script = (_resource(environment, name) for name in ("report.css", "report.js"))
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; "
+        f"script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
+    )
+    charts = {
+        block.name: inline(block.figure, block.name, one_line(block.seen))
+        for section in sections
+        for block in section.blocks
+        if isinstance(block, Picture)
+    }
+    return environment.get_template("report.html").render(
+        headline=opening, sections=sections, charts=charts, style=style, script=script,
+        policy=policy, signature=data.evaluation.signature, note=tables.FPR95_NOTE,
+        version=__version__,
+    )  # fmt: skip
 
 
-def _markdown(sections: list[Section]) -> str:
-    blocks = ["# covcli report"]
+def _breakable(text: str) -> Markup:
+    """Escape a name, and let a line break within it behind a mark."""
+    return Markup("<wbr>").join(re.findall(r"[^/?&:,=]*[/?&:,=]?", one_line(text)))
+
+
+def _resource(environment: Environment, name: str) -> Markup:
+    """Return a file of ours that stands in the page as it is."""
+    assert environment.loader is not None
+    return Markup(environment.loader.get_source(environment, name)[0])
+
+
+def _hash(content: str) -> str:
+    """Return the source expression of a Content-Security-Policy that allows an inline element."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
+
+
+def _markdown(opening: Headline, sections: list[Section]) -> str:
+    tiles = Table(
+        "Figures", ["figure", "value", "beside"],
+        [[tile.title, tile.value, tile.note] for tile in opening.tiles],
+    )  # fmt: skip
+    first = [tiles, opening.gates, opening.comparison]
+    blocks = ["# covcli report", f"**{markdown.escape(opening.verdict)}**"]
+    blocks += [_markdown_block(table) for table in first if table is not None]
     for section in sections:
         blocks.append(f"## {markdown.escape(section.title)}")
         blocks += [_markdown_block(block) for block in section.blocks]
@@ -126,5 +175,12 @@ def _markdown_block(block: Block) -> str:
     if isinstance(block, str):
         return markdown.escape(block)
     if isinstance(block, Picture):
-        return f"![{markdown.escape(block.caption)}](figures/{block.name}.png)"
-    return f"### {markdown.escape(block.title)}\n\n{markdown.table(block)}"
+        caption = f"{markdown.escape(block.caption)}."
+        return f"![{markdown.escape(block.seen)}](figures/{block.name}.png)\n\n{caption}"
+    title = f"### {markdown.escape(block.title)}"
+    if isinstance(block, Table):
+        return f"{title}\n\n{markdown.table(block)}"
+    if not block.images:
+        return f"{title}\n\n{markdown.escape(block.otherwise)}"
+    seen = "; ".join(thumbnail.seen for thumbnail in block.images)
+    return f"{title}\n\n![{markdown.escape(seen)}](figures/{block.name}.png)"

@@ -4,24 +4,27 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
-from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
 from covcli.core.specs import Registry
 from covcli.reporting import tables
+from covcli.reporting.blocks import Block, Gallery, Picture, ReportData, Section, Thumbnail
 from covcli.reporting.pictures import (
-    COLOURS,
-    Block,
-    Picture,
-    ReportData,
-    Section,
-    colours,
+    TEXT,
+    Line,
+    add_legend,
+    colour,
+    coverage_picture,
     explanation_picture,
-    label,
+    lines_picture,
     new_axes,
+    scores_picture,
+    style,
 )
+from covcli.reporting.tables import percent
+from covcli.reporting.thumbnails import heat
 
-STYLES = ["-", "--", ":"]
+FLAGGED = ("share of trusted images flagged", "share of untrusted images flagged")
 
 SectionMaker: TypeAlias = Callable[[ReportData], Section | None]
 SECTIONS: Registry[SectionMaker] = Registry("report section")
@@ -63,60 +66,56 @@ def false_alarms(data: ReportData) -> Section:
 def detection(data: ReportData) -> Section:
     """Tabulate the figures of each untrusted set, ours beside the baselines'."""
     e = data.evaluation
-    note = f"In per cent, with 95% bootstrap intervals. {tables.FPR95_NOTE}"
+    note = f"In per cent, with 95% intervals. {tables.FPR95_NOTE}"
     blocks: list[Block] = [tables.detection(e), note, tables.means(e), *tables.deceptions(e)]
     return Section("Detection", blocks)
 
 
 @SECTIONS.add("coverage")
 def coverage(data: ReportData) -> Section:
-    """Draw the share of neurons inside their range at each coverage point."""
+    """Draw and tabulate the share of neurons inside their range at each coverage point."""
     points = data.evaluation.points
-    figure, axes = new_axes(height=4.5)
-    for name, colour in zip(data.sets, colours(len(data.sets)), strict=True):
-        shares = [100 * point.coverage[name] for point in points]
-        axes.plot(range(len(points)), shares, "o-", color=colour, label=label(name), markersize=4)
-    axes.set_xticks(range(len(points)), [label(p.name) for p in points], rotation=60, ha="right")
-    axes.set_ylabel("neurons inside their range, %")
-    axes.legend(fontsize=8)
-    return Section(
-        "Coverage by layer", [Picture("coverage", "Coverage by coverage point and set", figure)]
+    shares = {name: [point.coverage[name] for point in points] for name in data.sets}
+    seen = ", ".join(
+        f"{name} {percent(min(values))} to {percent(max(values))}%"
+        for name, values in shares.items()
     )
+    picture = Picture(
+        "coverage", "Share of neurons inside the range of the predicted class, by coverage point",
+        f"Coverage over {len(points)} coverage points: {seen}.",
+        coverage_picture([point.name for point in points], shares),
+    )  # fmt: skip
+    return Section("Coverage by layer", [picture, tables.coverage(data.evaluation)])
 
 
 @SECTIONS.add("scores")
 def scores(data: ReportData) -> Section:
     """Draw the distribution of the scores, with the calibrated threshold."""
-    figure, axes = new_axes()
-    found = {name: data.scores[name].scores["coverage"] for name in data.sets}
-    low, high = np.quantile(np.concatenate(list(found.values())), [0.001, 0.999])
-    edges = np.linspace(low, high, 61).tolist()
-    for name, colour in zip(data.sets, colours(len(data.sets)), strict=True):
-        values = found[name].clip(low, high)
-        axes.hist(values, edges, density=True, histtype="step", color=colour, label=label(name),
-                  linewidth=1.5)  # fmt: skip
     threshold = data.evaluation.signature.threshold
-    axes.axvline(threshold, color="black", linestyle=":", label="overall threshold")
-    axes.set_xlabel("score (larger: less trusted)")
-    axes.set_ylabel("density")
-    axes.legend(fontsize=8)
-    return Section("Distribution of the scores", [Picture("scores", "Score densities", figure)])
+    by_set = {name: data.scores[name].scores["coverage"] for name in data.sets}
+    medians = ", ".join(f"{name} {np.median(values):.3g}" for name, values in by_set.items())
+    picture = Picture(
+        "scores", "Scores of the images, on an axis in the scale of the threshold",
+        f"Distribution of the scores. Threshold {threshold:.3g}; medians: {medians}.",
+        scores_picture(by_set, threshold),
+    )  # fmt: skip
+    return Section("Distribution of the scores", [picture])
 
 
 @SECTIONS.add("roc")
 def roc(data: ReportData) -> Section:
     """Draw the ROC curves, ours solid and the softmax baseline dashed."""
-    figure, axes = new_axes(5.5, 5.0)
-    trusted = data.scores["trusted"].scores
-    for name, colour in zip(data.sets[1:], colours(len(data.sets))[1:], strict=True):
-        mine = data.scores[name].scores
-        for score, style in (("coverage", "-"), ("softmax", "--")):
-            false, true = _roc(trusted[score], mine[score])
-            axes.plot(false, true, style, color=colour, label=f"{label(name)}, {score}")
-    axes.set_xlabel("share of trusted images flagged")
-    axes.set_ylabel("share of untrusted images flagged")
-    axes.legend(fontsize=7, loc="lower right")
-    return Section("ROC curves", [Picture("roc", "ROC curves by set and score", figure)])
+    lines, seen = [], []
+    for k, entry in enumerate(data.evaluation.untrusted, 1):
+        for score, dashes in (("coverage", "-"), ("softmax", "--")):
+            curve = _roc(data, entry.name, score)
+            lines.append(Line(f"{entry.name}, {score}", *curve, colour(k), dashes))
+            seen.append(f"{entry.name} {score} {percent(entry.scores[score].auroc.value)}%")
+    picture = Picture(
+        "roc", "ROC curves by set and score", f"ROC curves. AUROC: {', '.join(seen)}.",
+        lines_picture(lines, FLAGGED, 4.2),
+    )  # fmt: skip
+    return Section("ROC curves", [picture])
 
 
 @SECTIONS.add("baselines")
@@ -126,26 +125,28 @@ def baselines(data: ReportData) -> Section | None:
     names = [m.score for m in data.evaluation.mean_over_sets if m.score not in ours]
     if not names:
         return None
-    trusted = data.scores["trusted"].scores
     pictures: list[Block] = []
-    for i, name in enumerate(data.sets[1:]):
-        mine = data.scores[name].scores
-        figure, axes = new_axes(6.5, 5.0)
-        axes.plot(*_roc(trusted["coverage"], mine["coverage"]), color="black", label="coverage")
-        for j, score in enumerate(names):
-            colour, style = COLOURS[j % 7], STYLES[j // 7 % len(STYLES)]
-            curve = _roc(trusted[score], mine[score])
-            axes.plot(*curve, style, color=colour, label=score, linewidth=1)
-        axes.set_title(label(name), fontsize=9)
-        axes.set_xlabel("share of trusted images flagged")
-        axes.set_ylabel("share of untrusted images flagged")
-        axes.legend(fontsize=7, loc="lower right")
-        pictures.append(Picture(f"baselines-{i}", f"ROC curves of set {i + 1} by score", figure))
+    for i, entry in enumerate(data.evaluation.untrusted):
+        lines = [Line("coverage", *_roc(data, entry.name, "coverage"), TEXT, "-")]
+        lines += [
+            Line(name, *_roc(data, entry.name, name), colour(j), style(j))
+            for j, name in enumerate(names)
+        ]
+        aurocs = (f"{name} {percent(entry.scores[name].auroc.value)}%" for name in names)
+        seen = f"AUROC: coverage {percent(entry.scores['coverage'].auroc.value)}%"
+        pictures.append(
+            Picture(
+                f"baselines-{i}", f"ROC curves of {entry.name} by score",
+                f"ROC curves of {entry.name}. {seen}, {', '.join(aurocs)}.",
+                lines_picture(lines, FLAGGED, 4.2 + 0.09 * len(names)),
+            )
+        )  # fmt: skip
     return Section("ROC curves of the baselines", pictures)
 
 
-def _roc(trusted: np.ndarray, untrusted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the shares of trusted and of untrusted images flagged, at descending thresholds."""
+def _roc(data: ReportData, name: str, score: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shares of trusted and of a set's images flagged, at descending thresholds."""
+    trusted, untrusted = data.scores["trusted"].scores[score], data.scores[name].scores[score]
     positive = np.repeat([False, True], [len(trusted), len(untrusted)])
     false, true, _ = roc_curve(positive, np.concatenate([trusted, untrusted]))
     return false, true
@@ -154,43 +155,50 @@ def _roc(trusted: np.ndarray, untrusted: np.ndarray) -> tuple[np.ndarray, np.nda
 @SECTIONS.add("confidence")
 def confidence(data: ReportData) -> Section:
     """Draw and tabulate accuracy against confidence, on the trusted test images."""
-    figure, axes = new_axes(7.5, 3.5)
-    names = ["coverage", "softmax"]
     bins = data.evaluation.confidence_bins
-    for i, name in enumerate(names):
+    figure, axes = new_axes(3.2)
+    seen = []
+    for i, name in enumerate(["coverage", "softmax"]):
         mine = [entry for entry in bins if entry.confidence == name]
-        heights = [100 * (entry.accuracy or 0) for entry in mine]
-        axes.bar(np.arange(len(mine)) + 0.4 * (i - 0.5), heights, 0.4, color=COLOURS[i], label=name)
+        known = [(k, entry.accuracy) for k, entry in enumerate(mine) if entry.accuracy is not None]
+        places = [k + 0.4 * (i - 0.5) for k, _ in known]
+        axes.bar(places, [100 * value for _, value in known], 0.4, color=colour(i), label=name)
         axes.set_xticks(range(len(mine)), [f"{b.low:g}–{b.high:g}" for b in mine])
+        heights = (f"{percent(v)}% at {mine[k].low:g} to {mine[k].high:g}" for k, v in known)
+        seen.append(f"{name} {', '.join(heights)}")
+    axes.set_xlim(-0.5, len(bins) / 2 - 0.5)
     axes.set_xlabel("confidence")
     axes.set_ylabel("accuracy, %")
-    axes.legend(fontsize=8)
-    return Section(
-        "Accuracy against confidence",
-        [
-            Picture("confidence", "Accuracy by confidence bin", figure),
-            tables.confidence_bins(data.evaluation),
-            tables.confidence_thresholds(data.evaluation),
-        ],
-    )
+    add_legend(figure)
+    blocks: list[Block] = [
+        Picture("confidence", "Accuracy by bin of confidence", f"{'; '.join(seen)}.", figure),
+        tables.confidence_bins(data.evaluation),
+        tables.confidence_thresholds(data.evaluation),
+    ]
+    return Section("Accuracy against confidence", blocks)
 
 
 @SECTIONS.add("errors")
 def errors(data: ReportData) -> Section | None:
     """Draw and tabulate how well each score finds wrongly classified trusted images."""
-    found, table = data.evaluation.trusted.errors, tables.own_errors(data.evaluation)
-    if found is None or table is None:
+    by_score, table = data.evaluation.trusted.errors, tables.own_errors(data.evaluation)
+    if by_score is None or table is None:
         return None
-    figure, axes = new_axes(7.5, 3.5)
-    for (name, entry), colour in zip(found.items(), colours(len(found)), strict=True):
-        kept = [100 * point.kept for point in entry.curve]
-        risks = [100 * point.risk for point in entry.curve]
-        axes.plot(kept, risks, color=colour, label=label(name))
-    axes.set_xlabel("trusted test images kept, the least trusted rejected first, %")
-    axes.set_ylabel("errors among those kept, %")
-    axes.legend(fontsize=8)
-    note = f"In per cent, with 95% bootstrap intervals. {tables.ERRORS_NOTE}"
-    picture = Picture("errors", "Share of errors against share of images kept", figure)
+    lines = [
+        Line(
+            name, 100 * np.array([point.kept for point in entry.curve]),
+            100 * np.array([point.risk for point in entry.curve]), colour(k), style(k),
+        )
+        for k, (name, entry) in enumerate(by_score.items())
+    ]  # fmt: skip
+    titles = ("trusted images kept, the least trusted rejected first, %", "errors among those, %")
+    areas = (f"{name} {percent(entry.aurc.value)}%" for name, entry in by_score.items())
+    picture = Picture(
+        "errors", "Share of errors against share of images kept",
+        f"Risk against coverage. Area under the curve: {', '.join(areas)}.",
+        lines_picture(lines, titles, 3.4 + 0.09 * len(lines)),
+    )  # fmt: skip
+    note = f"In per cent, with 95% intervals. {tables.ERRORS_NOTE}"
     accepted = tables.accepted(data.evaluation)
     blocks: list[Block] = [picture, table, note]
     return Section("The network's own errors", blocks if accepted is None else [accepted, *blocks])
@@ -202,28 +210,27 @@ def training(data: ReportData) -> Section | None:
     if data.training is None:
         return None
     epochs = data.training.epochs
-    numbers = [entry.epoch for entry in epochs]
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for key, colour in zip(("loss", "cross_entropy", "penalty"), COLOURS, strict=False):
-        left.plot(
-            numbers,
-            [getattr(e, key) for e in epochs],
-            "o-",
-            color=colour,
-            label=key.replace("_", " "),
-        )
-    for key, colour in zip(("accuracy", "held_out_accuracy"), COLOURS, strict=False):
-        values = [100 * getattr(e, key) for e in epochs]
-        right.plot(numbers, values, "o-", color=colour, label=key.replace("_", " "))
-    right.set_ylabel("%")
-    for axes in (left, right):
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
-    blocks: list[Block] = [Picture("training", "Training curves", figure)]
-    watched = tables.watched(data.training)
-    if watched is not None:
+    numbers = np.array([entry.epoch for entry in epochs])
+    blocks: list[Block] = []
+    for name, keys, factor in (
+        ("loss", ("loss", "cross_entropy", "penalty"), 1),
+        ("accuracy", ("accuracy", "held_out_accuracy"), 100),
+    ):
+        values = {key.replace("_", " "): [factor * getattr(e, key) for e in epochs] for key in keys}
+        lines = [
+            Line(key, numbers, np.array(of_key), colour(k), "-", "o")
+            for k, (key, of_key) in enumerate(values.items())
+        ]
+        ends = (f"{key} {of_key[0]:.3g} to {of_key[-1]:.3g}" for key, of_key in values.items())
+        titles = ("epoch", name if factor == 1 else f"{name}, %")
+        blocks.append(
+            Picture(
+                f"training-{name}", f"{name} by epoch".capitalize(),
+                f"From the first to the last epoch: {', '.join(ends)}.",
+                lines_picture(lines, titles, 3.2),
+            )
+        )  # fmt: skip
+    if (watched := tables.watched(data.training)) is not None:
         blocks.append(watched)
     return Section("Training", blocks)
 
@@ -233,17 +240,27 @@ def samples(data: ReportData) -> Section:
     """Show each set's most suspicious flagged images, and the least suspicious that passed."""
     blocks: list[Block] = []
     for i, name in enumerate(data.sets):
-        figure = Figure(figsize=(8, 2.4), layout="constrained")
-        grid = figure.subplots(2, 8)
-        shown = {"flagged": data.samples.flagged[i], "passed": data.samples.passed[i]}
-        for row, (kind, thumbnails) in zip(grid, shown.items(), strict=True):
-            for axes, image in zip(row, thumbnails.images, strict=False):
-                axes.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray")
-            for axes in row:
-                axes.set_axis_off()
-            row[0].set_title(f"{label(name)}: {kind}", fontsize=8, loc="left")
-        blocks.append(Picture(f"samples-{i}", f"Samples {i}: flagged above, passed below", figure))
+        for kind, order, shown in (
+            ("flagged", "most", data.samples.flagged[i]),
+            ("passed", "least", data.samples.passed[i]),
+        ):
+            images = [
+                _thumbnail(data, name, kind, int(row), pixels)
+                for row, pixels in zip(shown.rows, shown.images, strict=True)
+            ]
+            title = f"{name}: {kind}, the {order} suspicious first"
+            blocks.append(Gallery(f"samples-{i}-{kind}", title, images, f"No image {kind}."))
     return Section("Flagged and missed images", blocks)
+
+
+def _thumbnail(data: ReportData, name: str, kind: str, row: int, pixels: np.ndarray) -> Thumbnail:
+    of_set = data.scores[name]
+    p_value = f"p = {of_set.p_value[row]:.2g}"
+    classes = [c.name for c in data.evaluation.trusted.false_alarms_by_class]
+    predicted = classes[of_set.predicted[row]]
+    title = f"image {row}"
+    seen = f"{title} of {name}: {kind}, predicted {predicted}, {p_value}"
+    return Thumbnail(pixels, (title, f"predicted {predicted}", p_value), seen)
 
 
 @SECTIONS.add("explanations")
@@ -261,13 +278,22 @@ def explanations(data: ReportData) -> Section | None:
         "of widths of the range. An arrow stands for a value beyond the scale, or for a range of "
         "no width. The small map shows where a channel fires, not why."
     ]
-    for k, entry in enumerate(entries):
-        pixels = data.samples.explained[k]
-        figure = explanation_picture(entry, order, pixels.image, pixels.fires)
-        blocks += [
-            tables.explanation(entry),
-            Picture(f"explanation-{k}", f"Explanation {k}", figure),
-        ]
+    for k, (entry, pixels) in enumerate(zip(entries, data.samples.explained, strict=True)):
+        title = tables.explanation(entry)
+        images = [Thumbnail(pixels.image, (f"image {entry.row}",), title)]
+        worst = {point.name: point.channels[0] for point in entry.points if point.channels}
+        if pixels.fires is not None and entry.mapped is not None:
+            place = f"{entry.mapped}, channel {worst[entry.mapped].channel}"
+            mapped = heat(pixels.image, pixels.fires)
+            images.append(Thumbnail(mapped, (f"where {place} fires",), f"Where {place} fires"))
+        points = ", ".join(f"{p.name} {percent(p.share)}%" for p in entry.points[:3])
+        picture = Picture(
+            f"explanation-{k}", "Shares of the score, and the channels that left their range",
+            f"Largest shares of the score: {points}.", explanation_picture(entry, order),
+        )  # fmt: skip
+        blocks += [Gallery(f"explained-{k}", title, images), picture]
+        if (left := tables.left_channels(entry)) is not None:
+            blocks.append(left)
     return Section("Why images were flagged", blocks)
 
 

@@ -3,7 +3,7 @@
 Figures are in per cent, and are followed by their 95% interval where they have one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Protocol
@@ -16,12 +16,14 @@ from covcli.reporting.documents import (
     Explanation,
     GateOutcome,
     LeftChannel,
+    MeanDetection,
     PointShare,
     TrainingLog,
     UntrustedSet,
 )
 
 NONE = "–"
+FIGURE_BEGINS = "0123456789[<>+−-–"
 MOST_NAMED = 8  # sets that a verdict names one by one
 FIGURES = {
     "auroc": "AUROC",
@@ -61,11 +63,24 @@ class Interval(Protocol):
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its title, the head and the rows, as text."""
+    """A table: its title, the head, the rows and what stands below them, as text."""
 
     title: str
     head: list[str]
     rows: list[list[str]]
+    footer: list[str] | None = None
+
+    @property
+    def lines(self) -> list[list[str]]:
+        """The rows, and the footer if there is one."""
+        return self.rows if self.footer is None else [*self.rows, self.footer]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold figures, to be set flush right; the first names its row."""
+        columns = zip(*self.lines, strict=True)
+        found = [all(cell[:1] in FIGURE_BEGINS for cell in column) for column in columns]
+        return [False, *found[1:]] if found else [False] * len(self.head)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -239,12 +254,56 @@ def overview(result: EvaluationResult, intervals: bool = False) -> Table:
         ours, softmax = entry.scores["coverage"], entry.scores["softmax"]
         figures = (ours.auroc, softmax.auroc, ours.fpr95, ours.detection_rate)
         rows.append([entry.name, str(entry.images), *map(word, figures)])
-    if len(rows) > 1:
-        mean = {m.score: m for m in result.mean_over_sets}
-        over_sets = (mean["coverage"].auroc, mean["softmax"].auroc, mean["coverage"].fpr95)
-        rows.append(["mean", "", *map(word, over_sets), percent(mean_detected(result, "coverage"))])
+    mean = {m.score: m for m in result.mean_over_sets}
+    over_sets = (mean["coverage"].auroc, mean["softmax"].auroc, mean["coverage"].fpr95)
+    footer = ["mean", "", *map(word, over_sets), percent(mean_detected(result, "coverage"))]
     head = ["untrusted", "images", "AUROC", "softmax AUROC", "FPR95", "detected at α"]
-    return Table("Detection", head, rows)
+    return Table("Detection", head, rows, footer if len(rows) > 1 else None)
+
+
+def comparison(result: EvaluationResult) -> Table:
+    """Tabulate our score beside the best other one of each set, by AUROC, and the differences."""
+    rows = []
+    for entry in result.untrusted:
+        ours = entry.scores["coverage"]
+        best = max(_others(entry.scores), key=lambda name: entry.scores[name].auroc.value)
+        beside = _beside(ours, best, entry.scores[best])
+        rows.append([entry.name, str(entry.images), *beside, _value(ours.detection_rate)])
+    means = {mean.score: mean for mean in result.mean_over_sets}
+    best = max(_others(means), key=lambda name: means[name].auroc.value)
+    beside = _beside(means["coverage"], best, means[best])
+    footer = ["mean", "", *beside, percent(mean_detected(result, "coverage"))]
+    head = [
+        "untrusted", "images", "AUROC", "best baseline", "its AUROC", "AUROC difference", "FPR95",
+        "its FPR95", "FPR95 difference", "detected at α",
+    ]  # fmt: skip
+    return Table("Coverage beside the best baseline", head, rows, footer if len(rows) > 1 else None)
+
+
+def _others(scores: Iterable[str]) -> list[str]:
+    return [name for name in scores if name != "coverage"]
+
+
+def _beside(
+    ours: Detection | MeanDetection, name: str, theirs: Detection | MeanDetection
+) -> list[str]:
+    cells = []
+    for key in ("auroc", "fpr95"):
+        mine, other = getattr(ours, key).value, getattr(theirs, key).value
+        cells += [percent(mine), percent(other), difference(mine - other)]
+    return [cells[0], name, *cells[1:]]
+
+
+def difference(value: float) -> str:
+    """Word a difference of two shares in per cent, with its sign.
+
+    Examples
+    --------
+    >>> difference(0.0874), difference(-0.268), difference(-0.0001)
+    ('+8.7', '−26.8', '0.0')
+    """
+    text = f"{100 * value:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "−")
 
 
 def _value(estimate: Interval | None) -> str:
@@ -378,6 +437,17 @@ def point_share(point: PointShare) -> str:
         f"{point.name}: {percent(point.share)}% of the score (z = {point.z:.1f}), {point.left} "
         f"neurons ({percent(1 - point.coverage)}%) outside their range"
     )
+
+
+def left_channels(entry: Explanation) -> Table | None:
+    """Tabulate the neurons that left their range; None where none of those listed did."""
+    rows = [
+        [point.name, channel.label, *channel_cells(channel)]
+        for point in entry.points
+        for channel in point.channels
+    ]
+    head = ["coverage point", "channel", "value", "trusted range", "outside, widths"]
+    return Table("What left its range", head, rows) if rows else None
 
 
 def left_channel(channel: LeftChannel) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
@@ -108,14 +108,12 @@ def _show(console: Console, block: "str | tables.Table", style: str = "") -> Non
 
 def _grid(block: "tables.Table") -> Table:
     shown = Table(title=block.title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for number, (head, *cells) in enumerate(zip(block.head, *block.rows, strict=True)):
+    for number, (head, *cells) in enumerate(zip(block.head, *block.lines, strict=True)):
         widest = max(map(cell_len, [*cells, *head.split()]), default=1)
         lines = textwrap.wrap(one_line(head), widest, break_long_words=False)
-        numeric = number > 0 and all(cell[:1] in "0123456789–-" for cell in cells)
-        shown.add_column(
-            Text("\n".join(lines)), no_wrap=True, justify="right" if numeric else "left"
-        )
-    for row in block.rows:
+        justify: JustifyMethod = "right" if block.numeric[number] else "left"
+        shown.add_column(Text("\n".join(lines)), no_wrap=True, justify=justify)
+    for row in block.lines:
         shown.add_row(*(Text(one_line(cell)) for cell in row))
     return shown
 
@@ -123,7 +121,7 @@ def _grid(block: "tables.Table") -> Table:
 def _stack(console: Console, block: "tables.Table") -> None:
     """Print each row as its first cell, and below it the others, each behind its head."""
     _write(console, one_line(block.title), "italic")
-    for first, *rest in block.rows:
+    for first, *rest in block.lines:
         _write(console, one_line(first), "bold")
         pairs = zip(block.head[1:], rest, strict=True)
         words = [one_line(f"{head} {cell}").replace(" ", HARD) for head, cell in pairs if cell]

@@ -25,6 +25,7 @@ from covcli.methods import SingleRange, State
 from covcli.models import checkpoint as checkpoints
 from covcli.models.architectures import Classifier
 from covcli.models.pooling import locate, pool
+from covcli.reporting import tables
 from covcli.reporting.documents import Explanation
 from covcli.reporting.pictures import explanation_picture
 from covcli.reporting.report import read, report
@@ -194,9 +195,7 @@ def test_where_nothing_left_its_range_nothing_is_listed_and_it_says_so(
     out = capsys.readouterr().out
     assert "digits?limit=20, image 7: predicted" in out
     assert "no neuron of its main coverage points left its range" in out
-    drawn = explanation_picture(
-        e, [p.name for p in made.points], np.zeros((1, 8, 8), np.uint8), None
-    )
+    drawn = explanation_picture(e, [p.name for p in made.points])
     texts = [text.get_text() for axes in drawn.axes for text in axes.texts]
     assert texts == ["no neuron of these points left its range"]
 
@@ -219,10 +218,11 @@ def test_a_range_without_a_width_to_measure_by_orders_by_distance(
     document = json.loads(json.dumps(plain(asdict(e)), allow_nan=False))
     assert document["points"][0]["channels"][0]["outside_by"] is None
     assert TypeAdapter(Explanation).validate_python(document) == e
-    order = [p.name for p in made.points]
-    drawn = explanation_picture(e, order, np.zeros((3, 8, 8), np.uint8), None)
-    texts = {text.get_text() for axes in drawn.axes for text in axes.texts}
-    assert ("always 0" if low == high else "no end to 0") in texts
+    listed = tables.left_channels(e)
+    assert listed is not None
+    assert {row[3] for row in listed.rows} == {"always 0" if low == high else "no end to 0"}
+    assert {row[4] for row in listed.rows} == {"–"}
+    explanation_picture(e, [p.name for p in made.points])  # arrows, not marks at infinity
 
 
 def test_evaluate_explains_the_most_suspicious_of_each_set(

@@ -1,7 +1,13 @@
 """An evaluation made of plain numbers, for what shows one."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 
+import numpy as np
+
+from covcli.core.files import plain
 from covcli.data.images import DataRecord
 from covcli.reporting.documents import (
     Bin,
@@ -10,14 +16,25 @@ from covcli.reporting.documents import (
     Estimate,
     EvaluatedSignature,
     EvaluationResult,
+    Explanation,
     FalseAlarms,
     GateOutcome,
     Guaranteed,
     Kept,
+    LeftChannel,
     MeanDetection,
     PointCoverage,
+    PointShare,
     TrustedSet,
     UntrustedSet,
+)
+from covcli.reporting.per_image import (
+    ExplainedImage,
+    ImageScores,
+    Samples,
+    Thumbnails,
+    write_samples,
+    write_scores,
 )
 
 STATEMENT = "An image like those raises a false alarm with a probability of at most 0.05."
@@ -80,3 +97,47 @@ def result(
         warnings=[],
         gates=list(gates),
     )  # fmt: skip
+
+
+def scores(shift: float, images: int, baselines: Sequence[str], seed: int = 0) -> ImageScores:
+    generator = np.random.default_rng(seed)
+    coverage = generator.gamma(4.0, 0.5, images) + shift
+    doubt = generator.random(images)
+    return ImageScores(
+        predicted=np.zeros(images, np.int64), label=(generator.random(images) < 0.1).astype(int),
+        scores={"coverage": coverage, "softmax": doubt}
+        | {name: generator.normal(shift, 1, images) for name in baselines if name != "softmax"},
+        p_value=generator.random(images), confidence=generator.random(images),
+        softmax_confidence=1 - doubt, untrusted=coverage > 3.873,
+        unsure=np.zeros(images, bool),
+    )  # fmt: skip
+
+
+def explained(result: EvaluationResult, name: str) -> Explanation:
+    channels = [LeftChannel(i, i, f"channel {i}, mean", 1.25, 0.011, 0.504, 0.4) for i in range(3)]
+    points = [
+        PointShare(p.name, 3.0, 1 / len(result.points), 0.9, 3, channels[: 3 * (k < 3)])
+        for k, p in enumerate(result.points)
+    ]
+    return Explanation(name, 3, "cat", "dog", 6.1, 0.0021, True, points, points[0].name)
+
+
+def run_folder(folder: Path, evaluation: EvaluationResult, explanations: int = 0) -> Path:
+    """Write the files that a report of an evaluation is made of."""
+    folder.mkdir(parents=True)
+    sets = ["trusted", *[entry.name for entry in evaluation.untrusted]]
+    names = list(evaluation.untrusted[0].scores)[1:]
+    reasons = [explained(evaluation, sets[k % len(sets)]) for k in range(explanations)]
+    document = plain(asdict(replace(evaluation, explanations=reasons)))
+    (folder / "evaluation.json").write_text(json.dumps(document))
+    drawn = {name: scores(2.0 * i, 200, names, i) for i, name in enumerate(sets)}
+    write_scores(folder / "scores.csv.gz", drawn)
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
+    some, none = Thumbnails(np.arange(8), pixels), Thumbnails(np.arange(0), pixels[:0])
+    shown = ExplainedImage(pixels[0], generator.random((8, 8), np.float32))
+    write_samples(
+        folder / "samples.npz",
+        Samples([some] * len(sets), [none, *[some] * (len(sets) - 1)], [shown] * explanations),
+    )
+    return folder

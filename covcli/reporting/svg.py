@@ -1,0 +1,130 @@
+"""Charts as SVG that stands within a page: small, sharp, and in the page's colours.
+
+A page with a strict Content-Security-Policy allows no style attributes, and two charts on a page
+must not share an id. So matplotlib's SVG is rewritten: styles become attributes, ids are named
+after the chart or go, and colours are those of the page's theme.
+"""
+
+import io
+import re
+import xml.etree.ElementTree as ET
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from covcli.reporting.pictures import COLOURS, GRID, QUIET, TEXT
+
+SPACE = "{http://www.w3.org/2000/svg}"
+LINK = "{http://www.w3.org/1999/xlink}href"
+DROPPED = {f"{SPACE}{name}" for name in ("metadata", "style")}
+# Of a text, what its place and its size depend on; its family is the page's.
+TEXTS = {"text", "tspan"}
+KEPT_STYLES = {
+    "fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-dashoffset", "stroke-linecap",
+    "stroke-linejoin", "stroke-opacity", "fill-opacity", "opacity", "font-size", "font-weight",
+    "text-anchor",
+}  # fmt: skip
+COORDINATES = {"d", "points", "x", "y", "width", "height", "transform"}
+THEME = {
+    **{colour: f"var(--series-{k})" for k, colour in enumerate(COLOURS)},
+    TEXT: "currentColor", QUIET: "var(--quiet)", GRID: "var(--grid)",
+}  # fmt: skip
+_NUMBER = re.compile(r"-?\d+\.\d+")
+_FONT = re.compile(r"(?:(?P<weight>bold) )?(?P<size>[\d.]+px)")
+_REFERENCE = re.compile(r"url\(#([^)]+)\)")
+
+
+def inline(figure: Figure, name: str, seen: str) -> Markup:
+    """Return a figure as an SVG element of a page.
+
+    Parameters
+    ----------
+    figure
+        What to draw.
+    name
+        The chart's name, unlike that of every other chart of the page.
+    seen
+        What is seen in it, for those who do not see it.
+    """
+    buffer = io.StringIO()
+    options = {"svg.fonttype": "none", "svg.hashsalt": name}
+    with matplotlib.rc_context(options):
+        figure.savefig(
+            buffer, format="svg", bbox_inches="tight", transparent=True, metadata={"Date": None}
+        )
+    root = ET.fromstring(buffer.getvalue())
+    names = {target: f"{name}-{k}" for k, target in enumerate(sorted(_targets(root)))}
+    _rewrite(root, names)
+    width = float(root.get("viewBox", "0 0 480 0").split()[2])
+    root.attrib = {
+        "viewBox": root.get("viewBox", ""), "width": f"{width * 4 / 3:.0f}", "class": "chart",
+        "role": "img", "aria-label": seen,
+    }  # fmt: skip
+    return Markup(ET.tostring(root, encoding="unicode", short_empty_elements=False))
+
+
+def _targets(root: ET.Element) -> set[str]:
+    """Return the ids that something refers to."""
+    found = set()
+    for element in root.iter():
+        for key, value in element.items():
+            if key == LINK and value.startswith("#"):
+                found.add(value[1:])
+            found.update(_REFERENCE.findall(value))
+    return found
+
+
+def _rewrite(element: ET.Element, names: dict[str, str]) -> None:
+    """Rewrite an element and all that it holds."""
+    element.tag = element.tag.removeprefix(SPACE)
+    element.attrib = dict(_attributes(element, names))
+    for child in [child for child in element if child.tag in DROPPED]:
+        element.remove(child)
+    for child in element:
+        _rewrite(child, names)
+    for child in [child for child in element if child.tag in ("g", "defs") and not len(child)]:
+        element.remove(child)
+    if element.tag not in TEXTS:
+        element.text = None
+    element.tail = None
+
+
+def _attributes(element: ET.Element, names: dict[str, str]) -> list[tuple[str, str]]:
+    """Return an element's attributes as they stand in a page."""
+    found = []
+    for key, value in element.items():
+        if key == "style":
+            found += _styles(value, names)
+        elif key == LINK:
+            found.append(("href", f"#{names[value[1:]]}" if value.startswith("#") else value))
+        elif key == "id":
+            found += [("id", names[value])] if value in names else []
+        elif key in COORDINATES:
+            found.append((key, _NUMBER.sub(_rounded, value)))
+        else:
+            found.append((key, _named(value, names)))
+    return found
+
+
+def _styles(text: str, names: dict[str, str]) -> list[tuple[str, str]]:
+    """Return the declarations of a style attribute as attributes."""
+    found = []
+    for declaration in filter(None, map(str.strip, text.split(";"))):
+        key, _, value = (part.strip() for part in declaration.partition(":"))
+        if key == "font" and (font := _FONT.search(value)):
+            found.append(("font-size", font["size"]))
+            found += [("font-weight", font["weight"])] if font["weight"] else []
+        elif key == "clip-path":
+            found.append((key, _named(value, names)))
+        elif key in KEPT_STYLES:
+            found.append((key, THEME.get(value.lower(), value)))
+    return found
+
+
+def _named(value: str, names: dict[str, str]) -> str:
+    return _REFERENCE.sub(lambda match: f"url(#{names[match[1]]})", value)
+
+
+def _rounded(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.1f}".removesuffix(".0")
