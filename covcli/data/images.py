@@ -94,6 +94,12 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def files(self) -> list[str] | None:
+        """The images' files, as their folder names them; None where they are of none."""
+        names: Sequence[str] | None = getattr(self.source, "files", None)
+        return None if names is None else [names[row] for row in self.rows.tolist()]
+
     def batch(self, rows: Tensor, shape: Shape) -> Tensor:
         """Return the images of those rows, uint8 of shape (len(rows), *shape)."""
         return self.source.read(self.rows[rows], shape)

@@ -56,7 +56,7 @@ def evaluate(config: EvaluationConfig, progress: Progress = Silent()) -> Evaluat
         result = result_of(replace(job, rules=rules), images, measured, explanations)
         result = replace(result, gates=gates.check(result, config.gates, seconds))
         if distributed.is_first():
-            scores_by_set = {name: m.recorded for name, m in measured.items()}
+            scores_by_set = {name: m.recorded(images[name].files) for name, m in measured.items()}
             per_image.write_scores(job.files[per_image.SCORES], scores_by_set)
             pairs = {name: (images[name], m) for name, m in measured.items()}
             pixels = pick(pairs, job.judge.model.spec.shape, explained)

@@ -58,13 +58,13 @@ class Measured:
         assert self.label is not None
         return (self.predicted == self.label).numpy()
 
-    @property
-    def recorded(self) -> ImageScores:
-        """What scores.csv.gz holds of it."""
+    def recorded(self, files: list[str] | None) -> ImageScores:
+        """Return what scores.csv.gz holds of it; `files` names the images' files, if any."""
         label = None if self.label is None else self.label.numpy()
         return ImageScores(
             self.predicted.numpy(), label, self.scores, self.p_value, self.confidence,
             self.softmax_confidence, self.untrusted, self.unsure,
+            None if files is None else np.array(files, np.object_),
         )  # fmt: skip
 
 

@@ -20,13 +20,14 @@ from covcli.core.errors import CovcliError, one_line
 
 SCORES, SAMPLES = "scores.csv.gz", "samples.npz"
 UNLABELLED = -1
-# The columns of scores.csv.gz; each baseline adds `<name>_score`.
+ENCODING = ("utf-8", "surrogatepass")  # names of files can be any bytes
+# The columns of scores.csv.gz; each baseline adds `<name>_score`, images from files `file`.
 COLUMNS = {
     "set": np.object_, "index": np.int64, "label": np.int64, "predicted": np.int64,
     "score": np.float64, "p_value": np.float64, "confidence": np.float64, "untrusted": np.int64,
     "unsure": np.int64, "softmax_confidence": np.float64,
 }  # fmt: skip
-SUFFIX = "_score"
+SUFFIX, FILE = "_score", "file"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class ImageScores:
         float64, in [0, 1].
     untrusted, unsure
         The verdict, bool; both are False where the answer passes.
+    file
+        The images' files as their folder names them; None where they are of none.
     """
 
     predicted: np.ndarray
@@ -54,6 +57,7 @@ class ImageScores:
     softmax_confidence: np.ndarray
     untrusted: np.ndarray
     unsure: np.ndarray
+    file: np.ndarray | None = None
 
     @property
     def baselines(self) -> dict[str, np.ndarray]:
@@ -87,8 +91,13 @@ def write_scores(path: Path, sets: Mapping[str, ImageScores]) -> None:
         )
         for name, of in sets.items()
     ]
-    text = pd.concat(parts).to_csv(index=False)
-    files.write_bytes(path, gzip.compress(text.encode(), mtime=0))
+    whole = pd.concat(parts, ignore_index=True)
+    if any(of.file is not None for of in sets.values()):
+        none = {name: np.full(len(of.predicted), "") for name, of in sets.items()}
+        names = [none[name] if of.file is None else of.file for name, of in sets.items()]
+        whole[FILE] = np.concatenate([np.asarray(part, np.object_) for part in names])
+    text = whole.to_csv(index=False).encode(*ENCODING)
+    files.write_bytes(path, gzip.compress(text, mtime=0))
 
 
 def read_scores(path: Path) -> dict[str, ImageScores]:
@@ -101,13 +110,16 @@ def read_scores(path: Path) -> dict[str, ImageScores]:
     """
     try:
         text = io.BytesIO(file_checks.read_gzip(path))
-        table = pd.read_csv(text, keep_default_na=False, dtype={"set": str})
+        table = pd.read_csv(
+            text, keep_default_na=False, dtype={"set": str, FILE: str}, encoding=ENCODING[0],
+            encoding_errors=ENCODING[1],
+        )  # fmt: skip
         if "unsure" not in table:  # written before wrong answers could be bounded
             table["unsure"] = 0
         if missing := COLUMNS.keys() - table.columns:
             raise ValueError(f"no column {sorted(missing)[0]}")
         table = table.astype(COLUMNS)
-        others = [name for name in table.columns if name not in COLUMNS]
+        others = [name for name in table.columns if name not in (*COLUMNS, FILE)]
         table = table.astype(dict.fromkeys(others, np.float64))
     except (OSError, ValueError, EOFError) as error:
         raise _unreadable(path, error) from None
@@ -117,7 +129,8 @@ def read_scores(path: Path) -> dict[str, ImageScores]:
 def _scores(rows: pd.DataFrame) -> ImageScores:
     columns = {str(name): rows[name].to_numpy() for name in rows.columns}
     scores = {"coverage": columns["score"], "softmax": 1 - columns["softmax_confidence"]}
-    others = columns.keys() - COLUMNS.keys()
+    others = columns.keys() - COLUMNS.keys() - {FILE}
+    named = FILE in columns and (columns[FILE] != "").any()
     return ImageScores(
         predicted=columns["predicted"],
         label=None if (columns["label"] == UNLABELLED).all() else columns["label"],
@@ -127,6 +140,7 @@ def _scores(rows: pd.DataFrame) -> ImageScores:
         softmax_confidence=columns["softmax_confidence"],
         untrusted=columns["untrusted"].astype(bool),
         unsure=columns["unsure"].astype(bool),
+        file=columns[FILE] if named else None,
     )
 
 

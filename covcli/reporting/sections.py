@@ -1,6 +1,7 @@
 """SECTIONS: the parts of a report, in their order. Each is a function from files to blocks."""
 
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import TypeAlias
 
 import numpy as np
@@ -258,7 +259,7 @@ def _thumbnail(data: ReportData, name: str, kind: str, row: int, pixels: np.ndar
     p_value = f"p = {of_set.p_value[row]:.2g}"
     classes = [c.name for c in data.evaluation.trusted.false_alarms_by_class]
     predicted = classes[of_set.predicted[row]]
-    title = f"image {row}"
+    title = f"image {row}" if of_set.file is None else PurePath(of_set.file[row]).name
     seen = f"{title} of {name}: {kind}, predicted {predicted}, {p_value}"
     return Thumbnail(pixels, (title, f"predicted {predicted}", p_value), seen)
 

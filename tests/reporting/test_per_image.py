@@ -1,6 +1,7 @@
 """scores.csv.gz and samples.npz: what is written is what is read, and the files keep their form."""
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,17 @@ def test_the_table_has_the_documented_columns(tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / "s", compression="gzip")
     assert table["index"].tolist() == [0, 1, 2]
     assert table["label"].tolist() == [-1, -1, -1]
+
+
+def test_files_are_named_where_images_are_of_files(tmp_path: Path) -> None:
+    names = np.array(["a/1.png", '\udcff,\n".png', "=x.png"], np.object_)
+    named = replace(image_scores(0, 3, False, ["knn"]), file=names)
+    write_scores(tmp_path / "s", {"folder:a": named, "noise": image_scores(1, 2, True, ["knn"])})
+    again = read_scores(tmp_path / "s")
+    assert again["folder:a"].file is not None
+    assert again["folder:a"].file.tolist() == names.tolist()
+    assert list(again["folder:a"].baselines) == ["knn"]
+    assert again["noise"].file is None
 
 
 @pytest.mark.parametrize(
