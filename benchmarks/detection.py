@@ -4,7 +4,7 @@
 
 DIR holds cifar10/train.npz and cifar10/test.npz (or name any --trusted, --calibration and --test)
 and torchvision's MNIST and Fashion-MNIST. Prints two Markdown tables, AUROC and FPR95 by untrusted
-set and on average, in per cent with 95% bootstrap intervals; --json prints one document instead,
+set and on average, in per cent with 95% intervals; --json prints one document instead,
 and --csv writes one row a score and set.
 """
 

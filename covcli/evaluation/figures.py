@@ -40,10 +40,10 @@ from covcli.signature.guarantee import (
     total_alarms_interval,
 )
 
-LEAST_DECEIVED = 10  # fewer images say too little to draw a bootstrap from
+LEAST_DECEIVED = 10  # fewer images say too little
 
 
-def overall(rule: Rule, flagged: Tensor, predicted: Tensor, seed: int) -> FalseAlarms:
+def overall(rule: Rule, flagged: Tensor, predicted: Tensor) -> FalseAlarms:
     """Compare the share of alarms among trusted images with what calibration promises.
 
     Parameters
@@ -54,11 +54,9 @@ def overall(rule: Rule, flagged: Tensor, predicted: Tensor, seed: int) -> FalseA
         The verdicts, bool of shape (N,).
     predicted
         The same images' predicted classes, int64 of shape (N,).
-    seed
-        Of the bootstrap interval.
     """
     low, high = _promised_overall(rule, predicted)
-    share = metrics.share(flagged.numpy(), seed)
+    share = metrics.share(flagged.numpy())
     return FalseAlarms(rule.guarantee.alpha, share.value, share.low, share.high, low, high)
 
 
@@ -187,13 +185,13 @@ def _trusted_figures(job: Job, measured: Measured) -> TrustedSet:
         images=len(images),
         fingerprint=images.fingerprint,
         accuracy=float(measured.correct.mean()),
-        false_alarm_rate=overall(rule, flagged, measured.predicted, job.config.seed),
+        false_alarm_rate=overall(rule, flagged, measured.predicted),
         false_alarms_by_class=by_class(
             rule, flagged, measured.predicted, job.judge.signature.classes
         ),
         mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
         accepted=_accepted(job, measured),
-        errors=own_errors(measured.scores, measured.correct, job.config.seed),
+        errors=own_errors(measured.scores, measured.correct),
         unreadable=len(images.origin.unreadable),
     )
 
@@ -242,7 +240,7 @@ def _deceived(
     """Return an attack's success rate, and the figures of the images that it deceived."""
     before = trusted.correct[attacks.attacked_rows(spec, job.trusted).numpy()]
     hits = before & ~measured.correct
-    rate = metrics.share(hits[before], job.config.seed) if before.any() else None
+    rate = metrics.share(hits[before]) if before.any() else None
     enough = hits.sum() >= LEAST_DECEIVED
     scores = _detections(job, trusted, measured, hits) if enough else None
     return rate, Deceived(int(hits.sum()), int((~before).sum()), scores)
@@ -255,18 +253,14 @@ def _detections(
     detections = {}
     for name, scores in measured.scores.items():
         flags = job.rules[name].untrusted(torch.from_numpy(scores), measured.predicted).numpy()
-        detections[name] = metrics.detection(
-            trusted.scores[name], scores[chosen], flags[chosen], job.config.seed
-        )
+        detections[name] = metrics.detection(trusted.scores[name], scores[chosen], flags[chosen])
     return detections
 
 
 def _means(config: EvaluationConfig, measured: dict[str, Measured]) -> list[MeanDetection]:
     """Average each score over the untrusted sets: ours first, the others by their AUROC."""
     means = [
-        metrics.mean_detection(
-            name, scores, [measured[t].scores[name] for t in config.untrusted], config.seed
-        )
+        metrics.mean_detection(name, scores, [measured[t].scores[name] for t in config.untrusted])
         for name, scores in measured["trusted"].scores.items()
     ]
     return sorted(means, key=lambda mean: (mean.score != "coverage", -mean.auroc.value))

@@ -1,20 +1,33 @@
 """How well a score tells trusted from untrusted, and a confidence right from wrong.
 
 Untrusted is the positive class, and a larger score means less trusted. The curves are computed
-here rather than by scikit-learn because a thousand bootstrap samples of them are needed: the
-scores are sorted once, and a sample is a vector of counts. The tests hold them to scikit-learn.
+here rather than by scikit-learn because the intervals need what each image does to them. The tests
+hold them to scikit-learn.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from covcli.evaluation.intervals import (
+    RATES,
+    Floats,
+    Fpr95,
+    Influence,
+    Placements,
+    Span,
+    exponential_curves,
+    logit_span,
+    mean_area_span,
+    mean_fpr95_span,
+)
 from covcli.reporting.documents import Bin, Detection, Estimate, Kept, MeanDetection
+from covcli.signature.guarantee import binomial_interval
 
-Floats = npt.NDArray[np.float64]
-BOOTSTRAP_SAMPLES = 1000
+Counts = npt.NDArray[np.int64]
 BIN_EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
 THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -29,69 +42,117 @@ class Curves:
     """
 
     def __init__(self, trusted: Floats, untrusted: Floats) -> None:
-        values = np.unique(np.concatenate([trusted, untrusted]))[::-1]  # descending
+        self._scores = (trusted, untrusted)
+        values = np.unique(np.concatenate(self._scores))[::-1]  # descending
         self._places = [
-            len(values) - 1 - np.searchsorted(values[::-1], scores)
-            for scores in (trusted, untrusted)
+            len(values) - 1 - np.searchsorted(values[::-1], scores) for scores in self._scores
         ]
-        self._distinct = len(values)
         self.negatives, self.positives = (
-            np.bincount(places, minlength=self._distinct) for places in self._places
+            np.bincount(places, minlength=len(values)) for places in self._places
         )
 
-    def resample(self, generator: np.random.Generator) -> "Curves":
-        """Draw as many scores again from each sample, with replacement."""
-        again = object.__new__(Curves)
-        again._places, again._distinct = self._places, self._distinct
-        drawn = [places[generator.integers(0, len(places), len(places))] for places in self._places]
-        again.negatives, again.positives = (
-            np.bincount(places, minlength=self._distinct) for places in drawn
-        )
-        return again
-
-    def roc(self) -> tuple[Floats, Floats]:
-        """Return false and true positive rates at descending thresholds, from (0, 0) on."""
-        false = np.concatenate([[0], np.cumsum(self.negatives)])
-        true = np.concatenate([[0], np.cumsum(self.positives)])
-        return false / false[-1], true / true[-1]
+    def placements(self) -> Placements:
+        """Return where each image stands among those of the other kind."""
+        n, m = (len(scores) for scores in self._scores)
+        above = (np.cumsum(self.positives) - self.positives / 2) / m
+        below = 1 - (np.cumsum(self.negatives) - self.negatives / 2) / n
+        return Placements(above[self._places[0]], below[self._places[1]])
 
     def auroc(self) -> float:
-        """Return the area under the ROC curve, by trapezoids."""
-        false, true = self.roc()
-        return float(np.trapezoid(true, false))
+        """Return the area under the ROC curve."""
+        return self.placements().area
 
     def aupr_out(self) -> float:
         """Return the average precision Σ (recall step)·precision of the untrusted."""
-        return _average_precision(self.positives, self.negatives)
+        return average_precision(self.positives, self.negatives)[0]
 
     def aupr_in(self) -> float:
         """Return the average precision of the trusted, ranked by ascending score."""
-        return _average_precision(self.negatives[::-1], self.positives[::-1])
+        return average_precision(self.negatives[::-1], self.positives[::-1])[0]
 
     def fpr95(self) -> float:
         """Return the false positive rate at the first threshold that catches 95%."""
-        false, true = self.roc()
-        return float(false[np.argmax(true >= 0.95)])
+        return Fpr95.of(*self._scores).value
+
+    def detection(self) -> Detection:
+        """Return all four with their intervals, and no detection rate."""
+        placements, rate = self.placements(), Fpr95.of(*self._scores)
+        out = (self.positives, self.negatives)
+        inwards = (self.negatives[::-1], self.positives[::-1])
+        return Detection(
+            auroc=estimate(placements.area, placements.span()),
+            aupr_out=_estimate_precision(*out, placements),
+            aupr_in=_estimate_precision(*inwards, placements),
+            fpr95=estimate(rate.value, rate.span()),
+            detection_rate=None,
+        )
 
 
-def _average_precision(hits: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> float:
-    caught = np.cumsum(hits)
-    flagged = caught + np.cumsum(others)
-    used = hits > 0
-    return float((hits[used] * caught[used] / flagged[used]).sum() / caught[-1])
+def estimate(value: float, span: Span) -> Estimate:
+    """Return a value with its interval, which is made to hold it."""
+    wide = span.holding(value)
+    return Estimate(value, wide.low, wide.high)
+
+
+def average_precision(hits: Counts, others: Counts) -> tuple[float, Influence]:
+    """Return Σ (recall step)·precision, and what each image does to it.
+
+    A hit moves it by the precision where it stands itself, and any image by what it changes of the
+    precision at the hits that rank no higher.
+
+    Parameters
+    ----------
+    hits, others
+        How many images to be found, and how many others, have each distinct value, in the order of
+        the ranking, shapes (d,).
+    """
+    m, n = int(hits.sum()), int(others.sum())
+    share = m / (m + n)
+    recall, fallout = np.cumsum(hits) / m, np.cumsum(others) / n
+    listed = share * recall + (1 - share) * fallout
+    precision = share * recall / listed
+    slope = hits / m * share * (1 - share) / listed**2
+    by_hit, by_other = (
+        np.cumsum((slope * rate)[::-1])[::-1] * sign for rate, sign in ((fallout, 1), (recall, -1))
+    )
+    influence = Influence(np.repeat(precision + by_hit, hits), np.repeat(by_other, others))
+    return float(hits @ precision / m), influence
+
+
+def _estimate_precision(hits: Counts, others: Counts, placements: Placements) -> Estimate:
+    value, influence = average_precision(hits, others)
+    share = float(hits.sum() / (hits.sum() + others.sum()))
+    own = logit_span(value, influence)
+    span = placements.backed(own, lambda area: modelled_precision(area, share))
+    return estimate(value, span)
+
+
+def modelled_precision(area: Span, share: float) -> Span:
+    """Return the average precisions that `exponential_curves` have over an interval of the area.
+
+    Parameters
+    ----------
+    area
+        Of the area under the ROC curve.
+    share
+        Of the images to be found among all.
+    """
+    low, high = (
+        [float((share * RATES / (share * RATES + (1 - share) * false)).mean())
+         for false in exponential_curves(end)]
+        for end in (area.low, area.high)
+    )  # fmt: skip
+    return Span(min(low), max(high))
 
 
 def detection(
-    trusted: Floats,
-    untrusted: Floats,
-    flagged: npt.NDArray[np.bool_] | None,
-    seed: int = 0,
-    samples: int = BOOTSTRAP_SAMPLES,
+    trusted: Floats, untrusted: Floats, flagged: npt.NDArray[np.bool_] | None
 ) -> Detection:
-    """Measure how well a score separates, each figure with a 95% bootstrap interval.
+    """Measure how well a score separates, each figure with a 95% interval.
 
-    The interval speaks of the draw of the tested images; network, signature and calibration are
-    taken as they are.
+    The intervals speak of the draw of the tested images; network, signature and calibration are
+    taken as they are. `intervals` says how each is made, and `benchmarks/intervals.py` simulates
+    what they cover.
 
     Parameters
     ----------
@@ -99,61 +160,28 @@ def detection(
         Scores, shapes (n,) and (m,); larger means less trusted.
     flagged
         Which untrusted inputs the calibrated thresholds flag, shape (m,), or None.
-    seed
-        Of the bootstrap.
-    samples
-        How many bootstrap samples to draw.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> figures = detection(np.arange(50.0), np.arange(60.0, 110.0), None)
+    >>> figures.auroc.value, round(figures.auroc.low, 3)
+    (1.0, 0.963)
     """
-    whole = Curves(trusted, untrusted)
-    figures: dict[str, Callable[[Curves], float]] = {
-        "auroc": Curves.auroc,
-        "aupr_out": Curves.aupr_out,
-        "aupr_in": Curves.aupr_in,
-        "fpr95": Curves.fpr95,
-    }
-    estimates = _bootstrap(whole, figures, seed, samples)
-    return Detection(
-        auroc=estimates["auroc"],
-        aupr_out=estimates["aupr_out"],
-        aupr_in=estimates["aupr_in"],
-        fpr95=estimates["fpr95"],
-        detection_rate=None if flagged is None else share(flagged, seed, samples),
-    )
+    figures = Curves(trusted, untrusted).detection()
+    return figures if flagged is None else replace(figures, detection_rate=share(flagged))
 
 
-def auroc(
-    trusted: Floats, untrusted: Floats, seed: int = 0, samples: int = BOOTSTRAP_SAMPLES
-) -> Estimate:
+def auroc(trusted: Floats, untrusted: Floats) -> Estimate:
     """Return the area under the ROC curve alone; parameters as in `detection`."""
-    whole = Curves(trusted, untrusted)
-    return _bootstrap(whole, {"auroc": Curves.auroc}, seed, samples)["auroc"]
+    placements = Curves(trusted, untrusted).placements()
+    return estimate(placements.area, placements.span())
 
 
-def _bootstrap(
-    whole: Curves, figures: dict[str, Callable[[Curves], float]], seed: int, samples: int
-) -> dict[str, Estimate]:
-    generator = np.random.default_rng(seed)
-    drawn: dict[str, list[float]] = {name: [] for name in figures}
-    for _ in range(samples):
-        sample = whole.resample(generator)
-        for name, figure in figures.items():
-            drawn[name].append(figure(sample))
-    return {
-        name: estimate(figure(whole), np.array(drawn[name])) for name, figure in figures.items()
-    }
+def mean_detection(score: str, trusted: Floats, untrusted: Sequence[Floats]) -> MeanDetection:
+    """Average AUROC and FPR95 over untrusted sets, each with a 95% interval.
 
-
-def mean_detection(
-    score: str,
-    trusted: Floats,
-    untrusted: Sequence[Floats],
-    seed: int = 0,
-    samples: int = BOOTSTRAP_SAMPLES,
-) -> MeanDetection:
-    """Average AUROC and FPR95 over untrusted sets, each with a 95% bootstrap interval.
-
-    A bootstrap sample draws the trusted images once for all sets, since all are held against the
-    same ones.
+    All sets are held against the same trusted images, which the intervals take into account.
 
     Parameters
     ----------
@@ -163,38 +191,28 @@ def mean_detection(
         Scores of shape (n,).
     untrusted
         The sets' scores, each of shape (m,).
-    seed
-        Of the bootstrap.
-    samples
-        How many bootstrap samples to draw.
     """
-    figures = np.zeros((2, samples + 1))
-    for scores in untrusted:
-        whole = Curves(trusted, scores)
-        figures[:, 0] += whole.auroc(), whole.fpr95()
-        for i in range(samples):
-            # Its first draw is that of the trusted images: the same for every set.
-            drawn = whole.resample(np.random.default_rng([seed, i]))
-            figures[:, 1 + i] += drawn.auroc(), drawn.fpr95()
-    auroc, fpr95 = figures / len(untrusted)
+    areas = [Curves(trusted, scores).placements() for scores in untrusted]
+    rates = [Fpr95.of(trusted, scores) for scores in untrusted]
     return MeanDetection(
-        score, estimate(float(auroc[0]), auroc[1:]), estimate(float(fpr95[0]), fpr95[1:])
+        score,
+        estimate(float(np.mean([one.area for one in areas])), mean_area_span(areas)),
+        estimate(float(np.mean([one.value for one in rates])), mean_fpr95_span(rates)),
     )
 
 
-def share(
-    flags: npt.NDArray[np.bool_], seed: int = 0, samples: int = BOOTSTRAP_SAMPLES
-) -> Estimate:
-    """Return the share of true values, with a 95% bootstrap interval."""
-    value = float(flags.mean())
-    drawn = np.random.default_rng(seed).binomial(len(flags), value, samples) / len(flags)
-    return estimate(value, drawn)
+def share(flags: npt.NDArray[np.bool_]) -> Estimate:
+    """Return the share of true values, with its exact binomial 95% interval.
 
-
-def estimate(value: float, drawn: Floats) -> Estimate:
-    """Return a value with the interval between its bootstrap samples' 2.5% and 97.5% quantiles."""
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Estimate(value, float(low), float(high))
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rate = share(np.zeros(360, bool))
+    >>> rate.value, rate.low, round(rate.high, 4)
+    (0.0, 0.0, 0.0102)
+    """
+    low, high = binomial_interval(int(flags.sum()), len(flags))
+    return Estimate(float(flags.mean()), low, high)
 
 
 def confidence_bins(name: str, confidence: Floats, correct: npt.NDArray[np.bool_]) -> list[Bin]:

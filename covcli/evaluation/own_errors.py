@@ -4,30 +4,45 @@ Selective prediction: the images that a score trusts least are rejected first, a
 risk is the share of errors among those kept (Geifman and El-Yaniv, "Selective Classification for
 Deep Neural Networks", NeurIPS 2017). AURC and its excess over the best possible are those of
 Geifman, Uziel and El-Yaniv, "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers",
-ICLR 2019.
+ICLR 2019. AUGRC, the area under the generalised risk, which counts the errors kept among all
+images, is that of Traub et al., "Overcoming Common Flaws in the Evaluation of Selective
+Classification Systems", NeurIPS 2024.
 
 Images with equal scores have no order. Every figure is the mean over all orders of such images,
 which has a closed form, so that it does not depend on the order in which they come.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import numpy as np
 import numpy.typing as npt
+from scipy.special import xlogy
 
 from covcli.evaluation import metrics
-from covcli.evaluation.metrics import BOOTSTRAP_SAMPLES, Floats
-from covcli.reporting.documents import OwnErrors, Risk
+from covcli.evaluation.intervals import (
+    RATES,
+    Floats,
+    Influence,
+    Placements,
+    Span,
+    combined,
+    exponential_curves,
+    log_span,
+)
+from covcli.evaluation.metrics import Counts, Curves, estimate
+from covcli.reporting.documents import Estimate, OwnErrors, Risk
+from covcli.signature.guarantee import binomial_interval
 
-Counts = npt.NDArray[np.int64]
 CURVE_POINTS = 101
 
 
 def own_errors(
-    scores: dict[str, Floats],
-    correct: npt.NDArray[np.bool_],
-    seed: int = 0,
-    samples: int = BOOTSTRAP_SAMPLES,
+    scores: dict[str, Floats], correct: npt.NDArray[np.bool_]
 ) -> dict[str, OwnErrors] | None:
-    """Measure how well scores find a network's own errors, with 95% bootstrap intervals.
+    """Measure how well scores find a network's own errors, with 95% intervals.
+
+    The intervals take into account that another draw of images has another share of errors.
 
     Parameters
     ----------
@@ -35,46 +50,175 @@ def own_errors(
         By name, each of shape (n,), finite; larger means less trusted.
     correct
         Which images are classified correctly, shape (n,).
-    seed
-        Of the bootstrap.
-    samples
-        How many bootstrap samples to draw.
 
     Returns
     -------
     dict or None
         By name; None where the network makes no error, or nothing but errors.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> correct = np.arange(100) < 90
+    >>> errors = own_errors({"score": np.arange(100.0)}, correct)
+    >>> errors["score"].auroc.value, errors["score"].augrc.value, errors["score"].wrong
+    (1.0, 0.005, 10)
     """
     if correct.all() or not correct.any():
         return None
-    return {name: _own_errors(values, correct, seed, samples) for name, values in scores.items()}
+    return {name: _own_errors(values, correct) for name, values in scores.items()}
 
 
-def _own_errors(
-    scores: Floats, correct: npt.NDArray[np.bool_], seed: int, samples: int
-) -> OwnErrors:
+def _own_errors(scores: Floats, correct: npt.NDArray[np.bool_]) -> OwnErrors:
     _, places = np.unique(scores, return_inverse=True)
-    generator = np.random.default_rng(seed)
-    drawn = [
-        _areas(places[rows], correct[rows])
-        for rows in (generator.integers(0, len(scores), len(scores)) for _ in range(samples))
-    ]
-    area, excess = _areas(places, correct)
-    areas, excesses = np.array(drawn).T
+    tied, wrong = _count(places, correct)
+    ranking = Ranking(tied, wrong, Curves(scores[correct], scores[~correct]).placements())
+    area, least = aurc(tied, wrong), least_aurc(tied, wrong)
     return OwnErrors(
-        wrong=int((~correct).sum()),
-        auroc=metrics.auroc(scores[correct], scores[~correct], seed, samples),
-        aurc=metrics.estimate(area, areas),
-        excess_aurc=metrics.estimate(excess, excesses),
-        curve=risk_curve(*_count(places, correct)),
+        wrong=int(wrong.sum()),
+        auroc=metrics.auroc(scores[correct], scores[~correct]),
+        aurc=estimate(area, ranking.aurc_span()),
+        excess_aurc=estimate(area - least, ranking.excess_span()),
+        curve=risk_curve(tied, wrong),
+        augrc=ranking.augrc(),
     )
 
 
-def _areas(places: Counts, correct: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Return AURC and E-AURC."""
-    tied, wrong = _count(places, correct)
-    area = aurc(tied, wrong)
-    return area, area - least_aurc(tied, wrong)
+@dataclass(frozen=True)
+class Ranking:
+    """The order of right and wrong images by score, and what it would give at other error rates.
+
+    The figures depend on two things that another draw of images changes: the share of errors p,
+    and where errors stand among the right images. Their intervals combine those of both, each with
+    the other held fixed.
+
+    Parameters
+    ----------
+    tied, wrong
+        How many images have each distinct score, and how many of them are wrong, by ascending
+        score, shapes (d,).
+    placements
+        Of the right images among the wrong ones, and the other way round.
+    """
+
+    tied: Counts
+    wrong: Counts
+    placements: Placements
+
+    @cached_property
+    def rate(self) -> float:
+        """The share of errors."""
+        return float(self.wrong.sum() / self.tied.sum())
+
+    @cached_property
+    def rates(self) -> Span:
+        """The exact interval of that share."""
+        return Span(*binomial_interval(int(self.wrong.sum()), int(self.tied.sum())))
+
+    def augrc(self) -> Estimate:
+        """Return p²/2 + (1 − A)·p·(1 − p), with A the AUROC of the errors."""
+        areas = self.placements.span()
+        value = _augrc(self.rate, self.placements.area)
+        by_rate = Span(*(_augrc(rate, self.placements.area) for rate in _ends(self.rates)))
+        by_rank = Span(_augrc(self.rate, areas.high), _augrc(self.rate, areas.low))
+        return estimate(value, _combined(value, by_rate, by_rank))
+
+    def aurc_span(self) -> Span:
+        """Return the interval of the area under the risk-coverage curve."""
+        value, least = self.area(self.rate), least_area(self.rate)
+        by_rate = Span(*(self.area(rate) for rate in _ends(self.rates)))
+        by_rank = Span(*(least + end for end in _ends(self._excess_at_rate())))
+        return _combined(value, by_rate, by_rank)
+
+    def excess_span(self) -> Span:
+        """Return the interval of what the area has above the least."""
+        value = self.excess(self.rate)
+        ends = [self.excess(rate) for rate in _ends(self.rates)]  # rises first, then falls
+        return _combined(value, Span(min(ends), max(ends)), self._excess_at_rate())
+
+    def area(self, rate: float) -> float:
+        """Return the AURC of many images in this order, if so large a share were errors.
+
+        An error that is kept together with a share g of the images, or more, adds −log g: the mean
+        of that over the block of images that have the same score.
+        """
+        before, after = self._coverage(rate)
+        sums = (after - xlogy(after, after)) - (before - xlogy(before, before))
+        used = self.wrong > 0
+        logs = sums[used] / (after - before)[used]
+        return float(rate * self.wrong[used] @ logs / self.wrong.sum())
+
+    def excess(self, rate: float) -> float:
+        """Return what that area has above the least."""
+        return max(self.area(rate) - least_area(rate), 0.0)
+
+    def _coverage(self, rate: float) -> tuple[Floats, Floats]:
+        """Return the share of images kept before and with each distinct score."""
+        right = self.tied - self.wrong
+        share = rate * self.wrong / self.wrong.sum() + (1 - rate) * right / right.sum()
+        after = np.cumsum(share)
+        return np.concatenate([[0.0], after[:-1]]), after
+
+    def _excess_at_rate(self) -> Span:
+        """Return the interval of the excess with the share of errors as it is."""
+        own = log_span(self.excess(self.rate), self._influence())
+        return self.placements.backed(own, lambda area: modelled_excess(area, self.rate))
+
+    def _influence(self) -> Influence:
+        """Return what each right and each wrong image does to the area."""
+        before, after = self._coverage(self.rate)
+        middle = (before + after) / 2
+        # An image that is kept before an error raises the coverage at which that one is kept.
+        pull = -self.rate * self.wrong / self.wrong.sum() / middle
+        pulls = np.cumsum(pull[::-1])[::-1] - pull / 2
+        of_wrong = self.rate * (pulls - np.log(middle))
+        right = self.tied - self.wrong
+        return Influence(np.repeat((1 - self.rate) * pulls, right), np.repeat(of_wrong, self.wrong))
+
+
+def _ends(span: Span) -> tuple[float, float]:
+    return span.low, span.high
+
+
+def _augrc(rate: float, area: float) -> float:
+    return rate**2 / 2 + (1 - area) * rate * (1 - rate)
+
+
+def _combined(value: float, *parts: Span) -> Span:
+    """Return the interval of a value that moves within these, each for a reason of its own."""
+    below = np.array([value - part.holding(value).low for part in parts])
+    above = np.array([part.holding(value).high - value for part in parts])
+    return combined(value, below, above)
+
+
+def least_area(rate: float) -> float:
+    """Return the AURC of many images where a share are errors and all of them rank last.
+
+    It is p + (1 − p)·log(1 − p) (Geifman, Uziel and El-Yaniv 2019, section 3).
+    """
+    return float(rate + xlogy(1 - rate, 1 - rate))
+
+
+def modelled_excess(area: Span, rate: float) -> Span:
+    """Return the E-AURC that `exponential_curves` have over an interval of the area.
+
+    Parameters
+    ----------
+    area
+        Of the AUROC of the errors.
+    rate
+        The share of errors.
+    """
+
+    def areas(false: Floats) -> float:
+        kept = rate * (1 - RATES) + (1 - rate) * (1 - false)
+        return float(rate * -np.log(kept).mean())
+
+    low, high = (
+        [areas(false) - areas(np.zeros_like(RATES)) for false in exponential_curves(end)]
+        for end in (area.high, area.low)
+    )
+    return Span(min(low), max(high))
 
 
 def _count(places: Counts, correct: npt.NDArray[np.bool_]) -> tuple[Counts, Counts]:

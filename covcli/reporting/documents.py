@@ -31,7 +31,7 @@ UpTo = Annotated[float, _none_as(math.inf)]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with a 95% bootstrap interval."""
+    """A value with a 95% interval; `covcli.evaluation.intervals` says how each is made."""
 
     value: float
     low: float
@@ -116,6 +116,10 @@ class OwnErrors:
         E-AURC: what the area has above that of a score that ranks every error last; 0 is best.
     curve
         The risk-coverage curve, at most 101 points, by ascending share kept.
+    augrc
+        Area under the generalised risk: the mean, over the shares of images that are kept, of the
+        share of all images that are kept and wrong. Half the error rate for a score that knows
+        nothing; lower is better. None in a document of covcli before it had this.
     """
 
     wrong: int
@@ -123,6 +127,7 @@ class OwnErrors:
     aurc: Estimate
     excess_aurc: Estimate
     curve: list[Risk]
+    augrc: Estimate | None = None
 
 
 @dataclass(frozen=True)

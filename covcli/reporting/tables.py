@@ -38,7 +38,7 @@ FPR95_NOTE = (
 ERRORS_NOTE = (
     "AUROC: the chance that a wrong answer scores higher than a right one. AURC: mean share of "
     "errors among the images kept, when the least trusted are rejected first; E-AURC: how much "
-    "of it a perfect order would save."
+    "of it a perfect order would save. AUGRC: the same mean with errors counted among all images."
 )
 
 
@@ -185,7 +185,7 @@ def false_alarms(result: EvaluationResult) -> str:
         f"{percent(result.trusted.accuracy)}%), {interval(alarms, 2)}% were flagged at "
         f"{result.guarantee.mode} α = {alarms.alpha:g}. Calibration on "
         f"{result.signature.calibration_scores} scores promises {low} to {high}% of so many "
-        "images, with 95% probability."
+        "images, with 95% probability if no two scores are equal."
     )
 
 
@@ -393,10 +393,11 @@ def own_errors(result: EvaluationResult) -> Table | None:
         return None
     rows = [
         [name, f"{e.wrong} of {result.trusted.images}",
-         *map(interval, (e.auroc, e.aurc, e.excess_aurc))]
+         *map(interval, (e.auroc, e.aurc, e.excess_aurc, e.augrc))]
         for name, e in errors.items()
     ]  # fmt: skip
-    return Table("The network's own errors", ["score", "wrong", "AUROC", "AURC", "E-AURC"], rows)
+    head = ["score", "wrong", "AUROC", "AURC", "E-AURC", "AUGRC"]
+    return Table("The network's own errors", head, rows)
 
 
 def watched(log: TrainingLog) -> Table | None:

@@ -18,7 +18,8 @@ from typing import get_args
 import numpy as np
 import torch
 from scipy.signal import fftconvolve
-from scipy.stats import betabinom, binom, binomtest
+from scipy.special import betaincinv
+from scipy.stats import betabinom, binom
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -104,8 +105,10 @@ def alarms_bound(rank: int, scores: int, images: int) -> float:
 
 def binomial_interval(alarms: int, images: int) -> tuple[float, float]:
     """Return the exact 95% interval of a rate (Clopper and Pearson, 1934)."""
-    interval = binomtest(alarms, images).proportion_ci(CONFIDENCE, method="exact")
-    return float(interval.low), float(interval.high)
+    tail = (1 - CONFIDENCE) / 2
+    low = betaincinv(alarms, images - alarms + 1, tail) if alarms else 0.0
+    high = betaincinv(alarms + 1, images - alarms, 1 - tail) if alarms < images else 1.0
+    return float(low), float(high)
 
 
 _STATEMENTS: Mapping[Mode, str] = {

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
 from covcli.evaluation.own_errors import own_errors
 from covcli.reporting.documents import OwnErrors
+
+FIGURES = ("auroc", "aurc", "excess_aurc", "augrc")
 
 
 def naive_risks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
@@ -22,8 +25,8 @@ def naive_risks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
     return np.mean(found, 0)
 
 
-def measured(scores: np.ndarray, correct: np.ndarray, samples: int = 20) -> OwnErrors:
-    found = own_errors({"x": scores}, correct, samples=samples)
+def measured(scores: np.ndarray, correct: np.ndarray) -> OwnErrors:
+    found = own_errors({"x": scores}, correct)
     assert found is not None
     return found["x"]
 
@@ -37,7 +40,7 @@ def measured(scores: np.ndarray, correct: np.ndarray, samples: int = 20) -> OwnE
 def test_every_figure_is_the_mean_over_the_orders_of_ties(images: list[tuple[int, bool]]) -> None:
     scores = np.array([score for score, _ in images], float)
     correct = np.array([right for _, right in images])
-    found = measured(scores, correct, samples=5)
+    found = measured(scores, correct)
     risks = naive_risks(scores, correct)
     assert found.aurc.value == pytest.approx(risks.mean())
     best = naive_risks((~correct).astype(float), correct).mean()
@@ -47,7 +50,7 @@ def test_every_figure_is_the_mean_over_the_orders_of_ties(images: list[tuple[int
     assert [r.kept for r in found.curve] == pytest.approx(
         list(np.arange(1, len(risks) + 1) / len(risks))
     )
-    turned = measured(scores[::-1].copy(), correct[::-1].copy(), samples=5)
+    turned = measured(scores[::-1].copy(), correct[::-1].copy())
     assert turned.curve == found.curve
     assert turned.aurc.value == found.aurc.value
 
@@ -72,21 +75,58 @@ def test_perfect_ignorant_and_random_scores_have_their_closed_forms() -> None:
     assert random.curve[-1].risk == pytest.approx(rate)
 
 
+def test_augrc_is_the_mean_share_kept_and_wrong() -> None:
+    generator = np.random.default_rng(2)
+    correct = generator.random(300) > 0.2
+    scores = np.round(generator.normal(0, 1, 300) + ~correct, 1)
+    found = measured(scores, correct).augrc
+    assert found is not None
+    # Its curve runs straight between distinct scores: Traub et al. 2024, section 3.
+    order = np.sort(np.unique(scores))
+    kept = np.array([0.0, *((scores <= score).mean() for score in order)])
+    wrong = np.array([0.0, *(((scores <= score) & ~correct).mean() for score in order)])
+    assert found.value == pytest.approx(np.trapezoid(wrong, kept))
+    assert found.low < found.value < found.high
+
+
 def test_the_interval_is_that_of_resampled_images() -> None:
     generator = np.random.default_rng(1)
-    correct = generator.random(400) > 0.2
-    scores = generator.normal(0, 1, 400) + ~correct
+    correct = generator.random(600) > 0.3
+    scores = generator.normal(0, 1, 600) + ~correct
     drawn = []
     for _ in range(400):
-        rows = generator.integers(0, 400, 400)
+        rows = generator.integers(0, 600, 600)
         order = np.argsort(scores[rows])
-        drawn.append((np.cumsum(~correct[rows][order]) / np.arange(1, 401)).mean())
-    found = measured(scores, correct, samples=400)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    assert found.aurc.low == pytest.approx(low, abs=0.01)
-    assert found.aurc.high == pytest.approx(high, abs=0.01)
-    assert found.excess_aurc.low <= found.excess_aurc.value <= found.excess_aurc.high
-    assert measured(scores, correct, samples=400) == found
+        wrong = np.cumsum(~correct[rows][order])
+        best = np.cumsum(np.sort(~correct[rows]))
+        kept = np.arange(1, 601)
+        drawn.append(((wrong / kept).mean(), ((wrong - best) / kept).mean(), wrong.mean() / 600))
+    found = measured(scores, correct)
+    assert found.augrc is not None
+    ends = np.percentile(drawn, [2.5, 97.5], axis=0).T
+    for estimate, truth in zip((found.aurc, found.excess_aurc, found.augrc), ends, strict=True):
+        assert (estimate.low, estimate.high) == pytest.approx(truth, abs=0.012)
+    assert measured(scores, correct) == found
+
+
+@pytest.mark.parametrize("deviation", [0.5, 2.0])
+def test_simulated_figures_lie_in_their_intervals(deviation: float) -> None:
+    wrong, area, images = 0.1, 0.95, 300
+    shift = np.hypot(1, deviation) * norm.ppf(area)
+    generator = np.random.default_rng(4)
+
+    def drawn(count: int) -> tuple[np.ndarray, np.ndarray]:
+        correct = generator.random(count) > wrong
+        normal = generator.normal(size=count)
+        return np.where(correct, normal, shift + deviation * normal), correct
+
+    truth = measured(*drawn(1_000_000))
+    held = []
+    for _ in range(150):
+        found = measured(*drawn(images))
+        pairs = [(getattr(found, key), getattr(truth, key).value) for key in FIGURES]
+        held.append([figure.low <= value <= figure.high for figure, value in pairs])
+    assert (np.mean(held, 0) >= 0.92).all()
 
 
 def test_a_network_without_errors_or_with_nothing_else_has_no_figures() -> None:
