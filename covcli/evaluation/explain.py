@@ -9,6 +9,7 @@ from torch import Tensor
 
 from covcli.core.progress import Silent
 from covcli.data.images import ImageSet
+from covcli.evaluation.scores import MeasuredSet
 from covcli.models.points import Outputs, Point
 from covcli.models.pooling import locate
 from covcli.models.sweep import to_network
@@ -92,7 +93,7 @@ def heat_map(judge: Judge, images: ImageSet, explanation: Explanation) -> np.nda
 
 
 def explain_sets(
-    judge: Judge, images: Mapping[str, ImageSet], scores: Mapping[str, np.ndarray], most: int
+    judge: Judge, sets: Mapping[str, MeasuredSet], most: int
 ) -> tuple[list[Explanation], list[ExplainedImage]]:
     """Explain the most suspicious images of each set, and gather what their pictures need.
 
@@ -100,8 +101,8 @@ def explain_sets(
     ----------
     judge
         What judged the sets.
-    images, scores
-        The sets and their scores, by name.
+    sets
+        By name.
     most
         How many images of each set.
 
@@ -114,9 +115,9 @@ def explain_sets(
     pictures: list[ExplainedImage] = []
     if most == 0:
         return explanations, pictures
-    for name, images_of_set in images.items():
-        rows = np.argsort(-scores[name], kind="stable")[:most].tolist()
-        named = replace(images_of_set, name=name)
+    for name, entry in sets.items():
+        rows = np.argsort(-entry.measured.scores["coverage"], kind="stable")[:most].tolist()
+        named = replace(entry.images, name=name)
         for explanation in explain(judge, named, rows):
             row = torch.tensor([explanation.row])
             image = named.batch(row, judge.model.spec.shape)[0].numpy()

@@ -12,7 +12,7 @@ from covcli.evaluation import metrics
 from covcli.evaluation.config import EvaluationConfig
 from covcli.evaluation.inputs import Job
 from covcli.evaluation.own_errors import own_errors
-from covcli.evaluation.scores import Measured
+from covcli.evaluation.scores import Measured, MeasuredSet
 from covcli.reporting.documents import (
     EVALUATION_SCHEMA,
     Accepted,
@@ -125,14 +125,12 @@ def guaranteed(guarantee: Guarantee) -> Guaranteed:
 
 
 def result_of(
-    job: Job,
-    images: dict[str, ImageSet],
-    measured: dict[str, Measured],
-    explanations: list[Explanation],
+    job: Job, sets: dict[str, MeasuredSet], explanations: list[Explanation]
 ) -> EvaluationResult:
     """Put together the figures of an evaluation."""
     config, judge, record = job.config, job.judge, job.record
     signature, rule = judge.signature, judge.rule
+    measured = {name: entry.measured for name, entry in sets.items()}
     trusted = measured["trusted"]
     return EvaluationResult(
         schema=EVALUATION_SCHEMA,
@@ -154,7 +152,7 @@ def result_of(
         guarantee=guaranteed(rule.guarantee),
         trusted=_trusted_figures(job, trusted),
         untrusted=[
-            _untrusted_figures(job, images[t], trusted, measured[t]) for t in config.untrusted
+            _untrusted_figures(job, sets[t].images, trusted, measured[t]) for t in config.untrusted
         ],
         mean_over_sets=_means(config, measured),
         points=[

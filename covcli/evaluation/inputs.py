@@ -4,15 +4,19 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from covcli.core import files, run_folders
 from covcli.core.errors import CovcliError
 from covcli.core.specs import parse
+from covcli.core.version import __version__
 from covcli.data import datasets, labels
 from covcli.data.images import ImageSet
 from covcli.evaluation import gates
 from covcli.evaluation.baselines import compare
 from covcli.evaluation.baselines.compare import Plan
 from covcli.evaluation.config import EvaluationConfig
+from covcli.evaluation.sets import Opener, opener
 from covcli.reporting.per_image import SAMPLES, SCORES
 from covcli.signature import judge as judges
 from covcli.signature.guarantee import Rule
@@ -24,7 +28,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that an evaluation needs, loaded and checked."""
+    """Everything that an evaluation needs, loaded and checked.
+
+    Attributes
+    ----------
+    config
+        What `evaluate` was told.
+    files
+        What it will write, by name.
+    checkpoint, signature
+        What it read.
+    judge, record
+        Of them.
+    rules
+        For each score the thresholds that keep the guarantee.
+    trusted
+        The trusted test images.
+    sets
+        All sets in their order, "trusted" first, and how each is opened.
+    plan
+        The baselines.
+    warnings
+        What a reader of the figures must know.
+    """
 
     config: EvaluationConfig
     files: dict[str, Path]
@@ -34,8 +60,17 @@ class Job:
     rules: dict[str, Rule]
     record: Record
     trusted: ImageSet
+    sets: dict[str, Opener]
     plan: Plan
     warnings: list[str]
+
+    @property
+    def identity(self) -> str:
+        """A digest of what every figure depends on beside the images."""
+        guarantee, device = self.judge.rule.guarantee, self.judge.model.mean.device
+        versions = [torch.__version__, __version__, str(device)]
+        described = [vars(guarantee), versions, self.plan.names, self.plan.versions]
+        return files.digest([files.digest_file(self.signature), described])
 
 
 def load_job(config: EvaluationConfig) -> Job:
@@ -61,9 +96,11 @@ def load_job(config: EvaluationConfig) -> Job:
     softmax = judge.calibration.softmax_rule(judge.rule.guarantee, classes)
     trusted, warnings = _trusted(config, record, classes)
     plan = compare.prepare(config.baselines, judge, record, config.data_dir)
+    sets = {t: opener(t, judge, trusted, config.data_dir) for t in config.untrusted}
     return Job(
         config, outputs, checkpoint_path, signature_path, judge,
-        {"coverage": judge.rule, "softmax": softmax}, record, trusted, plan, warnings,
+        {"coverage": judge.rule, "softmax": softmax}, record, trusted,
+        {"trusted": Opener.of(trusted), **sets}, plan, warnings,
     )  # fmt: skip
 
 

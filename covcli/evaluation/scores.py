@@ -68,6 +68,23 @@ class Measured:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class MeasuredSet:
+    """A set's images, and what was measured of them.
+
+    Attributes
+    ----------
+    images, measured
+        In the same order.
+    seconds
+        How long that took; None where an evaluation that was cut short did it.
+    """
+
+    images: ImageSet
+    measured: Measured
+    seconds: float | None
+
+
 def measure(judge: Judge, images: ImageSet, progress: Progress) -> Measured:
     """Have a set judged; each rank runs its share of it."""
     parts = []
@@ -94,26 +111,24 @@ def measure(judge: Judge, images: ImageSet, progress: Progress) -> Measured:
     )
 
 
-def pick(
-    sets: Mapping[str, tuple[ImageSet, Measured]],
-    shape: Shape,
-    explained: list[ExplainedImage],
-) -> Samples:
+def pick(sets: Mapping[str, MeasuredSet], shape: Shape, explained: list[ExplainedImage]) -> Samples:
     """Read each set's most suspicious flagged images and least suspicious others, for a report.
 
     Parameters
     ----------
+    sets
+        By name.
     shape
         Channels, height and width to read them in.
     explained
         The images of the explanations, which go with them.
     """
     flagged, passed = [], []
-    for images, measured in sets.values():
-        order = np.argsort(measured.scores["coverage"], kind="stable")
-        flags = measured.untrusted[order]
-        flagged.append(_thumbnails(images, order[flags][::-1][:SAMPLES], shape))
-        passed.append(_thumbnails(images, order[~flags][:SAMPLES], shape))
+    for entry in sets.values():
+        order = np.argsort(entry.measured.scores["coverage"], kind="stable")
+        flags = entry.measured.untrusted[order]
+        flagged.append(_thumbnails(entry.images, order[flags][::-1][:SAMPLES], shape))
+        passed.append(_thumbnails(entry.images, order[~flags][:SAMPLES], shape))
     return Samples(flagged, passed, explained)
 
 

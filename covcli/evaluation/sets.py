@@ -1,7 +1,8 @@
 """Sets that an evaluation has checked, and opens when their turn comes."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from covcli.attacks import attacks
-from covcli.core import files
+from covcli.core import distributed, files
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
 from covcli.core.specs import parse
 from covcli.data import datasets
 from covcli.data.images import ImageSet, MemorySource, in_memory
-from covcli.evaluation.scores import Measured
+from covcli.evaluation.baselines.compare import Comparison
+from covcli.evaluation.scores import Measured, MeasuredSet, measure
 from covcli.signature.judge import Judge
 
 PART = files.Format("covcli evaluation part", schema=1, keys=frozenset({"measured", "images"}))
@@ -49,7 +51,7 @@ class Opener:
         return cls(images.name, images.fingerprint, lambda _progress: images)
 
     def pixels(self, images: ImageSet) -> Tensor | None:
-        """Return an attack's images, which are dear to make again; None for others."""
+        """Return an attack's images, which are expensive to make again; None for others."""
         if self.start is None or not isinstance(images.source, MemorySource):
             return None
         return images.source.images
@@ -60,12 +62,7 @@ class Opener:
         return in_memory(self.name, pixels, self.start.labels, self.start.classes, ready=True)
 
 
-def opener(
-    text: str,
-    judge: Judge,
-    trusted: ImageSet,
-    data_dir: Path | None,
-) -> Opener:
+def opener(text: str, judge: Judge, trusted: ImageSet, data_dir: Path | None) -> Opener:
     """Check an untrusted specification now, so that an error does not come after hours.
 
     Parameters
@@ -127,7 +124,7 @@ class Parts:
         return measured, content["images"]
 
     def keep(self, of: str, measured: Measured, images: Tensor | None) -> None:
-        """Keep what was measured of a set; `images` where making them again would be dear."""
+        """Keep what was measured of a set; `images` where it is expensive to make them again."""
         fields = {k: _to_tensor(v) for k, v in vars(measured).items()}
         PART.save(self._path(of), {"measured": fields, "images": images})
 
@@ -140,6 +137,25 @@ class Parts:
         """Remove the files, once the evaluation is written."""
         for path in self._used:
             path.unlink(missing_ok=True)
+
+
+def measure_set(
+    entry: Opener, judge: Judge, baselines: Comparison, parts: Parts, progress: Progress
+) -> MeasuredSet:
+    """Open a set and have it judged, unless an evaluation that was cut short did."""
+    done = distributed.agree(parts.find(entry.identity))
+    if done is not None:
+        measured, pixels = done
+        images = entry.open(progress) if pixels is None else entry.made_of(pixels)
+        return MeasuredSet(images, measured, None)
+    begin = time.perf_counter()
+    images = entry.open(progress)
+    ours, theirs = measure(judge, images, progress), baselines.score(images, progress)
+    measured = replace(ours, scores={**ours.scores, **theirs})
+    seconds = time.perf_counter() - begin
+    if distributed.is_first():
+        parts.keep(entry.identity, measured, entry.pixels(images))
+    return MeasuredSet(images, measured, seconds)
 
 
 def _to_tensor(value: Any) -> Any:

@@ -15,7 +15,7 @@ from covcli.core import files, run_folders, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
 from covcli.core.signals import Interrupted, Interrupts
-from covcli.evaluation import evaluate as evaluation
+from covcli.evaluation import sets as evaluated
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
 from covcli.models import checkpoint as checkpoints
 from covcli.training import train as training
@@ -254,7 +254,7 @@ def test_a_cut_evaluation_does_not_repeat_finished_sets(
     sets = ("photos?limit=40", "attack:pgd?limit=30", "noise:uniform?limit=20")
     plain = evaluate(EvaluationConfig(sets, runs=run.parent, output=tmp_path / "plain"), Silent())
     measured: list[str] = []
-    measure = evaluation.measure
+    measure = evaluated.measure
 
     def counting(*arguments: object) -> object:
         images = arguments[1]
@@ -263,7 +263,7 @@ def test_a_cut_evaluation_does_not_repeat_finished_sets(
             raise KeyboardInterrupt
         return measure(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(evaluation, "measure", counting)
+    monkeypatch.setattr(evaluated, "measure", counting)
     cut = EvaluationConfig(sets, runs=run.parent, output=tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
         evaluate(cut, Silent())
