@@ -278,7 +278,7 @@ def test_evaluate_explains_the_most_suspicious_of_each_set(
 def test_a_negative_number_of_explanations_is_refused(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(CovcliError, match="at least 0"):
+    with pytest.raises(CovcliError, match="--explain -1"):
         evaluate(EvaluationConfig(("photos",), runs=run.parent, explain=-1), Silent())
     code, _, err = call(capsys, "evaluate", "--untrusted", "photos", "--explain", "-1")
     assert (code, "--explain" in err) == (2, True)
