@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import doctest_folder
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,10 @@ from covcli.signature.build import SignatureConfig, SignatureResult, build_signa
 from covcli.training.train import TrainConfig, TrainResult, train
 
 PLUGIN = Path(__file__).parent / "tiny_model.py"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(doctest_folder)
 
 
 @pytest.fixture(scope="session", autouse=True)

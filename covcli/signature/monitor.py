@@ -43,7 +43,9 @@ class Monitor:
     --------
     >>> import torch
     >>> from covcli import Monitor
-    >>> monitor = Monitor.load("runs/latest/checkpoint.pt", "runs/latest/signature-mrc.safetensors")
+    >>> monitor = Monitor.load(
+    ...     "runs/latest/checkpoint.pt", "runs/latest/signature-ensemble.safetensors"
+    ... )
     >>> verdicts = monitor(torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
     >>> verdicts.untrusted.tolist()  # black images are no digits
     [True, True, True, True]

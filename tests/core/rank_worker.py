@@ -126,4 +126,5 @@ def main() -> None:
     distributed.stop()
 
 
-main()
+if __name__ == "__main__":
+    main()
