@@ -30,7 +30,7 @@ from covcli.core import files
 from covcli.core.errors import CovcliError
 from covcli.models import checkpoint as checkpoints
 from covcli.models.checkpoint import load_checkpoint, save_checkpoint
-from covcli.signature import signature
+from covcli.signature import signature as signatures
 from covcli.signature.signature import load_signature
 
 PLUGIN = Path(__file__).parent.parent / "tests" / "tiny_model.py"
@@ -107,13 +107,15 @@ except CovcliError as error:
 
 
 def meaning_of_signature(path: Path) -> str:
-    made, calibration, record = signature.load(path)
+    signature, calibration, record = signatures.load(path)
     tensors = {
-        **made.state.tensors,
+        **signature.state.tensors,
         "scores": calibration.scores,
         "scale": calibration.combination.scale,
     }
-    return files.digest([tensors, record.as_dict(), made.points and [vars(p) for p in made.points]])
+    return files.digest(
+        [tensors, record.as_dict(), signature.points and [vars(p) for p in signature.points]]
+    )
 
 
 def meaning_of_checkpoint(path: Path) -> str:

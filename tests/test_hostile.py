@@ -26,15 +26,15 @@ from covcli.data.decoding import decode
 from covcli.models import checkpoint as checkpoints
 from covcli.models.checkpoint import load_checkpoint
 from covcli.reporting.report import report
-from covcli.signature import signature
+from covcli.signature import signature as signatures
 from covcli.training.paused import PAUSED
 
 MEANING = {
     "signature": lambda path: (
-        files.digest(signature.load(path)[2].as_dict())
-        + files.fingerprint(signature.load(path)[0].state.tensors)
-        + repr(signature.load(path)[0].points)
-        + files.fingerprint({"s": signature.load(path)[1].scores})
+        files.digest(signatures.load(path)[2].as_dict())
+        + files.fingerprint(signatures.load(path)[0].state.tensors)
+        + repr(signatures.load(path)[0].points)
+        + files.fingerprint({"s": signatures.load(path)[1].scores})
     ),
     "checkpoint": lambda path: (
         files.fingerprint(checkpoints.load(path).model.state_dict())
@@ -161,7 +161,7 @@ def test_every_reader_refuses_the_corpus(path: Path) -> None:
     """Hostile pickles, lying and overlapping headers, bombs, ambiguous and deep documents."""
     canary = Path("/tmp/covcli-canary")  # what the pickles of the corpus would make
     readers: list[Callable[[Path], object]] = [
-        checkpoints.load, signature.load, files.read_json,
+        checkpoints.load, signatures.load, files.read_json,
         PAUSED.load, lambda p: datasets.load(f"npz:{p}", "train"),
         decode, file_checks.read_gzip,
     ]  # fmt: skip

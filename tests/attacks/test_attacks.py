@@ -17,7 +17,7 @@ from covcli.data import datasets
 from covcli.data.images import ImageSet
 from covcli.models import checkpoint as checkpoints
 from covcli.models.architectures import Classifier
-from covcli.signature import signature
+from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureConfig, SignatureResult, build_signature
 from covcli.signature.judge import Judge
 from covcli.training.train import TrainResult, train
@@ -44,8 +44,8 @@ def model(trained: TrainResult) -> Classifier:
 
 @pytest.fixture
 def look(model: Classifier, signed: SignatureResult) -> Monitored:
-    made, calibration, _ = signature.load(signed.path)
-    return Judge.of(model, made, calibration).monitored()
+    signature, calibration, _ = signatures.load(signed.path)
+    return Judge.of(model, signature, calibration).monitored()
 
 
 @pytest.fixture
@@ -143,8 +143,8 @@ def test_the_adaptive_attack_evades_what_plain_pgd_does_not(
 ) -> None:
     path = tmp_path / "s"
     build_signature(SignatureConfig(trained.checkpoint, method, output=path), Silent())
-    made, calibration, _ = signature.load(path)
-    look = Judge.of(model, made, calibration).monitored()
+    signature, calibration, _ = signatures.load(path)
+    look = Judge.of(model, signature, calibration).monitored()
     labels = digits.known_labels()
     scores, rates = {}, {}
     for name in ("pgd", "adaptive-pgd"):
@@ -163,8 +163,8 @@ def test_the_score_that_is_attacked_is_the_monitors(
 ) -> None:
     from covcli import Monitor
 
-    made, calibration, _ = signature.load(signed.path)
-    verdicts = Monitor(Judge.of(model, made, calibration))(pixels(digits))
+    signature, calibration, _ = signatures.load(signed.path)
+    verdicts = Monitor(Judge.of(model, signature, calibration))(pixels(digits))
     found = look(pixels(digits).requires_grad_())
     torch.testing.assert_close(found.score, verdicts.score)
     assert found.soft_score.requires_grad

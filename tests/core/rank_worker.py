@@ -51,21 +51,21 @@ def signatures(model: Classifier) -> dict[str, str]:
         images = all_right(model, datasets.load(f"digits?limit={size}", "train"))
         for name in METHODS:
             method = METHODS.get(name)()
-            made, trusted, accuracy = fit_signature(
+            signature, trusted, accuracy = fit_signature(
                 model, images, tuple("0123456789"), method, "channel", 0.0, Silent()
             )
             assert (sum(trusted.counts), accuracy) == (size, 1.0)
-            found[f"signature {name} {size}"] = files.fingerprint(made.state.tensors)
+            found[f"signature {name} {size}"] = files.fingerprint(signature.state.tensors)
     return found
 
 
 def scores(model: Classifier) -> dict[str, str]:
     """Return digests of the scores of sets of every size, by the default method."""
     images = all_right(model, datasets.load("digits?limit=600", "train"))
-    made, _, _ = fit_signature(
+    signature, _, _ = fit_signature(
         model, images, tuple("0123456789"), METHODS.get("ensemble")(), "channel", 0.0, Silent()
     )
-    judge = fit_judge(model, made, datasets.load("digits?limit=101", "test"), Silent())
+    judge = fit_judge(model, signature, datasets.load("digits?limit=101", "test"), Silent())
     calibration = judge.calibration
     found = {"calibration": files.digest([vars(calibration.combination), calibration.scores])}
     for size in SIZES:

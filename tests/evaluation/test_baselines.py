@@ -25,7 +25,7 @@ from covcli.models import checkpoint as checkpoints
 from covcli.models.architectures import ModelSpec
 from covcli.reporting.report import report
 from covcli.signature import judge as judges
-from covcli.signature import signature
+from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureConfig, SignatureResult, build_signature
 from covcli.training.train import TrainResult, split_rows
 
@@ -45,7 +45,7 @@ def plan(network: Network, signed: SignatureResult) -> Plan:
 
 @pytest.fixture(scope="module")
 def fitted(plan: Plan, signed: SignatureResult) -> Comparison:
-    _, calibration, _ = signature.load(signed.path)
+    _, calibration, _ = signatures.load(signed.path)
     return compare.fit(plan, calibration.guarantee, Silent())
 
 
@@ -205,7 +205,7 @@ def test_evaluate_puts_the_baselines_beside_ours(run: Path) -> None:
     _, held_out = split_rows(1437, 0.25, 0)
     calibration = datasets.load("digits", "train").select(held_out)
     ranking = calibration.select(
-        (~signature.load(run / "signature-mrc.safetensors")[1].fitting).nonzero()[:, 0]
+        (~signatures.load(run / "signature-mrc.safetensors")[1].fitting).nonzero()[:, 0]
     )
     detector = detectors.MaxLogit(model)
     with torch.no_grad():

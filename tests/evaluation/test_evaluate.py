@@ -15,7 +15,7 @@ from covcli.core.progress import Silent
 from covcli.data import datasets
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
 from covcli.reporting.report import report
-from covcli.signature import signature
+from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureResult
 from covcli.signature.monitor import Monitor
 
@@ -75,11 +75,11 @@ def test_evaluation_agrees_with_the_monitor_and_with_plain_figures(evaluated: Pa
 
 def test_coverage_by_point_is_the_share_of_neurons_in_range(evaluated: Path) -> None:
     document = json.loads((evaluated / "evaluation.json").read_text())
-    made, _, _ = signature.load(evaluated / "signature-mrc.safetensors")
+    signature, _, _ = signatures.load(evaluated / "signature-mrc.safetensors")
     photos = datasets.load("photos?limit=200", "test")
     neurons, logits, sizes = neurons_of(evaluated / "checkpoint.pt", photos)
     k = logits.argmax(1)
-    low, high = made.state["low"].numpy()[k], made.state["high"].numpy()[k]
+    low, high = signature.state["low"].numpy()[k], signature.state["high"].numpy()[k]
     inside = (neurons >= low) & (neurons <= high)
     starts = np.cumsum([0, *sizes])
     for i, point in enumerate(document["points"]):

@@ -31,9 +31,8 @@ from covcli.reporting.pictures import explanation_picture
 from covcli.reporting.report import read, report
 from covcli.reporting.sections import SECTIONS
 from covcli.reporting.terminal import show_evaluation
-from covcli.signature import signature
+from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureConfig, SignatureResult, build_signature
-from covcli.signature.calibration import Calibration
 from covcli.signature.judge import Judge
 from covcli.signature.signature import Signature
 from covcli.training.train import TrainResult
@@ -84,28 +83,28 @@ def test_labels_say_what_a_neuron_is(shape: tuple[int, ...], dim: int, granulari
 
 
 def check_naively(
-    found: list[Explanation], made: Signature, calibration: Calibration, outputs: list[np.ndarray],
-    logits: np.ndarray,
-) -> None:  # fmt: skip
+    found: list[Explanation], judge: Judge, outputs: list[np.ndarray], logits: np.ndarray
+) -> None:
+    signature, calibration = judge.signature, judge.calibration
     parts = [
-        torch.from_numpy(o).movedim(1, -1) if o.ndim == 2 or made.granularity == "unit"
+        torch.from_numpy(o).movedim(1, -1) if o.ndim == 2 or signature.granularity == "unit"
         else torch.cat([torch.from_numpy(o.mean((2, 3))), torch.from_numpy(o.max((2, 3)))], 1)
         for o in outputs
     ]  # fmt: skip
     parts = [part.flatten(1) for part in parts]
     classes = torch.from_numpy(logits.argmax(1))
-    costs = made.scorer.costs(torch.cat(parts, 1), classes)
+    costs = signature.scorer.costs(torch.cat(parts, 1), classes)
     sizes = np.array([part.shape[1] for part in parts])
     begins = np.concatenate([[0], sizes.cumsum()])
     for e in found:
         k = int(classes[e.row])
-        assert e.predicted == made.classes[k]
+        assert e.predicted == signature.classes[k]
         cost = [c.double().mean().item() for c in costs[e.row].split(sizes.tolist())]
         scales = calibration.combination
         z = (np.log(cost + 1 / sizes) - scales.center.numpy()) / scales.scale.numpy()
         share = np.exp(z / 2) / np.exp(z / 2).sum()
         ranking = np.argsort(-share, kind="stable")
-        names = [made.points[j].name for j in ranking]
+        names = [signature.points[j].name for j in ranking]
         assert [p.name for p in e.points] == names
         np.testing.assert_allclose([p.z for p in e.points], z[ranking], rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose([p.share for p in e.points], share[ranking], rtol=1e-3)
@@ -117,7 +116,7 @@ def check_naively(
         assert e.untrusted == (e.p_value <= 0.05)
         for rank, (j, point) in enumerate(zip(ranking, e.points, strict=True)):
             own = slice(begins[j], begins[j + 1])
-            low, high = (made.state[end][k, own].double().numpy() for end in ("low", "high"))
+            low, high = (signature.state[end][k, own].double().numpy() for end in ("low", "high"))
             values = parts[j][e.row].double().numpy()
             excess = np.maximum(low - values, values - high)
             assert point.left == pytest.approx((excess > 0).sum(), abs=1)  # last bits may differ
@@ -147,43 +146,45 @@ def test_explanations_are_the_naive_ones(
     build_signature(
         SignatureConfig(trained.checkpoint, method, granularity=granularity, output=path), Silent()
     )
-    made, calibration, _ = signature.load(path)
+    signature, calibration, _ = signatures.load(path)
     model = checkpoints.load(trained.checkpoint).model
     images = datasets.load("photos?limit=40", "test")
     rows = [39, *range(0, 35, 5)]
-    judge = Judge.of(model, made, calibration)
+    judge = Judge.of(model, signature, calibration)
     found = explain(judge, images, rows)
     assert [e.row for e in found] == rows
     outputs, logits = outputs_of(model, images)
-    check_naively(found, made, calibration, outputs, logits)
-    assert {p.name for e in found for p in e.points if p.channels} == {p.name for p in made.points}
+    check_naively(found, judge, outputs, logits)
+    assert {p.name for e in found for p in e.points if p.channels} == {
+        p.name for p in signature.points
+    }
     for e in found:
         heat = heat_map(judge, images, e)
         listed = {p.name: p.channels for p in e.points if p.channels and p.name != "head.2"}
         assert e.mapped == next(iter(listed), None)
         assert heat is not None
-        output = outputs[[p.name for p in made.points].index(e.mapped or "")]
+        output = outputs[[p.name for p in signature.points].index(e.mapped or "")]
         np.testing.assert_allclose(heat, output[e.row, listed[e.mapped][0].channel], atol=1e-4)
     hooks = [m._forward_hooks or m._forward_pre_hooks for m in model.modules()]
     assert not any(hooks)
 
 
-def with_ranges(made: Signature, low: float, high: float) -> Signature:
+def with_ranges(signature: Signature, low: float, high: float) -> Signature:
     """Return a single-range signature whose every range is the same."""
-    shape = made.state["low"].shape
+    shape = signature.state["low"].shape
     state = State()
     state.declare("low", torch.full(shape, low), "min")
     state.declare("high", torch.full(shape, high), "max")
-    return replace(made, method=SingleRange(), state=state)
+    return replace(signature, method=SingleRange(), state=state)
 
 
 def test_where_nothing_left_its_range_nothing_is_listed_and_it_says_so(
     run: Path, signed: SignatureResult, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made, calibration, _ = signature.load(signed.path)
+    signature, calibration, _ = signatures.load(signed.path)
     model = checkpoints.load(run / "checkpoint.pt").model
     images = datasets.load("digits?limit=20", "test")
-    wide = with_ranges(made, -1e9, 1e9)
+    wide = with_ranges(signature, -1e9, 1e9)
     judge = Judge.of(model, wide, calibration)
     (e,) = explain(judge, images, [7])
     assert e.label == str(int(images.known_labels()[7]))
@@ -195,7 +196,7 @@ def test_where_nothing_left_its_range_nothing_is_listed_and_it_says_so(
     out = capsys.readouterr().out
     assert "digits?limit=20, image 7: predicted" in out
     assert "no neuron of its main coverage points left its range" in out
-    drawn = explanation_picture(e, [p.name for p in made.points])
+    drawn = explanation_picture(e, [p.name for p in signature.points])
     texts = [text.get_text() for axes in drawn.axes for text in axes.texts]
     assert texts == ["no neuron of these points left its range"]
 
@@ -204,13 +205,13 @@ def test_where_nothing_left_its_range_nothing_is_listed_and_it_says_so(
 def test_a_range_without_a_width_to_measure_by_orders_by_distance(
     signed: SignatureResult, low: float, high: float
 ) -> None:
-    made, calibration, _ = signature.load(signed.path)
+    signature, calibration, _ = signatures.load(signed.path)
     model = checkpoints.load(signed.path.parent / "checkpoint.pt").model
     images = datasets.load("photos?limit=10", "test")
-    (e,) = explain(Judge.of(model, with_ranges(made, low, high), calibration), images, [3])
+    (e,) = explain(Judge.of(model, with_ranges(signature, low, high), calibration), images, [3])
     outputs, _ = outputs_of(model, images)
     for point in e.points:
-        output = outputs[[p.name for p in made.points].index(point.name)][3]
+        output = outputs[[p.name for p in signature.points].index(point.name)][3]
         values = output if output.ndim == 1 else np.stack([output.mean((1, 2)), output.max((1, 2))])
         largest = np.sort(values.ravel())[::-1][:CHANNELS]
         np.testing.assert_allclose([c.value for c in point.channels], largest, rtol=1e-4)
@@ -222,7 +223,7 @@ def test_a_range_without_a_width_to_measure_by_orders_by_distance(
     assert listed is not None
     assert {row[3] for row in listed.rows} == {"always 0" if low == high else "no end to 0"}
     assert {row[4] for row in listed.rows} == {"–"}
-    explanation_picture(e, [p.name for p in made.points])  # arrows, not marks at infinity
+    explanation_picture(e, [p.name for p in signature.points])  # arrows, not marks at infinity
 
 
 def test_evaluate_explains_the_most_suspicious_of_each_set(

@@ -9,7 +9,7 @@ from covcli.methods import Layout, make_method
 from covcli.models import checkpoint as checkpoints
 from covcli.models.points import Recorder
 from covcli.models.sweep import forward
-from covcli.signature import signature
+from covcli.signature import signature as signatures
 from covcli.signature.fit import fold
 from covcli.training.train import TrainResult
 
@@ -17,7 +17,7 @@ from covcli.training.train import TrainResult
 def test_nac_agrees_with_nacue(trained: TrainResult) -> None:
     model = checkpoints.load(trained.checkpoint).model.eval()
     points = model.points("contribution")
-    layout = signature.layout_of(points, 10)
+    layout = signatures.layout_of(points, 10)
     method = make_method("nac?full=20")
     digits = {split: datasets.load("digits?limit=200", split) for split in ("train", "test")}
     images = {

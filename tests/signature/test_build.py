@@ -15,7 +15,7 @@ from covcli.data import datasets
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
 from covcli.models import checkpoint as checkpoints
 from covcli.signature import fit as fitting
-from covcli.signature import signature
+from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureConfig, build_signature
 from covcli.signature.calibration import softmax_score
 from covcli.signature.fit import SPILL_BYTES, choose_trusted
@@ -32,7 +32,7 @@ def test_a_built_signature_is_the_naive_one(
     result = build_signature(
         SignatureConfig(trained.checkpoint, method, output=path, confidence_threshold=0.3), Silent()
     )
-    made, _, record = signature.load(path)
+    signature, _, record = signatures.load(path)
     rows, held_out = split_rows(1437, 0.25, 0)
     images = datasets.load("digits", "train").select(rows)
     neurons, logits, sizes = neurons_of(trained.checkpoint, images)
@@ -42,11 +42,11 @@ def test_a_built_signature_is_the_naive_one(
     for k in range(10):
         mine = neurons[chosen & (labels == k)]
         assert result.trusted[str(k)] == len(mine) >= 10
-        np.testing.assert_allclose(made.state["low"][k], mine.min(0), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(made.state["high"][k], mine.max(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(signature.state["low"][k], mine.min(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(signature.state["high"][k], mine.max(0), rtol=1e-4, atol=1e-5)
         if method != "src":
-            assert int(made.state["sections"][k].sum()) == len(mine) * sum(sizes)
-    assert made.sizes == sizes
+            assert int(signature.state["sections"][k].sum()) == len(mine) * sum(sizes)
+    assert signature.sizes == sizes
     assert list(record.calibration_rows) == held_out.tolist()
     assert result.accuracy == pytest.approx(np.mean(logits.argmax(1) == labels))
 
@@ -58,7 +58,7 @@ def test_recomputed_passes_and_spilled_ones_give_the_same_signature(
     for path, budget in zip(paths, (SPILL_BYTES, 0), strict=True):
         monkeypatch.setattr(fitting, "SPILL_BYTES", budget)
         build_signature(SignatureConfig(trained.checkpoint, "mrc", output=path), Silent())
-    first, second = (signature.load(path)[0].state.tensors for path in paths)
+    first, second = (signatures.load(path)[0].state.tensors for path in paths)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -66,9 +66,9 @@ def test_units_are_an_option(trained: TrainResult, tmp_path: Path) -> None:
     path = tmp_path / "unit"
     config = SignatureConfig(trained.checkpoint, "mrc", granularity="unit", output=path)
     build_signature(config, Silent())
-    made, calibration, _ = signature.load(path)
-    assert made.sizes == [8 * 16 * 16, 16 * 8 * 8, 32]
-    monitor = Monitor(Judge.of(checkpoints.load(trained.checkpoint).model, made, calibration))
+    signature, calibration, _ = signatures.load(path)
+    assert signature.sizes == [8 * 16 * 16, 16 * 8 * 8, 32]
+    monitor = Monitor(Judge.of(checkpoints.load(trained.checkpoint).model, signature, calibration))
     noise = datasets.load("noise:uniform", "test").batch(torch.arange(50), (3, 32, 32))
     assert bool(monitor(noise).untrusted.float().mean() > 0.9)
 
@@ -141,7 +141,7 @@ def test_the_training_set_must_still_be_what_it_was(tmp_path: Path) -> None:
 
 
 def test_softmax_calibration_is_of_the_ranked_images(trained: TrainResult, run: Path) -> None:
-    _, calibration, _ = signature.load(run / "signature-mrc.safetensors")
+    _, calibration, _ = signatures.load(run / "signature-mrc.safetensors")
     saved = checkpoints.load(trained.checkpoint)
     held_out = datasets.load("digits", "train").select(saved.calibration_rows)
     _, logits, _ = neurons_of(trained.checkpoint, held_out)

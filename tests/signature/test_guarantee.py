@@ -21,7 +21,7 @@ from covcli.data import datasets
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
 from covcli.reporting.report import report
 from covcli.reporting.terminal import show_evaluation
-from covcli.signature import signature
+from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureConfig, build_signature
 from covcli.signature.calibration import Calibration, check_images, images_for
 from covcli.signature.combination import fit_combination
@@ -326,7 +326,7 @@ def certified(run: Path) -> Path:
 def test_the_stored_guarantee_is_used_by_evaluation_and_monitor_alike(
     certified: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, calibration, _ = signature.load(certified / "signature-mrc.safetensors")
+    _, calibration, _ = signatures.load(certified / "signature-mrc.safetensors")
     assert calibration.guarantee == Guarantee(0.25, "certified")
     config = EvaluationConfig(
         ("noise:uniform?limit=30",), runs=certified.parent, output=tmp_path / "a"
@@ -378,9 +378,9 @@ def test_the_stored_guarantee_is_used_by_evaluation_and_monitor_alike(
 
 
 def test_the_baseline_gets_its_thresholds_by_the_same_guarantee(certified: Path) -> None:
-    made, calibration, _ = signature.load(certified / "signature-mrc.safetensors")
+    signature, calibration, _ = signatures.load(certified / "signature-mrc.safetensors")
     for guarantee in (Guarantee(0.25, "certified"), Guarantee(0.1)):
-        rule = calibration.softmax_rule(guarantee, made.classes)
+        rule = calibration.softmax_rule(guarantee, signature.classes)
         flagged = rule.untrusted(calibration.softmax, calibration.predicted)
         assert 0 < int(flagged.sum()) < guarantee.rank(len(flagged))
 
@@ -399,7 +399,7 @@ def test_a_crafted_guarantee_is_refused(run: Path, entry: object) -> None:
     crafted = whole | entry if isinstance(entry, dict) else entry
     save_signature(path, tensors, {**metadata, "guarantee": crafted})
     with pytest.raises(CovcliError, match="does not hold together"):
-        signature.load(path)
+        signatures.load(path)
 
 
 def test_too_few_images_are_refused_with_the_number_needed(

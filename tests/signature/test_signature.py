@@ -10,25 +10,25 @@ from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
 from covcli.models import checkpoint as checkpoints
-from covcli.signature import signature
+from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureResult
 from covcli.signature.monitor import Monitor
 
 
 def test_a_signature_comes_back_whole(signed: SignatureResult, tmp_path: Path) -> None:
-    made, calibration, record = signature.load(signed.path)
-    signature.save(tmp_path / "again", made, calibration, record)
+    signature, calibration, record = signatures.load(signed.path)
+    signatures.save(tmp_path / "again", signature, calibration, record)
     assert (tmp_path / "again").read_bytes() == signed.path.read_bytes()
     broken = [
-        dataclasses.replace(made, granularity="pixel"),  # type: ignore[arg-type]
-        dataclasses.replace(made, classes=made.classes[:-1]),
-        dataclasses.replace(made, points=made.points[:-1]),
-        dataclasses.replace(made, model=dataclasses.replace(made.model, classes=9)),
+        dataclasses.replace(signature, granularity="pixel"),  # type: ignore[arg-type]
+        dataclasses.replace(signature, classes=signature.classes[:-1]),
+        dataclasses.replace(signature, points=signature.points[:-1]),
+        dataclasses.replace(signature, model=dataclasses.replace(signature.model, classes=9)),
     ]
     for wrong in broken:
-        signature.save(tmp_path / "wrong", wrong, calibration, record)
+        signatures.save(tmp_path / "wrong", wrong, calibration, record)
         with pytest.raises(CovcliError, match="does not hold together"):
-            signature.load(tmp_path / "wrong")
+            signatures.load(tmp_path / "wrong")
     combination = calibration.combination
     for changes in (
         {"scores": calibration.scores.flip(0)}, {"scores": calibration.scores[:-1]},
@@ -41,16 +41,16 @@ def test_a_signature_comes_back_whole(signed: SignatureResult, tmp_path: Path) -
         {"softmax": calibration.softmax[:-1]}, {"softmax": calibration.softmax.float()},
     ):  # fmt: skip
         other = dataclasses.replace(calibration, **changes)
-        signature.save(tmp_path / "wrong", made, other, record)
+        signatures.save(tmp_path / "wrong", signature, other, record)
         with pytest.raises(CovcliError, match="does not hold together"):
-            signature.load(tmp_path / "wrong")
+            signatures.load(tmp_path / "wrong")
 
 
 def test_a_crafted_signature_or_checkpoint_is_refused(run: Path) -> None:
     """Files whose digests are right, but whose content no program of ours would write."""
     path = run / "signature-mrc.safetensors"
-    made, calibration, record = signature.load(path)
-    tensors, metadata = signature.load_signature(path)
+    signature, calibration, record = signatures.load(path)
+    tensors, metadata = signatures.load_signature(path)
     for changes in (
         {"trusted": 3}, {"calibration": {"spec": "digits"}}, {"calibration_rows": "all"},
         {"calibration_rows": [[1]]}, {"calibration_rows": [-1]}, {"calibration_rows": [2**63]},
@@ -59,18 +59,18 @@ def test_a_crafted_signature_or_checkpoint_is_refused(run: Path) -> None:
         {"relaxed_classes": [10]}, {"parts": [{"file": "x"}]}, {"provenance": []},
     ):  # fmt: skip
         document = {**metadata, "record": {**record.as_dict(), **changes}}
-        signature.save_signature(path, tensors, document)
+        signatures.save_signature(path, tensors, document)
         with pytest.raises(CovcliError, match="does not hold together") as caught:
-            signature.load(path)
+            signatures.load(path)
         assert "pydantic" not in str(caught.value)
     for key in record.as_dict():
         document = {k: v for k, v in record.as_dict().items() if k != key}
-        signature.save_signature(path, tensors, {**metadata, "record": document})
+        signatures.save_signature(path, tensors, {**metadata, "record": document})
         with pytest.raises(CovcliError, match=f"{key}: is missing"):
-            signature.load(path)
-    first = dataclasses.replace(made.points[0], module="os", channel_dim=77)
-    crafted = dataclasses.replace(made, points=(first, *made.points[1:]))
-    signature.save(path, crafted, calibration, record)
+            signatures.load(path)
+    first = dataclasses.replace(signature.points[0], module="os", channel_dim=77)
+    crafted = dataclasses.replace(signature, points=(first, *signature.points[1:]))
+    signatures.save(path, crafted, calibration, record)
     with pytest.raises(CovcliError, match="does not have"):
         Monitor.load(run / "checkpoint.pt", path)
     saved = checkpoints.load(run / "checkpoint.pt")

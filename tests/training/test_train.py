@@ -14,7 +14,7 @@ from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
 from covcli.data import datasets
 from covcli.models import checkpoint as checkpoints
-from covcli.signature import signature
+from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureConfig, build_signature
 from covcli.training.train import TrainResult, split_rows, train
 
@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
         )
         result = train(config, Silent())
         signed = build_signature(SignatureConfig(result.checkpoint), Silent())
-        made.append((checkpoints.load(result.checkpoint), signature.load(signed.path)))
+        made.append((checkpoints.load(result.checkpoint), signatures.load(signed.path)))
     (first, signed_first), (second, signed_second) = made
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[name]), name
