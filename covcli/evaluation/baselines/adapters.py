@@ -109,7 +109,8 @@ class Network:
                 handle = self.last.register_forward_pre_hook(lambda _m, x: features.append(x[0]))
                 hooks.callback(handle.remove)
             for swept in sweep(self.model, images, [], "channel", progress, title):
-                last = features.pop() if features else None
+                last = features[-1] if features else None
+                features.clear()  # detectors run the network too, between two batches
                 seen = [means[p.name] for p in self.points]
                 yield Batch(swept.rows, swept.inputs, swept.logits, last, seen)
 
@@ -147,13 +148,21 @@ class FittingImages:
         Their classes, int64 of shape (N,); every class of the network occurs.
     progress
         Is told of every pass over them.
+    held_out
+        Calibration images that a detector's scales may be fitted on: those that fit the
+        signature's, none that ranks scores. None where no detector asks for them.
     """
 
     def __init__(
-        self, network: Network, images: ImageSet, labels: Tensor, progress: Progress
+        self,
+        network: Network,
+        images: ImageSet,
+        labels: Tensor,
+        progress: Progress,
+        held_out: ImageSet | None = None,
     ) -> None:
         self.network, self.images, self.labels = network, images, labels
-        self.progress = progress
+        self.progress, self.held_out = progress, held_out
 
     @cached_property
     def features(self) -> Tensor:
@@ -170,9 +179,8 @@ class FittingImages:
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order)) - starts[self.labels[order]]
         rows = torch.argsort(rank, stable=True)[:limit].sort().values
-        return FittingImages(
-            self.network, self.images.select(rows), self.labels[rows], self.progress
-        )
+        chosen, labels = self.images.select(rows), self.labels[rows]
+        return FittingImages(self.network, chosen, labels, self.progress, self.held_out)
 
 
 class FittingLoader:

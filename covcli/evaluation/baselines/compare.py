@@ -35,14 +35,17 @@ class Plan:
         The network that is watched.
     trusted
         The images that built the signature.
-    held_out
-        The calibration images that rank scores.
+    fitting
+        The calibration images that fit the signature's scales.
+    ranking
+        The other calibration images, which rank scores.
     """
 
     names: tuple[str, ...]
     network: Network | None
     trusted: ImageSet | None
-    held_out: ImageSet | None
+    fitting: ImageSet | None
+    ranking: ImageSet | None
 
     @property
     def versions(self) -> dict[str, str]:
@@ -111,7 +114,7 @@ def prepare(names: Sequence[str], judge: Judge, record: Record, data_dir: Path |
     """
     chosen = expand(names)
     if not chosen:
-        return Plan(chosen, None, None, None)
+        return Plan(chosen, None, None, None, None)
     library()
     model = judge.model
     network = Network(model)
@@ -126,18 +129,22 @@ def prepare(names: Sequence[str], judge: Judge, record: Record, data_dir: Path |
     otherwise = "leave --baseline out"
     trusted = record.trusted_set(judge.signature.classes, data_dir, otherwise)
     held_out = record.calibration_set(data_dir, otherwise)
-    ranking = torch.nonzero(~judge.calibration.fitting)[:, 0]
-    return Plan(chosen, network, trusted, held_out.select(ranking))
+    fitting, ranking = (
+        held_out.select(torch.nonzero(rows)[:, 0])
+        for rows in (judge.calibration.fitting, ~judge.calibration.fitting)
+    )
+    return Plan(chosen, network, trusted, fitting, ranking)
 
 
 def fit(plan: Plan, guarantee: Guarantee, progress: Progress) -> Comparison:
     """Fit the planned baselines, and find their thresholds on the calibration images."""
-    if plan.network is None or plan.trusted is None or plan.held_out is None:
+    if plan.network is None or plan.trusted is None or plan.fitting is None or plan.ranking is None:
         return Comparison(None, {}, {})
-    trusted = FittingImages(plan.network, plan.trusted, plan.trusted.known_labels(), progress)
+    labels = plan.trusted.known_labels()
+    trusted = FittingImages(plan.network, plan.trusted, labels, progress, plan.fitting)
     with distributed.alone():  # the detectors want to see all images
         detectors = {name: BASELINES.get(name).fit(trusted) for name in plan.names}
-    scores, predicted = _score(plan.network, detectors, plan.held_out, progress)
+    scores, predicted = _score(plan.network, detectors, plan.ranking, progress)
     classes = plan.network.model.spec.classes
     rules = {
         name: make_rule(torch.from_numpy(theirs), predicted, classes, guarantee)
