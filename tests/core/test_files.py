@@ -145,10 +145,11 @@ def test_a_file_that_is_no_signature_is_refused(tmp_path: Path, damage: str) -> 
 def test_runs_have_fresh_names_and_latest_follows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run_folders.new_run(tmp_path, "a", "x")
-    run_folders.mark_latest(first)
-    second = run_folders.new_run(tmp_path, None, "x")
-    run_folders.mark_latest(second)
+    first, second = (run_folders.new_run(tmp_path, name, "x") for name in ("a", None))
+    for folder in (first, second):
+        with run_folders.locked(folder, new=True):
+            (folder / "checkpoint.pt").touch()
+            run_folders.mark_latest(folder)
     assert run_folders.newest_run(tmp_path) == second.resolve()
     monkeypatch.chdir(tmp_path.parent)
     assert run_folders.newest_run(tmp_path) == Path(tmp_path.name) / second.name
