@@ -78,7 +78,7 @@ class Classifier(nn.Module):
         low = self.precision == "bfloat16"
         with torch.autocast(normalised.device.type, torch.bfloat16, enabled=low):
             output = self.network(normalised)
-        return find_logits(output, len(normalised), self.spec.classes, self.spec.logits).float()
+        return find_logits(output, normalised.shape[0], self.spec.classes, self.spec.logits).float()
 
     def pixels(self, normalised: Tensor) -> Tensor:
         """Return normalised images as pixels in [0, 1]."""

@@ -246,7 +246,7 @@ class Recorder:
 
     def _room(self, seen: _Pass, output: Tensor, neurons: int) -> Tensor:
         """Return memory for a batch's units; touching fresh memory costs more than the copying."""
-        shape, dtype = (len(output), neurons), torch.promote_types(output.dtype, torch.float32)
+        shape, dtype = (output.shape[0], neurons), torch.promote_types(output.dtype, torch.float32)
         spare, seen.spare = seen.spare, None
         wanted = (shape, dtype, output.device)
         if spare is not None and (spare.shape, spare.dtype, spare.device) == wanted:

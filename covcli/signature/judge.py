@@ -125,9 +125,27 @@ class Judge:
             What its coverage points showed, shape (B, N).
         """
         predicted = logits.argmax(1)
+        evidence = self.evidence(predicted, neurons)
+        return self.verdicts(logits, predicted, evidence, self.calibration.score(evidence))
+
+    def evidence(self, predicted: Tensor, neurons: Tensor) -> Tensor:
+        """Return what speaks against trust in those classes, float64 of shape (B, P), on the CPU.
+
+        Parameters
+        ----------
+        predicted
+            Predicted classes, int64 of shape (B,).
+        neurons
+            As for a call.
+        """
         with torch.autocast(neurons.device.type, enabled=False):  # of whoever calls
-            evidence = self.signature.evidence(neurons, predicted).cpu()
-        score, classes = self.calibration.score(evidence), predicted.cpu()
+            return self.signature.evidence(neurons, predicted).cpu()
+
+    def verdicts(
+        self, logits: Tensor, predicted: Tensor, evidence: Tensor, score: Tensor
+    ) -> Verdicts:
+        """Return what follows from scores; the parameters are attributes of `Verdicts`."""
+        classes = predicted.cpu()
         return Verdicts(
             logits=logits,
             predicted=predicted,
@@ -139,9 +157,14 @@ class Judge:
             unsure=self._unsure(logits, score, classes),
         )
 
+    def warm_up(self) -> None:
+        """Prepare now what the first batch would, as before threads meet there, or a tracer."""
+        widths = len(self.signature.classes), sum(self.signature.sizes)
+        self(*(torch.zeros(1, width, device=self.model.mean.device) for width in widths))
+
     def _unsure(self, logits: Tensor, score: Tensor, classes: Tensor) -> Tensor:
         if self.rule.guarantee.max_error is None:
-            return torch.zeros(len(score), dtype=torch.bool)
+            return torch.zeros_like(score, dtype=torch.bool)
         return self.rule.unsure(score, classes, softmax_score(logits.cpu()))
 
     def sweep(self, images: ImageSet, progress: Progress, title: str) -> Iterator[Swept]:

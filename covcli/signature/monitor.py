@@ -58,9 +58,7 @@ class Monitor:
         self._recorder = Recorder(judge.model.network, signature.points, signature.granularity)
         self._recorder.stay()
         weakref.finalize(self, self._recorder.leave)
-        # What a first call prepares is prepared now, before threads can meet there.
-        widths, device = (len(signature.classes), sum(signature.sizes)), judge.model.mean.device
-        judge(*(torch.zeros(1, width, device=device) for width in widths))
+        judge.warm_up()
 
     @property
     def model(self) -> Classifier:

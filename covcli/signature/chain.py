@@ -1,0 +1,86 @@
+"""The chain: from images to verdicts, in one module that can be exported."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from covcli.core.errors import CovcliError
+from covcli.models.points import Recorder
+from covcli.signature.judge import Judge
+
+
+class Chain(nn.Module):
+    """A network and its judge in one graph, which `torch.export.export` takes.
+
+    Parameters
+    ----------
+    judge
+        The network, and all that decides whether its answers are trusted.
+
+    Raises
+    ------
+    CovcliError
+        If the method takes gradients: an exported graph has none.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pathlib import Path
+    >>> from covcli.signature import judge
+    >>> from covcli.signature.chain import Chain
+    >>> run = Path("runs/latest")
+    >>> judged, _ = judge.load(run / "checkpoint.pt", run / "signature-mrc.safetensors")
+    >>> chain, example = Chain(judged), torch.zeros(2, *judged.model.spec.shape)
+    >>> batch = {0: torch.export.Dim("batch", min=1, max=1024)}
+    >>> with torch.no_grad():
+    ...     program = torch.export.export(chain, (example,), dynamic_shapes=(batch,))
+    >>> sorted(program.module()(torch.zeros(5, *judged.model.spec.shape)))[:2]
+    ['confidence', 'evidence']
+    """
+
+    def __init__(self, judge: Judge) -> None:
+        super().__init__()
+        signature = judge.signature
+        if signature.method.contributions:
+            raise CovcliError(
+                f"the score of {signature.method.name} takes gradients: a graph has none",
+                fix="take a signature of another method",
+            )
+        self.judge = judge
+        # The network and the scorer are modules: their tensors are this module's too.
+        self.model = judge.model
+        self.scorer = signature.scorer
+        self._recorder = Recorder(judge.model.network, signature.points, signature.granularity)
+        judge.warm_up()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Classify images and judge each.
+
+        An image at which the network computes a NaN or an infinity, which a monitor refuses, has
+        an infinite score and evidence: it is untrusted.
+
+        Parameters
+        ----------
+        images
+            Pixels in [0, 1], float32 of the network's own shape, (B, C, H, W), on its device.
+
+        Returns
+        -------
+        dict of Tensor
+            The attributes of `Verdicts`, by name.
+        """
+        with self._recorder as recorder:
+            logits = self.model(images.to(memory_format=torch.channels_last))
+            neurons = recorder.take(logits)
+        known = neurons.isfinite().all(1) & logits.isfinite().all(1)
+        predicted = logits.argmax(1)
+        evidence = self.judge.evidence(predicted, neurons.where(known[:, None], 0.0))
+        score = self.judge.calibration.score(evidence)
+        verdicts = self.judge.verdicts(
+            logits,
+            predicted,
+            evidence.where(known[:, None].cpu(), math.inf),
+            score.where(known.cpu(), math.inf),
+        )
+        return vars(verdicts)

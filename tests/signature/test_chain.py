@@ -1,0 +1,134 @@
+"""The chain in one graph: exported, it says of any number of images what the monitor says."""
+
+import doctest
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from covcli.core import runtime
+from covcli.core.errors import CovcliError
+from covcli.core.progress import Silent
+from covcli.data.images import in_memory
+from covcli.methods import make_method
+from covcli.models import architectures
+from covcli.models.architectures import ModelSpec
+from covcli.signature import chain
+from covcli.signature.chain import Chain
+from covcli.signature.fit import fit_judge, fit_signature
+from covcli.signature.guarantee import Guarantee
+from covcli.signature.judge import Judge
+from covcli.signature.monitor import Monitor
+
+SIZES = {"vgg11": 32, "resnet18": 16}
+CLASSES = ("bird", "cat", "dog", "frog")
+MARGINAL = Guarantee(alpha=0.3)
+
+
+@cache
+def judge_of(network: str, method: str, guarantee: Guarantee = MARGINAL) -> Judge:
+    """Watch a network with random weights, under the classes that it predicts."""
+    size = SIZES[network]
+    spec = ModelSpec(network, len(CLASSES), (3, size, size), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    with runtime.seeded(0):
+        model = architectures.build(spec).on(torch.device("cpu"))
+        pixels = torch.randint(256, (64, 3, size, size), dtype=torch.uint8)
+    with torch.no_grad():
+        labels = model(pixels.float() / 255).argmax(1)
+    images = in_memory("random", pixels, labels, flips=True)
+    trusted, held_out = (images.select(rows) for rows in torch.arange(64).split(32))
+    signature, _, _ = fit_signature(
+        model, trusted, CLASSES, make_method(method), "channel", 0.0, Silent()
+    )
+    return fit_judge(model, signature, held_out, Silent(), guarantee)
+
+
+def traced(judge: Judge) -> torch.export.ExportedProgram:
+    example = torch.zeros(2, *judge.model.spec.shape)
+    batch = {0: torch.export.Dim("batch", min=1, max=1024)}
+    return torch.export.export(Chain(judge), (example,), dynamic_shapes=(batch,))
+
+
+@cache
+def exported(network: str, method: str) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return traced(judge_of(network, method))
+
+
+def images_for(judge: Judge, count: int) -> Tensor:
+    return torch.rand(
+        count, *judge.model.spec.shape, generator=torch.Generator().manual_seed(count)
+    )
+
+
+def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        np.testing.assert_allclose(
+            found[name].detach().numpy(), tensor.numpy(), rtol=1e-5, atol=1e-5, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("method", ["src", "mrc", "gauss", "nrc", "ensemble"])
+@pytest.mark.parametrize("network", list(SIZES))
+def test_the_exported_chain_says_what_the_monitor_says(network: str, method: str) -> None:
+    judge = judge_of(network, method)
+    monitor, program = Monitor(judge), exported(network, method).module()
+    for count in (1, 5):
+        images = images_for(judge, count)
+        check(program(images), vars(monitor(images)))
+
+
+def test_errors_are_bounded_in_the_graph_too() -> None:
+    judge = judge_of("vgg11", "src", Guarantee(alpha=0.3, max_error=0.5))
+    images = images_for(judge, 6)
+    expected = vars(Monitor(judge)(images))
+    check(traced(judge).module()(images), expected)  # traced with gradients on
+
+
+def test_what_is_no_number_is_untrusted() -> None:
+    judge = judge_of("vgg11", "ensemble")
+    whole, broken = images_for(judge, 3), images_for(judge, 3)
+    broken[1, 0, 0, 0] = torch.nan
+    whole_chain = Chain(judge)
+    with torch.no_grad():
+        for read in (whole_chain, exported("vgg11", "ensemble").module()):
+            found, others = read(broken), read(whole)
+            check({k: v[::2] for k, v in found.items()}, {k: v[::2] for k, v in others.items()})
+            assert bool(found["untrusted"][1])
+            assert float(found["score"][1]) == torch.inf
+            assert float(found["confidence"][1]) == 0
+            fewest = 1 / (1 + len(judge.calibration.scores))
+            assert float(found["p_value"][1]) == pytest.approx(fewest)
+            assert not bool(found["unsure"][1])
+
+
+def test_a_saved_program_needs_no_covcli(tmp_path: Path) -> None:
+    judge = judge_of("vgg11", "src")
+    torch.export.save(exported("vgg11", "src"), tmp_path / "chain.pt2")
+    images = images_for(judge, 4)
+    torch.save(images, tmp_path / "images.pt")
+    script = (
+        "import sys, torch; sys.modules['covcli'] = None\n"
+        "program = torch.export.load(sys.argv[1] + '/chain.pt2').module()\n"
+        "torch.save(program(torch.load(sys.argv[1] + '/images.pt')), sys.argv[1] + '/found.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    check(torch.load(tmp_path / "found.pt"), vars(Monitor(judge)(images)))
+
+
+def test_a_method_that_takes_gradients_is_refused() -> None:
+    with pytest.raises(CovcliError, match="gradients"):
+        Chain(judge_of("vgg11", "nac"))
+
+
+def test_the_chains_example_runs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    (example,) = (t for t in doctest.DocTestFinder().find(chain) if t.examples)
+    assert doctest.DocTestRunner().run(example) == (0, len(example.examples))
