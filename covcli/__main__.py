@@ -6,7 +6,7 @@ import traceback
 from typing import Any
 
 from covcli.core import output, signals
-from covcli.core.errors import CovcliError, ExitCode, one_line
+from covcli.core.errors import CovcliError, ExitCode, is_memory_error, one_line
 from covcli.core.signals import Interrupted
 
 INTERRUPTED = (ExitCode.INTERRUPTED, ExitCode.TERMINATED)
@@ -68,7 +68,7 @@ def _describe(error: Any) -> tuple[str, ExitCode]:
             return "error: name a command; see covcli --help", ExitCode.BAD_INPUT
         return f"error: {one_line(error.format_message())}; see covcli --help", ExitCode.BAD_INPUT
     kind = type(error).__name__
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate" in str(error):
+    if is_memory_error(error):
         return (
             "error: memory exhausted; try a smaller --batch-size or another --device",
             ExitCode.BAD_INPUT,

@@ -173,7 +173,8 @@ def train(
             result = training.train(config, progress, process.interrupts)
         else:
             run = training.interrupted_run(resume, runs)
-            result = training.resume(run, progress, data_dir, process.interrupts)
+            named = [trusted, *(untrusted or [])]
+            result = training.resume(run, progress, data_dir, process.interrupts, named)
     if process.prints and not quiet:
         training.describe_training(result)
     _print(process, result, result.checkpoint, json)
@@ -274,6 +275,13 @@ def merge_signatures(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Their network; default: checkpoint.pt beside the first.")
     ] = MergeConfig.checkpoint,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Their calibration images; needed if they lie in a path and somebody "
+            "else built the parts."
+        ),
+    ] = MergeConfig.calibration,
     force: Force = MergeConfig.force,
     data_dir: DataDir = MergeConfig.data_dir,
     skip_unreadable: SkipUnreadable = False,
@@ -289,8 +297,8 @@ def merge_signatures(
 ) -> None:
     """Merge signatures that were built in different places, and calibrate anew; print the path."""
     config = MergeConfig(
-        parts=tuple(parts), output=output, checkpoint=checkpoint, data_dir=data_dir, force=force,
-        device=device, seed=seed,
+        parts=tuple(parts), output=output, checkpoint=checkpoint, calibration=calibration,
+        data_dir=data_dir, force=force, device=device, seed=seed,
     )  # fmt: skip
 
     from covcli.core.progress import reporter
@@ -421,14 +429,14 @@ def evaluate(
         result = evaluate(config, progress)
     if not process.prints:
         return
-    if json:
-        terminal.print_json(result)
-    else:
-        terminal.show_evaluation(result, verbose)
     if junit is not None:
         write_bytes(junit, pipelines.junit(result.gates))
     if summary is not None:
         write_bytes(summary, pipelines.summary(result).encode())
+    if json:
+        terminal.print_json(result)
+    else:
+        terminal.show_evaluation(result, verbose)
     if annotations == "github":
         sys.stderr.write(pipelines.annotations(result.gates))
     failed = [outcome for outcome in result.gates if not outcome.passed]

@@ -117,8 +117,9 @@ def prepare(device: str, seed: int, threads: int, plugins: list[Path] | None) ->
     """Set up the process for a command's work."""
     import runpy
 
-    from covcli.core import signals
+    from covcli.core import consent, signals
 
+    consent.ask_on_terminals()
     interrupts = signals.Interrupts()
     interrupts.install()
     from covcli.core import distributed, runtime

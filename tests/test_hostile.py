@@ -243,7 +243,7 @@ def test_a_run_folder_from_outside_is_refused_part_by_part(run: Path, tmp_path: 
         assert "\n" not in str(caught.value), name
         assert not (folder / "report.html").exists()
     (whole / "figures").symlink_to(tmp_path)
-    with pytest.raises(CovcliError, match="leave the folder"):
+    with pytest.raises(CovcliError, match="leaves its folder"):
         report(whole)
 
 

@@ -37,3 +37,10 @@ def one_line(text: str) -> str:
     """Fold white space and spell out control characters, so that no name reaches a terminal raw."""
     folded = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in folded)
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Return whether memory is exhausted, which torch and others tell in their own ways."""
+    return isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in ("out of memory", "allocate memory")
+    )

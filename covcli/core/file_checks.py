@@ -1,74 +1,84 @@
 """Looks at files from strangers, before anything reads them, for claims that do not hold."""
 
 import ast
+import gzip
 import json
+import os
 import struct
 import zipfile
-import zlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from covcli.core.errors import CovcliError
+from covcli.core.opening import allowance, open_regular, reading
 
-# A small file may unpack to this much; a larger one to so many times its own size.
-ALWAYS_ALLOWED = 64 << 20
-MOST_TIMES_LARGER = 50
 LONGEST_HEADER = 1 << 16
+LARGEST_JSON = 256 << 20
 
 
-def allowance(size: int) -> int:
-    """Return how many bytes a file of so many bytes may unpack to."""
-    return max(ALWAYS_ALLOWED, MOST_TIMES_LARGER * size)
-
-
-def check_torch_archive(path: Path) -> None:
+def check_torch_archive(file: IO[bytes], path: Path) -> None:
     """Raise a CovcliError unless a file is a ZIP archive as torch.save writes it.
 
     Every entry is stored as it is, none stands twice, and none claims more than the file holds.
     """
-    size = path.stat().st_size
-    entries = _entries(path, "is not a PyTorch checkpoint")
+    size = os.fstat(file.fileno()).st_size
+    with reading(path, "is not a PyTorch checkpoint"), zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
     names = [entry.filename for entry in entries]
     stored = all(
         e.compress_type == zipfile.ZIP_STORED and e.compress_size == e.file_size for e in entries
     )
     if not stored or len(set(names)) < len(names) or sum(e.file_size for e in entries) > size:
         raise CovcliError("is not a PyTorch checkpoint: its archive is not sound", where=path)
+    file.seek(0)
 
 
-def check_npz(path: Path) -> None:
-    """Raise a CovcliError unless each array of a NumPy archive is as large as its header claims.
+def read_npz(
+    path: Path, names: Collection[str] | None = None, *, inside: Path | None = None
+) -> dict[str, np.ndarray]:
+    """Read the arrays of a NumPy archive, or those of them that are named, without objects.
 
-    The arrays together may unpack to 64 MB, or to 50 times the file's size.
+    Each array must be as large as its header claims; together they may unpack to 64 MB, or to
+    50 times the file's size.
+
+    Parameters
+    ----------
+    path
+        The archive.
+    names
+        The arrays to read of those that it holds; None reads all.
+    inside
+        A folder that no link may lead out of.
+
+    Raises
+    ------
+    CovcliError
+        If the file cannot be read, is no such archive, or claims what it does not hold.
     """
-    entries = _entries(path, "cannot be read as a NumPy archive")
-    limit = allowance(path.stat().st_size)
-    names = [entry.filename for entry in entries]
-    if sum(e.file_size for e in entries) > limit:
-        raise CovcliError(
-            f"unpacks to more than {limit >> 20} MB", where=path, fix="store it plain"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            sound = len(set(names)) == len(names) and all(
-                _header_holds(archive.open(entry), entry.file_size) for entry in entries
+    complaint = "cannot be read as a NumPy archive"
+    with reading(path, complaint), open_regular(path, inside=inside) as file:
+        _check_npz(file, path)
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files if names is None or name in names}
+
+
+def _check_npz(file: IO[bytes], path: Path) -> None:
+    limit = allowance(os.fstat(file.fileno()).st_size)
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        names = [entry.filename for entry in entries]
+        if sum(entry.file_size for entry in entries) > limit:
+            raise CovcliError(
+                f"unpacks to more than {limit >> 20} MB", where=path, fix="store it plain"
             )
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError):
-        sound = False
-    if not sound:
-        raise CovcliError("cannot be read as a NumPy archive: it is not sound", where=path)
-
-
-def _entries(path: Path, complaint: str) -> list[zipfile.ZipInfo]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.infolist()
-    except FileNotFoundError:
-        raise CovcliError("no such file", where=path) from None
-    except OSError as error:
-        raise CovcliError(f"cannot be read ({error.strerror})", where=path) from None
-    except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError, EOFError):
-        raise CovcliError(complaint, where=path) from None
+        if len(set(names)) < len(names) or not all(
+            _header_holds(archive.open(entry), entry.file_size) for entry in entries
+        ):
+            raise ValueError("not sound")
 
 
 def _header_holds(file: IO[bytes], size: int) -> bool:
@@ -93,18 +103,36 @@ def _header_holds(file: IO[bytes], size: int) -> bool:
     return bool(count == size - 8 - width - length)
 
 
-def read_gzip(path: Path) -> bytes:
+def read_gzip(path: Path, *, inside: Path | None = None) -> bytes:
     """Unpack a gzip file, at most 64 MB or 50 times its size; else it is a CovcliError."""
-    packed = path.read_bytes()
-    unpacker = zlib.decompressobj(wbits=31)
-    limit = allowance(len(packed))
-    try:
-        content = unpacker.decompress(packed, limit)
-    except zlib.error as error:
-        raise CovcliError(f"cannot be unpacked ({error})", where=path) from None
-    if unpacker.unconsumed_tail or not unpacker.eof:
-        raise CovcliError("cannot be unpacked: cut short, or a bomb", where=path)
+    complaint = "cannot be read as gzip: cut short, or a bomb"
+    with reading(path, complaint), open_regular(path, inside=inside) as file:
+        limit = allowance(os.fstat(file.fileno()).st_size)
+        with gzip.GzipFile(fileobj=file) as unpacker:
+            content: bytes = unpacker.read(limit + 1)
+    if not 0 < len(content) <= limit:
+        raise CovcliError(complaint, where=path)
     return content
+
+
+def read_text(path: Path, *, inside: Path | None = None) -> bytes:
+    """Return the bytes of a document, at most 256 MB; what is no such file is a CovcliError."""
+    with reading(path, "cannot be read"), open_regular(path, inside=inside) as file:
+        content: bytes = file.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise CovcliError(f"is larger than {LARGEST_JSON >> 20} MB", where=path)
+    return content
+
+
+def safetensors_metadata(content: bytes) -> dict[str, str]:
+    """Return what a safetensors file says of itself; a header that is not sound is a ValueError."""
+    if len(content) < 8:
+        raise ValueError("no header")
+    header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    if not isinstance(metadata, dict):
+        raise ValueError("no metadata")
+    return metadata
 
 
 def parse_json(text: str | bytes) -> Any:

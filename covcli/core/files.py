@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covcli.core import file_checks
+from covcli.core import file_checks, state
 from covcli.core.errors import CovcliError
+from covcli.core.opening import check_replaceable, open_own, open_regular, reading
 from covcli.core.weights_only import load_weights_only
 
 
@@ -33,6 +34,7 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         If the file cannot be written; what stood at `path` before is untouched.
     """
     try:
+        check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(path)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -44,16 +46,21 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; a result has the permissions of any new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
+            _open_to_others(file)
         Path(name).replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         raise CovcliError(f"cannot be written ({error.strerror})", where=path) from None
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _open_to_others(file: IO[bytes]) -> None:
+    """Give a file, which mkstemp makes private, the permissions of any new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    if hasattr(os, "fchmod"):
+        os.fchmod(file.fileno(), 0o666 & ~umask)
 
 
 def try_lock(file: IO[bytes]) -> bool:
@@ -72,7 +79,7 @@ def try_lock(file: IO[bytes]) -> bool:
 def _clear_leftovers(path: Path) -> None:
     """Remove temporary files for `path` whose writer died: nobody holds their lock."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError), leftover.open("rb") as file:
+        with contextlib.suppress(OSError, CovcliError), open_own(leftover) as file:
             if try_lock(file):
                 leftover.unlink(missing_ok=True)
 
@@ -98,9 +105,28 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
         file.write(content)
 
 
+def publish(contents: Mapping[Path, bytes]) -> None:
+    """Write files that belong together: once all are on disk they take their names, in order.
+
+    A process that is killed between two names leaves a mixture, which whoever reads the files has
+    to notice: name the one that vouches for the others last.
+    """
+    with contextlib.ExitStack() as stack:  # left in the reverse order
+        for path, content in reversed(list(contents.items())):
+            file = stack.enter_context(atomic(path))
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON document atomically; a NaN or infinity in it is a ValueError."""
-    write_bytes(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+    write_bytes(path, pack_json(document))
+
+
+def pack_json(document: Any) -> bytes:
+    """Return the bytes of a JSON document; a NaN or infinity in it is a ValueError."""
+    return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
 
 
 def write_pickle(path: Path, document: Any) -> None:
@@ -108,12 +134,10 @@ def write_pickle(path: Path, document: Any) -> None:
     write_bytes(path, pickle.dumps(document, protocol=4))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, inside: Path | None = None) -> Any:
     """Read a JSON document; a missing or broken one is a CovcliError."""
     try:
-        return file_checks.parse_json(path.read_bytes())
-    except OSError as error:
-        raise CovcliError(f"cannot be read ({error.strerror})", where=path) from None
+        return file_checks.parse_json(file_checks.read_text(path, inside=inside))
     except ValueError:
         raise CovcliError("is not a JSON document", where=path) from None
 
@@ -158,11 +182,14 @@ class Format:
         The version of what it holds.
     keys
         Of its content; a file that lacks one is refused.
+    sealed
+        Whether this user's covcli must know again that the file is its own.
     """
 
     name: str
     schema: int
     keys: frozenset[str] = frozenset()
+    sealed: bool = False
 
     def save(self, path: Path, content: Mapping[str, Any]) -> None:
         """Write a file of this format, whole or not at all."""
@@ -170,6 +197,8 @@ class Format:
             "format": self.name, "schema": self.schema, "digest": digest(content),
             "content": content,
         }  # fmt: skip
+        if self.sealed:
+            document["seal"] = state.seal(self.name, str(document["digest"]))
         buffer = io.BytesIO()
         torch.save(document, buffer)
         write_bytes(path, buffer.getbuffer())
@@ -183,6 +212,12 @@ class Format:
             If the file is missing, of another format or schema, damaged, or lacks a key.
         """
         return self.content(path, load_weights_only(path))
+
+    def load_own(self, path: Path) -> tuple[dict[str, Any], bool]:
+        """Read a sealed file as `load` does; return also whether this user's covcli wrote it."""
+        document = load_weights_only(path)
+        content = self.content(path, document)
+        return content, state.holds(document.get("seal"), self.name, str(document["digest"]))
 
     def content(self, path: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         """Return the content of what was read of a file already; the errors are those of `load`."""
@@ -216,7 +251,12 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def digest_bytes(content: bytes) -> str:
+    """Return the digest of a file's content, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def digest_file(path: Path) -> str:
     """Return the digest of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    with reading(path, "cannot be read"), open_regular(path) as file:
         return str(hashlib.file_digest(file, hashlib.sha256).hexdigest())

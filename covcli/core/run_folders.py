@@ -12,6 +12,7 @@ from typing import IO
 
 from covcli.core.errors import CovcliError
 from covcli.core.files import refuse_existing, try_lock
+from covcli.core.opening import check_replaceable, open_own, open_regular
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def writing(file: Path, force: bool) -> Iterator[None]:
     CovcliError
         If the file is there and may not, another process holds it, or its folder cannot be made.
     """
+    check_replaceable(file)
     with _held(file.with_name(f".{file.name}.lock"), "file", file):
         refuse_existing(file, force)
         yield
@@ -110,15 +112,12 @@ def _held(lock: Path, kind: str, what: Path, new: bool = False) -> Iterator[None
 def _lock(path: Path, kind: str, what: Path) -> IO[bytes]:
     """Return the locked file at a path; one that another process has locked is a CovcliError."""
     while True:
-        try:
-            file = path.open("ab")
-        except OSError as error:
-            raise CovcliError(f"cannot be written ({error.strerror})", where=path) from None
+        file = open_own(path)
         if not try_lock(file):
             file.close()
             raise CovcliError(f"another process is writing this {kind}", where=what)
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            if os.path.samestat(path.lstat(), os.fstat(file.fileno())):
                 return file
         file.close()  # its last holder has removed it: take the next one
 
@@ -164,9 +163,9 @@ def last_interrupted(runs: Path, paused: str) -> Path:
 def _is_held(lock: Path) -> bool:
     """Return whether another process holds a lock file."""
     try:
-        with lock.open("rb") as file:
+        with open_regular(lock) as file:
             return not try_lock(file)
-    except OSError:
+    except (OSError, CovcliError):
         return False
 
 
@@ -177,6 +176,8 @@ def newest_run(runs: Path) -> Path:
         raise CovcliError(
             "no run yet", where=runs, fix="run `covcli train`, or name a --checkpoint"
         )
+    if folder.resolve().parent != runs.resolve():
+        raise CovcliError("is a link that leaves its folder", where=folder, fix="remove it")
     return short(folder)
 
 

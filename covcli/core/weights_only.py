@@ -5,6 +5,7 @@ the list here adds what only holds values: NumPy's numbers and arrays, paths, pa
 """
 
 import argparse
+import os
 import pathlib
 import pickle
 import re
@@ -13,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import safetensors.torch
@@ -22,7 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from covcli.core import file_checks
-from covcli.core.errors import CovcliError
+from covcli.core.errors import CovcliError, is_memory_error
+from covcli.core.opening import open_regular, reading
 
 # How files of torch before 1.6 begin, which are no archives.
 BEFORE_ARCHIVES = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
@@ -59,46 +61,44 @@ def load_weights_only(path: Path) -> dict[str, Any]:
         If the file is missing, damaged, of another kind, or holds objects that only code could
         rebuild; the first of them is named.
     """
-    try:
-        content = _read(path)
-        whole = all(map(_is_whole, _tensors(content)))
-    except CovcliError:
-        raise
-    except FileNotFoundError:
-        raise CovcliError("no such file", where=path) from None
-    except OSError as error:
-        raise CovcliError(f"cannot be read ({error.strerror})", where=path) from None
-    except BROKEN as error:
-        raise _refusal(path, str(error)) from None
+    with reading(path, COMPLAINT):
+        try:
+            content = _read(path)
+            whole = all(map(_is_whole, _tensors(content)))
+        except BROKEN as error:
+            if is_memory_error(error):
+                raise
+            raise _refusal(path, str(error)) from None
     if not isinstance(content, dict) or not whole:
         raise _refusal(path, "")
     return content
 
 
 def _read(path: Path) -> Any:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(len(BEFORE_ARCHIVES))
-    if path.suffix == ".safetensors" or _begins_as_safetensors(start, path):
-        return dict(safetensors.torch.load_file(path))
-    if start != BEFORE_ARCHIVES:
-        _refuse_programs(path)
-        file_checks.check_torch_archive(path)
-    with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
-        warnings.simplefilter("ignore")  # an odd pickle protocol is judged by the reader
-        return torch.load(path, map_location="cpu", weights_only=True)
+        file.seek(0)
+        if path.suffix == ".safetensors" or _begins_as_safetensors(start, file):
+            return dict(safetensors.torch.load(file.read()))
+        if start != BEFORE_ARCHIVES:
+            _refuse_programs(file, path)
+            file_checks.check_torch_archive(file, path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
+            warnings.simplefilter("ignore")  # an odd pickle protocol is judged by the reader
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _begins_as_safetensors(start: bytes, path: Path) -> bool:
+def _begins_as_safetensors(start: bytes, file: IO[bytes]) -> bool:
     """Return whether a file begins with the length of a JSON header, and the header."""
     length = int.from_bytes(start[:8], "little")
-    return start[8:9] == b"{" and length < path.stat().st_size
+    return start[8:9] == b"{" and length < os.fstat(file.fileno()).st_size
 
 
-def _refuse_programs(path: Path) -> None:
+def _refuse_programs(file: IO[bytes], path: Path) -> None:
     """Raise a CovcliError if an archive holds a network as a program beside its weights."""
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(file):
         return
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         names = {Path(name).name for name in archive.namelist()}
     if "constants.pkl" in names or "archive_format" in names:
         kind = "TorchScript" if "constants.pkl" in names else "torch.export"

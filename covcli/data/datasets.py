@@ -1,5 +1,6 @@
 """What a data specification such as `npz:data?split=test&limit=100` means."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,14 +8,15 @@ from torch import Tensor
 
 from covcli.core.errors import CovcliError
 from covcli.core.specs import parse, without
-from covcli.data import forms, named, selection
+from covcli.data import forms, recorded, selection
+from covcli.data import named as named_sets
 from covcli.data.images import DataRecord, ImageSet
 from covcli.data.listing import Split
 from covcli.data.reading import completed
 from covcli.data.registry import DATASETS, PARTS, Request, default_data_dir, say_once
 
 __all__ = ["DATASETS", "check_labels", "default_data_dir", "load", "reload", "whole"]
-ROOMS = (forms, named)  # they fill DATASETS
+ROOMS = (forms, named_sets)  # they fill DATASETS
 
 
 def load(
@@ -54,8 +56,16 @@ def load(
     return chosen
 
 
-def reload(record: DataRecord, split: Split, data_dir: Path | None = None) -> ImageSet:
+def reload(
+    record: DataRecord,
+    split: Split,
+    data_dir: Path | None,
+    fix: str,
+    named: Collection[str | None] = (),
+) -> ImageSet:
     """Load the images that a record names; a relative path is looked for in both folders.
+
+    A path is read only if this user's covcli has written the record, or the user names it too.
 
     Parameters
     ----------
@@ -64,13 +74,19 @@ def reload(record: DataRecord, split: Split, data_dir: Path | None = None) -> Im
         and, if there is nothing, where it ran when the record was written.
     split, data_dir
         As for `load`.
+    fix
+        How the user can allow to read a path that somebody else's file names.
+    named
+        Specifications that the user has named.
 
     Raises
     ------
     CovcliError
-        As `load` does.
+        As `load` does, or if the path may not be read.
     """
-    return load(record.spec, split, data_dir, Path(record.ran_in) if record.ran_in else None)
+    recorded.allow(record, fix, named)
+    ran_in = Path(record.ran_in) if record.seal and record.ran_in else None
+    return load(record.spec, split, data_dir, ran_in)
 
 
 def whole(spec: str) -> str:

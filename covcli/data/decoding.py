@@ -2,8 +2,6 @@
 
 import contextlib
 import ctypes
-import os
-import stat
 import struct
 import threading
 import zlib
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from covcli.core import progress
 from covcli.core.errors import CovcliError
+from covcli.core.opening import IrregularError, open_regular
 
 Pixels = NDArray[np.uint8]  # (H, W, C), of 1 to 4 channels
 # What PIL may decode, by content and whatever the file is called. Formats that start a program
@@ -50,10 +49,6 @@ def _silence_libtiff() -> None:
 _silence_libtiff()
 
 
-class IrregularError(CovcliError):
-    """A pipe, a device, a socket or a folder in the place of a file."""
-
-
 class UnreadableError(CovcliError):
     """An image file that cannot be read.
 
@@ -67,24 +62,6 @@ class UnreadableError(CovcliError):
         super().__init__(f"cannot be read as an image ({reason})", where=path, fix=fix)
         self.path = path
         self.reason = reason
-
-
-def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file to read.
-
-    Raises
-    ------
-    IrregularError
-        If it is a pipe, a device, a socket or a folder: reading those may block, or never end.
-    OSError
-        If it cannot be opened.
-    """
-    # Without O_NONBLOCK the opening of a pipe that nobody writes to would wait for ever.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise IrregularError("is no regular file", where=path, fix="remove it")
-    return os.fdopen(handle, "rb")
 
 
 def decode(path: Path, most: int = MAX_PIXELS) -> Tensor:

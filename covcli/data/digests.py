@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from covcli.core import file_checks, files
 from covcli.core.errors import CovcliError
-from covcli.data.decoding import open_regular
+from covcli.core.opening import open_regular
 
 log = logging.getLogger(__name__)
 SIZE = hashlib.sha256().digest_size
@@ -208,14 +208,13 @@ class _Cache:
         if self.path is None or not self.path.is_file():
             return None
         try:
-            file_checks.check_npz(self.path)
-            with np.load(self.path, allow_pickle=False) as held:
-                names, stamps, digests = held["names"], held["stamps"], held["digests"]
-        except (CovcliError, OSError, KeyError, ValueError):
+            held = file_checks.read_npz(self.path)
+            names, stamps, digests = held["names"], held["stamps"], held["digests"]
+        except (CovcliError, KeyError):
             return None  # of no use: read the files again
         blob = names.tobytes()
         count = blob.count(b"\0") + 1
-        fits = (names.dtype, stamps.dtype, digests.dtype) == (np.uint8, np.int64, np.uint8)
+        fits = [str(a.dtype) for a in (names, stamps, digests)] == ["uint8", "int64", "uint8"]
         if not fits or stamps.shape != (count, 4) or digests.shape != (count, SIZE):
             return None
         return blob, stamps, digests

@@ -5,8 +5,6 @@ import io
 import logging
 import os
 import re
-import zipfile
-import zlib
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
@@ -16,9 +14,9 @@ from torch import Tensor
 
 from covcli.core import file_checks
 from covcli.core.errors import CovcliError
+from covcli.core.opening import open_regular
 from covcli.core.specs import count, positive_count
 from covcli.data import listing
-from covcli.data.decoding import open_regular
 from covcli.data.image_files import FileSource
 from covcli.data.images import ImageSet, NoiseSource, Origin, in_memory
 from covcli.data.listing import SERVING
@@ -141,14 +139,10 @@ def _class_names(classes: np.ndarray | None, file: Path) -> tuple[str, ...]:
 
 
 def _read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    file_checks.check_npz(file)
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile) or "images" not in archive:
-                raise CovcliError("holds no array named `images`", where=file)
-            return archive["images"], archive.get("labels"), archive.get("classes")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise CovcliError(f"cannot be read as a NumPy archive ({error})", where=file) from None
+    arrays = file_checks.read_npz(file, ("images", "labels", "classes"))
+    if "images" not in arrays:
+        raise CovcliError("holds no array named `images`", where=file)
+    return arrays["images"], arrays.get("labels"), arrays.get("classes")
 
 
 @DATASETS.add("folder")

@@ -314,12 +314,15 @@ class DataRecord:
         The fingerprint of the images that were read of it.
     ran_in
         The folder that a relative path in the specification begins at; empty without one.
+    seal
+        By which this user's covcli knows the record again (`data.recorded`); empty otherwise.
     """
 
     spec: str
     source: str
     images: str
     ran_in: str = ""
+    seal: str = ""
 
     @classmethod
     def of(cls, images: ImageSet) -> "DataRecord":

@@ -7,16 +7,18 @@ from dataclasses import asdict, replace
 from covcli.core import distributed, files, run_folders
 from covcli.core.progress import Progress, Silent
 from covcli.data import image_files
+from covcli.data.preprocessing import Shape
 from covcli.evaluation import gates
 from covcli.evaluation.baselines import compare
 from covcli.evaluation.config import EvaluationConfig
 from covcli.evaluation.explain import explain_sets
 from covcli.evaluation.figures import result_of
 from covcli.evaluation.inputs import load_job
-from covcli.evaluation.scores import pick
+from covcli.evaluation.scores import MeasuredSet, pick
 from covcli.evaluation.sets import Parts, measure_set
 from covcli.reporting import per_image
 from covcli.reporting.documents import EvaluationResult
+from covcli.reporting.per_image import ExplainedImage
 
 __all__ = ["EvaluationConfig", "EvaluationResult", "evaluate"]
 log = logging.getLogger(__name__)
@@ -48,16 +50,29 @@ def evaluate(config: EvaluationConfig, progress: Progress = Silent()) -> Evaluat
         result = result_of(replace(job, rules=rules), sets, explanations)
         seconds = {name: entry.seconds or 0.0 for name, entry in sets.items()}
         result = replace(result, gates=gates.check(result, config.gates, seconds))
+        packed = _packed(sets, job.judge.model.spec.shape, explained)
+        digests = {name: files.digest_bytes(content) for name, content in packed.items()}
+        result = replace(result, digests=distributed.agree(digests))
         if distributed.is_first():
-            recorded = {
-                name: entry.measured.recorded(entry.images.files) for name, entry in sets.items()
-            }
-            per_image.write_scores(job.files[per_image.SCORES], recorded)
-            pixels = pick(sets, job.judge.model.spec.shape, explained)
-            per_image.write_samples(job.files[per_image.SAMPLES], pixels)
+            packed["evaluation.json"] = files.pack_json(files.plain(asdict(result)))
+            for path in job.files.values():  # another evaluation may have been first
+                files.refuse_existing(path, config.force)
             image_files.list_unreadable(
                 output / "unreadable-evaluate.txt", [entry.images for entry in sets.values()]
             )
-            files.write_json(job.files["evaluation.json"], files.plain(asdict(result)))
+            files.publish({job.files[name]: content for name, content in packed.items()})
             parts.clear()
     return result
+
+
+def _packed(
+    sets: dict[str, MeasuredSet], shape: Shape, explained: list[ExplainedImage]
+) -> dict[str, bytes]:
+    """Return the files that hold single images, by name; the first rank makes them."""
+    if not distributed.is_first():
+        return {}
+    recorded = {name: entry.measured.recorded(entry.images.files) for name, entry in sets.items()}
+    return {
+        per_image.SCORES: per_image.pack_scores(recorded),
+        per_image.SAMPLES: per_image.pack_samples(pick(sets, shape, explained)),
+    }

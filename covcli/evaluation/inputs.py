@@ -95,7 +95,7 @@ def load_job(config: EvaluationConfig) -> Job:
         raise CovcliError(f"the signature is of {spec.name!r}", where=f"--model {config.model}")
     softmax = judge.calibration.softmax_rule(judge.rule.guarantee, classes)
     trusted, warnings = _trusted(config, record, classes)
-    plan = compare.prepare(config.baselines, judge, record, config.data_dir)
+    plan = compare.prepare(config.baselines, judge, record, config.data_dir, [config.trusted])
     sets = {t: opener(t, judge, trusted, config.data_dir) for t in config.untrusted}
     return Job(
         config, outputs, checkpoint_path, signature_path, judge,
@@ -136,7 +136,7 @@ def _trusted(
     """Load the trusted test images, leaving out those that calibrated; return warnings too."""
     usual = replace(record.trusted, spec=datasets.whole(record.trusted.spec))
     images = (
-        datasets.reload(usual, "test", config.data_dir)
+        datasets.reload(usual, "test", config.data_dir, f"name it by --trusted {usual.spec}")
         if config.trusted is None
         else datasets.load(config.trusted, "test", config.data_dir)
     )

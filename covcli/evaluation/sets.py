@@ -21,7 +21,9 @@ from covcli.evaluation.baselines.compare import Comparison
 from covcli.evaluation.scores import Measured, MeasuredSet, measure
 from covcli.signature.judge import Judge
 
-PART = files.Format("covcli evaluation part", schema=1, keys=frozenset({"measured", "images"}))
+PART = files.Format(
+    "covcli evaluation part", schema=1, keys=frozenset({"of", "measured", "images"}), sealed=True
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def opener(text: str, judge: Judge, trusted: ImageSet, data_dir: Path | None) ->
 class Parts:
     """Finished sets of an evaluation, kept in files until the whole of it is written.
 
+    They are sealed: what this user's covcli has not written, or of another set, is not believed.
+
     Parameters
     ----------
     folder
@@ -112,11 +116,10 @@ class Parts:
 
     def find(self, of: str) -> tuple[Measured, Tensor | None] | None:
         """Return what was measured of a set earlier, and its images where they were kept."""
-        path = self._path(of)
-        if not path.is_file():
-            return None
         try:
-            content = PART.load(path)
+            content, own = PART.load_own(self._path(of))
+            if not own or content["of"] != self._identity(of):
+                return None  # anybody may have planted it
             fields = content["measured"]
             measured = Measured(**{k: _to_array(k, v) for k, v in fields.items()})
         except (CovcliError, KeyError, TypeError, AttributeError):
@@ -126,10 +129,14 @@ class Parts:
     def keep(self, of: str, measured: Measured, images: Tensor | None) -> None:
         """Keep what was measured of a set; `images` where it is expensive to make them again."""
         fields = {k: _to_tensor(v) for k, v in vars(measured).items()}
-        PART.save(self._path(of), {"measured": fields, "images": images})
+        content = {"of": self._identity(of), "measured": fields, "images": images}
+        PART.save(self._path(of), content)
+
+    def _identity(self, of: str) -> str:
+        return files.digest([self._key, of])
 
     def _path(self, of: str) -> Path:
-        path = self._folder / f".part-{files.digest([self._key, of])[:24]}.pt"
+        path = self._folder / f".part-{self._identity(of)[:24]}.pt"
         self._used.append(path)
         return path
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from covcli.core.errors import CovcliError
-from covcli.core.files import Format
+from covcli.core.files import Format, fingerprint
 from covcli.core.weights_only import load_weights_only
+from covcli.data import recorded
 from covcli.data.images import DataRecord
 from covcli.methods import make_method
 from covcli.models import architectures
@@ -97,6 +98,8 @@ def load(path: Path, foreign: Foreign | ModelSpec | str | None = None) -> Checkp
     rows, trusted, classes = content["calibration_rows"], content["trusted"], content["classes"]
     try:
         record = DataRecord(**trusted) if trusted else None
+        if record:
+            record = recorded.verified(record, lambda: fingerprint(model.state_dict()))
         whole = rows.dtype == torch.int64 and rows.ndim == 1 and len(classes) == spec.classes
         training = dict(content["training"])
         if training:

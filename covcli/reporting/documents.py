@@ -481,6 +481,9 @@ class EvaluationResult:
         Why the most suspicious images of each set got their scores, where asked for.
     gates
         The gates and their outcomes, where any were set.
+    digests
+        The SHA-256 of the files that hold single images, by name: what is not of this evaluation
+        is told by them.
     """
 
     schema: int
@@ -497,6 +500,7 @@ class EvaluationResult:
     warnings: list[str]
     explanations: list[Explanation] = field(default_factory=list)
     gates: list[GateOutcome] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -579,7 +583,7 @@ class TrainingLog:
 
 
 def read_evaluation(path: Path) -> EvaluationResult:
-    """Read an evaluation.json.
+    """Read an evaluation.json, which no link may lead out of its folder.
 
     Raises
     ------
@@ -590,7 +594,7 @@ def read_evaluation(path: Path) -> EvaluationResult:
 
 
 def read_training_log(path: Path) -> TrainingLog:
-    """Read a training_results_<timestamp>.json.
+    """Read a training_results_<timestamp>.json, which no link may lead out of its folder.
 
     Raises
     ------
@@ -602,7 +606,7 @@ def read_training_log(path: Path) -> TrainingLog:
 
 def _read(kind: type[Document], path: Path, called: str, schema: int) -> Document:
     """Return a document as a dataclass; keys that it does not know are left out."""
-    document = files.read_json(path)
+    document = files.read_json(path, inside=path.parent)
     if not isinstance(document, dict) or document.get("schema") != schema:
         raise CovcliError(f"is not {called} of schema {schema}", where=path)
     try:

@@ -6,8 +6,6 @@ and of the images that were explained.
 
 import gzip
 import io
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from covcli.core import file_checks, files
-from covcli.core.errors import CovcliError, one_line
+from covcli.core import file_checks
+from covcli.core.opening import reading
 
 SCORES, SAMPLES = "scores.csv.gz", "samples.npz"
 UNLABELLED = -1
@@ -65,8 +63,8 @@ class ImageScores:
         return {name: s for name, s in self.scores.items() if name not in ("coverage", "softmax")}
 
 
-def write_scores(path: Path, sets: Mapping[str, ImageScores]) -> None:
-    """Write scores.csv.gz; the same figures give the same bytes.
+def pack_scores(sets: Mapping[str, ImageScores]) -> bytes:
+    """Return the bytes of scores.csv.gz: the same figures give the same bytes.
 
     Parameters
     ----------
@@ -97,32 +95,28 @@ def write_scores(path: Path, sets: Mapping[str, ImageScores]) -> None:
         names = [none[name] if of.file is None else of.file for name, of in sets.items()]
         whole[FILE] = np.concatenate([np.asarray(part, np.object_) for part in names])
     text = whole.to_csv(index=False).encode(*ENCODING)
-    files.write_bytes(path, gzip.compress(text, mtime=0))
+    return gzip.compress(text, mtime=0)
 
 
 def read_scores(path: Path) -> dict[str, ImageScores]:
-    """Read what `write_scores` wrote, by set, in the order of the file.
+    """Read what `pack_scores` packed, by set, in the order of the file.
 
     Raises
     ------
     CovcliError
         If the file is missing, cannot be unpacked, or is another table.
     """
-    try:
-        text = io.BytesIO(file_checks.read_gzip(path))
+    with reading(path, "cannot be read as a table of scores"):
+        text = io.BytesIO(file_checks.read_gzip(path, inside=path.parent))
         table = pd.read_csv(
             text, keep_default_na=False, dtype={"set": str, FILE: str}, encoding=ENCODING[0],
             encoding_errors=ENCODING[1],
         )  # fmt: skip
         if "unsure" not in table:  # written before wrong answers could be bounded
             table["unsure"] = 0
-        if missing := COLUMNS.keys() - table.columns:
-            raise ValueError(f"no column {sorted(missing)[0]}")
         table = table.astype(COLUMNS)
         others = [name for name in table.columns if name not in (*COLUMNS, FILE)]
         table = table.astype(dict.fromkeys(others, np.float64))
-    except (OSError, ValueError, EOFError) as error:
-        raise _unreadable(path, error) from None
     return {str(name): _scores(rows) for name, rows in table.groupby("set", sort=False)}
 
 
@@ -194,8 +188,8 @@ class Samples:
     explained: list[ExplainedImage]
 
 
-def write_samples(path: Path, samples: Samples) -> None:
-    """Write samples.npz."""
+def pack_samples(samples: Samples) -> bytes:
+    """Return the bytes of samples.npz."""
     arrays: dict[str, np.ndarray] = {}
     for k, entry in enumerate(samples.explained):
         arrays[f"explained_{k}"] = entry.image
@@ -208,11 +202,11 @@ def write_samples(path: Path, samples: Samples) -> None:
                 arrays[f"{i}_{kind}_rows"] = shown.rows
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    files.write_bytes(path, buffer.getbuffer())
+    return buffer.getvalue()
 
 
 def read_samples(path: Path, sets: int, explanations: int) -> Samples:
-    """Read what `write_samples` wrote.
+    """Read what `pack_samples` packed.
 
     Parameters
     ----------
@@ -224,17 +218,13 @@ def read_samples(path: Path, sets: int, explanations: int) -> Samples:
     CovcliError
         If the file is missing, is no sound archive, or lacks or misshapes an image.
     """
-    try:
-        file_checks.check_npz(path)
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+    arrays = file_checks.read_npz(path, inside=path.parent)
+    with reading(path, "cannot be read as samples: lacks an image, or holds what is none"):
         return Samples(
             flagged=[_thumbnails(arrays, f"{i}_flagged") for i in range(sets)],
             passed=[_thumbnails(arrays, f"{i}_passed") for i in range(sets)],
             explained=[_explained(arrays, f"explained_{k}") for k in range(explanations)],
         )
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise _unreadable(path, error) from None
 
 
 def _thumbnails(arrays: Mapping[str, np.ndarray], name: str) -> Thumbnails:
@@ -256,7 +246,3 @@ def _explained(arrays: Mapping[str, np.ndarray], name: str) -> ExplainedImage:
     if fires is not None and (fires.ndim != 2 or fires.dtype.kind != "f" or 0 in fires.shape):
         raise ValueError(f"{name}_map is no map")
     return entry
-
-
-def _unreadable(path: Path, error: Exception) -> CovcliError:
-    return CovcliError(f"cannot be read ({one_line(str(error))})", where=path)

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from covcli.core import files, run_folders
 from covcli.core.errors import CovcliError, one_line
+from covcli.core.opening import check_within
 from covcli.core.version import __version__
 from covcli.reporting import documents, markdown, per_image, tables
 from covcli.reporting.blocks import Block, Gallery, Picture, ReportData, Section
@@ -70,8 +71,7 @@ def report(
     page, markdown_file = folder / "report.html", folder / "report.md"
     for path in (page, markdown_file):
         files.refuse_existing(path, force)
-    if (folder / "figures").is_symlink():
-        raise CovcliError("is a link: pictures would leave the folder", where=folder / "figures")
+    check_within(folder, folder / "figures" / "of any name")
     try:
         opening = headline(data)
         sections = [part for name in SECTIONS if (part := SECTIONS.get(name)(data)) is not None]
@@ -81,10 +81,11 @@ def report(
         content for section in sections for block in section.blocks for content in _picture(block)
     )
     figures = {name: folder / "figures" / f"{name}.png" for name in pictures}
-    for name, content in pictures.items():
-        files.write_bytes(figures[name], content)
-    files.write_bytes(page, _html(data, opening, sections).encode())
-    files.write_bytes(markdown_file, _markdown(opening, sections).encode())
+    contents = {figures[name]: content for name, content in pictures.items()}
+    contents[markdown_file] = _markdown(opening, sections).encode(errors="backslashreplace")
+    contents[page] = _html(data, opening, sections).encode(errors="backslashreplace")
+    with run_folders.writing(page, force):
+        files.publish(contents)
     return ReportResult(page, markdown_file, list(figures.values()))
 
 
@@ -95,6 +96,13 @@ def read(run: Path) -> ReportData:
         raise CovcliError("holds no evaluation", where=run, fix="run `covcli evaluate` first")
     evaluation = documents.read_evaluation(path)
     logs = sorted(run.glob("training_results_*.json"))
+    for name in (per_image.SCORES, per_image.SAMPLES):
+        if files.digest_file(run / name) != evaluation.digests.get(name):
+            raise CovcliError(
+                "is not of the evaluation beside it",
+                where=run / name,
+                fix="run `covcli evaluate --force` again",
+            )
     scores = per_image.read_scores(run / per_image.SCORES)
     sets, explanations = 1 + len(evaluation.untrusted), len(evaluation.explanations)
     samples = per_image.read_samples(run / per_image.SAMPLES, sets, explanations)

@@ -141,7 +141,7 @@ def _build(
     imported = config.output is None and source.bare and distributed.is_first()
     if imported:
         _import(path.parent, source, classes)
-    result = save(path, judge, record)
+    result = save(path, judge, record.sealed(signature.fingerprint))
     if distributed.is_first():
         listed = path.with_name("unreadable-build-signature.txt")
         left_out = image_files.list_unreadable(listed, [images, held_out])
@@ -202,13 +202,15 @@ def _images(config: SignatureConfig, source: Checkpoint) -> tuple[ImageSet, Imag
     if config.trusted is not None:
         images = datasets.load(config.trusted, "train", config.data_dir)
     elif source.trusted is not None:
-        images = datasets.reload(source.trusted, "train", config.data_dir)
+        fix = f"name it by --trusted {source.trusted.spec}"
+        images = datasets.reload(source.trusted, "train", config.data_dir, fix)
     else:
         raise CovcliError("name the --trusted images", where=source.path)
     if config.calibration is not None:
         held_out = datasets.load(config.calibration, "test", config.data_dir)
     elif source.trusted is not None and len(source.calibration_rows):
-        trained = datasets.reload(source.trusted, "train", config.data_dir)
+        fix = "name held-out images by --calibration"
+        trained = datasets.reload(source.trusted, "train", config.data_dir, fix, [config.trusted])
         if trained.fingerprint != source.trusted.images:
             raise CovcliError(
                 "is no longer the data that the network was trained on",

@@ -94,6 +94,9 @@ class MergeConfig:
         The merged signature's file.
     checkpoint
         Their network; by default checkpoint.pt beside the first of them.
+    calibration
+        The calibration images that they share; by default as the first of them records, which may
+        name a path only if the same user has built it.
     data_dir, force, device, seed
         As in `SignatureConfig`.
     """
@@ -101,6 +104,7 @@ class MergeConfig:
     parts: tuple[Path, ...]
     output: Path
     checkpoint: Path | None = None
+    calibration: str | None = None
     data_dir: Path | None = None
     force: bool = False
     device: str = "auto"

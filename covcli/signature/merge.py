@@ -75,7 +75,10 @@ def _merge(config: MergeConfig, progress: Progress) -> SignatureResult:
     first.signature.check_model(source.model, first.path)
     model = source.model.on(device)
     model.precision = first.signature.precision
-    calibrating = first.record.calibration_set(config.data_dir, "build the parts again")
+    calibrating = first.record.calibration_set(
+        config.data_dir, f"name it by --calibration {first.record.calibration.spec}",
+        [config.calibration],
+    )  # fmt: skip
     held_out = labels.matched(calibrating, first.signature.classes).images
     guarantee = first.calibration.guarantee
     check_images(len(held_out), guarantee, len(first.signature.classes))
@@ -83,7 +86,10 @@ def _merge(config: MergeConfig, progress: Progress) -> SignatureResult:
     signature = replace(first.signature, state=state).to(device)
     judge = fit_judge(model, signature, held_out, progress, guarantee, config.seed)
     provenance = distributed.agree(runtime.provenance(device, config.seed))
-    return save(config.output, judge, merged_record(parts, provenance))
+    record = merged_record(parts, provenance)
+    if all(part.record.trusted.seal for part in parts):
+        record = record.sealed(signature.fingerprint)
+    return save(config.output, judge, record)
 
 
 def check_parts(parts: Sequence[_Part]) -> None:

@@ -1,7 +1,7 @@
 """What a signature records of its making: the data that built it, and that calibrated it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from covcli.core import settings
 from covcli.core.errors import CovcliError
-from covcli.data import datasets, labels
+from covcli.data import datasets, labels, recorded
 from covcli.data.images import DataRecord, ImageSet
 
 Count = Annotated[int, Interval(ge=0, lt=2**63)]
@@ -103,8 +103,28 @@ class Record:
             raise ValueError("a record of other calibration images")
         return record
 
+    def known_to(self, network: str) -> "Record":
+        """Return the record as read from a file, with the seals that hold for a network."""
+        return replace(
+            self,
+            trusted=recorded.verified(self.trusted, lambda: network),
+            calibration=recorded.verified(self.calibration, lambda: network),
+        )
+
+    def sealed(self, network: str) -> "Record":
+        """Return the record to be written, of data that the user may read again unasked."""
+        return replace(
+            self,
+            trusted=recorded.sealed(self.trusted, network),
+            calibration=recorded.sealed(self.calibration, network),
+        )
+
     def trusted_set(
-        self, classes: Sequence[str], data_dir: Path | None, otherwise: str
+        self,
+        classes: Sequence[str],
+        data_dir: Path | None,
+        otherwise: str,
+        named: Collection[str | None] = (),
     ) -> ImageSet:
         """Load the images that built the signature, less those that calibrated it.
 
@@ -116,16 +136,20 @@ class Record:
             The folder that downloaded sets live in.
         otherwise
             What the user can do without the images, as "leave --baseline out".
+        named
+            Specifications that the user has named, and so allows to read.
 
         Raises
         ------
         CovcliError
-            If the images are no longer there, or the signature was merged from parts.
+            If the images are no longer there or may not be read, or the signature was merged from
+            parts.
         """
+        recorded.allow(self.trusted, otherwise, named)
         if self.parts:
             raise _gone(self.trusted.spec, otherwise, "the signature was merged from parts")
         try:
-            images = datasets.reload(self.trusted, "train", data_dir)
+            images = datasets.reload(self.trusted, "train", data_dir, otherwise, named)
         except CovcliError as error:
             raise _gone(self.trusted.spec, otherwise, str(error)) from None
         images = self.less_calibration(images)
@@ -133,15 +157,18 @@ class Record:
             raise _gone(self.trusted.spec, otherwise, "its fingerprint is another")
         return labels.matched(images, classes).images
 
-    def calibration_set(self, data_dir: Path | None, otherwise: str) -> ImageSet:
+    def calibration_set(
+        self, data_dir: Path | None, otherwise: str, named: Collection[str | None] = ()
+    ) -> ImageSet:
         """Load the images that calibrated the signature, in the order in which they were read.
 
         Parameters and errors are those of `trusted_set`.
         """
+        recorded.allow(self.calibration, otherwise, named)
         entry, reason = self.calibration, "its fingerprint is another"
         for split in ("test", "train"):  # the record does not say which one it was
             try:
-                images = datasets.reload(entry, split, data_dir)
+                images = datasets.reload(entry, split, data_dir, otherwise, named)
             except CovcliError as error:
                 reason = str(error)
                 continue

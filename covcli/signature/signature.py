@@ -11,12 +11,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from covcli.core import file_checks, files, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.files import fingerprint, write_bytes
+from covcli.core.opening import open_regular, reading
 from covcli.methods import Layout, Method, Scorer, State, make_method
 from covcli.methods.state import GRANULARITIES, Granularity
 from covcli.models.architectures import Classifier, ModelSpec, Precision, precision
@@ -185,6 +185,7 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
         )  # fmt: skip
         _check(signature, calibration)
         record = Record.from_dict(metadata["record"], len(signature.classes))
+        record = record.known_to(signature.fingerprint)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CovcliError(f"does not hold together ({error!r})", where=path) from None
     return signature, calibration, record
@@ -262,14 +263,10 @@ def load_signature(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     CovcliError
         If the file is missing, of another kind or version, damaged, or not finite.
     """
-    if not path.is_file():
-        raise CovcliError("no such signature", where=path, fix="make one with build-signature")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file_checks.parse_json((file.metadata() or {})["covcli"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
-        raise CovcliError("is not a covcli signature", where=path) from None
+    with reading(path, "is not a covcli signature"), open_regular(path) as file:
+        content = file.read()
+        metadata = file_checks.parse_json(file_checks.safetensors_metadata(content)["covcli"])
+        tensors = safetensors.torch.load(content)
     if not isinstance(metadata, dict) or metadata.get("schema") != SIGNATURE_SCHEMA:
         reason = f"has another schema, this covcli reads {SIGNATURE_SCHEMA}"
         raise CovcliError(reason, where=path, fix="build it again with build-signature")

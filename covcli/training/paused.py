@@ -18,21 +18,35 @@ PAUSED = Format(
         {"settings", "threads", "trusted", "model", "optimizer", "schedule", "running",
          "reductions", "history", "step", "sums", "generator"}
     ),
+    sealed=True,
 )  # fmt: skip
 # Settings that runs of earlier versions do not record.
 ADDED = {"preprocess", "logits"}
 
 
-def read(run: Path) -> dict[str, Any]:
-    """Read what `Session.save` wrote of a run; a run without it is a CovcliError."""
+def read(run: Path) -> tuple[dict[str, Any], bool]:
+    """Read what `Session.save` wrote of a run, and whether this user's covcli has written it.
+
+    Raises
+    ------
+    CovcliError
+        If the run does not wait to go on, or its file is damaged.
+    """
     path = run / PAUSED_FILE
     if not path.is_file():
         raise CovcliError("holds nothing to resume", where=run)
-    return PAUSED.load(path)
+    return PAUSED.load_own(path)
 
 
-def restored_config(content: Mapping[str, Any], run: Path, data_dir: Path | None) -> TrainConfig:
+def restored_config(
+    content: Mapping[str, Any], own: bool, run: Path, data_dir: Path | None
+) -> TrainConfig:
     """Return what a saved run was told; its folder and its data may have moved.
+
+    Parameters
+    ----------
+    own
+        Whether this user's covcli has saved it; another's folder of data is not read.
 
     Raises
     ------
@@ -43,7 +57,8 @@ def restored_config(content: Mapping[str, Any], run: Path, data_dir: Path | None
         recorded = content["settings"]
         names = [field.name for field in fields(TrainConfig)]
         told = {name: recorded[name] for name in names if name in recorded or name not in ADDED}
-        moved = {"runs": run.parent, "name": run.name, "data_dir": data_dir or told["data_dir"]}
+        folder = data_dir or (told["data_dir"] if own else None)
+        moved = {"runs": run.parent, "name": run.name, "data_dir": folder}
         return settings.read(TrainConfig, told | moved)
     except (LookupError, TypeError, ValueError) as error:
         raise CovcliError(f"does not hold together ({error})", where=run / PAUSED_FILE) from None

@@ -1,5 +1,6 @@
 """train: teach a network with the ConfidenceLoss, and log what its neurons do on the way."""
 
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from covcli.core import distributed, files, run_folders, runtime
 from covcli.core.progress import Progress, Silent
 from covcli.core.signals import Interrupted, Interrupts
 from covcli.core.specs import parse
-from covcli.data import datasets, image_files, reading
+from covcli.data import datasets, image_files, reading, recorded
 from covcli.data.images import DataRecord
 from covcli.methods import make_method
 from covcli.models import checkpoint as checkpoints
@@ -99,24 +100,37 @@ def resume(
     progress: Progress = Silent(),
     data_dir: Path | None = None,
     interrupts: Interrupts | None = None,
+    named: Collection[str] = (),
 ) -> TrainResult:
     """Go on with an interrupted or killed run from its last saved step.
 
     The final weights equal those of an uninterrupted run bit for bit, on the same machine with
     the same number of threads.
 
+    Parameters
+    ----------
+    named
+        Specifications of data that the user has named: those in a path are needed where the run
+        is not the user's own.
+
     Raises
     ------
     CovcliError
-        If the run has nothing to resume, its data has changed, or it is running elsewhere.
+        If the run has nothing to resume, its data has changed or may not be read, or it is running
+        elsewhere.
     Interrupted
         If a signal arrived; the run can be resumed again.
     """
     # All ranks go on from what the first one has saved and reads.
-    content = distributed.agree(paused.read(run) if distributed.is_first() else {})
-    config = paused.restored_config(content, run, data_dir)
+    content, own = distributed.agree(paused.read(run) if distributed.is_first() else ({}, False))
+    config = paused.restored_config(content, own, run, data_dir)
     _check(config)
-    ran_in = Path(str(content.get("ran_in", "")))
+    for option, text in [
+        ("trusted", config.trusted),
+        *(("untrusted", t) for t in config.untrusted),
+    ]:
+        recorded.allow_spec(text, own, f"name it by --{option} {text}", named)
+    ran_in = Path(str(content.get("ran_in", "")) if own else "")
     images = datasets.load(config.trusted, "train", config.data_dir, ran_in)
     session = Session(config, images, ran_in)
     session.restore(content, run / PAUSED_FILE)
@@ -184,6 +198,7 @@ def _check_untrusted(text: str) -> None:
 
 
 def _result(run: Path, session: Session) -> TrainResult:
+    weights = files.fingerprint(session.trainer.model.state_dict())
     provenance = runtime.provenance(session.trainer.model.mean.device, session.config.seed)
     return TrainResult(
         run=run,
@@ -193,8 +208,8 @@ def _result(run: Path, session: Session) -> TrainResult:
         training_images=len(session.training),
         calibration_images=len(session.held_out),
         unreadable_images=len(session.images.origin.unreadable),
-        data=DataRecord.of(session.images),
-        checkpoint_fingerprint=files.fingerprint(session.trainer.model.state_dict()),
+        data=recorded.sealed(DataRecord.of(session.images), weights),
+        checkpoint_fingerprint=weights,
         provenance=distributed.agree(provenance),
     )
 

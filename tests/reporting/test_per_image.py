@@ -16,10 +16,10 @@ from covcli.reporting.per_image import (
     ImageScores,
     Samples,
     Thumbnails,
+    pack_samples,
+    pack_scores,
     read_samples,
     read_scores,
-    write_samples,
-    write_scores,
 )
 
 NAMES = st.text(
@@ -48,7 +48,7 @@ def test_scores_come_back_by_set(
 ) -> None:
     path = tmp_path_factory.mktemp("scores") / "scores.csv.gz"
     sets = {name: image_scores(i, 3 + i, labelled, ["knn"]) for i, name in enumerate(names)}
-    write_scores(path, sets)
+    path.write_bytes(pack_scores(sets))
     found = read_scores(path)
     assert list(found) == names
     for name, of in sets.items():
@@ -70,7 +70,7 @@ def test_scores_come_back_by_set(
 
 
 def test_the_table_has_the_documented_columns(tmp_path: Path) -> None:
-    write_scores(tmp_path / "s", {"trusted": image_scores(0, 3, False, ["knn"])})
+    (tmp_path / "s").write_bytes(pack_scores({"trusted": image_scores(0, 3, False, ["knn"])}))
     text = gzip.decompress((tmp_path / "s").read_bytes()).decode()
     assert text.splitlines()[0] == (
         "set,index,label,predicted,score,p_value,confidence,untrusted,unsure,softmax_confidence,"
@@ -84,7 +84,8 @@ def test_the_table_has_the_documented_columns(tmp_path: Path) -> None:
 def test_files_are_named_where_images_are_of_files(tmp_path: Path) -> None:
     names = np.array(["a/1.png", '\udcff,\n".png', "=x.png"], np.object_)
     named = replace(image_scores(0, 3, False, ["knn"]), file=names)
-    write_scores(tmp_path / "s", {"folder:a": named, "noise": image_scores(1, 2, True, ["knn"])})
+    sets = {"folder:a": named, "noise": image_scores(1, 2, True, ["knn"])}
+    (tmp_path / "s").write_bytes(pack_scores(sets))
     again = read_scores(tmp_path / "s")
     assert again["folder:a"].file is not None
     assert again["folder:a"].file.tolist() == names.tolist()
@@ -120,7 +121,7 @@ SAMPLES = Samples(
 
 def test_samples_come_back_under_their_names(tmp_path: Path) -> None:
     path = tmp_path / "samples.npz"
-    write_samples(path, SAMPLES)
+    path.write_bytes(pack_samples(SAMPLES))
     with np.load(path) as archive:
         assert set(archive.files) == {
             "explained_0", "explained_0_map", "explained_1", "0_passed", "0_passed_rows",
@@ -148,7 +149,7 @@ def test_samples_come_back_under_their_names(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_misshapen_samples_are_refused(tmp_path: Path, changes: dict[str, np.ndarray]) -> None:
     path = tmp_path / "samples.npz"
-    write_samples(path, SAMPLES)
+    path.write_bytes(pack_samples(SAMPLES))
     with np.load(path) as archive:
         arrays = {name: archive[name] for name in archive.files}
     arrays |= changes

@@ -1,6 +1,6 @@
 """The baselines of an evaluation: fitted on the signature's images, then run on every set."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -92,7 +92,13 @@ def expand(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def prepare(names: Sequence[str], judge: Judge, record: Record, data_dir: Path | None) -> Plan:
+def prepare(
+    names: Sequence[str],
+    judge: Judge,
+    record: Record,
+    data_dir: Path | None,
+    named: Collection[str | None] = (),
+) -> Plan:
     """Check baselines and load what they need, before any work is done.
 
     Parameters
@@ -105,6 +111,8 @@ def prepare(names: Sequence[str], judge: Judge, record: Record, data_dir: Path |
         The signature's record of the images that it was made from.
     data_dir
         The folder that downloaded sets live in.
+    named
+        Specifications of data that the user has named, and so allows to read.
 
     Raises
     ------
@@ -127,8 +135,8 @@ def prepare(names: Sequence[str], judge: Judge, record: Record, data_dir: Path |
                 fix=f"choose of {', '.join(others)}",
             )
     otherwise = "leave --baseline out"
-    trusted = record.trusted_set(judge.signature.classes, data_dir, otherwise)
-    held_out = record.calibration_set(data_dir, otherwise)
+    trusted = record.trusted_set(judge.signature.classes, data_dir, otherwise, named)
+    held_out = record.calibration_set(data_dir, otherwise, named)
     fitting, ranking = (
         held_out.select(torch.nonzero(rows)[:, 0])
         for rows in (judge.calibration.fitting, ~judge.calibration.fitting)

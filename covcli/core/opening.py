@@ -1,0 +1,134 @@
+"""How files are opened: once, regular files only, and for writing never through a planted link.
+
+A pipe, a device or a socket in the place of a file would block, or never end. A link in the place
+of a file that covcli writes would lead to a victim's file.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader, BufferedWriter
+from pathlib import Path
+
+from covcli.core.errors import CovcliError, is_memory_error
+
+
+class IrregularError(CovcliError):
+    """A pipe, a device, a socket or a folder in the place of a file."""
+
+
+# A file may claim to be this large; a larger one at most so many times as large as what it stores.
+ALWAYS_ALLOWED = 64 << 20
+MOST_TIMES_LARGER = 50
+# Without O_NONBLOCK the opening of a pipe that nobody writes to would wait for ever.
+_CAREFUL = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+def allowance(size: int) -> int:
+    """Return how many bytes a file of so many bytes may unpack to."""
+    return max(ALWAYS_ALLOWED, MOST_TIMES_LARGER * size)
+
+
+def open_regular(path: Path, *, inside: Path | None = None) -> BufferedReader:
+    """Open a regular file to read.
+
+    Parameters
+    ----------
+    path
+        The file.
+    inside
+        A folder that no link may lead out of.
+
+    Raises
+    ------
+    IrregularError
+        If it is a pipe, a device, a socket or a folder.
+    CovcliError
+        If it claims to be far larger than what the disk holds of it, or lies outside.
+    OSError
+        If it cannot be opened.
+    """
+    if inside is not None and not path.resolve().is_relative_to(inside.resolve()):
+        raise CovcliError("is a link that leaves its folder", where=path)
+    handle = os.open(path, os.O_RDONLY | _CAREFUL)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise IrregularError("is no regular file", where=path)
+        held = 512 * getattr(found, "st_blocks", 0)  # 0 where the file system does not tell
+        if held and found.st_size > allowance(held):
+            raise CovcliError("claims to be far larger than it is", where=path)
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def open_own(path: Path) -> BufferedWriter:
+    """Open a file of covcli's own to append to, or make it; a link in its place is refused.
+
+    Raises
+    ------
+    CovcliError
+        If something else than a regular file is in its place, or it cannot be opened.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _CAREFUL | _NO_LINK
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        raise CovcliError(f"cannot be written ({error.strerror})", where=path) from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise CovcliError("is no regular file", where=path)
+    return os.fdopen(handle, "wb")
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise a CovcliError if a file to be written would take the place of what is no file.
+
+    A link is replaced itself, and what it leads to stays as it is.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # nothing there, or no way to it: writing will tell
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+        raise CovcliError("is no regular file and is not replaced", where=path)
+
+
+def check_within(folder: Path, path: Path) -> None:
+    """Raise a CovcliError if a link leads the folder of a file that is to be written elsewhere."""
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise CovcliError("is a link that leaves its folder", where=path.parent)
+
+
+@contextmanager
+def reading(path: Path, complaint: str, fix: str | None = None) -> Iterator[None]:
+    """Turn what is raised while a file is opened and parsed into a CovcliError of one line.
+
+    Parsers of other libraries raise dozens of kinds of errors on hostile bytes. Signals and
+    exhausted memory are none of them and pass.
+
+    Parameters
+    ----------
+    path
+        The file.
+    complaint
+        What is wrong if it was opened but not understood.
+    fix
+        What the user can do then.
+    """
+    try:
+        yield
+    except CovcliError:
+        raise
+    except FileNotFoundError:
+        raise CovcliError("no such file", where=path) from None
+    except OSError as error:
+        raise CovcliError(f"cannot be read ({error.strerror or error})", where=path) from None
+    except Exception as error:
+        if is_memory_error(error):
+            raise
+        raise CovcliError(complaint, where=path, fix=fix) from None
