@@ -229,7 +229,7 @@ def test_of_two_builds_of_one_output_one_wins_and_the_other_is_refused(
     thread = threading.Thread(target=lambda: built.append(build_signature(config, first)))
     thread.start()
     assert first.reached.wait(60)
-    with pytest.raises(CovcliError, match="is being written by another process"):
+    with pytest.raises(CovcliError, match="another process is writing this"):
         build_signature(config, Silent())
     other = replace(config, output=tmp_path / "t.safetensors")
     build_signature(other, Silent())  # of another output at the same time
