@@ -25,6 +25,7 @@ from covcli.options import (
     MaxError,
     MaxPixels,
     Plugin,
+    Points,
     Preprocess,
     Process,
     QuietFlag,
@@ -137,6 +138,7 @@ def train(
     augment: Annotated[
         AugmentationChoice, typer.Option(help="Of training images.")
     ] = TrainConfig.augment,
+    points: Points = None,
     amp: Amp = TrainConfig.amp,
     name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = TrainConfig.name,
     runs: Runs = TrainConfig.runs,
@@ -155,7 +157,8 @@ def train(
     """Train a network with the ConfidenceLoss; print the checkpoint's path."""
     config = TrainConfig(
         method=method, trusted=trusted, untrusted=tuple(untrusted or ()), model=model,
-        pretrained=pretrained, preprocess=preprocess, logits=logits, epochs=epochs,
+        pretrained=pretrained, preprocess=preprocess, logits=logits, points=tuple(points or ()),
+        epochs=epochs,
         batch_size=batch_size, learning_rate=learning_rate,
         weight_decay=weight_decay, confidence_threshold=confidence_threshold,
         confidence_weight=confidence_weight, signature_every=signature_every,
@@ -227,6 +230,7 @@ def build_signature(
     logits: Annotated[
         str, typer.Option(help="For a bare state dict, of several outputs: the logits' name.")
     ] = SignatureConfig.logits,
+    points: Points = None,
     output: Annotated[
         Path | None, typer.Option(help="Signature file; default: beside the checkpoint.")
     ] = SignatureConfig.output,
@@ -250,7 +254,8 @@ def build_signature(
         checkpoint=checkpoint, method=method, granularity=granularity, trusted=trusted,
         calibration=calibration, confidence_threshold=confidence_threshold, alpha=alpha,
         guarantee=guarantee, max_error=max_error, model=model,
-        statistics=read_statistics(mean, std), preprocess=preprocess, logits=logits, runs=runs,
+        statistics=read_statistics(mean, std), preprocess=preprocess, logits=logits,
+        points=tuple(points or ()), runs=runs,
         data_dir=data_dir, output=output, force=force, device=device, amp=amp, seed=seed,
     )  # fmt: skip
 
@@ -264,6 +269,50 @@ def build_signature(
     if process.prints and not quiet:
         describe_signature(result)
     _print(process, result, result.path, json)
+
+
+@app.command("points")
+def list_points(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Checkpoint, or a bare state dict of --model.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Without a checkpoint: its points, with random weights.")
+    ] = None,
+    classes: Annotated[int, typer.Option(min=2, help="Of a network of random weights.")] = 10,
+    granularity: Annotated[
+        GranularityChoice, typer.Option(help="channel: mean and maximum; unit: every position.")
+    ] = "channel",
+    points: Points = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="List every place that could be one.")
+    ] = False,
+    preprocess: Preprocess = None,
+    logits: Annotated[
+        str,
+        typer.Option(
+            "--logits", "--output", help="Where a network returns several tensors: its logits."
+        ),
+    ] = "",
+    plugin: Plugin = None,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """List the coverage points of a network: where its activations are recorded."""
+    from covcli.core.progress import reporter
+    from covcli.models.listing import as_table, list_points
+    from covcli.models.weights import Foreign
+    from covcli.reporting import terminal
+
+    prepare("cpu", 0, 0, plugin)
+    told = Foreign(model, preprocess=preprocess, logits=logits)
+    with reporter(quiet):
+        found = list_points(checkpoint, told, classes, granularity, tuple(points or ()), every)
+    if json:
+        terminal.print_json(found)
+    else:
+        terminal.show_table(as_table(found))
 
 
 @app.command("merge-signatures")

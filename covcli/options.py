@@ -48,6 +48,13 @@ Preprocess = Annotated[
         "default: as the model expects them."
     ),
 ]
+Points = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Which coverage points, as 'layer4*' or '*:relu'; may repeat. `covcli points` lists "
+        "them."
+    ),
+]
 Threads = Annotated[int, typer.Option(min=0, help="Threads on the CPU; 0 leaves it to torch.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice, below 2^31.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print nothing to stderr but errors.")]

@@ -1,7 +1,7 @@
 """Architectures by name, and the Classifier: a network with its normalisation."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torchvision
@@ -13,7 +13,8 @@ from covcli.data.preprocessing import InputShape, Shape
 from covcli.methods.state import Granularity
 from covcli.models import zoo
 from covcli.models.logits import find_logits
-from covcli.models.points import Point, find_points
+from covcli.models.points import Outputs, Point
+from covcli.models.pooling import pool
 from covcli.models.registry import MODELS, Architecture, Build
 from covcli.models.spec import (
     CIFAR10,
@@ -24,6 +25,7 @@ from covcli.models.spec import (
     Statistics,
     precision,
 )
+from covcli.models.survey import IMAGES, Survey, alike, look
 
 __all__ = [
     "CIFAR10", "IMAGENET", "MODELS", "Architecture", "Classifier", "ModelSpec", "Precision",
@@ -50,6 +52,10 @@ class Classifier(nn.Module):
     ----------
     precision
         "bfloat16" computes what can be so in bfloat16 (torch.autocast); the weights stay float32.
+    watched
+        Which coverage points are chosen, by patterns of their names; none for the default ones.
+    pairs
+        Whether a single image is run twice, side by side, for a network that cannot take it alone.
     """
 
     mean: Tensor
@@ -60,6 +66,8 @@ class Classifier(nn.Module):
         self.spec = spec
         self.network = network
         self.precision: Precision = "float32"
+        self.watched: tuple[str, ...] = ()
+        self.pairs = False
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
         self.register_buffer("deviation", torch.tensor(spec.deviation).view(1, -1, 1, 1))
 
@@ -76,9 +84,13 @@ class Classifier(nn.Module):
     def classify(self, normalised: Tensor) -> Tensor:
         """Return the logits of images that were normalised already; errors as of `forward`."""
         low = self.precision == "bfloat16"
-        with torch.autocast(normalised.device.type, torch.bfloat16, enabled=low):
-            output = self.network(normalised)
-        return find_logits(output, normalised.shape[0], self.spec.classes, self.spec.logits).float()
+        alone = self.pairs and normalised.shape[0] == 1
+        images = normalised.repeat(2, 1, 1, 1) if alone else normalised
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
+            output = self.network(images)
+        classes, wanted = self.spec.classes, self.spec.logits
+        logits = find_logits(output, images.shape[0], classes, wanted).float()
+        return logits[:1] if alone else logits
 
     def pixels(self, normalised: Tensor) -> Tensor:
         """Return normalised images as pixels in [0, 1]."""
@@ -89,18 +101,21 @@ class Classifier(nn.Module):
         return self.to(device).to(memory_format=torch.channels_last)
 
     def points(self, granularity: Granularity) -> list[Point]:
-        """Return the coverage points, named as in the network.
+        """Return the coverage points, named as in the network; errors as of `survey`."""
+        return [each.point for each in self.survey(granularity).choose(self.watched)]
+
+    def survey(self, granularity: Granularity) -> Survey:
+        """Watch the network, and learn how it takes single images.
 
         Raises
         ------
         CovcliError
-            If the network refuses images of its shape, returns no logits, or has no layer to
-            record.
+            If the network refuses images of its shape, or returns no logits.
         """
-        example = torch.zeros(2, *self.spec.shape, device=self.mean.device)
+        example = self._example()
         try:
-            with torch.no_grad():
-                self.eval()(example)
+            seen = look(self.network, example, granularity)
+            self._try_single(example)
         except FAILURES as error:
             raise CovcliError(
                 f"the network refuses images of shape {tuple(self.spec.shape)} "
@@ -108,7 +123,48 @@ class Classifier(nn.Module):
                 where=f"model {self.spec.name!r}",
                 fix="name the size that it takes, as --preprocess crop=224",
             ) from error
-        return find_points(self.network, (example - self.mean) / self.deviation, granularity)
+        few, more = (
+            find_logits(output, images, self.spec.classes, self.spec.logits)
+            for output, images in zip(seen.outputs, IMAGES, strict=True)
+        )
+        if not alike(few, more[: len(few)]):
+            log.warning("the network's answer depends on the other images of the batch")
+        if seen.unwatchable:
+            log.warning(
+                "%d activations are not watched, for they hold no part for each image: %s",
+                len(seen.unwatchable), ", ".join(seen.unwatchable[:3]),
+            )  # fmt: skip
+        return seen
+
+    def shows(self, points: Sequence[Point], granularity: Granularity) -> bool:
+        """Return whether the network has these points, with so many neurons each."""
+        neurons: dict[str, int] = {}
+
+        def see(point: Point, output: Tensor) -> None:
+            neurons[point.name] = pool(output, point.channel_dim, granularity).shape[1]
+
+        for self.pairs in (False, True):
+            try:
+                with Outputs(self.network, points, see), torch.no_grad():
+                    self.eval().classify(self._example())
+            except (CovcliError, *FAILURES):
+                continue
+            return neurons == {point.name: point.neurons for point in points}
+        return False
+
+    def _example(self) -> Tensor:
+        """Return one normalised black image."""
+        black = torch.zeros(1, *self.spec.shape, device=self.mean.device)
+        return (black - self.mean) / self.deviation
+
+    def _try_single(self, example: Tensor) -> None:
+        """Find out whether the network takes a single image, or drops a dimension of size 1."""
+        self.pairs = False
+        try:
+            with torch.no_grad():
+                self.eval().classify(example)
+        except (CovcliError, *FAILURES):
+            self.pairs = True
 
 
 def model(name: str, *, size: int = 32, weights: str | None = None) -> Callable[[Build], Build]:

@@ -105,6 +105,7 @@ def load(path: Path, foreign: Foreign | ModelSpec | str | None = None) -> Checkp
         if training:
             make_method(training["method"])
             whole &= 0 <= training["confidence_threshold"] <= 1
+            whole &= all(isinstance(pattern, str) for pattern in training.get("points", ()))
     except (TypeError, AttributeError, KeyError, ValueError) as error:
         raise CovcliError(f"does not hold together ({error})", where=path) from None
     if not whole:

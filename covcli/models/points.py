@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,17 @@ from torch.utils.hooks import RemovableHandle
 
 from covcli.core.errors import CovcliError
 from covcli.methods.state import Granularity
+from covcli.models.functions import Calls, Function, activation_of
 from covcli.models.pooling import pool, statistics
 
+# Where an output holds the images of a batch: in its first or second dimension, or in the first
+# together with parts of each image (windows), image by image or part by part.
+Batch: TypeAlias = Literal["first", "second", "folded", "interleaved"]
+# An activation's module calls a function itself, which is no point of its own.
 ACTIVATIONS = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
-    nn.Hardswish, nn.Softplus, nn.Tanh,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU,
+    nn.Mish, nn.Hardswish, nn.Hardtanh, nn.Softplus, nn.Threshold, nn.Tanh,
 )  # fmt: skip
-NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 
 
 class CoverageLayer(nn.Module):
@@ -43,22 +47,27 @@ class CoverageLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Point:
-    """One coverage point.
+    """One coverage point: what a module returns, or a function that is called in its `forward`.
 
     Attributes
     ----------
     name
-        The module's name in the network; `#2` and so on follow where it is called repeatedly.
+        The module's name in the network, and the function's after a colon; `#2` and so on follow
+        where it is called repeatedly.
     module
         The module's name alone.
     call
-        Which call of the module within one forward pass, from 0 on.
+        Which call of the module, or of the function in it, within one forward pass, from 0 on.
     channel_dim
-        Which dimension of its output counts channels.
+        Which dimension of its output counts channels, after `arrange`.
     neurons
         How many neurons it has at the granularity asked for.
     values
         How many of them, the first ones, are means or values; the others are maxima.
+    function
+        The function's name, as "relu"; "" for what the module returns.
+    batch
+        Where its output holds the images of a batch.
     """
 
     name: str
@@ -67,6 +76,42 @@ class Point:
     channel_dim: int
     neurons: int
     values: int
+    function: str = ""
+    batch: Batch = "first"
+
+    def __post_init__(self) -> None:
+        """Check what was read of a file."""
+        if self.batch not in get_args(Batch):
+            raise ValueError(f"batch {self.batch!r}")
+
+    def arrange(self, output: Tensor, images: int) -> Tensor:
+        """Return an output with the images of the batch in its first dimension, one each."""
+        return arrange(output, self.batch, images)
+
+
+def arrange(output: Tensor, batch: Batch, images: int) -> Tensor:
+    """Return an output with the images of a batch in its first dimension, one each.
+
+    >>> windows = torch.zeros(6, 49, 32)  # three of each of two images
+    >>> arrange(windows, "folded", 2).shape
+    torch.Size([2, 3, 49, 32])
+    """
+    if batch == "first":
+        return output
+    if batch == "second":
+        return output.transpose(0, 1)
+    if batch == "folded":
+        folded: Tensor = output.unflatten(0, (images, -1))
+        return folded
+    interleaved: Tensor = output.unflatten(0, (-1, images))
+    return interleaved.transpose(0, 1)
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """Return what a module returned if it is a tensor, or the first of a tuple (attention)."""
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
 
 
 T = TypeVar("T")
@@ -104,10 +149,22 @@ class _Pass:
         self.units = None
 
 
+@dataclass
+class _Place:
+    """Where the forward pass of a thread is: how many images, in which modules, what was called."""
+
+    running: bool = False
+    images: int = 0
+    count: Counter[tuple[str, str]] = field(default_factory=Counter)
+    inside: list[str] = field(default_factory=list)  # whose forward runs, the innermost last
+    calls: Calls | None = None
+
+
 class Outputs:
     """Shows every point's whole output during a `with` block; the hooks are always removed.
 
-    Passes in several threads are counted apart, each by itself.
+    Passes in several threads are counted apart, each by itself. Where a point is a function, hooks
+    on all modules follow which one calls it, and torch shows its functions during each pass.
 
     Parameters
     ----------
@@ -116,29 +173,52 @@ class Outputs:
     points
         Its coverage points, or some of them.
     see
-        Called with a point and its output.
+        Called with a point and its output, arranged by image.
+    raw
+        Whether outputs are shown as they are instead, for gradients.
+    when
+        Asked at the beginning of each pass whether to show it; None shows every pass.
     """
 
     def __init__(
-        self, model: nn.Module, points: Sequence[Point], see: Callable[[Point, Tensor], None]
+        self,
+        model: nn.Module,
+        points: Sequence[Point],
+        see: Callable[[Point, Tensor], None],
+        raw: bool = False,
+        when: Callable[[], bool] | None = None,
     ) -> None:
-        modules = dict(model.named_modules())
         self._model = model
         self._see = see
-        by_module: dict[str, dict[int, Point]] = {}
-        for point in points:
-            by_module.setdefault(point.module, {})[point.call] = point
-        self._calls = _PerThread[Counter[str]](Counter)
+        self._raw = raw
+        self._when = when
+        self._points = {(p.module, p.function, p.call): p for p in points}
+        self._functions = {(p.module, p.function) for p in points if p.function}
+        self._places = _PerThread(_Place)
+        self._handles: list[RemovableHandle] = []
+        modules = dict(model.named_modules())
+        if missing := [p for p in points if p.module not in modules]:
+            raise CovcliError(f"has no module {missing[0].module!r}", where="the network")
         # Not closures, which could neither be pickled nor copied with the network.
         self._hooks = [
-            (modules[name], partial(self._end, name, calls)) for name, calls in by_module.items()
+            (modules[name], partial(self._end, name))
+            for name in dict.fromkeys(p.module for p in points if not p.function)
         ]
-        self._handles: list[RemovableHandle] = []
+
+    @property
+    def images(self) -> int:
+        """How many images this thread's last pass had."""
+        return self._places.state.images
 
     def attach(self) -> None:
         """Put the hooks on the network."""
         self._handles = [self._model.register_forward_pre_hook(self._begin)]
+        for name, module in self._model.named_modules() if self._functions else ():
+            before = module.register_forward_pre_hook(partial(self._enter, name))
+            after = module.register_forward_hook(self._leave, always_call=True)
+            self._handles += [before, after]
         self._handles += [module.register_forward_hook(hook) for module, hook in self._hooks]
+        self._handles.append(self._model.register_forward_hook(self._finish, always_call=True))
 
     def detach(self) -> None:
         """Take the hooks off again."""
@@ -146,18 +226,54 @@ class Outputs:
             handle.remove()
         self._handles = []
 
-    def _begin(self, _model: nn.Module, _inputs: Any) -> None:
-        self._calls.state.clear()
+    def _begin(self, _model: nn.Module, inputs: Any) -> None:
+        state = self._places.state
+        state.running = self._when is None or self._when()
+        state.images = inputs[0].shape[0]  # `len` would fix the batch of an export
+        state.count.clear()
+        state.inside.clear()
+        if self._functions and state.running:
+            state.calls = Calls(self._called)
+            state.calls.__enter__()
 
-    def _end(
-        self, name: str, points: Mapping[int, Point], _module: nn.Module, _inputs: Any, output: Any
+    def _finish(self, _model: nn.Module, _inputs: Any, _output: Any) -> None:
+        state = self._places.state
+        state.running = False
+        if state.calls is not None:
+            state.calls.__exit__(None, None, None)
+            state.calls = None
+
+    def _enter(self, name: str, module: nn.Module, _inputs: Any) -> None:
+        # What an activation's module calls is no function of a point.
+        self._places.state.inside.append(
+            name if not isinstance(module, ACTIVATIONS) else f"{name}:"
+        )
+
+    def _leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
+        if self._places.state.inside:
+            self._places.state.inside.pop()
+
+    def _called(
+        self, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        calls = self._calls.state
-        call = calls[name]
-        calls[name] = call + 1
-        point = points.get(call)
-        if point is not None:
-            self._see(point, output)
+        activation = activation_of(function, args, kwargs)
+        inside = self._places.state.inside
+        if activation is not None and inside and (inside[-1], activation) in self._functions:
+            self._show(inside[-1], activation, output)
+
+    def _end(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        self._show(name, "", output)
+
+    def _show(self, module: str, function: str, output: Any) -> None:
+        state = self._places.state
+        if not state.running:
+            return
+        call = state.count[module, function]
+        state.count[module, function] = call + 1
+        point = self._points.get((module, function, call))
+        tensor = first_tensor(output)
+        if point is not None and tensor is not None:
+            self._see(point, tensor if self._raw else point.arrange(tensor, state.images))
 
     def __enter__(self) -> Self:
         self.attach()
@@ -189,9 +305,11 @@ class Recorder:
     def __init__(self, model: nn.Module, points: Sequence[Point], granularity: Granularity) -> None:
         self.points = points
         self.granularity = granularity
-        self._outputs = Outputs(model, points, self._note)
-        self._stays = False
         self._passes = _PerThread(_Pass)
+        self._outputs = Outputs(
+            model, points, self._note, raw=granularity == "contribution", when=self._listens
+        )
+        self._stays = False
 
     def stay(self) -> None:
         """Leave the hooks on the network until `leave`; outside `with` blocks they do nothing."""
@@ -222,11 +340,12 @@ class Recorder:
         """Let this thread's next pass write its units over these, which nobody reads any more."""
         self._passes.state.spare = neurons
 
+    def _listens(self) -> bool:
+        return self._passes.state.listening
+
     def _note(self, point: Point, output: Tensor) -> None:
         """Keep what a hook saw: neurons, or for contributions the activations until `take`."""
         seen = self._passes.state
-        if not seen.listening:
-            return
         if self.granularity == "contribution":
             seen.parts[point.name] = [output]
         elif self.granularity == "unit" and not torch.is_grad_enabled():
@@ -272,9 +391,11 @@ class Recorder:
             raise CovcliError(f"coverage point {missing[0]!r} was not reached", where="the network")
         parts = [part for point in self.points for part in seen.parts[point.name]]
         if self.granularity == "contribution":
-            dims = [point.channel_dim for point in self.points]
-            products = contributions(logits, parts)
-            parts = [pool(p, d, "contribution") for p, d in zip(products, dims, strict=True)]
+            images = self._outputs.images
+            parts = [
+                pool(point.arrange(product, images), point.channel_dim, "contribution")
+                for point, product in zip(self.points, contributions(logits, parts), strict=True)
+            ]
         neurons = seen.units
         if neurons is None:
             neurons = torch.cat(parts, 1) if parts else torch.empty(0, 0)
@@ -299,79 +420,3 @@ def contributions(logits: Tensor, activations: Sequence[Tensor]) -> list[Tensor]
     certainty = -(logits.softmax(1) + 1e-12).log().mean(1).sum()
     gradients = torch.autograd.grad(certainty, list(activations))
     return [(a * g).detach() for a, g in zip(activations, gradients, strict=True)]
-
-
-def find_points(model: nn.Module, example: Tensor, granularity: Granularity) -> list[Point]:
-    """Choose a network's coverage points by watching one forward pass.
-
-    CoverageLayer modules where the network has any; else its activation functions; else its
-    normalisation layers; else its convolutions and linear layers but the last.
-
-    Parameters
-    ----------
-    model
-        The network.
-    example
-        One batch of images, shape (B, C, H, W); the values do not matter.
-    granularity
-        Decides how many neurons a point has.
-
-    Raises
-    ------
-    CovcliError
-        If the network calls no layer of any of these kinds.
-    """
-    kinds: list[tuple[type[nn.Module], ...]] = [
-        (CoverageLayer,), ACTIVATIONS, NORMALISATIONS, (nn.Conv2d, nn.Linear)
-    ]  # fmt: skip
-    for kind in kinds:
-        points = _watch(model, example, granularity, kind)
-        if kind == kinds[-1]:
-            points = points[:-1]
-        if points:
-            return points
-    raise CovcliError("no layer to record", where=type(model).__name__, fix="place CoverageLayer()")
-
-
-def _watch(
-    model: nn.Module, example: Tensor, granularity: Granularity, kind: tuple[type[nn.Module], ...]
-) -> list[Point]:
-    points: list[Point] = []
-    calls: dict[str, int] = {}
-    linear_outputs: list[Tensor] = []  # kept alive, so that identities stay unique
-
-    def remember(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        linear_outputs.append(output)
-
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not isinstance(output, Tensor) or output.ndim < 2:
-                return
-            call = calls[name] = calls.get(name, -1) + 1
-            dim = getattr(module, "channel_dim", None)
-            if dim is None:
-                # After a linear layer the channels come last (transformers, ConvNeXt).
-                last = output.ndim == 3 or any(inputs[0] is seen for seen in linear_outputs)
-                dim = -1 if last else 1
-            label = name if call == 0 else f"{name}#{call + 1}"
-            neurons = pool(output, dim, granularity).shape[1]
-            halves = 2 if granularity == "channel" and output.ndim > 2 else 1
-            points.append(Point(label, name, call, dim, neurons, neurons // halves))
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            handles.append(module.register_forward_hook(remember))
-        if isinstance(module, kind):
-            handles.append(module.register_forward_hook(hook_for(name)))
-    training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(example)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    return points

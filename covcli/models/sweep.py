@@ -74,6 +74,7 @@ def forward(
     else:
         logits = network(images)
         neurons = recorder.take(logits)
+    neurons = neurons[: logits.shape[0]]  # of an image that was run twice
     # Sums pass NaN and infinity on; those of large numbers can overflow, so then each is looked at.
     if not math.isfinite(float((neurons.sum() + logits.sum()).detach())):
         _refuse_not_finite(recorder.points, neurons, logits)

@@ -74,6 +74,11 @@ def show_evaluation(result: "EvaluationResult", verbose: bool = False) -> None:
         _show_explanation(console, entry)
 
 
+def show_table(table: "tables.Table") -> None:
+    """Print one table to stdout."""
+    _show(_console(), table)
+
+
 def _show_all(console: Console, result: "EvaluationResult") -> None:
     """Print what a report shows beside the overview."""
     _show(console, f"Signature {result.signature.parameters}. {tables.false_alarms(result)}")

@@ -120,6 +120,7 @@ def _build(
     classes = images.classes
     check_images(len(held_out), guarantee, len(classes))
     model = source.model.on(device)
+    model.watched = config.points or tuple(source.training.get("points", ()))
     model.precision = choose_precision(config.amp, model, torch.inference_mode()(model))
     signature, trusted, accuracy = fit_signature(
         model, images, classes, method, config.granularity, threshold, progress

@@ -42,6 +42,8 @@ class SignatureConfig:
         Of a bare state dict: how images are prepared for its model.
     logits
         Of a bare state dict, where the model returns several tensors: the logits' name.
+    points
+        Patterns that choose coverage points; by default those of the training.
     runs, output
         The folder of run folders, and the signature's file; by default it stands beside the
         checkpoint.
@@ -70,6 +72,7 @@ class SignatureConfig:
     statistics: tuple[PixelStatistics, PixelStatistics] | None = None
     preprocess: str | None = None
     logits: str = ""
+    points: tuple[str, ...] = ()
     runs: Path = Path("runs")
     data_dir: Path | None = None
     output: Path | None = None

@@ -120,7 +120,7 @@ class Signature:
                 where=where,
                 fix="build one with `covcli build-signature CHECKPOINT`",
             )
-        if tuple(model.points(self.granularity)) != self.points:
+        if not model.shows(self.points, self.granularity):
             raise CovcliError("names coverage points that the network does not have", where=where)
 
 

@@ -33,6 +33,8 @@ class TrainConfig:
         How images are prepared for it; by default as its architecture has it.
     logits
         Where it returns several tensors: the logits' name.
+    points
+        Patterns that choose coverage points; by default those of the network, see `Survey.choose`.
     epochs, batch_size
         Passes over the training images, and images a step, of all ranks together.
     learning_rate, weight_decay
@@ -66,6 +68,7 @@ class TrainConfig:
     pretrained: bool = False
     preprocess: str | None = None
     logits: str = ""
+    points: tuple[str, ...] = ()
     epochs: Annotated[int, Interval(ge=1)] = 10
     batch_size: Annotated[int, Interval(ge=2)] = 64
     learning_rate: Annotated[float, Interval(gt=0, lt=math.inf)] = 0.05

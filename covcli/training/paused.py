@@ -21,7 +21,7 @@ PAUSED = Format(
     sealed=True,
 )  # fmt: skip
 # Settings that runs of earlier versions do not record.
-ADDED = {"preprocess", "logits"}
+ADDED = {"preprocess", "logits", "points"}
 
 
 def read(run: Path) -> tuple[dict[str, Any], bool]:

@@ -288,6 +288,7 @@ def _model(config: TrainConfig, images: ImageSet, device: torch.device) -> Class
     )  # fmt: skip
     with runtime.seeded(config.seed):
         model = architectures.build(spec)
+    model.watched = config.points
     if config.pretrained:
         architectures.load_pretrained(model)
     return model.on(device)

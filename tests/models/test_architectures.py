@@ -14,8 +14,9 @@ from covcli.methods.state import Granularity
 from covcli.models import architectures
 from covcli.models.architectures import CIFAR10, IMAGENET, MODELS, ModelSpec
 from covcli.models.checkpoint import load
-from covcli.models.points import CoverageLayer, Recorder, find_points
+from covcli.models.points import CoverageLayer, Recorder
 from covcli.models.pooling import pool
+from covcli.models.survey import find_points
 
 POINTS = {"vgg19": 18, "vgg11": 10, "resnet18": 17, "tiny": 3}
 

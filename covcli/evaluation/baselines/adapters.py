@@ -1,10 +1,9 @@
 """A classifier taken apart: what each batch shows at its coverage points and before its end."""
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -45,24 +44,36 @@ class Batch:
 
 @dataclass(frozen=True)
 class Layer:
-    """One call of a coverage point; a library that hooks modules takes it for a module."""
+    """A coverage point; a library that hooks modules takes it for a module."""
 
-    module: nn.Module
-    call: int
-    calls: int
-    channel_dim: int
+    network: nn.Module
+    point: Point
+
+    @property
+    def channel_dim(self) -> int:
+        """Which dimension of the output counts channels."""
+        return self.point.channel_dim
 
     def register_forward_hook(self, hook: Callable[[Any, Any, Tensor], None]) -> Any:
-        """Have `hook` called with this call's output in every forward pass."""
-        count = 0
+        """Have `hook` called with the point's output in every forward pass."""
+        outputs = Outputs(self.network, [self.point], partial(_pass_on, hook), raw=True)
+        outputs.attach()
+        return Handle(outputs)
 
-        def only_this_call(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            nonlocal count
-            if count % self.calls == self.call:
-                hook(module, inputs, output)
-            count += 1
 
-        return self.module.register_forward_hook(only_this_call)
+@dataclass(frozen=True)
+class Handle:
+    """What takes a hook off again, as torch's own handles do."""
+
+    outputs: Outputs
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self.outputs.detach()
+
+
+def _pass_on(hook: Callable[[Any, Any, Tensor], None], _point: Point, output: Tensor) -> None:
+    hook(None, None, output)
 
 
 class Network:
@@ -75,7 +86,7 @@ class Network:
     points
         Its coverage points.
     layers
-        The same, for a library that hooks modules.
+        The same, for a library that hooks modules; without those whose output mixes images.
     last
         The linear layer that the logits come from, or None.
     """
@@ -83,11 +94,7 @@ class Network:
     def __init__(self, model: Classifier) -> None:
         self.model = model.eval()
         self.points = model.points("channel")
-        modules = dict(model.network.named_modules())
-        calls = Counter(point.module for point in self.points)
-        self.layers = [
-            Layer(modules[p.module], p.call, calls[p.module], p.channel_dim) for p in self.points
-        ]
+        self.layers = [Layer(model.network, p) for p in self.points if p.batch == "first"]
         self.last = _last_linear(model)
 
     @property

@@ -234,7 +234,7 @@ def multi_mahalanobis(trusted: FittingImages) -> Detector:
     hold: more than 20,000 for VGG19.
     """
     means, labels = _layer_means(trusted)
-    detector = library().MultiMahalanobis(list(trusted.network.layers))
+    detector = library().MultiMahalanobis(list(trusted.network.points))
     detector.fit_structured(means, labels)
     return lambda batch: detector.predict_structured(batch.means)
 

@@ -1,0 +1,396 @@
+"""The places of a network where activations could be recorded, and which of them are.
+
+Found by watching two forward passes of two and three images: what changes in an output's shape is
+where it holds the images.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from covcli.core.errors import CovcliError
+from covcli.core.specs import suggestion
+from covcli.methods.state import Granularity
+from covcli.models import functions
+from covcli.models.functions import Calls, Function, activation_of
+from covcli.models.points import (
+    ACTIVATIONS,
+    Batch,
+    CoverageLayer,
+    Point,
+    arrange,
+    first_tensor,
+)
+from covcli.models.pooling import pool
+
+log = logging.getLogger(__name__)
+Kind: TypeAlias = Literal["marked", "activation", "attention", "normalisation", "layer", "module"]
+Key: TypeAlias = tuple[str, str, int, Kind]
+NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
+# What is watched by default: the first of these that the network has.
+DEFAULTS: tuple[tuple[Kind, ...], ...] = (
+    ("marked",), ("activation", "attention"), ("normalisation",), ("layer",)
+)  # fmt: skip
+IMAGES = (2, 3)
+# How far the same image's outputs in two batches may lie apart, as a share of the largest value.
+ALIKE = 1e-3
+SHOWN = 20  # names in an error
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place that could be a coverage point.
+
+    Attributes
+    ----------
+    point
+        What it would be as a point.
+    kind
+        "marked" by a CoverageLayer, "activation", "attention" (a block of attention and what
+        follows it, or attention alone), "normalisation", "layer" (a convolution or linear layer) or
+        another "module".
+    what
+        The class of the module, or the function.
+    shape
+        Of its output for one image.
+    """
+
+    point: Point
+    kind: Kind
+    what: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What two forward passes showed.
+
+    Attributes
+    ----------
+    candidates
+        In the order of the pass.
+    unwatchable
+        Names of activations that do not hold one part for each image.
+    outputs
+        What the network returned for two images, and for these and a third.
+    """
+
+    candidates: Sequence[Candidate]
+    unwatchable: Sequence[str]
+    outputs: tuple[Any, Any]
+
+    def choose(self, patterns: Sequence[str] = ()) -> list[Candidate]:
+        """Return the coverage points.
+
+        By default CoverageLayer modules where the network has any; else its activations and the
+        outputs of its attention blocks; else its normalisation layers; else its convolutions and
+        linear layers but the last.
+
+        Parameters
+        ----------
+        patterns
+            Names with `*` and `?`. Each chooses among the default points, or, where none of them
+            matches, among all modules.
+
+        Raises
+        ------
+        CovcliError
+            If the network has no such layer, or a pattern matches none.
+        """
+        usual = self._usual()
+        if not patterns:
+            if not usual:
+                raise CovcliError(
+                    "no layer to record", where="the network", fix="place CoverageLayer()"
+                )
+            return usual
+        chosen: set[str] = set()
+        for pattern in patterns:
+            matching = _matching(usual, pattern) or _matching(self.candidates, pattern)
+            if not matching:
+                names = [each.point.name for each in usual or self.candidates]
+                raise CovcliError(
+                    f"matches no coverage point {pattern!r}",
+                    where="--points",
+                    fix=suggestion(pattern, names[:SHOWN]),
+                )
+            chosen |= {each.point.name for each in matching}
+        return [each for each in self.candidates if each.point.name in chosen]
+
+    def _usual(self) -> list[Candidate]:
+        for kinds in DEFAULTS:
+            found = [each for each in self.candidates if each.kind in kinds]
+            if kinds == DEFAULTS[-1]:
+                found = found[:-1]
+            if found:
+                return found
+        return []
+
+
+def _matching(candidates: Sequence[Candidate], pattern: str) -> list[Candidate]:
+    return [each for each in candidates if fnmatchcase(each.point.name, pattern)]
+
+
+def find_points(
+    model: nn.Module,
+    example: Tensor,
+    granularity: Granularity,
+    patterns: Sequence[str] = (),
+) -> list[Point]:
+    """Choose a network's coverage points by watching it; see `Survey.choose`.
+
+    Parameters
+    ----------
+    model
+        The network.
+    example
+        Images of the network's size and type, shape (B, C, H, W); the values do not matter.
+    granularity
+        Decides how many neurons a point has.
+    patterns
+        Which points; none for the default ones.
+    """
+    return [each.point for each in look(model, example, granularity).choose(patterns)]
+
+
+def look(model: nn.Module, example: Tensor, granularity: Granularity) -> Survey:
+    """Watch a network, in evaluation mode, on noise of an example's shape."""
+    training = [module for module in model.modules() if module.training]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((IMAGES[1], *example.shape[1:]), generator=generator)
+    images = noise.to(example.device, example.dtype)
+    watchers = [_Watcher(model), _Watcher(model)]
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            few, more = (w.watch(images[:n]) for w, n in zip(watchers, IMAGES, strict=True))
+    finally:
+        for module in training:
+            module.training = True
+    candidates, unwatchable = [], []
+    for key, event in watchers[0].events.items():
+        batch = _batch(event, watchers[1].events.get(key))
+        name = _name(key)
+        if batch is not None:
+            candidates.append(_candidate(key, event, batch, granularity))
+        elif key[3] in ("activation", "attention"):
+            unwatchable.append(name)
+    return Survey(candidates, unwatchable, (few, more))
+
+
+@dataclass(frozen=True)
+class _Event:
+    """A place of a pass, and what came out.
+
+    Attributes
+    ----------
+    what
+        The module's class, or the function.
+    output
+        What came out, as a shape without values where these do not matter.
+    dim
+        Which dimension seems to count channels.
+    """
+
+    what: str
+    output: Tensor
+    dim: int
+
+
+class _Watcher:
+    """Watches one forward pass of a network."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.events: dict[Key, _Event] = {}
+        self._model = model
+        self._images = 0
+        self._inside: list[tuple[str, nn.Module]] = []
+        self._count: Counter[tuple[str, str]] = Counter()
+        self._attending: set[str] = set()
+        # Kept alive, so that identities stay unique.
+        self._kept: list[Tensor] = []
+        self._dims: dict[int, int] = {}
+        self._weights: set[int] = set()  # of attention
+
+    def watch(self, images: Tensor) -> Any:
+        """Run the network and return what it returns."""
+        self._images = len(images)
+        handles = []
+        for name, module in self._model.named_modules():
+            handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
+            handles.append(module.register_forward_hook(partial(self._leave, name)))
+        try:
+            with Calls(self._called):
+                return self._model(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str, module: nn.Module, _inputs: Any) -> None:
+        self._inside.append((name, module))
+
+    def _leave(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._inside.pop()
+        tensor = first_tensor(output)
+        call = self._count[name, ""]
+        self._count[name, ""] += 1
+        if not name:
+            self._claim_attention()
+        elif tensor is not None:
+            kind = self._kind(name, module)
+            given = first_tensor(inputs)
+            self._note((name, "", call, kind), type(module).__name__, given, tensor, module)
+
+    def _claim_attention(self) -> None:
+        """Let modules that attend outside any block stand for themselves."""
+        for key in [key for key in self.events if key[0] in self._attending and not key[1]]:
+            self.events = {
+                (*old[:3], "attention") if old == key else old: event
+                for old, event in self.events.items()
+            }
+
+    def _kind(self, name: str, module: nn.Module) -> Kind:
+        if isinstance(module, CoverageLayer):
+            return "marked"
+        if isinstance(module, ACTIVATIONS):
+            return "activation"
+        if not isinstance(module, nn.Sequential | nn.ModuleList) and self._ends_block(name):
+            return "attention"
+        if isinstance(module, NORMALISATIONS):
+            return "normalisation"
+        return "layer" if isinstance(module, nn.Conv2d | nn.Linear) else "module"
+
+    def _ends_block(self, name: str) -> bool:
+        """Return whether a module is the innermost with one attention, and an activation."""
+
+        def within(inner: str) -> bool:
+            return inner == name or inner.startswith(f"{name}.")
+
+        attending = {inner for inner in self._attending if within(inner)}
+        active = any(
+            key[3] == "activation" and within(key[0]) and self._of_images(event.output)
+            for key, event in self.events.items()
+        )
+        if len(attending) != 1 or not active:  # several are a stack of blocks
+            return False
+        self._attending -= attending
+        return True
+
+    def _of_images(self, output: Tensor) -> bool:
+        return output.shape[0] % self._images == 0 or output.shape[1] == self._images
+
+    def _called(
+        self, function: Function, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        if not isinstance(output, Tensor) and function not in functions.ATTENTION:
+            return
+        name, module = self._inside[-1] if self._inside else ("", self._model)
+        activation = activation_of(function, args, kwargs)
+        if activation is not None and not isinstance(module, ACTIVATIONS):
+            call = self._count[name, activation]
+            self._count[name, activation] += 1
+            given = first_tensor(args)
+            self._note((name, activation, call, "activation"), activation, given, output, None)
+        elif function in functions.ATTENTION or self._weighs(function, args, output):
+            self._attending.add(name)
+        elif function in functions.CHANNELS_LAST and output.ndim > 3:
+            self._remember(output, -1)
+        elif function in functions.CHANNELS_SECOND and output.ndim == 3:
+            self._remember(output, 1)
+
+    def _weighs(self, function: Function, args: Sequence[Any], output: Tensor) -> bool:
+        """Return whether a call multiplies by weights that a softmax gave."""
+        if function in functions.SOFTMAX:
+            self._weights.add(id(output))
+            self._kept.append(output)
+        weights = bool(args) and id(args[0]) in self._weights
+        if weights and function in functions.DROPOUT:
+            self._weights.add(id(output))
+            self._kept.append(output)
+        return weights and function in functions.PRODUCTS
+
+    def _remember(self, output: Tensor, dim: int) -> None:
+        self._dims[id(output)] = dim
+        self._kept.append(output)
+
+    def _note(
+        self, key: Key, what: str, given: Tensor | None, output: Tensor, module: nn.Module | None
+    ) -> None:
+        if output.ndim < 2:
+            return
+        usual = -1 if output.ndim == 3 else 1  # tokens, or channels after the batch
+        dim = getattr(module, "channel_dim", None)
+        if dim is None:
+            dim = self._dims.get(id(output), self._dims.get(id(given)))
+        attends = key[3] == "attention" or key[0] in self._attending
+        if dim is None and attends and module is not None:
+            dim = _attention_dim(module, output)
+        if dim not in (None, usual):
+            self._remember(output, dim)
+        # Values tell apart what belongs to which image where there are more parts than images.
+        parts = output.shape[0] != self._images and output.shape[0] % self._images == 0
+        kept = output.clone() if parts else output.to("meta")
+        self.events[key] = _Event(what, kept, usual if dim is None else dim)
+
+
+def _attention_dim(module: nn.Module, output: Tensor) -> int | None:
+    """Return where attention has its channels, by the layer that its projection is."""
+    if any(
+        isinstance(m, nn.Conv2d) and m.out_channels == output.shape[1] for m in module.modules()
+    ):
+        return 1
+    linear = [m.out_features for m in module.modules() if isinstance(m, nn.Linear)]
+    return -1 if output.shape[-1] in linear else None
+
+
+def _batch(few: _Event, more: _Event | None) -> Batch | None:
+    """Return where an output holds the images; None if it does not hold one part for each."""
+    if more is None or few.output.ndim != more.output.ndim:
+        return None
+    one, two = few.output.shape, more.output.shape
+    changed = [d for d in range(few.output.ndim) if one[d] != two[d]]
+    if changed == [1] and (one[1], two[1]) == IMAGES:
+        return "second"
+    if changed != [0] or one[0] * IMAGES[1] != two[0] * IMAGES[0]:
+        return None
+    if one[0] == IMAGES[0]:
+        return "first"
+    ways: tuple[Batch, ...] = ("folded", "interleaved")
+    return next((way for way in ways if _alike(few.output, more.output, way)), None)
+
+
+def _alike(few: Tensor, more: Tensor, batch: Batch) -> bool:
+    """Return whether the same images have the same outputs in a larger batch."""
+    one, two = arrange(few, batch, IMAGES[0]), arrange(more, batch, IMAGES[1])[: IMAGES[0]]
+    return alike(one, two)
+
+
+def alike(one: Tensor, two: Tensor) -> bool:
+    """Return whether two tensors differ by rounding alone."""
+    apart = (one - two).abs().max() if one.numel() else torch.zeros(())
+    return bool(apart <= ALIKE * one.abs().max().clamp_min(1e-12))
+
+
+def _name(key: Key) -> str:
+    module, function, call, _ = key
+    name = f"{module or 'forward'}:{function}" if function else module
+    return name if call == 0 else f"{name}#{call + 1}"
+
+
+def _candidate(key: Key, event: _Event, batch: Batch, granularity: Granularity) -> Candidate:
+    module, function, call, kind = key
+    output, dim = arrange(event.output, batch, IMAGES[0]), event.dim
+    if output.ndim > event.output.ndim and dim > 0:
+        dim += 1  # parts of an image stand before its channels
+    neurons = pool(output, dim, granularity).shape[1]
+    halves = 2 if granularity == "channel" and output.ndim > 2 else 1
+    name = _name(key)
+    point = Point(name, module, call, dim, neurons, neurons // halves, function, batch)
+    return Candidate(point, kind, event.what, tuple(output.shape[1:]))
