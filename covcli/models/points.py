@@ -18,7 +18,7 @@ from covcli.models.pooling import pool, statistics
 
 # Where an output holds the images of a batch: in its first or second dimension, or in the first
 # together with parts of each image (windows), image by image or part by part.
-Batch: TypeAlias = Literal["first", "second", "folded", "interleaved"]
+BatchPlace: TypeAlias = Literal["first", "second", "folded", "interleaved"]
 # An activation's module calls a function itself, which is no point of its own.
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU,
@@ -77,11 +77,11 @@ class Point:
     neurons: int
     values: int
     function: str = ""
-    batch: Batch = "first"
+    batch: BatchPlace = "first"
 
     def __post_init__(self) -> None:
         """Check what was read of a file."""
-        if self.batch not in get_args(Batch):
+        if self.batch not in get_args(BatchPlace):
             raise ValueError(f"batch {self.batch!r}")
 
     def arrange(self, output: Tensor, images: int) -> Tensor:
@@ -89,7 +89,7 @@ class Point:
         return arrange(output, self.batch, images)
 
 
-def arrange(output: Tensor, batch: Batch, images: int) -> Tensor:
+def arrange(output: Tensor, batch: BatchPlace, images: int) -> Tensor:
     """Return an output with the images of a batch in its first dimension, one each.
 
     >>> windows = torch.zeros(6, 49, 32)  # three of each of two images

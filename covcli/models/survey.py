@@ -22,7 +22,7 @@ from covcli.models import functions
 from covcli.models.functions import Calls, Function, activation_of
 from covcli.models.points import (
     ACTIVATIONS,
-    Batch,
+    BatchPlace,
     CoverageLayer,
     Point,
     arrange,
@@ -350,7 +350,7 @@ def _attention_dim(module: nn.Module, output: Tensor) -> int | None:
     return -1 if output.shape[-1] in linear else None
 
 
-def _batch(few: _Event, more: _Event | None) -> Batch | None:
+def _batch(few: _Event, more: _Event | None) -> BatchPlace | None:
     """Return where an output holds the images; None if it does not hold one part for each."""
     if more is None or few.output.ndim != more.output.ndim:
         return None
@@ -362,11 +362,11 @@ def _batch(few: _Event, more: _Event | None) -> Batch | None:
         return None
     if one[0] == IMAGES[0]:
         return "first"
-    ways: tuple[Batch, ...] = ("folded", "interleaved")
+    ways: tuple[BatchPlace, ...] = ("folded", "interleaved")
     return next((way for way in ways if _alike(few.output, more.output, way)), None)
 
 
-def _alike(few: Tensor, more: Tensor, batch: Batch) -> bool:
+def _alike(few: Tensor, more: Tensor, batch: BatchPlace) -> bool:
     """Return whether the same images have the same outputs in a larger batch."""
     one, two = arrange(few, batch, IMAGES[0]), arrange(more, batch, IMAGES[1])[: IMAGES[0]]
     return alike(one, two)
@@ -384,7 +384,7 @@ def _name(key: Key) -> str:
     return name if call == 0 else f"{name}#{call + 1}"
 
 
-def _candidate(key: Key, event: _Event, batch: Batch, granularity: Granularity) -> Candidate:
+def _candidate(key: Key, event: _Event, batch: BatchPlace, granularity: Granularity) -> Candidate:
     module, function, call, kind = key
     output, dim = arrange(event.output, batch, IMAGES[0]), event.dim
     if output.ndim > event.output.ndim and dim > 0:

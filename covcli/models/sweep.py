@@ -74,7 +74,8 @@ def forward(
     else:
         logits = network(images)
         neurons = recorder.take(logits)
-    neurons = neurons[: logits.shape[0]]  # of an image that was run twice
+    if neurons.shape[0] > logits.shape[0]:  # an image was run twice
+        neurons = neurons[: logits.shape[0]]
     # Sums pass NaN and infinity on; those of large numbers can overflow, so then each is looked at.
     if not math.isfinite(float((neurons.sum() + logits.sum()).detach())):
         _refuse_not_finite(recorder.points, neurons, logits)
