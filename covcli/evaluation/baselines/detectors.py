@@ -250,8 +250,8 @@ def multi_mahalanobis_calibrated(trusted: FittingImages) -> Detector:
     assert trusted.held_out is not None
     means, labels = _layer_means(trusted)
     layers = [
-        library().MultiMahalanobis([layer]).fit_structured([mean], labels)
-        for layer, mean in zip(trusted.network.layers, means, strict=True)
+        library().MultiMahalanobis([point]).fit_structured([mean], labels)
+        for point, mean in zip(trusted.network.points, means, strict=True)
     ]
 
     def evidence(batch: Batch) -> Tensor:
