@@ -463,16 +463,18 @@ def evaluate(
 
     from covcli.core.files import write_bytes
     from covcli.core.progress import reporter
+    from covcli.data.openood import expand
     from covcli.evaluation import gates
     from covcli.evaluation.evaluate import evaluate
     from covcli.reporting import pipelines, terminal
 
     process = prepare(device, seed, threads, plugin)
     read_images(skip_unreadable, max_pixels, labels_from)
+    config = replace(config, untrusted=expand(config.untrusted, data_dir))
     wanted = [gates.parse_gate(text) for text in fail_under or []]
     wanted += [gates.parse_gate(text, "--fail-over") for text in fail_over or []]
     if baseline_results is not None:
-        wanted += gates.read_baseline(baseline_results, tolerance, tuple(untrusted))
+        wanted += gates.read_baseline(baseline_results, tolerance, config.untrusted)
     config = replace(config, gates=tuple(wanted))
     with reporter(quiet or not process.prints) as progress:
         result = evaluate(config, progress)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import doctest_folder
@@ -13,6 +14,8 @@ import covcli
 from covcli.core import runtime
 from covcli.core.progress import Silent
 from covcli.data import datasets
+from covcli.data.images import DataRecord
+from covcli.data.listing import Split
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
 from covcli.models import checkpoint as checkpoints
 from covcli.signature.build import SignatureConfig, SignatureResult, build_signature
@@ -47,6 +50,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     runtime.configure(0, 0)
+
+
+def reload_own(record: DataRecord, split: Split) -> datasets.ImageSet:
+    """Load what a record names, as from a file that the user's own covcli has written."""
+    return datasets.reload(replace(record, seal="own"), split, None, "")
 
 
 def tiny_config(runs: Path, **changes: object) -> TrainConfig:

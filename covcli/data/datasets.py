@@ -7,16 +7,18 @@ from pathlib import Path
 from torch import Tensor
 
 from covcli.core.errors import CovcliError
-from covcli.core.specs import parse, without
-from covcli.data import forms, recorded, selection
+from covcli.core.specs import count, parse, without
+from covcli.data import forms, openood, recorded, selection
 from covcli.data import named as named_sets
+from covcli.data.corruptions import CORRUPTIONS, SEVERITIES, CorruptSource
 from covcli.data.images import DataRecord, ImageSet
 from covcli.data.listing import Split
+from covcli.data.openood import expand
 from covcli.data.reading import completed
 from covcli.data.registry import DATASETS, PARTS, Request, default_data_dir, say_once
 
-__all__ = ["DATASETS", "check_labels", "default_data_dir", "load", "reload", "whole"]
-ROOMS = (forms, named_sets)  # they fill DATASETS
+__all__ = ["DATASETS", "check_labels", "default_data_dir", "expand", "load", "reload", "whole"]
+ROOMS = (forms, named_sets, openood)  # they fill DATASETS
 
 
 def load(
@@ -110,6 +112,32 @@ def check_labels(images: ImageSet, classes: int) -> Tensor:
             where=images.name,
         )
     return labels
+
+
+@DATASETS.add("corrupt")
+def corrupt(request: Request) -> ImageSet:
+    """`corrupt:NAME?severity=3&of=SPEC`: the images of another specification, corrupted.
+
+    After Hendrycks and Dietterich (ICLR 2019), in severities from 1 to 5 (3), with `seed`.
+    """
+    spec = request.spec
+    spec.only([*PARTS, "severity", "seed", "of"])
+    name = spec.argument.replace("-", "_")
+    CORRUPTIONS.get(name)  # an unknown one is refused here
+    if "of" not in spec.parameters:
+        raise CovcliError("corrupts no images", where=spec.text, fix="end it with &of=SPEC")
+    images = load(spec.parameters["of"], request.split, request.folder, request.ran_in)
+    severity = spec.take("severity", _severity, 3)
+    source = CorruptSource(images.source, name, severity, spec.take("seed", count, 0))
+    nested = images.origin.spec or images.name
+    head = spec.text.removesuffix(spec.parameters["of"])
+    return replace(images, source=source, origin=replace(images.origin, spec=head + nested))
+
+
+def _severity(text: str) -> int:
+    if text not in map(str, range(1, SEVERITIES + 1)):
+        raise ValueError("expected a number from 1 to 5")
+    return int(text)
 
 
 def _split(text: str) -> Split:

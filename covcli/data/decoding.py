@@ -2,12 +2,12 @@
 
 import contextlib
 import ctypes
+import io
 import struct
 import threading
 import zlib
-from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -88,14 +88,26 @@ def decode(path: Path, most: int = MAX_PIXELS) -> Tensor:
         If the file is of none of the FORMATS, whatever its name says; is broken; has more pixels
         than it may have; or has pixels whose range nobody can know (float, 32-bit, signed).
     """
-    progress.working_on(path)
     try:
         with open_regular(path) as file:
-            pixels = _decoded(file, most)
-    except UnidentifiedImageError:
-        raise _unidentified(path) from None
+            return _decoded(file, path, most)
     except IrregularError:
         raise UnreadableError(path, "it is no regular file", "remove it") from None
+    except OSError as error:
+        raise UnreadableError(path, str(error)) from None
+
+
+def decode_bytes(content: bytes, where: Path, most: int = MAX_PIXELS) -> Tensor:
+    """Read an image file that lies in memory, as `decode` reads one; errors name it `where`."""
+    return _decoded(io.BytesIO(content), where, most)
+
+
+def _decoded(file: BinaryIO, path: Path, most: int) -> Tensor:
+    progress.working_on(path)
+    try:
+        pixels = _opened(file, most)
+    except UnidentifiedImageError:
+        raise _unidentified(file, path) from None
     except DECODER_ERRORS as error:
         raise UnreadableError(path, str(error) or type(error).__name__) from None
     finally:
@@ -103,7 +115,7 @@ def decode(path: Path, most: int = MAX_PIXELS) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
 
 
-def _decoded(file: BufferedReader, most: int) -> Pixels:
+def _opened(file: BinaryIO, most: int) -> Pixels:
     with Image.open(file, formats=FORMATS) as image:
         count = image.width * image.height
         if count > most:
@@ -114,10 +126,10 @@ def _decoded(file: BufferedReader, most: int) -> Pixels:
             return _upright(image, _pixels(image))
 
 
-def _unidentified(path: Path) -> UnreadableError:
+def _unidentified(file: BinaryIO, path: Path) -> UnreadableError:
     known = ", ".join(FORMATS)
-    with open_regular(path) as file:
-        is_tiff = file.read(4) in TIFF_STARTS
+    file.seek(0)
+    is_tiff = file.read(4) in TIFF_STARTS
     reason = (
         "a TIFF of a kind that is not decoded, as with 64-bit pixels"
         if is_tiff

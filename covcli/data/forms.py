@@ -152,7 +152,11 @@ def folder(request: Request) -> ImageSet:
     Where the subfolders are splits (`train`, `test`, `val`, …), the split names the one to read;
     `val` serves where there is no `test`.
     """
-    top, origin = _located(request)
+    return of_folder(request, *_located(request))
+
+
+def of_folder(request: Request, top: Path, origin: Origin) -> ImageSet:
+    """Return the images of a folder: its classes, or those of the split that is asked for."""
     if not top.is_dir():
         raise CovcliError("is a file, not a folder", where=top)
     root, notes = listing.split_folder(top, request.split)
@@ -165,7 +169,7 @@ def folder(request: Request) -> ImageSet:
         )
     labels = torch.repeat_interleave(torch.tensor(listed.counts)) if listed.classes else None
     source = FileSource(root, listed.files, most=Reading.of(request.spec).max_pixels)
-    return _of_files(request, source, labels, listed.classes, origin)
+    return of_files(request, source, labels, listed.classes, origin)
 
 
 @DATASETS.add("csv")
@@ -180,14 +184,14 @@ def csv_list(request: Request) -> ImageSet:
     names, texts = _read_csv(file)
     source = FileSource(file.parent, names, key=file.name, most=Reading.of(request.spec).max_pixels)
     if texts is None:
-        return _of_files(request, source, None, (), origin)
+        return of_files(request, source, None, (), origin)
     if all(NUMBER.fullmatch(text) for text in texts):
         labels = _numbered(np.array(list(map(int, texts))), (), request)
-        return _of_files(request, source, labels, (), origin)
+        return of_files(request, source, labels, (), origin)
     classes = sorted(set(texts))
     places = {name: k for k, name in enumerate(classes)}
     labels = torch.tensor([places[text] for text in texts])
-    return _of_files(request, source, labels, tuple(map(listing.printable, classes)), origin)
+    return of_files(request, source, labels, tuple(map(listing.printable, classes)), origin)
 
 
 def _read_csv(file: Path) -> tuple[list[str], list[str] | None]:
@@ -208,7 +212,7 @@ def _read_csv(file: Path) -> tuple[list[str], list[str] | None]:
     return paths, [row["label"].strip() for row in rows] if "label" in columns else None
 
 
-def _of_files(
+def of_files(
     request: Request, source: FileSource, labels: Tensor | None, classes: tuple[str, ...],
     origin: Origin,
 ) -> ImageSet:  # fmt: skip

@@ -13,6 +13,7 @@ import PIL
 import torch
 from torch import Tensor
 
+from covcli.core import distributed
 from covcli.core.errors import CovcliError, one_line
 from covcli.core.files import write_bytes
 from covcli.data import digests
@@ -35,16 +36,16 @@ def decoders() -> ThreadPoolExecutor:
 
 
 def list_unreadable(path: Path, sets: Iterable[ImageSet]) -> int:
-    """Write which files were left out because they cannot be read, and why; a line each.
+    """Write which files were left out because they cannot be read, and why; the first rank does.
 
     Returns
     -------
     int
-        How many there are; without any, nothing is written.
+        How many there are, a line each; without any, nothing is written.
     """
     lines = [line for images in sets for line in images.origin.unreadable]
     lines = list(dict.fromkeys(lines))  # two sets can be of the same files
-    if lines:
+    if lines and distributed.is_first():
         write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
         log.warning("%d files cannot be read: left out, listed in %s", len(lines), path)
     return len(lines)

@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from covcli.core.errors import CovcliError
+from covcli.data.listing import printable
 from covcli.data.preprocessing import COVERING, InputShape, Preprocess, Shape
 
 LONGEST = 16  # sides of the result: what of a resized image may lie outside it
@@ -98,7 +99,7 @@ class ImageSet:
     def files(self) -> list[str] | None:
         """The images' files, as their folder names them; None where they are of none."""
         names: Sequence[str] | None = getattr(self.source, "files", None)
-        return None if names is None else [names[row] for row in self.rows.tolist()]
+        return None if names is None else [printable(names[row]) for row in self.rows.tolist()]
 
     def batch(self, rows: Tensor, shape: Shape) -> Tensor:
         """Return the images of those rows, uint8 of shape (len(rows), *shape)."""

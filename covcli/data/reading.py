@@ -46,7 +46,10 @@ class Reading:
 # Which parameters a form of data has.
 OF_FILES = ["max-pixels", "skip-unreadable"]
 OF_NUMBERS = ["labels-from"]
-FORMS = {"folder": OF_FILES, "csv": [*OF_FILES, *OF_NUMBERS], "npz": OF_NUMBERS}
+FORMS = {
+    "folder": OF_FILES, "csv": [*OF_FILES, *OF_NUMBERS], "npz": OF_NUMBERS, "textures": OF_FILES,
+    "places365": OF_FILES, "inaturalist": OF_FILES, "lsun": OF_FILES, "openood": OF_FILES,
+}  # fmt: skip
 
 _process = Reading()
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -70,8 +70,8 @@ def say_once(note: str) -> None:
     log.warning("%s", note)
 
 
-def without_argument(request: Request, allowed: list[str] | None = None) -> None:
+def without_argument(request: Request, allowed: Sequence[str] = ()) -> None:
     """Raise a CovcliError if a specification has an argument, or a parameter that is unknown."""
-    request.spec.only([*PARTS, *(allowed or [])])
+    request.spec.only([*PARTS, *allowed])
     if request.spec.argument:
         raise CovcliError(f"{request.spec.name!r} takes no argument", where=request.spec.text)

@@ -79,6 +79,7 @@ def load_job(config: EvaluationConfig) -> Job:
         raise CovcliError("name at least one --untrusted set")
     if repeated := {t for t in config.untrusted if config.untrusted.count(t) > 1}:
         raise CovcliError("is named twice", where=f"--untrusted {repeated.pop()}")
+    config = replace(config, untrusted=datasets.expand(config.untrusted, config.data_dir))
     gates.check_names(config.gates, config.untrusted)
     checkpoint_path, signature_path = find_files(config)
     output = config.output or run_folders.short(signature_path.parent)

@@ -143,10 +143,9 @@ def _build(
     if imported:
         _import(path.parent, source, classes)
     result = save(path, judge, record.sealed(signature.fingerprint))
-    if distributed.is_first():
-        listed = path.with_name("unreadable-build-signature.txt")
-        left_out = image_files.list_unreadable(listed, [images, held_out])
-        result = replace(result, unreadable_images=left_out)
+    listed = path.with_name("unreadable-build-signature.txt")
+    left_out = image_files.list_unreadable(listed, [images, held_out])
+    result = replace(result, unreadable_images=left_out)
     if imported:
         run_folders.mark_latest(path.parent)
     return result

@@ -86,7 +86,11 @@ def train(
     Interrupted
         If a signal arrived; the run can be resumed.
     """
-    config = replace(config, trusted=reading.completed(config.trusted))  # for who resumes it
+    config = replace(
+        config,
+        trusted=reading.completed(config.trusted),  # for who resumes it
+        untrusted=datasets.expand(config.untrusted, config.data_dir),
+    )
     _check(config)
     stem = f"{config.model.replace(':', '-')}-{make_method(config.method).name}"
     folder = run_folders.new_run(config.runs, config.name, stem) if distributed.is_first() else None

@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 
 from covcli.core.errors import CovcliError
+from covcli.core.specs import YES, extended
 from covcli.data.datasets import DATASETS, load
 from covcli.data.images import adapt, batches, in_memory
+from covcli.data.named import SCENES
 from covcli.training.epoch import augment, draw_moves
 
 SHAPE = (3, 32, 32)
@@ -40,12 +42,13 @@ def idx(array: np.ndarray) -> bytes:
     return header + array.tobytes()
 
 
-def make_mnist(root: Path, name: str) -> None:
+def make_mnist(root: Path, name: str, parts: tuple[str, str] = ("train", "t10k")) -> None:
     raw = root / name / "raw"
     raw.mkdir(parents=True)
-    for split, n in (("train", 12), ("t10k", 6)):
+    for split, n in zip(parts, (12, 6), strict=True):
+        labels = np.arange(n, dtype=np.uint8) % 10 + (name == "EMNIST")  # whose letters begin at 1
         (raw / f"{split}-images-idx3-ubyte").write_bytes(idx(random_images(n, 28, 28)))
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(np.arange(n, dtype=np.uint8) % 10))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(labels))
 
 
 def make_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, cls: str, keys: list[str]) -> None:
@@ -83,6 +86,68 @@ def make_svhn(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.SVHN, "split_list", entries)
 
 
+def put_image(path: Path, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(random_images(20, 24, 3, seed=seed)).save(path)
+
+
+def make_textures(root: Path) -> None:
+    """DTD as its archive unpacks: images by class, and lists of partitions."""
+    folder = root / "dtd" / "dtd"
+    (folder / "labels").mkdir(parents=True)
+    for number, split in enumerate(("train", "val", "test")):
+        names = [f"{kind}/{kind}_{number}{i}.jpg" for kind in ("banded", "woven") for i in (0, 1)]
+        (folder / "labels" / f"{split}1.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            put_image(folder / "images" / name)
+
+
+def make_places(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places365 as its archives unpack; its checksums are of other lists."""
+    from torchvision import datasets
+
+    monkeypatch.setattr(datasets.Places365, "_check_integrity", lambda *_: True)
+    (root / "categories_places365.txt").write_text("/a/airfield 0\n/z/zoo 1\n")
+    parts = {"train_standard": "data_256_standard", "val": "val_256"}
+    for split, folder in parts.items():
+        names = [f"/z/zoo/{i}.jpg" if i % 2 else f"/a/airfield/{i}.jpg" for i in range(6)]
+        lines = [f"{name} {i % 2}\n" for i, name in enumerate(names)]
+        (root / f"places365_{split}.txt").write_text("".join(lines))
+        for i, name in enumerate(names):
+            put_image(root / folder / name[1:], i)
+
+
+def make_inaturalist(root: Path) -> None:
+    ranks = "{:05}_Plantae_Tracheophyta_Liliopsida_Poales_Poaceae_Poa_{}"
+    for version in ("2021_train_mini", "2021_valid"):
+        for k, species in enumerate(("annua", "pratensis")):
+            for i in range(3):
+                put_image(root / version / ranks.format(k, species) / f"{i}.jpg", i)
+
+
+def make_lsun(root: Path) -> None:
+    lmdb = pytest.importorskip("lmdb")
+    for k, scene in enumerate(SCENES):
+        for split in ("train", "val"):
+            buffer = io.BytesIO()
+            Image.fromarray(random_images(20, 24, 3, seed=k)).save(buffer, "WEBP")
+            with (
+                lmdb.open(str(root / f"{scene}_{split}_lmdb"), map_size=1 << 20) as database,
+                database.begin(write=True) as transaction,
+            ):
+                transaction.put(f"{scene}{k}".encode(), buffer.getvalue())
+
+
+def make_openood(root: Path) -> None:
+    """OpenOOD's list of one set, and its images, as the download script puts them."""
+    names = [f"tin/test/{i}.png" for i in range(6)]
+    lists = root / "benchmark_imglist" / "cifar10"
+    lists.mkdir(parents=True)
+    (lists / "test_tin.txt").write_text("".join(f"{name} -1\n" for name in names))
+    for i, name in enumerate(names):
+        put_image(root / "images_classic" / name, i)
+
+
 @pytest.fixture
 def specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """One loadable specification for every registered dataset, on files made here."""
@@ -91,6 +156,13 @@ def specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     make_cifar(tmp_path, monkeypatch, "CIFAR10", ["labels"])
     make_cifar(tmp_path, monkeypatch, "CIFAR100", ["fine_labels"])
     make_svhn(tmp_path, monkeypatch)
+    make_mnist(tmp_path, "KMNIST")
+    make_mnist(tmp_path, "EMNIST", ("emnist-letters-train", "emnist-letters-test"))
+    make_textures(tmp_path)
+    make_places(tmp_path, monkeypatch)
+    make_inaturalist(tmp_path)
+    make_lsun(tmp_path)
+    make_openood(tmp_path)
     for split in ("train", "test"):
         write_npz(tmp_path / "npz" / f"{split}.npz", random_images(9, 40, 30, 4), np.arange(9))
         for i in range(6):
@@ -101,7 +173,8 @@ def specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     (tmp_path / "list.csv").write_text(f"path,label\n{rows}")
     arguments = {
         "npz": f":{tmp_path}/npz", "folder": f":{tmp_path}/folder", "noise": ":gaussian",
-        "csv": f":{tmp_path}/list.csv",
+        "csv": f":{tmp_path}/list.csv", "openood": ":cifar10/near/tin",
+        "corrupt": ":contrast?severity=1&of=digits",
     }  # fmt: skip
     return {name: name + arguments.get(name, "") for name in DATASETS}
 
@@ -114,7 +187,11 @@ def test_every_dataset_keeps_the_contract(name: str, specs: dict[str, str], tmp_
     pixels = whole.batch(rows, SHAPE)
     assert pixels.dtype == torch.uint8
     assert pixels.shape == (2, *SHAPE)
-    part = load(f"{specs[name]}?split=test&offset=1&limit=3&first", "train", tmp_path)
+    text = specs[name]
+    for parameter in ("first", "limit=3", "offset=1", "split=test"):
+        key, _, value = parameter.partition("=")
+        text = extended(text, key, value or YES)
+    part = load(text, "train", tmp_path)
     assert len(part) == 3
     assert torch.equal(part.batch(torch.tensor([2, 0]), SHAPE), pixels)
     if whole.labels is not None:
@@ -124,7 +201,7 @@ def test_every_dataset_keeps_the_contract(name: str, specs: dict[str, str], tmp_
     assert load(specs[name], "test", tmp_path).fingerprint == whole.fingerprint
     assert part.fingerprint != whole.fingerprint
     with pytest.raises(CovcliError, match="unknown parameter 'limits'"):
-        load(f"{specs[name]}?limits=3", "test", tmp_path)
+        load(extended(specs[name], "limits", "3"), "test", tmp_path)
 
 
 @pytest.fixture

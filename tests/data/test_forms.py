@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import reload_own
 from PIL import Image
 
 from covcli.core.errors import CovcliError
 from covcli.core.specs import escaped
 from covcli.data import reading
-from covcli.data.datasets import load, reload, whole
+from covcli.data.datasets import load, whole
 from covcli.data.images import DataRecord, ImageSet
 from covcli.data.labels import taught
 
@@ -38,7 +39,7 @@ def test_every_path_can_be_named(tmp_path: Path, name: str, written: str) -> Non
     put(tmp_path / name / "odd" / "1.png", 7)
     images = load(f"folder:{tmp_path}/{written}/odd?limit=1", "test")
     assert values(images) == [7]
-    assert reload(DataRecord.of(images), "test").fingerprint == images.fingerprint
+    assert reload_own(DataRecord.of(images), "test").fingerprint == images.fingerprint
 
 
 def test_a_path_that_is_written_so_comes_before_an_escaped_one(tmp_path: Path) -> None:
@@ -72,14 +73,14 @@ def test_a_recorded_relative_path_is_found_from_elsewhere(
     monkeypatch.chdir(tmp_path / "now")
     with pytest.raises(CovcliError, match="d: no such file or folder"):
         load("folder:d", "test")
-    found = reload(record, "test")
+    found = reload_own(record, "test")
     assert found.fingerprint == record.images
     assert DataRecord.of(found) == record
     put(tmp_path / "now" / "d" / "1.png", 2)  # what is here comes first
-    assert values(reload(record, "test")) == [2]
+    assert values(reload_own(record, "test")) == [2]
     gone = replace(record, ran_in=str(tmp_path / "gone"), spec="folder:e")
     with pytest.raises(CovcliError, match=r"no such file or folder, nor from .*gone, where it was"):
-        reload(gone, "test")
+        reload_own(gone, "test")
 
 
 def test_a_table_lists_images_with_their_classes(tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_labels_can_be_counted_from_another_number(tmp_path: Path) -> None:
         assert load(f"npz:{tmp_path}/z.npz", "train").known_labels().tolist() == [0, 1, 2]
     for images in (by_word, by_option):
         assert images.known_labels().tolist() == [2, 0, 1]
-        assert reload(DataRecord.of(images), "train").known_labels().tolist() == [2, 0, 1]
+        assert reload_own(DataRecord.of(images), "train").known_labels().tolist() == [2, 0, 1]
     assert by_option.name == f"npz:{path}"
     assert whole(DataRecord.of(by_option).spec) == f"npz:{path}?labels-from=1"
     with pytest.raises(CovcliError, match="unknown parameter 'labels-from'"):

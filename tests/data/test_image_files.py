@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import reload_own
 from PIL import Image
 
 from covcli.core.errors import CovcliError
 from covcli.data import decoding, image_files, reading
-from covcli.data.datasets import load, reload
+from covcli.data.datasets import load
 from covcli.data.image_files import list_unreadable
 from covcli.data.images import DataRecord
 
@@ -80,7 +81,7 @@ def test_unreadable_files_are_left_out_counted_and_listed(odd: Path, tmp_path: P
     assert list_unreadable(tmp_path / "none.txt", [load("digits", "test")]) == 0
     assert not (tmp_path / "none.txt").exists()
     # what was read so is read so again, without the option
-    again = reload(DataRecord.of(images), "test")
+    again = reload_own(DataRecord.of(images), "test")
     assert again.fingerprint == images.fingerprint
     assert torch.equal(load(f"folder:{odd}?skip-unreadable", "test").rows, images.rows)
 

@@ -1,0 +1,142 @@
+"""`openood:NAME`: the near and far sets of OpenOOD v1.5 (Zhang et al., 2023) for a benchmark.
+
+Where OpenOOD's own lists of images lie in the data folder (`benchmark_imglist/cifar10/test_tin.txt`
+beside `images_classic` and `images_largescale`, as its download script puts them), the sets are
+exactly those of the benchmark. Else a set is taken whole: from a folder of its name in the data
+folder, or under the name by which covcli knows it. OpenOOD leaves out images that show trusted
+classes, so figures on whole sets are not those of its tables; that is said.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from covcli.core.errors import CovcliError
+from covcli.core.specs import Spec, parse, suggestion
+from covcli.data.forms import of_files, of_folder
+from covcli.data.image_files import FileSource
+from covcli.data.images import ImageSet, Origin
+from covcli.data.reading import OF_FILES, Reading
+from covcli.data.registry import DATASETS, PARTS, Request, default_data_dir, say_once
+
+FAR_OF_SMALL = ("mnist", "svhn", "texture", "places365")
+BENCHMARKS: dict[str, dict[str, tuple[str, ...]]] = {
+    "cifar10": {"near": ("cifar100", "tin"), "far": FAR_OF_SMALL},
+    "cifar100": {"near": ("cifar10", "tin"), "far": FAR_OF_SMALL},
+    "imagenet200": {
+        "near": ("ssb_hard", "ninco"),
+        "far": ("inaturalist", "textures", "openimage_o"),
+    },
+}
+# Sets that covcli can fetch, by OpenOOD's names for them. OpenOOD's iNaturalist is a choice of
+# plants, which torchvision does not have.
+KNOWN = {
+    "cifar10": "cifar10", "cifar100": "cifar100", "mnist": "mnist", "svhn": "svhn",
+    "texture": "textures", "textures": "textures", "places365": "places365",
+}  # fmt: skip
+IMAGES = ("images_classic", "images_largescale")
+
+
+def expand(texts: Sequence[str], data_dir: Path | None = None) -> tuple[str, ...]:
+    """Return specifications with every group of OpenOOD's in the place of its name.
+
+    Parameters
+    ----------
+    texts
+        Specifications; `openood:cifar10`, or `openood:cifar10/near`, stands for several.
+    data_dir
+        The folder that downloaded sets live in.
+
+    Raises
+    ------
+    CovcliError
+        If a benchmark or a group is unknown, or none of its sets is there or can be fetched.
+
+    Examples
+    --------
+    >>> expand(["digits", "openood:cifar10/far?limit=500"])[:2]
+    ('digits', 'openood:cifar10/far/mnist?limit=500')
+    """
+    expanded: list[str] = []
+    for text in texts:
+        spec = parse(text)
+        group = spec.name == "openood" and spec.argument.count("/") < 2
+        expanded += _members(spec, data_dir or default_data_dir()) if group else [text]
+    return tuple(dict.fromkeys(expanded))
+
+
+def _members(spec: Spec, data_dir: Path) -> list[str]:
+    benchmark, _, wanted = spec.argument.partition("/")
+    groups = _groups(spec, benchmark)
+    if wanted and wanted not in groups:
+        raise CovcliError(f"unknown group {wanted!r}", where=spec.text, fix="known: near, far")
+    tail = spec.text.partition("?")[2]
+    members, missing = [], []
+    for group in [wanted] if wanted else groups:
+        for name in groups[group]:
+            if _place(data_dir, benchmark, name) is None and name not in KNOWN:
+                missing.append(name)
+            else:
+                members.append(f"openood:{benchmark}/{group}/{name}{'?' if tail else ''}{tail}")
+    if missing:
+        say_once(
+            f"{spec.text}: left out {', '.join(missing)}: nothing fetches them by name; put "
+            f"OpenOOD's data into {data_dir}, or a folder of that name"
+        )
+    if not members:
+        raise CovcliError("none of its sets is there", where=f"{spec.text} in {data_dir}")
+    return members
+
+
+def _groups(spec: Spec, benchmark: str) -> dict[str, tuple[str, ...]]:
+    if benchmark not in BENCHMARKS:
+        fix = suggestion(benchmark, list(BENCHMARKS))
+        raise CovcliError(f"unknown benchmark {benchmark!r}", where=spec.text, fix=fix)
+    return BENCHMARKS[benchmark]
+
+
+def _place(data_dir: Path, benchmark: str, name: str) -> Path | None:
+    """Return OpenOOD's list of a set, or a folder of its name; None where neither is there."""
+    places = [root / "benchmark_imglist" / benchmark / f"test_{name}.txt"
+              for root in (data_dir, data_dir / "openood")]  # fmt: skip
+    places.append(data_dir / name)
+    found = [place for place in places if place.is_file() or place.is_dir()]
+    return found[0] if found else None
+
+
+@DATASETS.add("openood")
+def openood(request: Request) -> ImageSet:
+    """One set of a benchmark of OpenOOD v1.5, as `openood:cifar10/near/tin`."""
+    spec = request.spec
+    spec.only([*PARTS, *OF_FILES])
+    benchmark, _, rest = spec.argument.partition("/")
+    group, _, name = rest.partition("/")
+    if name not in _groups(spec, benchmark).get(group, ()):
+        raise CovcliError(
+            "stands for several sets, or for none", where=spec.text, fix="use it as --untrusted"
+        )
+    place = _place(request.data_dir, benchmark, name)
+    if place is not None and place.is_file():
+        return _listed(request, place)
+    say_once(f"{spec.text}: the whole set, not the images that OpenOOD lists")
+    if place is not None:
+        return of_folder(request, place, Origin(spec.text))
+    plain = parse(KNOWN[name])
+    return DATASETS.get(plain.name)(Request(plain, request.split, request.folder))
+
+
+def _listed(request: Request, file: Path) -> ImageSet:
+    """Return the images of one of OpenOOD's lists: a line a path and a label, of no use here."""
+    root = file.parent.parent.parent
+    lines = file.read_bytes().decode("utf-8", "surrogateescape").splitlines()
+    names = [line.rsplit(" ", 1)[0] for line in lines if line.strip()]
+    if not names:
+        raise CovcliError("names no image", where=file)
+    folders = [folder for folder in IMAGES if (root / folder / names[0]).exists()]
+    if not folders:
+        raise CovcliError(
+            f"{names[0]} lies in neither of {', '.join(IMAGES)}", where=root,
+            fix="fetch OpenOOD's images too",
+        )  # fmt: skip
+    most = Reading.of(request.spec).max_pixels
+    source = FileSource(root / folders[0], names, f"{file.parent.name}/{file.name}", most)
+    return of_files(request, source, None, (), Origin(request.spec.text))
