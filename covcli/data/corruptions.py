@@ -26,9 +26,9 @@ from covcli.core.specs import Registry
 from covcli.data.images import LUMA, Source, adapt
 from covcli.data.preprocessing import InputShape, Shape
 
-Picture: TypeAlias = NDArray[np.float64]  # (H, W, 3), in [0, 1]
-Layer: TypeAlias = NDArray[np.float64]  # (H, W)
-Corrupt: TypeAlias = Callable[[Picture, Any, np.random.Generator], Picture]
+Colours: TypeAlias = NDArray[np.float64]  # (H, W, 3), in [0, 1]
+Plane: TypeAlias = NDArray[np.float64]  # (H, W)
+Corrupt: TypeAlias = Callable[[Colours, Any, np.random.Generator], Colours]
 SEVERITIES = 5
 SIZES = (32, 64, 224)
 WHITE_WATER = np.array([175, 238, 238]) / 255
@@ -50,7 +50,7 @@ class Corruption:
     apply: Corrupt
     settings: tuple[Sequence[Any], Sequence[Any], Sequence[Any]]
 
-    def __call__(self, picture: Picture, severity: int, generator: np.random.Generator) -> Picture:
+    def __call__(self, picture: Colours, severity: int, generator: np.random.Generator) -> Colours:
         """Corrupt a picture with a severity from 1 to 5."""
         setting = self.setting(min(picture.shape[:2]), severity)
         return self.apply(picture, setting, generator).clip(0, 1)
@@ -82,13 +82,13 @@ def corruption(name: str, *settings: Sequence[Any]) -> Callable[[Corrupt], Corru
     "gaussian_noise", (0.04, 0.06, 0.08, 0.09, 0.10), (0.04, 0.08, 0.12, 0.15, 0.18),
     (0.08, 0.12, 0.18, 0.26, 0.38),
 )  # fmt: skip
-def gaussian_noise(picture: Picture, deviation: float, generator: np.random.Generator) -> Picture:
+def gaussian_noise(picture: Colours, deviation: float, generator: np.random.Generator) -> Colours:
     """Add normal noise, as low light does."""
     return picture + generator.normal(0, deviation, picture.shape)
 
 
 @corruption("shot_noise", (500, 250, 100, 75, 50), (250, 100, 50, 30, 15), (60, 25, 12, 5, 3))
-def shot_noise(picture: Picture, photons: float, generator: np.random.Generator) -> Picture:
+def shot_noise(picture: Colours, photons: float, generator: np.random.Generator) -> Colours:
     """Count photons, so many where a pixel is white."""
     return generator.poisson(picture * photons) / photons
 
@@ -97,7 +97,7 @@ def shot_noise(picture: Picture, photons: float, generator: np.random.Generator)
     "impulse_noise", (0.01, 0.02, 0.03, 0.05, 0.07), (0.01, 0.02, 0.05, 0.08, 0.14),
     (0.03, 0.06, 0.09, 0.17, 0.27),
 )  # fmt: skip
-def impulse_noise(picture: Picture, share: float, generator: np.random.Generator) -> Picture:
+def impulse_noise(picture: Colours, share: float, generator: np.random.Generator) -> Colours:
     """Set a share of the values to black or white."""
     hit = generator.random(picture.shape) <= share
     return np.where(hit, generator.random(picture.shape) <= 0.5, picture)
@@ -107,7 +107,7 @@ def impulse_noise(picture: Picture, share: float, generator: np.random.Generator
     "speckle_noise", (0.06, 0.1, 0.12, 0.16, 0.2), (0.15, 0.2, 0.25, 0.3, 0.35),
     (0.15, 0.2, 0.35, 0.45, 0.6),
 )  # fmt: skip
-def speckle_noise(picture: Picture, deviation: float, generator: np.random.Generator) -> Picture:
+def speckle_noise(picture: Colours, deviation: float, generator: np.random.Generator) -> Colours:
     """Add noise in proportion to the light."""
     return picture * (1 + generator.normal(0, deviation, picture.shape))
 
@@ -125,7 +125,7 @@ def _smooth(values: NDArray[Any], sigma: float) -> NDArray[np.float64]:
 
 
 @corruption("gaussian_blur", (0.4, 0.6, 0.7, 0.8, 1), (0.5, 0.75, 1, 1.25, 1.5), (1, 2, 3, 4, 6))
-def gaussian_blur(picture: Picture, sigma: float, _: np.random.Generator) -> Picture:
+def gaussian_blur(picture: Colours, sigma: float, _: np.random.Generator) -> Colours:
     """Blur by a Gaussian."""
     return _smooth(picture, sigma)
 
@@ -136,7 +136,7 @@ def gaussian_blur(picture: Picture, sigma: float, _: np.random.Generator) -> Pic
     ((0.5, 0.6), (1, 0.1), (1.5, 0.1), (2.5, 0.01), (3, 0.1)),
     ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
 )
-def defocus_blur(picture: Picture, setting: tuple[float, float], _: np.random.Generator) -> Picture:
+def defocus_blur(picture: Colours, setting: tuple[float, float], _: np.random.Generator) -> Colours:
     """Spread every point over a disk, as a lens out of focus does."""
     radius, softness = setting
     kernel = _disk(radius, softness)
@@ -146,10 +146,10 @@ def defocus_blur(picture: Picture, setting: tuple[float, float], _: np.random.Ge
     return signal.oaconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))  # type: ignore[no-any-return]
 
 
-def _disk(radius: float, softness: float) -> Layer:
+def _disk(radius: float, softness: float) -> Plane:
     """Return a disk that sums to 1, its edge softened by a small Gaussian."""
     line, size = (np.arange(-8, 9), 3) if radius <= 8 else (np.arange(-radius, radius + 1), 5)
-    disk: Layer = (line[:, None] ** 2 + line[None] ** 2 <= radius**2).astype(np.float64)
+    disk: Plane = (line[:, None] ** 2 + line[None] ** 2 <= radius**2).astype(np.float64)
     disk /= disk.sum()
     places = np.arange(size) - size // 2
     weights = np.exp(-(places**2) / (2 * softness**2))
@@ -166,8 +166,8 @@ def _disk(radius: float, softness: float) -> Layer:
     ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
 )
 def glass_blur(
-    picture: Picture, setting: tuple[float, int, int], generator: np.random.Generator
-) -> Picture:
+    picture: Colours, setting: tuple[float, int, int], generator: np.random.Generator
+) -> Colours:
     """Move pixels about, as frosted glass does.
 
     The published program means to swap two pixels, and copies the second over the first: what it
@@ -193,8 +193,8 @@ def glass_blur(
     ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
 )
 def motion_blur(
-    picture: Picture, setting: tuple[int, float], generator: np.random.Generator
-) -> Picture:
+    picture: Colours, setting: tuple[int, float], generator: np.random.Generator
+) -> Colours:
     """Move the camera in a straight line, up to 45 degrees off the horizontal."""
     return _moved(picture, *setting, generator.uniform(-45, 45))
 
@@ -224,7 +224,7 @@ def _moved(values: NDArray[Any], radius: int, sigma: float, angle: float) -> NDA
     (np.arange(1, 1.11, 0.01), np.arange(1, 1.16, 0.01), np.arange(1, 1.21, 0.02),
      np.arange(1, 1.26, 0.02), np.arange(1, 1.31, 0.03)),
 )  # fmt: skip
-def zoom_blur(picture: Picture, factors: NDArray[Any], _: np.random.Generator) -> Picture:
+def zoom_blur(picture: Colours, factors: NDArray[Any], _: np.random.Generator) -> Colours:
     """Move the camera towards the middle."""
     total = picture + sum(_zoomed(picture, float(factor)) for factor in factors)
     return total / (len(factors) + 1)
@@ -256,7 +256,7 @@ def _zoomed(values: NDArray[Any], factor: float) -> NDArray[Any]:
      (0.55, 0.3, 4, 0.9, 12, 8, 0.7), (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
      (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55)),
 )  # fmt: skip
-def snow(picture: Picture, setting: Sequence[float], generator: np.random.Generator) -> Picture:
+def snow(picture: Colours, setting: Sequence[float], generator: np.random.Generator) -> Colours:
     """Let snow fall, and whiten the picture."""
     mean, deviation, zoom, least, radius, sigma, kept = setting
     flakes = _zoomed(generator.normal(mean, deviation, picture.shape[:2]), zoom)
@@ -264,7 +264,7 @@ def snow(picture: Picture, setting: Sequence[float], generator: np.random.Genera
     angle = generator.uniform(-135, -45)
     fallen = _moved(np.floor(flakes * 255) / 255, int(radius), sigma, angle)[..., None]
     grey = (picture * LUMA.numpy().reshape(3)).sum(2, keepdims=True)
-    whitened: Picture = kept * picture + (1 - kept) * np.maximum(picture, grey * 1.5 + 0.5)
+    whitened: Colours = kept * picture + (1 - kept) * np.maximum(picture, grey * 1.5 + 0.5)
     whitened += fallen + np.rot90(fallen, 2)
     return whitened
 
@@ -275,7 +275,7 @@ def snow(picture: Picture, setting: Sequence[float], generator: np.random.Genera
     tuple((*mix, 0.3) for mix in ((1, 0.3), (0.9, 0.4), (0.8, 0.45), (0.75, 0.5), (0.7, 0.55))),
     tuple((*mix, 1.0) for mix in ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))),
 )
-def frost(picture: Picture, setting: Sequence[float], generator: np.random.Generator) -> Picture:
+def frost(picture: Colours, setting: Sequence[float], generator: np.random.Generator) -> Colours:
     """Lay a photograph of frost over the picture; the package imagecorruptions brings them."""
     kept, added, scale = setting
     sheets = _frost_photographs(scale)
@@ -290,7 +290,7 @@ def frost(picture: Picture, setting: Sequence[float], generator: np.random.Gener
 
 
 @cache
-def _frost_photographs(scale: float) -> list[Picture]:
+def _frost_photographs(scale: float) -> list[Colours]:
     spec = importlib.util.find_spec("imagecorruptions")
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = sorted(path for folder in folders for path in Path(folder, "frost").glob("frost?.*"))
@@ -314,23 +314,23 @@ def _frost_photographs(scale: float) -> list[Picture]:
     ((0.4, 3), (0.7, 3), (1, 2.5), (1.5, 2), (2, 1.75)),
     ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
 )
-def fog(picture: Picture, setting: tuple[float, float], generator: np.random.Generator) -> Picture:
+def fog(picture: Colours, setting: tuple[float, float], generator: np.random.Generator) -> Colours:
     """Lay a fractal of light over the picture."""
     density, decay = setting
     height, width = picture.shape[:2]
     side = 1 << math.ceil(math.log2(max(height, width)))
     clouds = _clouds(side, decay, generator)[:height, :width, None]
     brightest = float(picture.max())
-    foggy: Picture = (picture + density * clouds) * brightest / (brightest + density)
+    foggy: Colours = (picture + density * clouds) * brightest / (brightest + density)
     return foggy
 
 
-def _clouds(side: int, decay: float, generator: np.random.Generator) -> Layer:
+def _clouds(side: int, decay: float, generator: np.random.Generator) -> Plane:
     """Return a plasma fractal in [0, 1] by the diamond-square algorithm, on a torus."""
     heights = np.zeros((side, side))
     step, roughness = side, 100.0
 
-    def between(sums: Layer) -> Layer:
+    def between(sums: Plane) -> Plane:
         """Return the means of four neighbours, each with a random step."""
         return sums / 4 + roughness * generator.uniform(-roughness, roughness, sums.shape)
 
@@ -359,7 +359,7 @@ def _clouds(side: int, decay: float, generator: np.random.Generator) -> Layer:
     ((0.65, 0.3, 4, 0.69, 0.6, 0), (0.65, 0.3, 3, 0.68, 0.6, 0), (0.65, 0.3, 2, 0.68, 0.5, 0),
      (0.65, 0.3, 1, 0.65, 1.5, 1), (0.67, 0.4, 1, 0.65, 1.5, 1)),
 )  # fmt: skip
-def spatter(picture: Picture, setting: Sequence[float], generator: np.random.Generator) -> Picture:
+def spatter(picture: Colours, setting: Sequence[float], generator: np.random.Generator) -> Colours:
     """Splash water, or from severity 4 on mud, over the picture."""
     mean, deviation, sigma, least, strength, is_mud = setting
     liquid = _smooth(generator.normal(mean, deviation, picture.shape[:2]), sigma)
@@ -374,7 +374,7 @@ def spatter(picture: Picture, setting: Sequence[float], generator: np.random.Gen
     return picture + shine[..., None] * WHITE_WATER
 
 
-def _shine(liquid: NDArray[np.uint8]) -> Layer:
+def _shine(liquid: NDArray[np.uint8]) -> Plane:
     """Return how bright drops of a liquid shine: most at one side of their edges."""
     edges = _edges(liquid)
     # Without an edge the distance to the nearest one is as good as infinite.
@@ -383,7 +383,7 @@ def _shine(liquid: NDArray[np.uint8]) -> Layer:
     flat = _equalised(near.astype(np.uint8)).astype(np.float64)
     slope = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
     lit = ndimage.correlate(flat, slope, mode="mirror").clip(0, 255)
-    shine: Layer = liquid * np.rint(ndimage.uniform_filter(lit, 3, mode="mirror"))
+    shine: Plane = liquid * np.rint(ndimage.uniform_filter(lit, 3, mode="mirror"))
     return shine
 
 
@@ -431,14 +431,14 @@ def _edges(values: NDArray[np.uint8], low: float = 50, high: float = 150) -> NDA
 
 
 @corruption("contrast", (0.75, 0.5, 0.4, 0.3, 0.15), *[(0.4, 0.3, 0.2, 0.1, 0.05)] * 2)
-def contrast(picture: Picture, factor: float, _: np.random.Generator) -> Picture:
+def contrast(picture: Colours, factor: float, _: np.random.Generator) -> Colours:
     """Bring every value nearer to the mean of its channel."""
-    means: Picture = picture.mean((0, 1), keepdims=True)
+    means: Colours = picture.mean((0, 1), keepdims=True)
     return (picture - means) * factor + means
 
 
 @corruption("brightness", (0.05, 0.1, 0.15, 0.2, 0.3), *[(0.1, 0.2, 0.3, 0.4, 0.5)] * 2)
-def brightness(picture: Picture, added: float, _: np.random.Generator) -> Picture:
+def brightness(picture: Colours, added: float, _: np.random.Generator) -> Colours:
     """Add light: to the value of hue, saturation and value."""
     return _in_hsv(picture, 2, 1, added)
 
@@ -449,22 +449,22 @@ def brightness(picture: Picture, added: float, _: np.random.Generator) -> Pictur
     ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (30, 0.2)),
     ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
 )
-def saturate(picture: Picture, setting: tuple[float, float], _: np.random.Generator) -> Picture:
+def saturate(picture: Colours, setting: tuple[float, float], _: np.random.Generator) -> Colours:
     """Make colours paler or stronger."""
     return _in_hsv(picture, 1, *setting)
 
 
-def _in_hsv(picture: Picture, part: int, factor: float, added: float) -> Picture:
+def _in_hsv(picture: Colours, part: int, factor: float, added: float) -> Colours:
     from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 
     parts = rgb_to_hsv(picture)
     parts[..., part] = (parts[..., part] * factor + added).clip(0, 1)
-    changed: Picture = hsv_to_rgb(parts)
+    changed: Colours = hsv_to_rgb(parts)
     return changed
 
 
 @corruption("jpeg_compression", (80, 65, 58, 50, 40), (65, 58, 50, 40, 25), (25, 18, 15, 10, 7))
-def jpeg_compression(picture: Picture, quality: int, _: np.random.Generator) -> Picture:
+def jpeg_compression(picture: Colours, quality: int, _: np.random.Generator) -> Colours:
     """Store the picture as a JPEG of low quality."""
     buffer = io.BytesIO()
     _as_image(picture).save(buffer, "JPEG", quality=quality)
@@ -475,14 +475,14 @@ def jpeg_compression(picture: Picture, quality: int, _: np.random.Generator) -> 
 @corruption(
     "pixelate", (0.95, 0.9, 0.85, 0.75, 0.65), (0.9, 0.8, 0.7, 0.6, 0.5), (0.6, 0.5, 0.4, 0.3, 0.25)
 )
-def pixelate(picture: Picture, scale: float, _: np.random.Generator) -> Picture:
+def pixelate(picture: Colours, scale: float, _: np.random.Generator) -> Colours:
     """Make the picture smaller, and large again without smoothing."""
     image = _as_image(picture)
     small = image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.BOX)
     return np.asarray(small.resize(image.size, Image.Resampling.BOX)) / 255
 
 
-def _as_image(picture: Picture) -> Image.Image:
+def _as_image(picture: Colours) -> Image.Image:
     return Image.fromarray(np.rint(picture * 255).astype(np.uint8))
 
 
@@ -496,8 +496,8 @@ def _as_image(picture: Picture) -> Image.Image:
         (2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))),
 )  # fmt: skip
 def elastic_transform(
-    picture: Picture, setting: tuple[float, float, float], generator: np.random.Generator
-) -> Picture:
+    picture: Colours, setting: tuple[float, float, float], generator: np.random.Generator
+) -> Colours:
     """Stretch regions of the picture, after an affine move of three points."""
     strength, sigma, reach = setting
     height, width = picture.shape[:2]
@@ -513,13 +513,13 @@ def elastic_transform(
     return _taken(moved, places[..., 1] + shifts[1], places[..., 0] + shifts[0], "reflect")
 
 
-def _shifts(generator: np.random.Generator, shape: tuple[int, int], sigma: float) -> Layer:
+def _shifts(generator: np.random.Generator, shape: tuple[int, int], sigma: float) -> Plane:
     drawn = generator.uniform(-1, 1, shape)
-    smoothed: Layer = ndimage.gaussian_filter(drawn, sigma, mode="reflect", truncate=3)
+    smoothed: Plane = ndimage.gaussian_filter(drawn, sigma, mode="reflect", truncate=3)
     return smoothed
 
 
-def _taken(picture: Picture, rows: Layer, columns: Layer, mode: str) -> Picture:
+def _taken(picture: Colours, rows: Plane, columns: Plane, mode: str) -> Colours:
     """Read a picture at places between its pixels, bilinearly."""
     channels = [
         ndimage.map_coordinates(picture[..., c], [rows, columns], order=1, mode=mode)
