@@ -23,6 +23,8 @@ from covcli.reporting.svg import inline
 from covcli.reporting.tables import Table
 from covcli.reporting.thumbnails import data_uri, sheet
 
+FILES = (per_image.SCORES, per_image.SAMPLES)
+
 
 @dataclass(frozen=True)
 class ReportResult:
@@ -96,8 +98,8 @@ def read(run: Path) -> ReportData:
         raise CovcliError("holds no evaluation", where=run, fix="run `covcli evaluate` first")
     evaluation = documents.read_evaluation(path)
     logs = sorted(run.glob("training_results_*.json"))
-    for name in (per_image.SCORES, per_image.SAMPLES):
-        if files.digest_file(run / name) != evaluation.digests.get(name):
+    for name, recorded in evaluation.digests.items():  # none in those of an earlier version
+        if name in FILES and files.digest_file(run / name) != recorded:
             raise CovcliError(
                 "is not of the evaluation beside it",
                 where=run / name,

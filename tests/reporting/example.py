@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from covcli.core.files import plain
+from covcli.core.files import digest_bytes, plain
 from covcli.data.images import DataRecord
 from covcli.reporting.documents import (
     Bin,
@@ -29,12 +29,14 @@ from covcli.reporting.documents import (
     UntrustedSet,
 )
 from covcli.reporting.per_image import (
+    SAMPLES,
+    SCORES,
     ExplainedImage,
     ImageScores,
     Samples,
     Thumbnails,
-    write_samples,
-    write_scores,
+    pack_samples,
+    pack_scores,
 )
 
 STATEMENT = "An image like those raises a false alarm with a probability of at most 0.05."
@@ -128,16 +130,20 @@ def run_folder(folder: Path, evaluation: EvaluationResult, explanations: int = 0
     sets = ["trusted", *[entry.name for entry in evaluation.untrusted]]
     names = list(evaluation.untrusted[0].scores)[1:]
     reasons = [explained(evaluation, sets[k % len(sets)]) for k in range(explanations)]
-    document = plain(asdict(replace(evaluation, explanations=reasons)))
-    (folder / "evaluation.json").write_text(json.dumps(document))
-    drawn = {name: scores(2.0 * i, 200, names, i) for i, name in enumerate(sets)}
-    write_scores(folder / "scores.csv.gz", drawn)
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (8, 3, 32, 32), dtype=np.uint8)
     some, none = Thumbnails(np.arange(8), pixels), Thumbnails(np.arange(0), pixels[:0])
     shown = ExplainedImage(pixels[0], generator.random((8, 8), np.float32))
-    write_samples(
-        folder / "samples.npz",
-        Samples([some] * len(sets), [none, *[some] * (len(sets) - 1)], [shown] * explanations),
-    )
+    samples = Samples(
+        [some] * len(sets), [none, *[some] * (len(sets) - 1)], [shown] * explanations
+    )  # fmt: skip
+    packed = {
+        SCORES: pack_scores({name: scores(2.0 * i, 200, names, i) for i, name in enumerate(sets)}),
+        SAMPLES: pack_samples(samples),
+    }
+    digests = {name: digest_bytes(content) for name, content in packed.items()}
+    document = plain(asdict(replace(evaluation, explanations=reasons, digests=digests)))
+    (folder / "evaluation.json").write_text(json.dumps(document))
+    for name, content in packed.items():
+        (folder / name).write_bytes(content)
     return folder

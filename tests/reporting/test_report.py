@@ -3,6 +3,7 @@
 import base64
 import gzip
 import hashlib
+import json
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -31,7 +32,9 @@ def test_every_report_section_keeps_the_contract(name: str, evaluated: Path) -> 
 def test_reports_are_self_contained_and_escape_what_they_show(evaluated: Path) -> None:
     path = evaluated / "evaluation.json"
     text = path.read_text().replace("photos?limit=200", "<script>$x_1</script>")
-    path.write_text(text.replace("first.2", "\\u001b[31m<i>first"))
+    document = json.loads(text.replace("first.2", "\\u001b[31m<i>first"))
+    del document["digests"]  # as of an earlier version: the files beside it are edited here
+    path.write_text(json.dumps(document))
     scores = evaluated / "scores.csv.gz"
     table = gzip.decompress(scores.read_bytes()).decode()
     scores.write_bytes(
