@@ -25,6 +25,12 @@ class CovcliError(Exception):
         The file, option or value that it is wrong with.
     fix
         What the user can do about it.
+
+    Examples
+    --------
+    >>> raise CovcliError("no such file", where="weights.pt", fix="name another")
+    Traceback (most recent call last):
+    covcli.core.errors.CovcliError: weights.pt: no such file; name another
     """
 
     def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
@@ -34,7 +40,13 @@ class CovcliError(Exception):
 
 
 def one_line(text: str) -> str:
-    """Fold white space and spell out control characters, so that no name reaches a terminal raw."""
+    r"""Fold white space and spell out control characters, so that no name reaches a terminal raw.
+
+    Examples
+    --------
+    >>> one_line("two\nlines \x1b[31m")
+    'two lines \\x1b[31m'
+    """
     folded = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in folded)
 

@@ -32,6 +32,14 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     ------
     CovcliError
         If the file cannot be written; what stood at `path` before is untouched.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> with atomic(Path("x.txt")) as file:
+    ...     _ = file.write(b"whole")
+    >>> Path("x.txt").read_text()
+    'whole'
     """
     try:
         check_replaceable(path)
@@ -120,7 +128,15 @@ def publish(contents: Mapping[Path, bytes]) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document atomically; a NaN or infinity in it is a ValueError."""
+    """Write a JSON document atomically; a NaN or infinity in it is a ValueError.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> write_json(Path("x.json"), {"n": 3})
+    >>> read_json(Path("x.json"))
+    {'n': 3}
+    """
     write_bytes(path, pack_json(document))
 
 
@@ -135,7 +151,16 @@ def write_pickle(path: Path, document: Any) -> None:
 
 
 def read_json(path: Path, *, inside: Path | None = None) -> Any:
-    """Read a JSON document; a missing or broken one is a CovcliError."""
+    """Read a JSON document; a missing or broken one is a CovcliError.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> _ = Path("x.json").write_text('{"n": 3')
+    >>> read_json(Path("x.json"))
+    Traceback (most recent call last):
+    covcli.core.errors.CovcliError: x.json: is not a JSON document
+    """
     try:
         return file_checks.parse_json(file_checks.read_text(path, inside=inside))
     except ValueError:
@@ -143,7 +168,14 @@ def read_json(path: Path, *, inside: Path | None = None) -> Any:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Return a digest of named tensors, in hexadecimal: equal for equal bits, shapes and names."""
+    """Return a digest of named tensors, in hexadecimal: equal for equal bits, shapes and names.
+
+    Examples
+    --------
+    >>> import torch
+    >>> fingerprint({"w": torch.zeros(2)}) == fingerprint({"w": -torch.zeros(2)})
+    False
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -153,7 +185,14 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def digest(content: Any) -> str:
-    """Return a digest of nested dictionaries, lists, plain values and tensors, in hexadecimal."""
+    """Return a digest of nested dictionaries, lists, plain values and tensors, in hexadecimal.
+
+    Examples
+    --------
+    >>> import torch
+    >>> digest({"a": [1, torch.zeros(2)]}) == digest({"a": [1, torch.zeros(2)]})
+    True
+    """
     tensors: dict[str, Tensor] = {}
 
     def lay_out(value: Any) -> Any:
@@ -184,6 +223,14 @@ class Format:
         Of its content; a file that lacks one is refused.
     sealed
         Whether this user's covcli must know again that the file is its own.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> form = Format("covcli example", schema=1)
+    >>> form.save(Path("x.pt"), {"n": 3})
+    >>> form.load(Path("x.pt"))
+    {'n': 3}
     """
 
     name: str
@@ -237,7 +284,14 @@ class Format:
 
 
 def plain(value: Any) -> Any:
-    """Turn NumPy numbers and arrays, paths and tuples into what JSON knows; a NaN into None."""
+    """Turn NumPy numbers and arrays, paths and tuples into what JSON knows; a NaN into None.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> plain({"share": np.float32(0.5), "missing": float("nan"), "sizes": (1, 2)})
+    {'share': 0.5, 'missing': None, 'sizes': [1, 2]}
+    """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -43,7 +43,13 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Tells nobody."""
+    """Tells nobody.
+
+    Examples
+    --------
+    >>> from covcli.core.progress import Silent
+    >>> Silent().note("nobody reads this")
+    """
 
     def start(self, title: str, total: int) -> None:
         """Do nothing."""

@@ -170,7 +170,14 @@ def _is_held(lock: Path) -> bool:
 
 
 def newest_run(runs: Path) -> Path:
-    """Return the folder that `runs/latest` points at; without one it is a CovcliError."""
+    """Return the folder that `runs/latest` points at; without one it is a CovcliError.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> newest_run(Path("runs"))  # where runs/latest leads
+    PosixPath('runs/demo')
+    """
     folder = runs / "latest"
     if not folder.is_dir():
         raise CovcliError(

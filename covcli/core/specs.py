@@ -30,6 +30,12 @@ class Spec:
         What stands before and after the first colon (`npz`, `data/cifar10`).
     parameters
         What stands after the question mark, as text; a flag's is `YES`.
+
+    Examples
+    --------
+    >>> spec = parse("attack:pgd?eps=8/255")
+    >>> spec.name, spec.argument, spec.take("eps", fraction, 0.0) == 8 / 255
+    ('attack', 'pgd', True)
     """
 
     text: str
@@ -189,6 +195,16 @@ class Registry(Generic[Entry]):
     ----------
     kind
         What an entry is, for messages: "model", "dataset", …
+
+    Examples
+    --------
+    >>> SHAPES: Registry[int] = Registry("shape")
+    >>> _ = SHAPES.add("square")(4)
+    >>> SHAPES.get("square")
+    4
+    >>> SHAPES.get("sqare")
+    Traceback (most recent call last):
+    covcli.core.errors.CovcliError: unknown shape 'sqare'; did you mean 'square'? known: square
     """
 
     def __init__(self, kind: str) -> None:

@@ -66,6 +66,12 @@ class EvaluationConfig:
         The folder of run folders, and the folder of the results; by default the signature's.
     data_dir, force, device, seed
         As in `covcli.SignatureConfig`.
+
+    Examples
+    --------
+    >>> config = EvaluationConfig(("mnist", "attack:pgd"), gates=(Gate("auroc", 0.95),))
+    >>> config.untrusted
+    ('mnist', 'attack:pgd')
     """
 
     untrusted: tuple[str, ...]

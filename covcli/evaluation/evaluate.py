@@ -34,6 +34,14 @@ def evaluate(config: EvaluationConfig, progress: Progress = Silent()) -> Evaluat
     CovcliError
         If a file, a name or the data is bad, results exist already, or another process is
         writing into the same folder.
+
+    Examples
+    --------
+    >>> from covcli import EvaluationConfig, evaluate
+    >>> config = EvaluationConfig(("noise:uniform?limit=50",), output="results")
+    >>> result = evaluate(config)  # of the signature in runs/latest
+    >>> result.untrusted[0].images, result.untrusted[0].scores["coverage"].auroc.value > 0.9
+    (50, True)
     """
     job = load_job(config)
     output = job.files["evaluation.json"].parent

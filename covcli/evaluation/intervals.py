@@ -231,7 +231,7 @@ def newcombe(area: float, trusted: int, untrusted: int) -> Span:
     Examples
     --------
     >>> round(newcombe(1.0, 50, 50).low, 3)
-    0.963
+    0.96
     """
     if area < 0.5:
         mirrored = newcombe(1 - area, trusted, untrusted)

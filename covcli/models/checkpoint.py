@@ -57,7 +57,15 @@ class Checkpoint:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint."""
+    """Write a checkpoint.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> save(Path("copy.pt"), load(Path("runs/latest/checkpoint.pt")))
+    >>> load(Path("copy.pt")).classes[:3]
+    ('0', '1', '2')
+    """
     save_checkpoint(
         path,
         {
@@ -86,6 +94,13 @@ def load(path: Path, foreign: Foreign | ModelSpec | str | None = None) -> Checkp
     ------
     CovcliError
         If the file cannot be read, is of another kind, or its weights fit no such model.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> checkpoint = load(Path("runs/latest/checkpoint.pt"))
+    >>> checkpoint.model.spec.name, len(checkpoint.classes)
+    ('tiny', 10)
     """
     document = load_weights_only(path)
     if not isinstance(document.get("format"), str):

@@ -589,6 +589,13 @@ def read_evaluation(path: Path) -> EvaluationResult:
     ------
     CovcliError
         If the file is missing, is no evaluation, or is of another schema.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> evaluation = read_evaluation(Path("runs/latest/evaluation.json"))
+    >>> [entry.name for entry in evaluation.untrusted]
+    ['photos?limit=100']
     """
     return _read(EvaluationResult, path, "an evaluation", EVALUATION_SCHEMA)
 
@@ -600,6 +607,13 @@ def read_training_log(path: Path) -> TrainingLog:
     ------
     CovcliError
         If the file is missing, is no training log, or is of another schema.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> log = read_training_log(next(Path("runs/latest").glob("training_results_*.json")))
+    >>> [entry.epoch for entry in log.epochs]
+    [1, 2, 3, 4]
     """
     return _read(TrainingLog, path, "a training log", TRAINING_SCHEMA)
 

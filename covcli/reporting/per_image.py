@@ -105,6 +105,13 @@ def read_scores(path: Path) -> dict[str, ImageScores]:
     ------
     CovcliError
         If the file is missing, cannot be unpacked, or is another table.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> scores = read_scores(Path("runs/latest/scores.csv.gz"))
+    >>> list(scores), scores["trusted"].scores["coverage"].shape
+    (['trusted', 'photos?limit=100'], (360,))
     """
     with reading(path, "cannot be read as a table of scores"):
         text = io.BytesIO(file_checks.read_gzip(path, inside=path.parent))
@@ -217,6 +224,13 @@ def read_samples(path: Path, sets: int, explanations: int) -> Samples:
     ------
     CovcliError
         If the file is missing, is no sound archive, or lacks or misshapes an image.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> samples = read_samples(Path("runs/latest/samples.npz"), sets=2, explanations=0)
+    >>> samples.passed[0].images.shape[1:]
+    (3, 32, 32)
     """
     arrays = file_checks.read_npz(path, inside=path.parent)
     with reading(path, "cannot be read as samples: lacks an image, or holds what is none"):

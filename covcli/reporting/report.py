@@ -66,6 +66,12 @@ def report(
     ------
     CovcliError
         If the folder holds no evaluation, a file of it is broken, or a report exists already.
+
+    Examples
+    --------
+    >>> from covcli import report
+    >>> report("runs/latest").html
+    PosixPath('runs/latest/report.html')
     """
     run = run_folders.newest_run(Path(runs)) if run is None else Path(run)
     data = read(run)

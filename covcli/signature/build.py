@@ -98,6 +98,13 @@ def build_signature(config: SignatureConfig, progress: Progress = Silent()) -> S
         If a file, a name or the data is bad, a class has no correctly classified image, the
         calibration images are too few for the guarantee, or the output exists already or is being
         written.
+
+    Examples
+    --------
+    >>> from covcli import SignatureConfig, build_signature
+    >>> result = build_signature(SignatureConfig("runs/latest/checkpoint.pt", method="src"))
+    >>> result.path, result.points
+    (PosixPath('runs/demo/signature-src.safetensors'), 3)
     """
     told = Foreign(config.model, config.statistics, config.preprocess, config.logits)
     source = checkpoints.load(config.checkpoint, told)

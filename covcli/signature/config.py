@@ -57,6 +57,12 @@ class SignatureConfig:
         Whether to compute in bfloat16.
     seed
         Of every random choice.
+
+    Examples
+    --------
+    >>> SignatureConfig("ckpt.pt", granularity="pixel")
+    Traceback (most recent call last):
+    covcli.core.errors.CovcliError: --granularity pixel: must be 'channel' or 'unit'
     """
 
     checkpoint: Path
@@ -126,6 +132,11 @@ def read_statistics(
     ------
     CovcliError
         If one is missing or is not three numbers, or a deviation is not above 0.
+
+    Examples
+    --------
+    >>> read_statistics("0.5,0.5,0.5", "0.2,0.2,0.2")
+    ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
     """
     if mean is None and deviation is None:
         return None

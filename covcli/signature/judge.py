@@ -231,6 +231,15 @@ def load(
     CovcliError
         If a file is missing, damaged or of another kind, the two do not belong together, or the
         calibration has too few images for the guarantee.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> run = Path("runs/latest")
+    >>> signature_file = run / "signature-ensemble.safetensors"
+    >>> judge, record = load(run / "checkpoint.pt", signature_file, alpha=0.1)
+    >>> judge.rule.guarantee.alpha
+    0.1
     """
     place = runtime.choose_device(device)
     signature, calibration, record = signatures.load(signature_file)

@@ -56,6 +56,19 @@ def merge_signatures(config: MergeConfig, progress: Progress = Silent()) -> Sign
         If there are fewer than two parts, they differ in the model, the method or anything else
         that makes them comparable, two are of the same images, a file or the data is bad, or the
         output exists already or is being written.
+
+    Examples
+    --------
+    >>> from covcli import MergeConfig, SignatureConfig, build_signature, merge_signatures
+    >>> parts = [
+    ...     build_signature(
+    ...         SignatureConfig("runs/latest/checkpoint.pt", "src", trusted=half, output=output)
+    ...     ).path
+    ...     for half, output in (("digits?limit=700", "a"), ("digits?offset=700", "b"))
+    ... ]
+    >>> whole = merge_signatures(MergeConfig(parts, "whole", "runs/latest/checkpoint.pt"))
+    >>> whole.images  # of 1,437 less those that calibrate
+    1078
     """
     if len(config.parts) < 2:
         raise CovcliError("name at least two signatures", where="merge-signatures")

@@ -64,6 +64,16 @@ class Record:
         Versions, command line, device, threads, seed, time.
     parts
         The signatures that it was merged from, in order; empty for one that was built.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from covcli.signature import signature
+    >>> *_, record = signature.load(Path("runs/latest/signature-ensemble.safetensors"))
+    >>> record.trusted_images, record.calibration_images
+    (1078, 359)
+    >>> Record.from_dict(record.as_dict(), classes=10) == record
+    True
     """
 
     trusted: DataRecord
@@ -189,6 +199,14 @@ def less(images: ImageSet, source: str, rows: Tensor) -> ImageSet:
 
     Images that calibrate must neither build a signature nor be scored by it: each scored the
     better for having been there.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from covcli.data import datasets
+    >>> digits = datasets.load("digits", "test")
+    >>> len(digits), len(less(digits, digits.source.fingerprint, torch.arange(60)))
+    (360, 300)
     """
     return images.without(rows) if images.source.fingerprint == source else images
 

@@ -131,7 +131,16 @@ def layout_of(points: Sequence[Point], classes: int) -> Layout:
 
 
 def save(path: Path, signature: Signature, calibration: Calibration, record: Record) -> None:
-    """Write a signature with its calibration, and a record of its making."""
+    """Write a signature with its calibration, and a record of its making.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> parts = load(Path("runs/latest/signature-ensemble.safetensors"))
+    >>> save(Path("copy.safetensors"), *parts)
+    >>> load(Path("copy.safetensors"))[2] == parts[2]
+    True
+    """
     tensors = {f"state.{name}": tensor for name, tensor in signature.state.tensors.items()}
     combination = calibration.combination
     tensors |= {f"combination.{name}": getattr(combination, name) for name in COMBINATION}
@@ -161,6 +170,13 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
     ------
     CovcliError
         If the file is missing, damaged, of another kind, or does not hold together.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> signature, calibration, record = load(Path("runs/latest/signature-ensemble.safetensors"))
+    >>> signature.method.name, record.trusted.spec, record.calibration_images
+    ('ensemble', 'digits', 359)
     """
     tensors, metadata = load_signature(path)
     try:

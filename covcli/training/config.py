@@ -59,6 +59,12 @@ class TrainConfig:
         The run folder's name, by default made of model, method and time; and the folder of all.
     data_dir
         The folder that downloaded sets live in; by default the user's cache.
+
+    Examples
+    --------
+    >>> TrainConfig(trusted="digits", epochs=0)
+    Traceback (most recent call last):
+    covcli.core.errors.CovcliError: --epochs 0: must be greater than or equal to 1
     """
 
     method: str = "ensemble"
@@ -96,7 +102,13 @@ class TrainConfig:
 
 
 def save_interval(text: str) -> tuple[int | None, float | None] | None:
-    """Read `--save-every`: `2` means epochs and `10m` minutes, as (epochs, seconds); else None."""
+    """Read `--save-every`: `2` means epochs and `10m` minutes, as (epochs, seconds); else None.
+
+    Examples
+    --------
+    >>> save_interval("2"), save_interval("10m"), save_interval("never")
+    ((2, None), (None, 600.0), None)
+    """
     minutes = text.endswith("m")
     try:
         value = float(text.removesuffix("m")) if minutes else int(text)

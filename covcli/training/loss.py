@@ -52,6 +52,20 @@ class ConfidenceLoss(nn.Module):
         A complete state of `mrc`; a class with fewer than 10 images is not penalised.
     sizes
         Neurons of each coverage point.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from covcli import ConfidenceLoss
+    >>> from covcli.methods import Layout, MultiRange
+    >>> from covcli.signature.fit import fold
+    >>> neurons, labels = torch.rand(200, 6), torch.arange(200) % 2
+    >>> layout = Layout(classes=2, sizes=(4, 2), values=(2, 2))  # two coverage points
+    >>> state = fold(MultiRange(), layout, lambda: [(neurons, labels)])
+    >>> loss = ConfidenceLoss(state, [4, 2])
+    >>> inside = torch.full((1, 6), 0.5)
+    >>> float(loss(inside, labels[:1])), float(loss(inside + 9, labels[:1]))
+    (0.0, 1.0)
     """
 
     low: Tensor

@@ -328,7 +328,14 @@ def accuracy(model: Classifier, images: ImageSet) -> float:
 
 
 def split_rows(images: int, calibration_split: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return which images train the network and which are held out, each in ascending order."""
+    """Return which images train the network and which are held out, each in ascending order.
+
+    Examples
+    --------
+    >>> training, held_out = split_rows(10, 0.2, seed=0)
+    >>> len(training), len(held_out), bool(torch.isin(held_out, training).any())
+    (8, 2, False)
+    """
     order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
     held_out = round(images * calibration_split)
     return order[held_out:].sort().values, order[:held_out].sort().values

@@ -85,6 +85,13 @@ def train(
         No run folder is left behind then, unless it holds what can be resumed.
     Interrupted
         If a signal arrived; the run can be resumed.
+
+    Examples
+    --------
+    >>> from covcli import TrainConfig, train
+    >>> result = train(TrainConfig(trusted="digits?limit=64", model="vgg11", epochs=1, name="mine"))
+    >>> result.checkpoint, result.training_images, result.calibration_images
+    (PosixPath('runs/mine/checkpoint.pt'), 58, 6)
     """
     config = replace(
         config,
