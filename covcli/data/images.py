@@ -119,6 +119,10 @@ class ImageSet:
         """Return the set less those rows of its source."""
         return self.select(torch.nonzero(~torch.isin(self.rows, rows))[:, 0])
 
+    def named(self, classes: tuple[str, ...]) -> "ImageSet":
+        """Return the set with other class names."""
+        return replace(self, classes=classes)
+
     def known_labels(self) -> Tensor:
         """Return the labels; a set without any is a CovcliError."""
         if self.labels is None:
@@ -284,7 +288,14 @@ def _without_far_ends(images: Tensor, wanted: tuple[int, int], how: Preprocess) 
 def batches(
     images: ImageSet, parts: Sequence[Tensor], shape: Shape
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each part's rows and images, reading one batch ahead of the network."""
+    """Yield each part's rows and images, reading one batch ahead of the network.
+
+    A source that reads ahead by itself has a method `stream`.
+    """
+    stream = getattr(images.source, "stream", None)
+    if stream is not None:
+        yield from zip(parts, stream([images.rows[p] for p in parts], shape), strict=True)
+        return
     with ThreadPoolExecutor(1, initializer=compute_alone) as pool:
         ahead = pool.submit(images.batch, parts[0], shape) if parts else None
         for i, rows in enumerate(parts):

@@ -19,6 +19,7 @@ from covcli.models.registry import MODELS, Architecture, Build
 from covcli.models.spec import (
     CIFAR10,
     IMAGENET,
+    OWN,
     ModelSpec,
     Normalisation,
     Precision,
@@ -243,6 +244,12 @@ def architecture(name: str) -> Architecture:
     CovcliError
         If the name is unknown, or its library is not installed.
     """
+    if name.startswith(OWN):
+        raise CovcliError(
+            f"{name.removeprefix(OWN)} is a network of a Python program",
+            where="the signature",
+            fix="load both there, by Monitor.load(signature, network)",
+        )
     family, colon, short = name.partition(":")
     if colon and family in zoo.FAMILIES:
         return zoo.FAMILIES[family](short)

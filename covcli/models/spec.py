@@ -10,6 +10,7 @@ Statistics: TypeAlias = tuple[float, ...]
 Normalisation: TypeAlias = tuple[Statistics, Statistics]
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+OWN = "python:"
 CIFAR10: Normalisation = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
@@ -20,7 +21,8 @@ class ModelSpec:
     Attributes
     ----------
     name
-        A name in MODELS, `torchvision:NAME` or `timm:NAME`.
+        A name in MODELS, `torchvision:NAME` or `timm:NAME`; `python:CLASS` for a network that a
+        program holds, and prepares the images of.
     classes
         How many classes it tells apart.
     shape
@@ -48,6 +50,17 @@ class ModelSpec:
     def __post_init__(self) -> None:
         """Bind the way in which images are prepared to the shape."""
         object.__setattr__(self, "shape", InputShape(self.shape, self.preprocess))
+
+    @classmethod
+    def own(cls, network: object, classes: int, shape: Shape, logits: str = "") -> "ModelSpec":
+        """Describe a network that a program holds: what it is given is prepared already."""
+        zeros, ones = (0.0,) * shape[0], (1.0,) * shape[0]
+        return cls(f"{OWN}{type(network).__name__}", classes, shape, zeros, ones, logits=logits)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a program holds the network, and prepares its images."""
+        return self.name.startswith(OWN)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the specification as plain lists and numbers."""
@@ -77,7 +90,11 @@ class ModelSpec:
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CovcliError(f"has a malformed model entry ({error!r})", where=where) from None
-        sizes_fit = channels in (1, 3) and 0 < height <= 4096 and 0 < width <= 4096
+        sizes_fit = (
+            (channels in (1, 3) or (spec.is_own and channels > 0))
+            and 0 < height <= 4096
+            and 0 < width <= 4096
+        )
         if not (sizes_fit and 0 < spec.classes <= 100_000 and len(spec.mean) == channels
                 and len(spec.deviation) == channels and min(spec.deviation) > 0):  # fmt: skip
             raise CovcliError("has a model entry out of range", where=where)

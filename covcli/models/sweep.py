@@ -49,9 +49,12 @@ class Swept:
 
 
 def to_network(images: Tensor, device: torch.device) -> Tensor:
-    """Turn uint8 images (B, C, H, W) to floats in [0, 1] on a device, in the fast memory layout."""
+    """Turn uint8 images (B, C, H, W) to floats in [0, 1] on a device, in the fast memory layout.
+
+    Floats are what a network takes already.
+    """
     moved = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-    return moved.float().div_(255)
+    return moved if images.is_floating_point() else moved.float().div_(255)
 
 
 def sweep_batch(shape: Shape) -> int:

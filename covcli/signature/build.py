@@ -14,7 +14,9 @@ from covcli.core.progress import Progress, Silent
 from covcli.data import datasets, image_files, labels
 from covcli.data.images import DataRecord, ImageSet
 from covcli.methods import Method, make_method
+from covcli.methods.state import Granularity
 from covcli.models import checkpoint as checkpoints
+from covcli.models.architectures import Classifier
 from covcli.models.checkpoint import Checkpoint
 from covcli.models.sweep import choose_precision
 from covcli.models.weights import Foreign
@@ -23,7 +25,7 @@ from covcli.signature import signature as signatures
 from covcli.signature.calibration import check_images
 from covcli.signature.config import SignatureConfig
 from covcli.signature.fit import MINIMUM_TRUSTED, Trusted, fit_judge, fit_signature
-from covcli.signature.guarantee import Guarantee
+from covcli.signature.guarantee import DEFAULT_GUARANTEE, Guarantee
 from covcli.signature.judge import Judge
 from covcli.signature.record import Record, less
 
@@ -117,45 +119,86 @@ def build_signature(config: SignatureConfig, progress: Progress = Silent()) -> S
 def _build(
     config: SignatureConfig, source: Checkpoint, method: Method, path: Path, progress: Progress
 ) -> SignatureResult:
-    guarantee = Guarantee(config.alpha, config.guarantee, config.max_error)
     device = runtime.choose_device(config.device)
     default_threshold = float(source.training.get("confidence_threshold", 0.9))
     threshold = (
         default_threshold if config.confidence_threshold is None else config.confidence_threshold
     )
+    guarantee = Guarantee(config.alpha, config.guarantee, config.max_error)
+    how = How(method, config.granularity, threshold, guarantee, config.seed)
     images, held_out = _images(config, source)
-    classes = images.classes
-    check_images(len(held_out), guarantee, len(classes))
+    check_images(len(held_out), guarantee, len(images.classes))
     model = source.model.on(device)
     model.watched = config.points or tuple(source.training.get("points", ()))
     model.precision = choose_precision(config.amp, model, torch.inference_mode()(model))
-    signature, trusted, accuracy = fit_signature(
-        model, images, classes, method, config.granularity, threshold, progress
-    )
-    _check_trusted(trusted, images, classes, threshold)
-    judge = fit_judge(model, signature, held_out, progress, guarantee, config.seed)
-    record = Record(
-        trusted=DataRecord.of(images),
-        trusted_images=len(images),
-        trusted_counts=tuple(trusted.counts),
-        relaxed_classes=tuple(trusted.relaxed),
-        confidence_threshold=threshold,
-        accuracy=accuracy,
-        calibration=DataRecord.of(held_out),
-        calibration_images=len(held_out),
-        calibration_rows=tuple(held_out.rows.tolist()),
-        provenance=distributed.agree(runtime.provenance(device, config.seed)),
-    )
+    judge, record = sign(model, images, held_out, how, progress)
     imported = config.output is None and source.bare and distributed.is_first()
     if imported:
-        _import(path.parent, source, classes)
-    result = save(path, judge, record.sealed(signature.fingerprint))
+        _import(path.parent, source, images.classes)
+    result = save(path, judge, record.sealed(judge.signature.fingerprint))
     listed = path.with_name("unreadable-build-signature.txt")
     left_out = image_files.list_unreadable(listed, [images, held_out])
     result = replace(result, unreadable_images=left_out)
     if imported:
         run_folders.mark_latest(path.parent)
     return result
+
+
+@dataclass(frozen=True)
+class How:
+    """How a signature is made of a network and images.
+
+    Attributes
+    ----------
+    method, granularity
+        What is recorded.
+    threshold
+        The softmax confidence from which on a correct image is trusted.
+    guarantee
+        What the calibration keeps.
+    seed
+        Of the calibration's draws.
+    """
+
+    method: Method
+    granularity: Granularity = "channel"
+    threshold: float = 0.9
+    guarantee: Guarantee = DEFAULT_GUARANTEE
+    seed: int = 0
+
+
+def sign(
+    model: Classifier, images: ImageSet, held_out: ImageSet, how: How, progress: Progress
+) -> tuple[Judge, Record]:
+    """Build a signature of trusted images, under their class names, and calibrate it on others.
+
+    Raises
+    ------
+    CovcliError
+        If a class has no correctly classified image, or the calibration images are too few for the
+        guarantee.
+    """
+    classes = images.classes
+    check_images(len(held_out), how.guarantee, len(classes))
+    signature, trusted, accuracy = fit_signature(
+        model, images, classes, how.method, how.granularity, how.threshold, progress
+    )
+    _check_trusted(trusted, images, classes, how.threshold)
+    judge = fit_judge(model, signature, held_out, progress, how.guarantee, how.seed)
+    provenance = runtime.provenance(model.mean.device, how.seed)
+    record = Record(
+        trusted=DataRecord.of(images),
+        trusted_images=len(images),
+        trusted_counts=tuple(trusted.counts),
+        relaxed_classes=tuple(trusted.relaxed),
+        confidence_threshold=how.threshold,
+        accuracy=accuracy,
+        calibration=DataRecord.of(held_out),
+        calibration_images=len(held_out),
+        calibration_rows=tuple(held_out.rows.tolist()),
+        provenance=distributed.agree(provenance),
+    )
+    return judge, record
 
 
 def save(path: Path, judge: Judge, record: Record) -> SignatureResult:

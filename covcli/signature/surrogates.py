@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from covcli.data.images import ImageSet, Source
+from covcli.data.prepared import Scale
 from covcli.data.preprocessing import Shape
 
 Distort: TypeAlias = Callable[[Tensor, np.random.Generator], Tensor]
@@ -84,12 +85,16 @@ class DistortedSource:
     def read(self, rows: Tensor, shape: Shape) -> Tensor:
         """Read the rows and distort each with a generator of its own."""
         images = self.source.read(rows, shape)
+        # Prepared images are distorted as the pixels that they stand for.
+        scale: Scale | None = getattr(self.source, "scale", None)
+        images = images if scale is None else scale.to_pixels(images)
         distort = DISTORTIONS[self.kind]
         copies = [
             distort(image, np.random.Generator(np.random.Philox(key=[SEED, row])))
             for image, row in zip(images, rows.tolist(), strict=True)
         ]
-        return torch.stack(copies) if copies else images
+        distorted = torch.stack(copies) if copies else images
+        return distorted if scale is None else scale.to_values(distorted)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -30,12 +30,10 @@ from covcli.training.config import (
     save_interval,
 )
 from covcli.training.epoch import SUMS, Trainer, epoch
-from covcli.training.loss import RUNNING, ConfidenceLoss
+from covcli.training.loss import RUNNING, SIGNATURE_IMAGES, ConfidenceLoss
 from covcli.training.paused import PAUSED, PAUSED_FILE
 from covcli.training.watch import watch
 
-# A running signature is built from at most so many training images, to stay cheap.
-SIGNATURE_IMAGES = 10_000
 WATCHED_IMAGES = 1000
 
 

@@ -1,0 +1,345 @@
+"""Images that a program has prepared for its own network: tensors, datasets and loaders of torch.
+
+The network sees what the loader yields. Whoever makes other images from these (surrogates with
+noise, say) does so on pixels from 0 to 255, and needs to know where black and white lie.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
+
+from covcli.core.errors import CovcliError
+from covcli.data.images import ImageSet, Origin
+from covcli.data.preprocessing import Shape
+
+SAMPLE = 128  # images that tell a set's range and fingerprint
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The normalisation of prepared values: mean and deviation of pixels in [0, 1], (C, 1, 1)."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    def between(cls, black: Tensor, white: Tensor) -> "Scale":
+        """Return the scale on which black and white have those values, of shape (C,)."""
+        deviation = 1 / (white - black).clamp_min(1e-6)
+        return cls((-black * deviation).view(-1, 1, 1), deviation.view(-1, 1, 1))
+
+    def to_pixels(self, values: Tensor) -> Tensor:
+        """Return values as the nearest pixels, uint8."""
+        pixels = (values * self.deviation + self.mean) * 255
+        return pixels.round().clamp(0, 255).to(torch.uint8)
+
+    def to_values(self, pixels: Tensor) -> Tensor:
+        """Return uint8 pixels as values."""
+        return (pixels.float().div_(255) - self.mean) / self.deviation
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """Images that are ready for a network, in a dataset of torch.
+
+    Attributes
+    ----------
+    dataset
+        Returns an image and its label, or an image, by number.
+    collate
+        Puts items of the dataset together, as its loader does.
+    workers
+        How many processes read it.
+    labels
+        The label of every item that is used, by number; None where there are none.
+    """
+
+    dataset: Dataset[Any]
+    collate: Callable[[list[Any]], Any]
+    workers: int
+    labels: Mapping[int, int] | None
+
+    def read(self, rows: Tensor, shape: Shape) -> Tensor:
+        """Return the images of those rows, float32 of shape (len(rows), *shape)."""
+        return next(self.stream([rows], shape, workers=0))
+
+    def stream(
+        self, parts: Sequence[Tensor], shape: Shape, workers: int | None = None
+    ) -> Iterator[Tensor]:
+        """Yield the images of each part, read ahead by as many processes as the loader has."""
+        numbers = [part.tolist() for part in parts]
+        loader = _loader(self.dataset, numbers, self.collate, self.workers, workers)
+        for part, batch in zip(numbers, loader, strict=True):
+            images, labels = split_batch(batch)
+            if labels is not None and self.labels is not None:
+                known = [self.labels[row] for row in part]
+                if labels.tolist() != known:
+                    raise CovcliError(
+                        "gives other labels than its list of them",
+                        where=type(self.dataset).__name__,
+                    )
+            yield _checked(images, shape)
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """At most 128 of the images, evenly spread, float32 of shape (n, C, H, W)."""
+        rows = sorted(self.labels) if self.labels is not None else range(_length(self.dataset))
+        few = [rows[i] for i in range(0, len(rows), -(-len(rows) // SAMPLE))]
+        loader = _loader(self.dataset, [few[i : i + BATCH] for i in range(0, len(few), BATCH)],
+                         self.collate, self.workers, 0)  # fmt: skip
+        return torch.cat([split_batch(batch)[0] for batch in loader])
+
+    @cached_property
+    def scale(self) -> Scale:
+        """Where black and white lie: by the dataset's Normalize, or by the sample's extremes."""
+        if (found := normalisation(self.dataset)) is not None:
+            return Scale(*(torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in found))
+        low, high = self.sample.amin((0, 2, 3)), self.sample.amax((0, 2, 3))
+        if bool((low >= 0).all()) and bool((high <= 1).all()):  # not normalised
+            low, high = torch.zeros_like(low), torch.ones_like(high)
+        return Scale.between(low, high)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest a sample of the images, all labels, and how many there are."""
+        digest = hashlib.sha256(f"{type(self.dataset).__name__} {_length(self.dataset)}".encode())
+        digest.update(np.ascontiguousarray(self.sample.numpy()).data)
+        digest.update(repr(sorted((self.labels or {}).items())).encode())
+        return digest.hexdigest()
+
+
+def prepared(data: Any, name: str) -> ImageSet:
+    """Return images that a program has prepared as a set.
+
+    Parameters
+    ----------
+    data
+        A torch Dataset or DataLoader that yields images and labels, or tensors: images (N, C, H, W)
+        and labels (N,). A loader is read in the order of its dataset, with its collate function
+        and processes, and only where its sampler goes. What cannot be read by number is kept in
+        memory.
+    name
+        What the images are, for messages.
+
+    Raises
+    ------
+    CovcliError
+        If images are no floats of one shape (C, H, W), or there is none.
+    """
+    collate: Callable[[list[Any]], Any] = default_collate
+    workers, rows = 0, None
+    if isinstance(data, DataLoader):
+        loader, data = data, data.dataset
+        if isinstance(data, IterableDataset) or loader.batch_sampler is None:
+            data = _kept(loader)
+        else:
+            collate, workers, rows = loader.collate_fn, loader.num_workers, _rows_of(loader)
+    if isinstance(data, IterableDataset):
+        data = _kept(data)
+    dataset = _dataset(data, name)
+    rows = list(range(_length(dataset))) if rows is None else rows
+    if not rows:
+        raise CovcliError("holds no image", where=name)
+    labels = _labels(dataset, rows, collate, workers)
+    known = None if labels is None else dict(zip(rows, labels, strict=True))
+    source = PreparedSource(dataset, collate, workers, known)
+    assert source.sample.ndim == 4  # what is no image is refused here, before any work
+    tensor = None if labels is None else torch.tensor(labels, dtype=torch.int64)
+    names = tuple(str(c) for c in getattr(dataset, "classes", ()))
+    origin = Origin(spec=f"python:{name}")
+    return ImageSet(name, source, torch.tensor(rows), tensor, names, origin=origin)
+
+
+def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the images and the labels of a batch: two tensors, or a mapping that holds such.
+
+    Raises
+    ------
+    CovcliError
+        If it cannot be told which is which.
+    """
+    parts = list(batch.values()) if isinstance(batch, Mapping) else batch
+    parts = [parts] if isinstance(parts, Tensor) else list(parts)
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    images = [t for t in tensors if t.ndim == 4]
+    labels = [t for t in tensors if t.ndim == 1 and not t.is_floating_point()]
+    if len(images) != 1 or len(labels) > 1:
+        shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors) or "no tensor"
+        raise CovcliError(
+            f"expected images of shape (N, C, H, W) and labels of shape (N,), got {shapes}",
+            where="the loader",
+        )
+    if not images[0].is_floating_point():
+        raise CovcliError(
+            f"yields images of {images[0].dtype}, not floats",
+            where="the loader",
+            fix="prepare images as the network takes them, by the dataset's transform",
+        )
+    return images[0].float(), labels[0] if labels else None
+
+
+def normalisation(dataset: Any) -> tuple[Sequence[float], Sequence[float]] | None:
+    """Return mean and deviation of the one Normalize among a dataset's transforms, if it has one.
+
+    Looks into subsets and compositions.
+    """
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    transforms = [getattr(dataset, "transform", None), getattr(dataset, "transforms", None)]
+    found = {
+        (tuple(map(float, t.mean)), tuple(map(float, t.std)))
+        for transform in transforms
+        for t in _flat(transform)
+        if type(t).__name__ == "Normalize" and hasattr(t, "mean") and hasattr(t, "std")
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def _flat(transform: Any) -> Iterator[Any]:
+    inner = getattr(transform, "transforms", None) or getattr(transform, "transform", None)
+    if isinstance(transform, nn.Sequential):
+        inner = list(transform)
+    if inner is None:
+        yield transform
+        return
+    for each in inner if isinstance(inner, list | tuple) else [inner]:
+        yield from _flat(each)
+
+
+def _checked(images: Tensor, shape: Sequence[int]) -> Tensor:
+    if tuple(images.shape[1:]) != tuple(shape):
+        raise CovcliError(
+            f"yields images of shape {tuple(images.shape[1:])} beside others of {tuple(shape)}",
+            where="the loader",
+        )
+    return images
+
+
+def _loader(
+    dataset: Dataset[Any],
+    batches: list[list[int]],
+    collate: Callable[[list[Any]], Any],
+    workers: int,
+    asked: int | None,
+) -> DataLoader[Any]:
+    return DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate,
+        num_workers=workers if asked is None else asked, generator=torch.Generator(),
+    )  # fmt: skip
+
+
+def _rows_of(loader: DataLoader[Any]) -> list[int]:
+    """Return which items of its dataset a loader reads, in ascending order."""
+    with torch.random.fork_rng(devices=[]):
+        if type(loader.batch_sampler) is BatchSampler:
+            numbers = list(loader.sampler)  # those of a last, smaller batch too
+        else:
+            numbers = [number for batch in loader.batch_sampler or () for number in batch]
+    return sorted({int(number) for number in numbers})
+
+
+def _kept(batches: Any) -> Dataset[Any]:
+    """Keep all that can be read only once, in memory."""
+    with torch.random.fork_rng(devices=[]):
+        parts = [split_batch(_batched(batch)) for batch in batches]
+    if not parts:
+        raise CovcliError("yields nothing", where="the loader")
+    images = torch.cat([images for images, _ in parts])
+    if any(labels is None for _, labels in parts):
+        return TensorDataset(images)
+    return TensorDataset(images, torch.cat([labels for _, labels in parts if labels is not None]))
+
+
+def _batched(item: Any) -> Any:
+    """Return a single image with its label as a batch of one; a batch as it is."""
+    if isinstance(item, tuple | list) and isinstance(item[0], Tensor) and item[0].ndim == 3:
+        return default_collate([item])
+    if isinstance(item, Tensor) and item.ndim == 3:
+        return item[None]
+    return item
+
+
+def _dataset(data: Any, name: str) -> Dataset[Any]:
+    """Return tensors, or arrays, as a dataset; a dataset as it is."""
+    if isinstance(data, Tensor | np.ndarray):
+        data = (data,)
+    if isinstance(data, tuple | list) and all(isinstance(p, Tensor | np.ndarray) for p in data):
+        tensors = [torch.as_tensor(part) for part in data]
+        if not 1 <= len(tensors) <= 2 or len({len(tensor) for tensor in tensors}) != 1:
+            raise CovcliError("expected images and as many labels", where=name)
+        return TensorDataset(*tensors)
+    known = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if not known or isinstance(data, str | bytes | Mapping):
+        raise CovcliError(
+            f"got {type(data).__name__}", where=name,
+            fix="pass a torch Dataset or DataLoader, or tensors of images and labels",
+        )  # fmt: skip
+    dataset: Dataset[Any] = data
+    return dataset
+
+
+def _length(dataset: Any) -> int:
+    return len(dataset)
+
+
+def _labels(
+    dataset: Dataset[Any],
+    rows: list[int],
+    collate: Callable[[list[Any]], Any],
+    workers: int,
+) -> list[int] | None:
+    """Return the labels of those items: as the dataset lists them, or by reading all items."""
+    listed = _listed(dataset)
+    if listed is not None:
+        return [int(listed[row]) for row in rows]
+    labels: list[int] = []
+    parts = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+    for batch in _loader(dataset, parts, collate, workers, None):
+        _, found = split_batch(batch)
+        if found is None:
+            return None
+        labels += found.tolist()
+    return labels
+
+
+def _listed(dataset: Any) -> Sequence[Any] | None:
+    """Return the labels that a dataset lists beside its items, where that is known to be right.
+
+    They are compared with the items' own when these are read.
+    """
+    if isinstance(dataset, Subset):
+        whole = _listed(dataset.dataset)
+        return None if whole is None else [whole[i] for i in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        parts = [_listed(part) for part in dataset.datasets]
+        return None if None in parts else [label for part in parts for label in part or ()]
+    if getattr(dataset, "target_transform", None) is not None:
+        return None
+    listed = getattr(dataset, "targets", None)
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        listed = dataset.tensors[1]
+    if not isinstance(listed, list | Tensor | np.ndarray) or len(listed) != _length(dataset):
+        return None
+    try:
+        labels = torch.as_tensor(listed)
+    except (TypeError, ValueError):  # names
+        return None
+    whole_numbers = not labels.is_floating_point() and labels.ndim == 1
+    return labels.tolist() if whole_numbers else None
