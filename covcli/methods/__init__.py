@@ -5,7 +5,7 @@ from covcli.methods.contributions import ActivationCoverage
 from covcli.methods.ensemble import Ensemble
 from covcli.methods.gaussian import Gauss
 from covcli.methods.layout import Layout
-from covcli.methods.ranges import MultiRange, SingleRange
+from covcli.methods.ranges import MultiRange, PaperMultiRange, SingleRange
 from covcli.methods.ranks import NeuronRank
 from covcli.methods.state import Reduction, State
 
@@ -18,6 +18,7 @@ __all__ = [
     "Method",
     "MultiRange",
     "NeuronRank",
+    "PaperMultiRange",
     "Reduction",
     "Scorer",
     "SingleRange",

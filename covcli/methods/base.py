@@ -37,11 +37,14 @@ class Method(ABC):
         takes gradients, rather than the activations.
     experts
         Whether its calibration learns from surrogate outliers which columns of the evidence tell.
+    plain
+        Whether its score is the mean of its columns as they are, without standardising them.
     """
 
     name: ClassVar[str]
     contributions: ClassVar[bool] = False
     experts: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
 
     def reads(self, granularity: Granularity) -> Granularity:
         """Return what the method's neurons are where a user asks for this granularity.
@@ -231,13 +234,14 @@ class CostScorer(Scorer):
             part.sums(self.costs_at(part, neurons[:, part.span], classes))
             for part in self.layout.pieces(PIECE)
         ]
-        return self._log_means(torch.cat(sums, 1))
+        return self.of_sums(torch.cat(sums, 1))
 
     def soft(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the same from the soft costs, with a gradient in the neurons."""
-        return self._log_means(self.layout.sums(self.soft_costs(neurons, classes)))
+        return self.of_sums(self.layout.sums(self.soft_costs(neurons, classes)))
 
-    def _log_means(self, sums: Tensor) -> Tensor:
+    def of_sums(self, sums: Tensor) -> Tensor:
+        """Return the evidence from the sums of each point's costs, (B, L)."""
         return torch.log((sums + 1) / self.widths)
 
 

@@ -83,7 +83,8 @@ class MultiRange(SingleRange):
     With c the number of trusted images of the class (n in all) whose activation lies in the same
     one of Q equal sections, the cost is
 
-    - "share", the paper's: 1 − c/n inside the range, 1 outside;
+    - "share", the paper's (all of the paper's method is `mrc-paper`): 1 − c/n inside the range, 1
+      outside;
     - "surprisal": −log((c + ½)/(n + Q/2)), with c = 0 outside; the Krichevsky-Trofimov estimate,
       which tells apart what the paper's cost lumps together near 1.
 
@@ -217,6 +218,38 @@ class MultiRange(SingleRange):
         return {**super().expected(layout), "sections": (torch.int32, shape)}
 
 
+@METHODS.add("mrc-paper")
+@dataclass(frozen=True)
+class PaperMultiRange(MultiRange):
+    """Multi-range coverage with the paper's cost, score and confidence.
+
+    A neuron costs 1 − c/n inside the range and 1 outside (see `MultiRange`). The score is the
+    coverage η itself, (1/L) Σ_l of the mean cost of each of the L points: no logarithm, no
+    standardisation and no soft maximum. So the confidence is the paper's too,
+    c = exp(−η·ln 2/τ), with the threshold τ that the calibration gives.
+
+    Parameters
+    ----------
+    sections
+        Q.
+    cost
+        "share".
+    """
+
+    name: ClassVar[str] = "mrc-paper"
+    plain: ClassVar[bool] = True
+    cost: str = "share"
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        if self.cost != "share":
+            raise ValueError(f"cost={self.cost!r} is not the paper's; take mrc for it")
+
+    def prepare(self, state: State, layout: Layout) -> "SectionScorer":
+        """Return what looks up the costs of new neurons."""
+        return PlainSectionScorer(layout, state, self)
+
+
 def held(tensor: Tensor, part: Layout, classes: Tensor | int) -> Tensor:
     """Return what a tensor (classes, N) holds of some points for one class, or each image's."""
     if isinstance(classes, int):
@@ -257,7 +290,7 @@ class RangeScorer(CostScorer):
         """Return log(mean cost + 1/neurons) of each point, float64 of shape (B, L)."""
         # Tensors of a subclass are being traced.
         if type(neurons) is Tensor and neurons.is_cpu and not torch.compiler.is_compiling():
-            return self._log_means(self._sums_by_class(neurons, classes))
+            return self.of_sums(self._sums_by_class(neurons, classes))
         return super().forward(neurons, classes)
 
     def _sums_by_class(self, neurons: Tensor, classes: Tensor) -> Tensor:
@@ -377,3 +410,11 @@ class SectionScorer(RangeScorer):
         place = (neurons - low) / span * sections + 0.5  # 0 is the centre left of the range
         place = torch.where(high > low, place, 1 - distance)  # one section, fading on both sides
         return interpolated(table, classes, place) + distance
+
+
+class PlainSectionScorer(SectionScorer):
+    """Looks up the costs of sections, and leaves their means as they are."""
+
+    def of_sums(self, sums: Tensor) -> Tensor:
+        """Return each point's mean cost, float64 of shape (B, L)."""
+        return sums.double() / self.widths

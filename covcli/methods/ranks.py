@@ -1,7 +1,7 @@
 """Neuron rank coverage: whether the neurons that fire most are those that do for the class.
 
 The third method of Rossolini, Biondi and Buttazzo (arXiv 2101.12100) in spirit: it is described
-to us in words only, so the exact formula is ours.
+to us in words only, so the exact formulas are ours. The paper's direction is `signature`.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from covcli.methods.base import METHODS, CostScorer, Method
 from covcli.methods.layout import Layout, blocks
+from covcli.methods.ranges import held
 from covcli.methods.state import Expected, State
 
 
@@ -20,24 +21,35 @@ from covcli.methods.state import Expected, State
 class NeuronRank(Method):
     """Neuron rank coverage, on channel means and values.
 
-    Each input ranks the V values of a point; its m = ⌈share·V⌉ largest are its top. f_kj is how
-    often neuron j is in the top of class k's trusted images. An input predicted as k costs
-    Σ_r w_r·(1 − f_k,j(r)) / Σ_r w_r over its own top, j(r) the neuron of rank r = 0 … m−1 and
-    w_r = 1 − r/m: the foremost weigh most. Of equal values the first neuron ranks higher.
+    Of the V values of a point, m = ⌈share·V⌉ are its top. An input's top are its m largest values,
+    those of class k the m neurons that are most often in the top of the class's trusted images:
+    neuron j in a share f_kj of them. A neuron of rank r = 0 … m−1 weighs w_r = 1 − r/m, so that
+    the foremost weigh most; of equal values the first neuron ranks higher. An input predicted as k
+    costs, depending on the direction,
+
+    - "signature", as the paper has it: Σ_r w_r·[j(r) is not in the input's top] / Σ_r w_r over the
+      neurons j(r) of the class's top. Ranks and weights are those of the signature, found once.
+    - "input": Σ_r w_r·(1 − f_k,j(r)) / Σ_r w_r over the neurons j(r) of the input's own top.
 
     Parameters
     ----------
     share
         How much of a point is its top, in (0, 1].
+    direction
+        "signature" or "input".
     """
 
     name: ClassVar[str] = "nrc"
     share: float = 0.1
+    direction: str = "signature"
 
     def __post_init__(self) -> None:
-        """Check the parameter."""
+        """Check the parameters."""
         if not 0 < self.share <= 1:
             raise ValueError(f"share={self.share} does not lie in (0, 1]")
+        if self.direction not in DIRECTIONS:
+            known = ", ".join(DIRECTIONS)
+            raise ValueError(f"direction={self.direction!r} is unknown; known: {known}")
 
     def begin(self, layout: Layout) -> State:
         """Return counts of 0."""
@@ -51,7 +63,8 @@ class NeuronRank(Method):
 
     def prepare(self, state: State, layout: Layout) -> "RankScorer":
         """Return what scores new neurons against how often each was in the top."""
-        return RankScorer(layout, state, self.share)
+        often = state["top"] / state["count"].clamp_min(1)[:, None]
+        return DIRECTIONS[self.direction](layout, often, self.share)
 
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
@@ -62,29 +75,34 @@ class NeuronRank(Method):
 
 
 class RankScorer(CostScorer):
-    """Scores ranks, see `NeuronRank`."""
+    """Scores an input's own top, see `NeuronRank`.
 
-    top: Tensor
-    count: Tensor
+    Parameters
+    ----------
+    layout
+        Which neurons belong to which point.
+    often
+        In what share of a class's trusted images each neuron is in the top, float32 of shape
+        (classes, N).
+    share
+        How much of a point is its top.
+    """
 
-    def __init__(self, layout: Layout, state: State, share: float) -> None:
-        super().__init__(layout, {"top": state["top"], "count": state["count"]})
+    often: Tensor
+
+    def __init__(self, layout: Layout, often: Tensor, share: float) -> None:
+        super().__init__(layout, {"often": often})
         self.share = share
 
     def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return each top neuron's part of the cost, times the neurons of its point."""
-        weights = rank_weights(part, neurons, self.share)
-        scaled = [
-            block / block.sum(2, keepdim=True) * block.shape[2]
-            for block in blocks(weights, part.sizes)
-        ]
-        rare = 1 - self._frequencies(part.span, classes)
-        return torch.cat([block.flatten(1) for block in scaled], 1) * rare
+        weights = scaled(part, rank_weights(part, neurons, self.share))
+        return weights * (1 - held(self.often, part, classes))
 
     def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return which neurons are not in the top, or have been for a trusted image too."""
         weights = rank_weights(self.layout, neurons, self.share)
-        return (weights == 0) | (self._frequencies(self.layout.span, classes) > 0)
+        return (weights == 0) | (self.often.index_select(0, classes) > 0)
 
     def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return no ends: a rank depends on the other neurons, not on a value alone."""
@@ -92,9 +110,38 @@ class RankScorer(CostScorer):
         high = torch.full(shape, torch.inf, device=classes.device)
         return -high, high
 
-    def _frequencies(self, span: slice, classes: Tensor) -> Tensor:
-        top = self.top[:, span].index_select(0, classes)
-        return top / self.count.index_select(0, classes).clamp_min(1)[:, None]
+
+class SignatureRankScorer(RankScorer):
+    """Scores the class's top, see `NeuronRank`."""
+
+    weights: Tensor
+
+    def __init__(self, layout: Layout, often: Tensor, share: float) -> None:
+        super().__init__(layout, often, share)
+        self.register_buffer("weights", scaled(layout, rank_weights(layout, often, share)))
+
+    def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the part of each neuron of the class's top that the input's top lacks."""
+        missing = rank_weights(part, neurons, self.share) == 0
+        return held(self.weights, part, classes) * missing
+
+    def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return which neurons the class's top does not have, or the input's has too."""
+        return self.costs(neurons, classes) == 0
+
+
+DIRECTIONS: dict[str, type[RankScorer]] = {"signature": SignatureRankScorer, "input": RankScorer}
+
+
+def scaled(layout: Layout, weights: Tensor) -> Tensor:
+    """Return weights (B, N) that sum to the number of neurons of each point."""
+    return torch.cat(
+        [
+            (block / block.sum(2, keepdim=True) * block.shape[2]).flatten(1)
+            for block in blocks(weights, layout.sizes)
+        ],
+        1,
+    )
 
 
 def rank_weights(layout: Layout, neurons: Tensor, share: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from covcli.core.errors import CovcliError
-from covcli.signature.combination import Combination, fit_combination
+from covcli.signature.combination import Combination, fit_combination, plain_mean
 from covcli.signature.error_bound import CONFIDENCE, doubt_threshold, least_answers
 from covcli.signature.guarantee import DEFAULT_GUARANTEE, Guarantee, Rule, make_rule
 
@@ -229,7 +229,9 @@ def check_images(images: int, guarantee: Guarantee, classes: int) -> None:
         raise too_few(f"{images} calibration images", guarantee, images_for(guarantee.minimum()))
 
 
-def calibrate(observed: Observed, fitting: Tensor, outliers: Sequence[Tensor] = ()) -> Calibration:
+def calibrate(
+    observed: Observed, fitting: Tensor, outliers: Sequence[Tensor] = (), plain: bool = False
+) -> Calibration:
     """Fit the combination on some of the calibration images, and rank the scores of the others.
 
     Parameters
@@ -242,6 +244,8 @@ def calibrate(observed: Observed, fitting: Tensor, outliers: Sequence[Tensor] = 
         For each expert the evidence of surrogate outliers, float64 of shapes (m, P); made from
         the images that the combination is fitted on, so that the others stay exchangeable with
         new trusted images.
+    plain
+        Whether the score is the mean of the columns, and nothing is fitted.
 
     Raises
     ------
@@ -253,8 +257,11 @@ def calibrate(observed: Observed, fitting: Tensor, outliers: Sequence[Tensor] = 
             f"{len(fitting)} calibration images are too few",
             fix=f"at least {MINIMUM_IMAGES} are needed, and 26 for an alpha of 0.05",
         )
-    combination = fit_combination(observed.evidence[fitting], outliers)
-    scores = combination.score(observed.evidence[~fitting])
+    evidence = observed.evidence
+    combination = (
+        plain_mean(evidence.shape[1]) if plain else fit_combination(evidence[fitting], outliers)
+    )
+    scores = combination.score(evidence[~fitting])
     order = scores.argsort(stable=True)
     ranking = (~fitting).nonzero()[:, 0][order]
     return Calibration(

@@ -18,6 +18,8 @@ VOICES = 0.4
 RIDGE = 0.003
 # What an expert is trained on is cut off at so many deviations: beyond, nothing is left to learn.
 LOUDEST = 8.0
+# No standardised voice reaches this level.
+NEVER = 1e6
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,23 @@ class Combination:
         experts = (self.weights * size[1:, None] * COLUMNS).T.contiguous()
         last = VOICES * math.log(len(self.level)) + self.floor
         return -self.center * slope, slope, experts, COLUMNS * size[0], shift, last
+
+
+def plain_mean(columns: int) -> Combination:
+    """Return the combination whose score is the mean of so many columns as they are.
+
+    A single expert weighs all columns alike, and a generalist of a level that is never reached is
+    not heard beside it.
+    """
+    ones = torch.ones(columns, dtype=torch.float64)
+    return Combination(
+        center=torch.zeros_like(ones),
+        scale=ones,
+        weights=ones[None] / columns,
+        level=ones.new_tensor([NEVER, 0.0]),
+        spread=ones.new_ones(2),
+        floor=-VOICES * math.log(2),  # what the soft maximum of a voice and of silence lacks
+    )
 
 
 def fit_combination(evidence: Tensor, outliers: Sequence[Tensor]) -> Combination:

@@ -257,7 +257,8 @@ def fit_judge(
             copies = distorted(images.select(drawn.rows), kind)
             surrogates[kind] = _evidence(model, signature, copies, progress)
         outliers = [torch.cat([surrogates[kind] for kind in kinds]) for kinds in EXPERTS.values()]
-    calibration = replace(calibrate(observed, fitting, outliers), guarantee=guarantee)
+    plain = signature.method.plain
+    calibration = replace(calibrate(observed, fitting, outliers, plain), guarantee=guarantee)
     return Judge.of(model, signature, calibration)
 
 

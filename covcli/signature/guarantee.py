@@ -312,8 +312,10 @@ class Rule:
     def confidence(self, scores: Tensor, predicted: Tensor) -> Tensor:
         """Return 2^(−s/τ), 1 for s ≤ 0: below one half exactly where the verdict is "untrusted".
 
-        The paper's confidence exp(−s·ln 2/τ) with the calibrated threshold τ of the predicted
-        class (arXiv 2101.12100, section IV). The parameters are those of `untrusted`.
+        The form is that of the paper's confidence exp(−η·ln 2/τ) (arXiv 2101.12100, section IV),
+        with the calibrated threshold τ of the predicted class. Where the score is not the plain
+        coverage η, of every method but `mrc-paper`, the confidence is ours. The parameters are
+        those of `untrusted`.
         """
         tau = self.thresholds[predicted]
         flagged = scores > tau

@@ -252,7 +252,9 @@ def test_gauss_follows_its_formula(shrinkage: float) -> None:
     np.testing.assert_allclose(found.numpy(), np.stack(expected, 1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("spec", ["src", "mrc", "mrc?sections=3&cost=share", "nrc", "nac"])
+@pytest.mark.parametrize(
+    "spec", ["src", "mrc", "mrc?sections=3&cost=share", "nrc", "nrc?direction=input", "nac"]
+)
 @given(data=samples())
 @settings(max_examples=40, deadline=None)
 def test_evidence_read_one_by_one_in_pieces_and_all_at_once_is_the_same(
@@ -334,16 +336,20 @@ def test_the_ensemble_measures_along_the_direction_of_noise() -> None:
         assert torch.equal(found[:, columns], part(neurons, labels))
 
 
+@pytest.mark.parametrize("direction", ["signature", "input"])
 @settings(max_examples=60, deadline=None)
 @given(trusted=samples(), tested=samples(), share=st.sampled_from([0.1, 0.34, 0.5, 1.0]))
 def test_rank_costs_follow_the_formula(
-    trusted: tuple[np.ndarray, np.ndarray], tested: tuple[np.ndarray, np.ndarray], share: float
+    direction: str,
+    trusted: tuple[np.ndarray, np.ndarray],
+    tested: tuple[np.ndarray, np.ndarray],
+    share: float,
 ) -> None:
     def top(row: np.ndarray) -> list[int]:  # of equal values the first ranks higher
         order = sorted(range(len(row)), key=lambda j: (-row[j], j))
         return order[: math.ceil(share * len(row))]
 
-    method = make_method(f"nrc?share={share}")
+    method = make_method(f"nrc?share={share}&direction={direction}")
     scorer = method.prepare(folded(method.spec(), *trusted, [np.arange(len(trusted[1]))]), LAYOUT)
     x, classes = tested
     costs = scorer.costs(torch.from_numpy(x), torch.from_numpy(classes))
@@ -352,14 +358,16 @@ def test_rank_costs_follow_the_formula(
         for i, k in enumerate(classes):
             mine = trusted[0][trusted[1] == k][:, columns]
             tops = [top(row) for row in mine]
+            often = [sum(j in t for t in tops) / max(1, len(tops)) for j in range(len(columns))]
             m = math.ceil(share * len(columns))
-            total, weights = 0.0, 0.0
-            for rank, j in enumerate(top(x[i, columns])):
-                often = sum(j in t for t in tops) / max(1, len(tops))
-                total += (1 - rank / m) * (1 - often)
-                weights += 1 - rank / m
+            weights = [1 - rank / m for rank in range(m)]
+            own = top(x[i, columns])
+            if direction == "signature":
+                lacks = [j not in own for j in top(np.array(often, np.float32))]
+            else:
+                lacks = [1 - often[j] for j in own]
             found = costs[i, columns].sum() / size
-            assert float(found) == pytest.approx(total / weights, abs=1e-5)
+            assert float(found) == pytest.approx(np.dot(weights, lacks) / sum(weights), abs=1e-5)
     assert bool((costs[:, 1] == 0).all())  # a maximum
 
 
@@ -375,6 +383,8 @@ def test_rank_costs_follow_the_formula(
         "mrc?a=b",
         "gauss?shrinkage=2",
         "nrc?share=0",
+        "nrc?direction=up",
+        "mrc-paper?cost=surprisal",
         "nac?classes=some",
         "nac?bins=1",
     ],
