@@ -30,7 +30,7 @@ class Chain(nn.Module):
     >>> from covcli.signature import judge
     >>> from covcli.signature.chain import Chain
     >>> run = Path("runs/latest")
-    >>> judged, _ = judge.load(run / "checkpoint.pt", run / "signature-mrc.safetensors")
+    >>> judged, _ = judge.load(run / "checkpoint.pt", run / "signature-ensemble.safetensors")
     >>> chain, example = Chain(judged), torch.zeros(2, *judged.model.spec.shape)
     >>> batch = {0: torch.export.Dim("batch", min=1, max=1024)}
     >>> with torch.no_grad():

@@ -1,6 +1,5 @@
 """The chain in one graph: exported, it says of any number of images what the monitor says."""
 
-import doctest
 import subprocess
 import sys
 from functools import cache
@@ -18,7 +17,6 @@ from covcli.data.images import in_memory
 from covcli.methods import make_method
 from covcli.models import architectures
 from covcli.models.architectures import ModelSpec
-from covcli.signature import chain
 from covcli.signature.chain import Chain
 from covcli.signature.fit import fit_judge, fit_signature
 from covcli.signature.guarantee import Guarantee
@@ -126,9 +124,3 @@ def test_a_saved_program_needs_no_covcli(tmp_path: Path) -> None:
 def test_a_method_that_takes_gradients_is_refused() -> None:
     with pytest.raises(CovcliError, match="gradients"):
         Chain(judge_of("vgg11", "nac"))
-
-
-def test_the_chains_example_runs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(run.parent.parent)
-    (example,) = (t for t in doctest.DocTestFinder().find(chain) if t.examples)
-    assert doctest.DocTestRunner().run(example) == (0, len(example.examples))
