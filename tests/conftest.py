@@ -39,7 +39,7 @@ def _tiny_model() -> None:
     import runpy
 
     runpy.run_path(str(PLUGIN))
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session", autouse=True)
