@@ -209,7 +209,7 @@ def bad_commands(run: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "no network": ([*train, "cifar10", "--data-dir", str(tmp_path)], "could not be downloaded"),
         "plugin": ([*train, "digits", "--plugin", "/no.py"], "no such file"),
         "no checkpoint": ([*sign, "/no.pt"], "no such file"),
-        "folder as checkpoint": ([*sign, str(tmp_path)], "cannot be read"),
+        "folder as checkpoint": ([*sign, str(tmp_path)], "is no regular file"),
         "text as checkpoint": ([*sign, str(text)], "is not a PyTorch checkpoint"),
         "signature as checkpoint": ([*sign, sig], "bare state dict"),
         "nan": ([*sign, str(tmp_path / "nan.pt"), "--model", "tiny"], "hold NaN"),

@@ -87,7 +87,8 @@ def test_only_the_first_rank_writes_and_prints(run: Path) -> None:
 
 FAILING = """
 import os
-from covcli.data.datasets import DATASETS, digits
+from covcli.data import DATASETS
+from covcli.data.named import digits
 from covcli.core.errors import CovcliError
 
 @DATASETS.add("failing")

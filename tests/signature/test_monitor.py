@@ -1,7 +1,6 @@
 """The monitor: what it takes, and what it leaves on the network."""
 
 import copy
-import doctest
 import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,6 @@ from covcli.core.progress import Silent
 from covcli.data import datasets
 from covcli.methods import make_method
 from covcli.models.architectures import Classifier, ModelSpec
-from covcli.signature import monitor as monitors
 from covcli.signature.build import SignatureConfig, build_signature
 from covcli.signature.fit import fit_judge, fit_signature
 from covcli.signature.monitor import Monitor
@@ -265,9 +263,3 @@ def test_autocast_around_a_call_changes_no_score(trained: TrainResult, tmp_path:
     expected = monitor(images).score
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(monitor(images).score, expected)
-
-
-def test_the_example_in_its_docstring_runs(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(run.parent.parent)
-    (example,) = (t for t in doctest.DocTestFinder().find(monitors) if t.examples)
-    assert doctest.DocTestRunner().run(example) == (0, len(example.examples))

