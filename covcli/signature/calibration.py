@@ -120,11 +120,12 @@ class Calibration:
                 self.softmax[mine], self.wrong[mine], max_error, failure
             )
         if bool((doubts == -math.inf).all()):
-            raise self._no_answer_passes(familiar, max_error, failure, by_class)
+            wrong = int(self.wrong[familiar].sum())
+            raise self._no_answer_passes(familiar, wrong, max_error, failure, by_class)
         return doubts
 
     def _no_answer_passes(
-        self, familiar: Tensor, max_error: float, failure: float, by_class: bool
+        self, familiar: Tensor, wrong: int, max_error: float, failure: float, by_class: bool
     ) -> CovcliError:
         least, known = least_answers(max_error, failure), int(familiar.sum())
         each = " of each predicted class" if by_class else ""
@@ -137,13 +138,9 @@ class Calibration:
             )
         return CovcliError(
             f"no share of the answers can be shown to be wrong at most {max_error:g} of the time: "
-            f"{int(self._wrong_among(familiar))} of {known} calibration answers are wrong",
+            f"{wrong} of {known} calibration answers are wrong",
             fix="raise --max-error, or calibrate on more images",
         )
-
-    def _wrong_among(self, familiar: Tensor) -> Tensor:
-        assert self.wrong is not None
-        return (self.wrong & familiar).sum()
 
     def softmax_rule(self, guarantee: Guarantee, classes: tuple[str, ...]) -> Rule:
         """Return the baseline's thresholds, the same way as `rule`; it has no error bound."""
