@@ -1,9 +1,11 @@
 """Neuron activation coverage: what activations contribute to the network's certainty.
 
 Liu, Tian, Li, Zhao and Xie, "Neuron Activation Coverage: Rethinking Out-of-Distribution Detection
-and Generalization", ICLR 2024 (arXiv 2306.02879), section 3.
+and Generalization", ICLR 2024 (arXiv 2306.02879), section 3. Where the paper leaves something open,
+this follows the authors' program (ood_coverage, its postprocessor for OpenOOD).
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +16,8 @@ from covcli.methods.base import METHODS, CostScorer, Method, cell_index
 from covcli.methods.layout import Layout
 from covcli.methods.state import Expected, State
 
-SMALLEST = 1e-6
+# The edges of the bins are logarithms to this base, of numbers that are evenly spaced.
+BASE = 1000.0
 
 
 @METHODS.add("nac")
@@ -22,15 +25,20 @@ SMALLEST = 1e-6
 class ActivationCoverage(Method):
     """NAC: a neuron's state is σ(α·a·∂KL/∂a), KL the divergence of the softmax from uniform.
 
-    States fall into bins, dense near 0 and 1; a neuron costs 1 − min(c/full, 1), c the trusted
-    images whose state lay in the same bin. The mean over a point is one minus its coverage; with
-    `classes=all`, as in the paper, images of all classes count, with `classes=own` those of the
-    predicted class. Computing it takes a backward pass.
+    The activation a and the derivative are each summed over a channel's positions before they are
+    multiplied. States fall into bins, narrow around ½ and wide near 0 and 1; a neuron costs
+    1 − min(c/full, 1), c the number of trusted images whose state lay in the same bin. The
+    mean over a point is one minus its coverage. With `classes=all`, as in the paper, images of
+    all classes count, with `classes=own` those of the predicted class. Computing it takes a
+    backward pass.
+
+    The defaults are those of the authors' program for the last pooling layer of a ResNet-18 on
+    CIFAR-10. There each layer has a steepness of its own; here one serves all points.
 
     Parameters
     ----------
     bins
-        How many bins: geometric from 1e-6 to ½, mirrored above.
+        M of the authors' program, which makes 2·(⌊M/2⌋ − 1) bins: 48 by default.
     steepness
         α.
     full
@@ -50,8 +58,13 @@ class ActivationCoverage(Method):
         """Check the parameters."""
         if self.classes not in ("all", "own"):
             raise ValueError(f"classes={self.classes!r} is unknown; known: all, own")
-        if self.bins < 2:
-            raise ValueError("bins=1 tells nothing apart: take at least 2")
+        if self.bins < 4:
+            raise ValueError(f"bins={self.bins} tells nothing apart: take at least 4")
+
+    @property
+    def intervals(self) -> int:
+        """How many bins there are."""
+        return 2 * (self.bins // 2 - 1)
 
     def begin(self, layout: Layout) -> State:
         """Return counts of 0."""
@@ -60,7 +73,7 @@ class ActivationCoverage(Method):
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Count the bins of a batch."""
         bins = self.bin(neurons, self.edges().to(neurons.device))
-        places = cell_index(bins, labels, self.bins).flatten()
+        places = cell_index(bins, labels, self.intervals).flatten()
         counts = state["counts"].view(-1)
         counts.scatter_add_(0, places, torch.ones_like(places, dtype=torch.int32))
 
@@ -72,21 +85,25 @@ class ActivationCoverage(Method):
         return BinScorer(layout, counts, self)
 
     def bin(self, neurons: Tensor, edges: Tensor) -> Tensor:
-        """Return the bin of each neuron's state, 0 to bins − 1; an edge belongs to the lower."""
-        states = torch.sigmoid(self.steepness * neurons).clamp(SMALLEST, 1 - SMALLEST)
-        return (torch.bucketize(states, edges) - 1).clamp(0, self.bins - 1)
+        """Return the bin of each neuron's state, from 0 on; an edge belongs to the bin above it."""
+        states = torch.sigmoid(self.steepness * neurons)
+        return torch.bucketize(states, edges, right=True) - 1
 
     def edges(self) -> Tensor:
-        """Return where the bins begin and the last one ends, shape (bins + 1,)."""
-        lower = self.bins // 2
-        first, last = torch.log10(torch.tensor([SMALLEST, 0.5])).tolist()
-        left = torch.logspace(first, last, lower + 1)
-        right = 1 - torch.logspace(first, last, self.bins - lower + 1).flip(0)
-        return torch.cat([left, right[1:]])
+        """Return where the bins begin and the last one ends, shape (intervals + 1,).
+
+        Below ½ they are log₁₀₀₀ x for x evenly spaced from 1 to √1000; above they mirror these. The
+        last one lies above 1, so that a state of 1 belongs to the last bin.
+        """
+        spaced = torch.linspace(1, math.sqrt(BASE), self.bins // 2, dtype=torch.float64)
+        lower = spaced.log() / math.log(BASE)
+        edges = torch.cat([lower[:-1], (1 - lower).flip(0)])
+        edges[-1] += 0.01
+        return edges.float()
 
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
-        shape = (layout.classes, layout.neurons, self.bins)
+        shape = (layout.classes, layout.neurons, self.intervals)
         return {"counts": (torch.int32, shape)}
 
 
@@ -112,7 +129,7 @@ class BinScorer(CostScorer):
         """Return the values where the first covered bin begins and the last one ends."""
         covered = (self.counts.index_select(0, classes) > 0).int()
         first = covered.argmax(2)
-        last = self.method.bins - 1 - covered.flip(2).argmax(2)
+        last = self.method.intervals - 1 - covered.flip(2).argmax(2)
         inner = torch.logit(self.edges[1:-1]) / self.method.steepness
         ends = inner.new_full((1,), torch.inf)
         edges = torch.cat([-ends, inner, ends])

@@ -391,10 +391,11 @@ class Recorder:
             raise CovcliError(f"coverage point {missing[0]!r} was not reached", where="the network")
         parts = [part for point in self.points for part in seen.parts[point.name]]
         if self.granularity == "contribution":
-            images = self._outputs.images
             parts = [
-                pool(point.arrange(product, images), point.channel_dim, "contribution")
-                for point, product in zip(self.points, contributions(logits, parts), strict=True)
+                self._total(point, activation) * self._total(point, gradient)
+                for point, activation, gradient in zip(
+                    self.points, parts, certainty_gradients(logits, parts), strict=True
+                )
             ]
         neurons = seen.units
         if neurons is None:
@@ -402,9 +403,14 @@ class Recorder:
         seen.clear()
         return neurons
 
+    def _total(self, point: Point, output: Tensor) -> Tensor:
+        """Return the sums over the positions of a raw output, or of its derivative."""
+        arranged = point.arrange(output.detach(), self._outputs.images)
+        return pool(arranged, point.channel_dim, "contribution")
 
-def contributions(logits: Tensor, activations: Sequence[Tensor]) -> list[Tensor]:
-    """Return each activation times the derivative of the network's certainty by it.
+
+def certainty_gradients(logits: Tensor, activations: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the derivative of the network's certainty by each activation, of its shape.
 
     Certainty is the Kullback-Leibler divergence of the softmax from the uniform distribution, but
     for a constant the mean of −log p (Liu et al., "Neuron Activation Coverage", ICLR 2024,
@@ -417,6 +423,5 @@ def contributions(logits: Tensor, activations: Sequence[Tensor]) -> list[Tensor]
     activations
         Of any shapes (B, ...).
     """
-    certainty = -(logits.softmax(1) + 1e-12).log().mean(1).sum()
-    gradients = torch.autograd.grad(certainty, list(activations))
-    return [(a * g).detach() for a, g in zip(activations, gradients, strict=True)]
+    certainty = -logits.log_softmax(1).mean(1).sum()
+    return torch.autograd.grad(certainty, list(activations))

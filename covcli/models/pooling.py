@@ -24,8 +24,8 @@ def pool(output: Tensor, channel_dim: int, granularity: Granularity) -> Tensor:
     granularity
         "channel": each channel's mean and maximum over its positions, or its value in a fully
         connected layer. "unit": every value, those of a position side by side, which is how
-        networks hold them in memory. "contribution": each channel's mean alone (of
-        activations times gradients, see `contributions`).
+        networks hold them in memory. "contribution": each channel's sum over its positions (of
+        activations and of derivatives, see `Recorder`).
 
     Returns
     -------
@@ -45,9 +45,9 @@ def statistics(output: Tensor, channel_dim: int, granularity: Granularity) -> li
         whole = last.to(dtype, copy=True, memory_format=torch.contiguous_format)
         return [whole.flatten(1)]
     positions = _positions(output.ndim, channel_dim)
-    means = _means(output, positions)
     if granularity == "contribution":
-        return [means]
+        return [output.sum(positions, dtype=torch.promote_types(output.dtype, torch.float32))]
+    means = _means(output, positions)
     return [means, _largest(output, channel_dim, positions).to(means.dtype)]
 
 

@@ -386,7 +386,7 @@ def test_rank_costs_follow_the_formula(
         "nrc?direction=up",
         "mrc-paper?cost=surprisal",
         "nac?classes=some",
-        "nac?bins=1",
+        "nac?bins=3",
     ],
 )
 def test_a_bad_method_is_named(spec: str) -> None:

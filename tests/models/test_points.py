@@ -167,7 +167,8 @@ def test_gradients_contributions_and_copies_of_functions() -> None:
     logits = network.head[2](outputs[2])
     certainty = -(logits.softmax(1) + 1e-12).log().mean(1).sum()
     gradients = torch.autograd.grad(certainty, outputs)
-    expected = [pool(o * g, 1, "contribution") for o, g in zip(outputs, gradients, strict=True)]
+    sums = [[pool(t, 1, "contribution") for t in ts] for ts in (outputs, gradients)]
+    expected = [o * g for o, g in zip(*sums, strict=True)]
     torch.testing.assert_close(found, torch.cat(expected, 1).detach())
     units = find_points(network, images, "unit")
     with Recorder(network, units, "unit") as recorder:
