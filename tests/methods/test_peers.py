@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import scipy.special
 import torch
 from pytorch_ood.detector import Mahalanobis
 
@@ -48,7 +49,7 @@ def official_coverage(
         for output, slope in zip(outputs, torch.autograd.grad(loss, outputs), strict=True):
             spatial = tuple(range(2, output.ndim))
             a, g = (x.detach().double().numpy().sum(spatial) for x in (output, slope))
-            every.append(1 / (1 + np.exp(-100 * a * g)))
+            every.append(scipy.special.expit(100 * a * g))
         return every
 
     half = np.log(np.linspace(1, np.sqrt(1000), 25)) / np.log(1000)
