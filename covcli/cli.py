@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from covcli.core.choices import AugmentationChoice, GranularityChoice, Mode
+from covcli.core.choices import AugmentationChoice, GranularityChoice, Mode, RegistryKind
 from covcli.core.errors import ExitCode
 from covcli.core.specs import escaped
 from covcli.evaluation.config import EvaluationConfig
@@ -519,3 +519,30 @@ def report(
         print_json(result)
     else:
         write_path(result.html)
+
+
+@app.command("list")
+def list_registries(
+    kind: Annotated[
+        RegistryKind | None, typer.Argument(help="What to list; default: everything.")
+    ] = None,
+    plugin: Plugin = None,
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """List what covcli knows by name: a line each, with its parameters and their defaults.
+
+    Example: covcli list methods
+    """
+    from covcli.monitoring.registries import list_registered
+    from covcli.reporting import terminal
+
+    prepare("cpu", 0, 0, plugin)
+    result = list_registered([] if kind is None else [kind])
+    if json:
+        terminal.print_json(result)
+    else:
+        terminal.show_rows(
+            [entry.row if kind is None else entry.row[1:] for entry in result.entries]
+        )

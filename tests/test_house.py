@@ -8,8 +8,8 @@ import covcli
 ROOT = Path(covcli.__file__).parent
 # From top to bottom: a wing may import the wings below it, and no other.
 WINGS = [
-    "commands", "training", "evaluation", "signature", "attacks", "models", "reporting",
-    "methods", "data", "core",
+    "commands", "monitoring", "training", "evaluation", "signature", "attacks", "models",
+    "reporting", "methods", "data", "core",
 ]  # fmt: skip
 COMMANDS = {"__main__", "cli", "options"}
 

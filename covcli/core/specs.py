@@ -12,6 +12,7 @@ from covcli.core.errors import CovcliError
 
 YES = "yes"
 FLAG = re.compile("[a-z][a-z-]*")
+ZERO = re.compile(r"0+(\.0*)?")
 LONE_BYTE = re.compile("[\udc80-\udcff]")
 Value = TypeVar("Value")
 
@@ -184,8 +185,14 @@ def fraction(text: str) -> float:
 
 
 def amount(text: str) -> float:
-    """Read a finite number from 0 on, a fraction such as 1/2 included."""
-    return 0.0 if text == "0" else fraction(text)
+    """Read a finite number from 0 on, a fraction such as 1/2 included.
+
+    Examples
+    --------
+    >>> amount("0.0"), amount("1/2")
+    (0.0, 0.5)
+    """
+    return 0.0 if ZERO.fullmatch(text) else fraction(text)
 
 
 class Registry(Generic[Entry]):

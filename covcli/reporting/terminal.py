@@ -5,11 +5,12 @@ import os
 import re
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, JustifyMethod
 from rich.measure import Measurement
 from rich.table import Table
@@ -72,6 +73,15 @@ def show_evaluation(result: "EvaluationResult", verbose: bool = False) -> None:
     _show(console, result.guarantee.statement)
     for entry in result.explanations:
         _show_explanation(console, entry)
+
+
+def show_rows(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows to stdout, a line each however wide, with the cells in columns."""
+    cells = [[one_line(cell) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        padded = (set_cell_size(cell, n) for cell, n in zip(row, widths, strict=True))
+        output.results().write("  ".join(padded).rstrip() + "\n")
 
 
 def show_table(table: "tables.Table") -> None:

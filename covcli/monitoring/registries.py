@@ -1,0 +1,194 @@
+"""list: what covcli knows by name, read from the registries that the commands themselves ask."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from covcli.core.choices import REGISTRIES, RegistryKind
+from covcli.core.specs import Spec, Value
+
+# What `torchvision:NAME` and `timm:NAME` stand for: whole libraries, which no registry lists.
+FAMILIES = {
+    "torchvision:NAME": "Any of torchvision's classifiers, as `torchvision:convnext_tiny`.",
+    "timm:NAME": "Any of timm's models, as `timm:vit_tiny_patch16_224` (needs `covcli[timm]`).",
+}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What covcli knows by a name.
+
+    Attributes
+    ----------
+    kind
+        What it is: one of `covcli.core.choices.REGISTRIES`.
+    name
+        What an option or a specification calls it.
+    summary
+        The first sentence of its documentation; empty where its author wrote none.
+    parameters
+        What a specification can say of it, with the defaults; None where a parameter has none, or
+        where it follows from others.
+    """
+
+    kind: RegistryKind
+    name: str
+    summary: str
+    parameters: Mapping[str, Any]
+
+    @property
+    def row(self) -> list[str]:
+        """The entry as cells: kind, name, and the summary with the parameters."""
+        words = [
+            key if value is None else f"{key}={value:.4g}" if isinstance(value, float)
+            else f"{key}={value}"
+            for key, value in self.parameters.items()
+        ]  # fmt: skip
+        told = f" [{', '.join(words)}]" if words else ""
+        return [self.kind, self.name, f"{self.summary}{told}".strip()]
+
+
+@dataclass(frozen=True)
+class RegistryList:
+    """What `list` lists, in the order of the registries."""
+
+    entries: list[Registered]
+
+
+def list_registered(kinds: Sequence[RegistryKind] = ()) -> RegistryList:
+    """List what covcli knows by name, what a plugin of this process has registered included.
+
+    Parameters
+    ----------
+    kinds
+        Which registries; none for all of them.
+
+    Examples
+    --------
+    >>> from covcli.monitoring.registries import list_registered
+    >>> {entry.name: entry.parameters for entry in list_registered(["methods"]).entries}["mrc"]
+    {'sections': 10, 'cost': 'surprisal'}
+    """
+    wanted = kinds or REGISTRIES
+    return RegistryList([entry for kind in wanted for entry in _READERS[kind]()])
+
+
+def first_sentence(documented: object) -> str:
+    """Return the summary of an object's docstring; empty without one.
+
+    Examples
+    --------
+    >>> first_sentence(first_sentence)
+    "Return the summary of an object's docstring; empty without one."
+    """
+    paragraph = (inspect.getdoc(documented) or "").partition("\n\n")[0]
+    return " ".join(paragraph.split())
+
+
+class _AskedError(Exception):
+    """Ends a loader once it has said which parameters it knows."""
+
+
+@dataclass(frozen=True)
+class _Asking(Spec):
+    """A specification that notes which parameters it is asked for, with their defaults.
+
+    With `stops`, whoever says which parameters it knows is ended there, before it does anything.
+    """
+
+    asked: dict[str, Any] = field(default_factory=dict)
+    stops: bool = False
+
+    @classmethod
+    def of(cls, name: str, argument: str = "", stops: bool = False) -> "_Asking":
+        return cls(name, name, argument, {}, stops=stops)
+
+    def only(self, allowed: list[str]) -> None:
+        self.asked.update(dict.fromkeys(allowed))
+        if self.stops:
+            raise _AskedError
+
+    def take(self, key: str, convert: Callable[[str], Value], default: Value) -> Value:
+        self.asked[key] = default
+        return default
+
+
+def _models() -> Iterator[Registered]:
+    from covcli.models.architectures import MODELS
+
+    for name in MODELS:
+        made = MODELS.get(name)
+        known = {"input": "×".join(map(str, made.shape))}
+        if made.published is not None:
+            known["pretrained"] = made.published.name
+        yield Registered("models", name, first_sentence(made.build), known)
+    for name, summary in FAMILIES.items():
+        yield Registered("models", name, summary, {})
+
+
+def _datasets() -> Iterator[Registered]:
+    from covcli.data.datasets import DATASETS
+    from covcli.data.registry import Request
+
+    for name in DATASETS:
+        loader = DATASETS.get(name)
+        asking = _Asking.of(name, stops=True)
+        # Ours say what they know before they look for anything; what a plugin's would do is
+        # unknown.
+        if loader.__module__.startswith("covcli."):
+            with contextlib.suppress(_AskedError):
+                loader(Request(asking, "train"))
+        yield Registered("datasets", name, first_sentence(loader), asking.asked)
+
+
+def _methods() -> Iterator[Registered]:
+    from covcli.methods.base import METHODS
+
+    for name in METHODS:
+        kind = METHODS.get(name)
+        known = {f.name: None if f.default is MISSING else f.default for f in fields(kind)}
+        yield Registered("methods", name, first_sentence(kind), known)
+
+
+def _attacks() -> Iterator[Registered]:
+    from covcli.attacks.attacks import ATTACKS
+
+    for name in ATTACKS:
+        maker, asking = ATTACKS.get(name), _Asking.of("attack", name)
+        maker(asking)  # which makes an attack, and attacks nothing
+        yield Registered("attacks", name, first_sentence(maker), asking.asked)
+
+
+def _corruptions() -> Iterator[Registered]:
+    from covcli.data.corruptions import CORRUPTIONS
+
+    known = {"severity": 3, "seed": 0, "of": None}
+    for name in CORRUPTIONS:
+        yield Registered(
+            "corruptions",
+            name.replace("_", "-"),
+            first_sentence(CORRUPTIONS.get(name).apply),
+            known,
+        )
+
+
+def _baselines() -> Iterator[Registered]:
+    from covcli.evaluation.baselines.detectors import BASELINES
+
+    for name in BASELINES:
+        yield Registered("baselines", name, first_sentence(BASELINES.get(name).fit), {})
+
+
+def _sections() -> Iterator[Registered]:
+    from covcli.reporting.sections import SECTIONS
+
+    for name in SECTIONS:
+        yield Registered("sections", name, first_sentence(SECTIONS.get(name)), {})
+
+
+_READERS: Mapping[RegistryKind, Callable[[], Iterator[Registered]]] = {
+    "models": _models, "datasets": _datasets, "methods": _methods, "attacks": _attacks,
+    "corruptions": _corruptions, "baselines": _baselines, "sections": _sections,
+}  # fmt: skip
