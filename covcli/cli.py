@@ -546,3 +546,26 @@ def list_registries(
         terminal.show_rows(
             [entry.row if kind is None else entry.row[1:] for entry in result.entries]
         )
+
+
+@app.command("inspect")
+def inspect_path(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file of covcli or of torch, or a run folder.")
+    ],
+    quiet: QuietFlag = False,
+    json: JsonFlag = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Say what a checkpoint, signature, evaluation, state dict or run folder is.
+
+    No network is built. Example: covcli inspect runs/latest
+    """
+    from covcli.monitoring.inspect import as_table, inspect_file
+    from covcli.reporting import terminal
+
+    result = inspect_file(path)
+    if json:
+        terminal.print_json(result)
+    else:
+        terminal.show_table(as_table(result))

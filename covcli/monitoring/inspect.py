@@ -1,0 +1,470 @@
+"""inspect: what a file is that covcli or somebody else has written, without building a network."""
+
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from covcli.core import file_checks, files
+from covcli.core.errors import CovcliError
+from covcli.core.opening import open_regular, reading
+from covcli.core.weights_only import load_weights_only
+from covcli.data.images import DataRecord
+from covcli.models import checkpoint as checkpoints
+from covcli.models.nearest import nearest_architecture
+from covcli.models.spec import ModelSpec
+from covcli.models.weights import places
+from covcli.reporting import documents, per_image
+from covcli.reporting.documents import EvaluatedSignature, Guaranteed
+from covcli.reporting.tables import Table
+from covcli.signature import signature as signatures
+from covcli.signature.guarantee import CONFIDENCE
+from covcli.training.paused import PAUSED, PAUSED_FILE
+
+SHOWN = 12  # names that a table lists one by one
+KNOWN = "checkpoints, state dicts, signatures, evaluations, training logs, scores and run folders"
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """A network, as a file describes it.
+
+    Attributes
+    ----------
+    name
+        The architecture.
+    classes
+        How many classes it tells apart.
+    input
+        Shape of its inputs, and how images become such.
+    mean, deviation
+        Of the pixels, by channel.
+    fingerprint
+        Of its weights.
+    parameters
+        How many numbers its weights and buffers hold; None where the file does not hold them.
+    """
+
+    name: str
+    classes: int
+    input: str
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    fingerprint: str
+    parameters: int | None = None
+
+    @classmethod
+    def of(
+        cls, spec: ModelSpec, fingerprint: str, state: Mapping[str, Tensor] | None = None
+    ) -> "NetworkFacts":
+        """Describe a network by its specification."""
+        how = "prepared by a program" if spec.is_own else spec.preprocess.describe(spec.shape)
+        return cls(
+            spec.name, spec.classes, f"{'×'.join(map(str, spec.shape))}, {how}", spec.mean,
+            spec.deviation, fingerprint, None if state is None else _numbers(state),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PointFacts:
+    """A coverage point, and how many neurons it has."""
+
+    name: str
+    neurons: int
+
+
+@dataclass(frozen=True)
+class SetFacts:
+    """Images that something was made or measured with.
+
+    Attributes
+    ----------
+    role
+        "trusted", "calibration" or "untrusted".
+    name
+        The specification.
+    images
+        How many there are; None where that is not recorded.
+    fingerprint
+        Of the images.
+    """
+
+    role: str
+    name: str
+    images: int | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """A tensor of a state dict."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file is; what a kind of file does not say is None or empty.
+
+    Attributes
+    ----------
+    path
+        The file, or the folder.
+    kind
+        "checkpoint", "state dict", "signature", "evaluation", "training log", "paused training",
+        "scores" or "run"; in a run also "damaged".
+    bytes, digest
+        The file's size, and the SHA-256 of its content; of a folder the size of all that it holds.
+    network
+        The network that it holds or belongs to.
+    classes
+        Class names.
+    method
+        The specification of the signature's method, or of the one that training watched with.
+    granularity, precision
+        How the signature's neurons were made.
+    points
+        Its coverage points.
+    data
+        The images that it was made or measured with.
+    guarantee
+        What is guaranteed of the verdicts.
+    signature
+        The signature that an evaluation measured.
+    settings
+        What the training was told.
+    epochs
+        How many epochs a training log holds.
+    provenance
+        Versions, command line, device, seed and time of its making.
+    tensors
+        Of a state dict.
+    nearest
+        Which architecture has the most tensors of the same shapes; empty if none comes near.
+    files
+        Of a run: what it holds.
+    problem
+        Of a damaged file in a run: what is wrong.
+    """
+
+    path: Path
+    kind: str
+    bytes: int
+    digest: str = ""
+    network: NetworkFacts | None = None
+    classes: tuple[str, ...] = ()
+    method: str = ""
+    granularity: str = ""
+    precision: str = ""
+    points: tuple[PointFacts, ...] = ()
+    data: tuple[SetFacts, ...] = ()
+    guarantee: Guaranteed | None = None
+    signature: EvaluatedSignature | None = None
+    settings: Mapping[str, Any] | None = None
+    epochs: int | None = None
+    provenance: Mapping[str, Any] | None = None
+    tensors: tuple[TensorFacts, ...] = ()
+    nearest: str = ""
+    files: tuple["Inspection", ...] = ()
+    problem: str = ""
+
+
+def inspect_file(path: Path) -> Inspection:
+    """Say what a file is, by its content and not by its name; no network is built.
+
+    Parameters
+    ----------
+    path
+        A checkpoint, a state dict, a signature, an evaluation.json, a training log, the file of a
+        paused training, a table of scores, or a run folder.
+
+    Raises
+    ------
+    CovcliError
+        If the file is missing, damaged, or none of these.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> found = inspect_file(Path("runs/latest/signature-ensemble.safetensors"))
+    >>> found.kind, found.network.name, [point.neurons for point in found.points]
+    ('signature', 'tiny', [16, 32, 32])
+    """
+    if path.is_dir():
+        return _run(path)
+    with reading(path, "cannot be read"), open_regular(path) as file:
+        start = file.read(9)
+        archive = zipfile.is_zipfile(file)
+    found = _reader(path, start, archive)(path)
+    return replace(found, bytes=path.stat().st_size, digest=files.digest_file(path))
+
+
+def _reader(path: Path, start: bytes, archive: bool) -> Callable[[Path], Inspection]:
+    """Return what reads a file that begins so."""
+    if start[:2] == b"\x1f\x8b":
+        return _scores
+    if start.lstrip()[:1] == b"{":
+        return _document
+    if start[8:9] == b"{":
+        return _safetensors
+    if archive or start[:2] == b"\x80\x02":  # an archive of torch.save, or its files before 1.6
+        return _torch_file
+    raise CovcliError("is no file that covcli knows", where=path, fix=f"it inspects {KNOWN}")
+
+
+def _torch_file(path: Path) -> Inspection:
+    document = load_weights_only(path)
+    kind = document.get("format")
+    if kind == checkpoints.CHECKPOINT.name:
+        return _checkpoint(path)
+    if kind == PAUSED.name:
+        return _paused(path)
+    if isinstance(kind, str):
+        raise CovcliError(f"is of another format ({kind})", where=path)
+    return _state_dict(path, document)
+
+
+def _checkpoint(path: Path) -> Inspection:
+    content = checkpoints.load_checkpoint(path)
+    spec, state = ModelSpec.from_dict(content["model"], path), content["state"]
+    network = NetworkFacts.of(spec, files.fingerprint(state), state)
+    try:
+        training, trusted = dict(content["training"]), content["trusted"]
+        held_out, classes = len(content["calibration_rows"]), tuple(map(str, content["classes"]))
+        data = [] if trusted is None else [_set("trusted", DataRecord(**trusted), None)]
+    except (TypeError, ValueError) as error:
+        raise CovcliError(f"does not hold together ({error})", where=path) from None
+    if data and held_out:
+        data.append(SetFacts("calibration", data[0].name, held_out, ""))
+    return Inspection(
+        path, "checkpoint", 0, network=network, classes=classes, data=tuple(data),
+        method=str(training.get("method", "")), settings=files.plain(training) or None,
+    )  # fmt: skip
+
+
+def _paused(path: Path) -> Inspection:
+    content = PAUSED.load(path)
+    told = content["settings"]
+    if not isinstance(told, dict):
+        raise CovcliError("does not hold together (settings)", where=path)
+    return Inspection(
+        path, "paused training", 0, method=str(told.get("method", "")),
+        settings=files.plain(told), epochs=len(content["history"]),
+    )  # fmt: skip
+
+
+def _state_dict(path: Path, document: Mapping[str, Any]) -> Inspection:
+    found = places(document, path)
+    largest = max(found, key=lambda place: len(place.tensors)).tensors
+    hint = nearest_architecture([place.tensors for place in found])
+    return Inspection(
+        path, "state dict", 0, nearest=hint.removeprefix("; the nearest architecture is "),
+        tensors=tuple(
+            TensorFacts(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for name, tensor in largest.items()
+        ),
+    )  # fmt: skip
+
+
+def _safetensors(path: Path) -> Inspection:
+    with reading(path, "is not a sound safetensors file"), open_regular(path) as file:
+        metadata = file_checks.safetensors_metadata(file.read())
+    return _signature(path) if "covcli" in metadata else _state_dict(path, load_weights_only(path))
+
+
+def _signature(path: Path) -> Inspection:
+    signature, calibration, record = signatures.load(path)
+    guarantee = calibration.guarantee
+    return Inspection(
+        path, "signature", 0,
+        network=NetworkFacts.of(signature.model, signature.fingerprint),
+        classes=signature.classes,
+        method=signature.method.spec(),
+        granularity=signature.granularity,
+        precision=signature.precision,
+        points=tuple(PointFacts(point.name, point.neurons) for point in signature.points),
+        data=(
+            _set("trusted", record.trusted, record.trusted_images),
+            _set("calibration", record.calibration, record.calibration_images),
+        ),
+        guarantee=Guaranteed(
+            guarantee.mode, guarantee.alpha, CONFIDENCE if guarantee.certain else None,
+            guarantee.statement(),
+        ),
+        provenance=record.provenance,
+    )  # fmt: skip
+
+
+def _document(path: Path) -> Inspection:
+    document = files.read_json(path)
+    if isinstance(document, dict) and "epochs" in document:
+        return _training_log(path, document)
+    if isinstance(document, dict) and "untrusted" in document:
+        return _evaluation(path)
+    raise CovcliError(
+        "is a JSON document, but neither an evaluation nor a training log", where=path
+    )
+
+
+def _evaluation(path: Path) -> Inspection:
+    result = documents.read_evaluation(path)
+    trusted, signature = result.trusted, result.signature
+    return Inspection(
+        path, "evaluation", 0,
+        classes=tuple(alarms.name for alarms in trusted.false_alarms_by_class),
+        method=signature.parameters,
+        granularity=signature.granularity,
+        precision=signature.precision,
+        points=tuple(PointFacts(point.name, point.neurons) for point in result.points),
+        data=(
+            SetFacts("trusted", trusted.name, trusted.images, trusted.fingerprint),
+            *(SetFacts("untrusted", e.name, e.images, e.fingerprint) for e in result.untrusted),
+        ),
+        guarantee=result.guarantee,
+        signature=signature,
+        provenance=result.provenance,
+    )  # fmt: skip
+
+
+def _training_log(path: Path, document: Mapping[str, Any]) -> Inspection:
+    log = documents.read_training_log(path)
+    told, made = document.get("settings"), document.get("provenance")
+    told = told if isinstance(told, dict) else {}
+    return Inspection(
+        path, "training log", 0, method=str(told.get("method", "")), settings=told,
+        epochs=len(log.epochs), provenance=made if isinstance(made, dict) else None,
+    )  # fmt: skip
+
+
+def _scores(path: Path) -> Inspection:
+    sets = per_image.read_scores(path)
+    data = (
+        SetFacts("trusted" if name == "trusted" else "untrusted", name, len(of.predicted), "")
+        for name, of in sets.items()
+    )
+    return Inspection(path, "scores", 0, data=tuple(data))
+
+
+def _run(folder: Path) -> Inspection:
+    inside = tuple(_of_run(folder))
+    if not inside:
+        raise CovcliError("holds no file of a run", where=folder, fix=f"covcli inspects {KNOWN}")
+    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Inspection(folder, "run", total, files=inside)
+
+
+def _of_run(folder: Path) -> Iterator[Inspection]:
+    """Yield what a run folder holds, in the order in which the stages write it."""
+    for pattern in (
+        "checkpoint.pt", PAUSED_FILE, "training_results_*.json", "*.safetensors",
+        "evaluation.json", per_image.SCORES,
+    ):  # fmt: skip
+        for path in sorted(folder.glob(pattern)):
+            try:
+                yield inspect_file(path)
+            except CovcliError as error:
+                reason = str(error).removeprefix(f"{path}: ")
+                yield Inspection(path, "damaged", path.lstat().st_size, problem=reason)
+
+
+def _set(role: str, record: DataRecord, images: int | None) -> SetFacts:
+    return SetFacts(role, record.spec, images, record.images)
+
+
+def _numbers(state: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in state.values())
+
+
+# How it is shown
+
+
+def as_table(found: Inspection) -> Table:
+    """Return what a file is as a table of two columns."""
+    rows = [[what, value] for what, value in _rows(found) if value]
+    return Table(f"{found.path}: {found.kind}", ["what", "value"], rows)
+
+
+def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
+    yield "size", f"{found.bytes:,} bytes"
+    yield "SHA-256", found.digest
+    if (network := found.network) is not None:
+        yield "network", f"{network.name}, {network.classes} classes"
+        yield "input", network.input
+        yield "numbers in weights", "" if network.parameters is None else f"{network.parameters:,}"
+        yield "weights' fingerprint", network.fingerprint
+    yield "classes", _listed(found.classes)
+    yield "method", found.method
+    yield "granularity", found.granularity
+    yield "precision", found.precision
+    yield "coverage points", _points(found.points)
+    for entry in found.data:
+        count = "" if entry.images is None else f", {entry.images:,} images"
+        known = f", fingerprint {entry.fingerprint[:12]}" if entry.fingerprint else ""
+        yield entry.role, f"{entry.name}{count}{known}"
+    if found.guarantee is not None:
+        yield "guarantee", f"{found.guarantee.mode}, α = {found.guarantee.alpha:g}"
+        yield "which means", found.guarantee.statement
+    if found.signature is not None:
+        yield (
+            "signature",
+            f"{found.signature.path}, SHA-256 {found.signature.signature_fingerprint}",
+        )
+        yield "checkpoint", found.signature.checkpoint
+        yield "weights' fingerprint", found.signature.checkpoint_fingerprint
+    yield "epochs", "" if found.epochs is None else str(found.epochs)
+    for key, value in (found.settings or {}).items():
+        yield f"setting {key}", "" if value in (None, [], "") else str(value)
+    for key, value in (found.provenance or {}).items():
+        yield key, str(value)
+    yield from _of_tensors(found)
+    for inside in found.files:
+        yield inside.path.name, f"{_in_short(inside)}{_belongs(inside, found)}"
+
+
+def _of_tensors(found: Inspection) -> Iterator[tuple[str, str]]:
+    if found.kind != "state dict":
+        return
+    yield "tensors", str(len(found.tensors))
+    for tensor in found.tensors[:SHOWN]:
+        yield tensor.name, f"{tensor.dtype} {'×'.join(map(str, tensor.shape)) or 'scalar'}"
+    if len(found.tensors) > SHOWN:
+        yield "and", f"{len(found.tensors) - SHOWN} more"
+    yield "nearest architecture", found.nearest or "none of those that covcli knows"
+
+
+def _points(points: tuple[PointFacts, ...]) -> str:
+    if not points:
+        return ""
+    neurons = sum(point.neurons for point in points)
+    return f"{len(points)} ({neurons:,} neurons): {_listed([point.name for point in points])}"
+
+
+def _listed(names: tuple[str, ...] | list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _in_short(entry: Inspection) -> str:
+    """Say in a line what a file of a run is."""
+    parts = [entry.problem, entry.network.name if entry.network is not None else "", entry.method]
+    if entry.epochs is not None:
+        parts.append(f"{entry.epochs} epochs")
+    parts += [f"{s.name} ({s.images:,})" for s in entry.data if s.images is not None]
+    return ", ".join([f"{entry.kind}, {entry.bytes:,} bytes", *filter(None, parts)])
+
+
+def _belongs(entry: Inspection, run: Inspection) -> str:
+    """Say whether a signature or an evaluation of a run is of the run's checkpoint."""
+    own = [e.network.fingerprint for e in run.files if e.kind == "checkpoint" and e.network]
+    if entry.kind == "signature" and entry.network is not None:
+        theirs = entry.network.fingerprint
+    elif entry.signature is not None:
+        theirs = entry.signature.checkpoint_fingerprint
+    else:
+        return ""
+    return "" if not own or own[0] == theirs else "; NOT of this checkpoint"
