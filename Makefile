@@ -7,7 +7,7 @@ CONSTRAINTS ?=
 DEMO := runs/demo
 UNTRUSTED := --untrusted photos --untrusted noise:gaussian --untrusted noise:uniform --untrusted attack:pgd
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test docs-check check format clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,11 @@ demo: install
 # One process a core, each computing alone: threads that wait for each other slow both.
 test: install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadfile
+
+# Every command of the documents. DATA and WEIGHTS are those of docs/results.md; without them what
+# needs them is skipped.
+docs-check: install
+	$(BIN)/python tests/docs_check.py $(if $(WEIGHTS),--data $(DATA) --weights $(WEIGHTS))
 
 check: install
 	$(BIN)/ruff format --check .

@@ -84,9 +84,9 @@ def test_a_value_out_of_bounds_is_refused_alike_by_command_and_library(
     assert f"error: {caught.value}\n" == err
 
 
-def test_the_readme_lists_every_exit_code() -> None:
-    readme = Path(covcli.__file__).parents[1] / "README.md"
-    table = re.search(r"\| exit code.*?\n\n", readme.read_text(), re.DOTALL)
+def test_the_documents_list_every_exit_code() -> None:
+    page = Path(covcli.__file__).parents[1] / "docs" / "pipelines.md"
+    table = re.search(r"\| exit code.*?\n\n", page.read_text(), re.DOTALL)
     assert table is not None
     rows = re.findall(r"^\| ([\d, ]+) \|", table[0], re.MULTILINE)
     assert [int(code) for row in rows for code in row.split(",")] == list(ExitCode)

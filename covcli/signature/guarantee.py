@@ -4,7 +4,7 @@ A verdict is "untrusted" for scores above the k-th largest calibration score. If
 scores and the new ones are drawn alike and no two are equal, the share of new scores above it is
 Beta(k, n + 1 − k) distributed over the draw of the calibration scores (Wilks, "Determination of
 sample sizes for setting tolerance limits", 1941; Vovk, "Conditional validity of inductive
-conformal predictors", 2012, proposition 2a). Equal scores only lower it. docs/method.md has the
+conformal predictors", 2012, proposition 2a). Equal scores only lower it. docs/guarantees.md has the
 proof.
 """
 

@@ -151,13 +151,15 @@ def test_networks_with_nested_outputs_and_other_channels(tmp_path: Path) -> None
 
 
 def test_the_cells_of_the_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "docs" / "own-network.md").read_text()
+    page = (ROOT / "docs" / "python-api.md").read_text()
+    text = page[page.index("## A network of your own program") :]
+    text = text[: text.index("## The stages as functions")]
     cells = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(cells) == 4
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
     for cell in cells:
-        exec(compile(cell, "docs/own-network.md", "exec"), namespace)
+        exec(compile(cell, "docs/python-api.md", "exec"), namespace)
     assert namespace["verdicts"].untrusted.all()
     held_out = torch.cat([images for images, _ in namespace["held_out_loader"]])
     assert float(namespace["monitor"](held_out).untrusted.double().mean()) < 0.1
