@@ -56,7 +56,9 @@ def main() -> None:
     names = dict(zip(data.sets, (given.trusted, given.untrusted), strict=True))
     given.output.mkdir(parents=True, exist_ok=True)
     pictures = {"first": first(data, names)}
-    bars = confidence(data).blocks[0]
+    section = confidence(data)
+    assert section is not None
+    bars = section.blocks[0]
     assert isinstance(bars, Picture)
     pictures["accuracy"] = drawn(bars.figure)
     for name, pixels in pictures.items():

@@ -99,6 +99,7 @@ def test_json_is_one_document(run: Path, color: dict[str, str]) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert "unknown model 'tiny'" in done.stderr
+    assert done.stderr.rstrip().endswith("or name the --plugin that registers it")
     done = covcli(
         "evaluate", "--untrusted", "noise:uniform?limit=40", "--json", "--plugin", str(PLUGIN),
         cwd=run.parent.parent, **color,

@@ -211,7 +211,8 @@ class Registry(Generic[Entry]):
     4
     >>> SHAPES.get("sqare")
     Traceback (most recent call last):
-    covcli.core.errors.CovcliError: unknown shape 'sqare'; did you mean 'square'? known: square
+    covcli.core.errors.CovcliError: unknown shape 'sqare'; did you mean 'square'? known: square; or
+    name the --plugin that registers it
     """
 
     def __init__(self, kind: str) -> None:
@@ -233,8 +234,9 @@ class Registry(Generic[Entry]):
         """Return the entry of that name; an unknown one is a CovcliError with the nearest named."""
         if name in self._entries:
             return self._entries[name]
+        known = suggestion(name, list(self._entries))
         raise CovcliError(
-            f"unknown {self.kind} {name!r}", fix=suggestion(name, list(self._entries))
+            f"unknown {self.kind} {name!r}", fix=f"{known}; or name the --plugin that registers it"
         )
 
     def __iter__(self) -> Iterator[str]:
