@@ -73,6 +73,9 @@ def _describe(error: Any) -> tuple[str, ExitCode]:
             "error: memory exhausted; try a smaller --batch-size or another --device",
             ExitCode.BAD_INPUT,
         )
+    if isinstance(error, OSError):  # the place where it runs is not as it must be
+        place = "" if error.filename is None else f"{error.filename}: "
+        return f"error: {one_line(f'{place}{error.strerror or error}')}", ExitCode.BAD_INPUT
     message = f"internal error: {kind}: {one_line(str(error))}; run again with --debug"
     return message, ExitCode.INTERNAL_ERROR
 

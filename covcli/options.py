@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from covcli.core import output, settings
 from covcli.core.choices import AmpMode
 from covcli.core.errors import CovcliError
+from covcli.core.opening import is_file
 from covcli.core.version import __version__
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def prepare(device: str, seed: int, threads: int, plugins: list[Path] | None) ->
     distributed.start(device)
     runtime.configure(seed, threads)
     for plugin in plugins or []:
-        if not plugin.is_file():
+        if not is_file(plugin):
             raise CovcliError("no such file", where=f"--plugin {plugin}")
         runpy.run_path(str(plugin))
     return Process(interrupts, distributed.is_first())

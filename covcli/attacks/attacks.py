@@ -12,7 +12,7 @@ from covcli.attacks.adaptive import Monitored, adaptive_pgd, rounded
 from covcli.core import distributed, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
-from covcli.core.specs import Registry, Spec, amount, count, fraction, parse, positive_count
+from covcli.core.specs import Registry, Spec, amount, count, fraction, parse, up_to
 from covcli.data import selection
 from covcli.data.images import ImageSet, in_memory
 from covcli.data.registry import PARTS
@@ -22,6 +22,7 @@ from covcli.models.sweep import sweep_batch, to_network
 ATTACKED_IMAGES = 1000
 NOISE_STARTS = 20
 BISECTIONS = 10
+STEPS = up_to(1_000_000)
 # How far beyond the boundary an image is taken at most, so that 8 bits do not undo the attack.
 STRETCHES = (5.0, 3.0, 2.0, 1.5, 1.2, 1.1, 1.05, 1.02, 1.01, 1.0)
 
@@ -146,7 +147,7 @@ def pgd(spec: Spec) -> Attack:
     epsilon = spec.take("eps", fraction, 8 / 255)
     attack = foolbox.attacks.LinfPGD(
         abs_stepsize=spec.take("step", fraction, epsilon / 4),
-        steps=spec.take("steps", positive_count, 10),
+        steps=spec.take("steps", STEPS, 10),
     )
     return Attack(_within(attack, epsilon))
 
@@ -161,7 +162,7 @@ def pgd_l2(spec: Spec) -> Attack:
     """
     spec.only([*PARTS, "seed", "eps", "steps", "step"])
     epsilon = spec.take("eps", fraction, 0.5)
-    steps = spec.take("steps", positive_count, 20)
+    steps = spec.take("steps", STEPS, 20)
     step = spec.take("step", fraction, 2.5 * epsilon / steps)
     return Attack(_within(foolbox.attacks.L2PGD(abs_stepsize=step, steps=steps), epsilon))
 
@@ -175,7 +176,7 @@ def deepfool(spec: Spec) -> Attack:
     """
     spec.only([*PARTS, "seed", "steps", "overshoot"])
     attack = foolbox.attacks.L2DeepFoolAttack(
-        steps=spec.take("steps", positive_count, 50),
+        steps=spec.take("steps", STEPS, 50),
         overshoot=spec.take("overshoot", amount, 0.02),
     )
     return Attack(_nearest(attack), images=200)
@@ -192,11 +193,11 @@ def carlini_wagner(spec: Spec) -> Attack:
     names = ["steps", "confidence", "stepsize", "initial_const", "binary_search_steps"]
     spec.only([*PARTS, "seed", *names])
     attack = foolbox.attacks.L2CarliniWagnerAttack(
-        steps=spec.take("steps", positive_count, 40),
+        steps=spec.take("steps", STEPS, 40),
         confidence=spec.take("confidence", amount, 0.0),
         stepsize=spec.take("stepsize", fraction, 0.05),
         initial_const=spec.take("initial_const", fraction, 1.0),
-        binary_search_steps=spec.take("binary_search_steps", positive_count, 5),
+        binary_search_steps=spec.take("binary_search_steps", STEPS, 5),
     )
     return Attack(_nearest(attack), images=100)
 
@@ -212,7 +213,7 @@ def boundary(spec: Spec) -> Attack:
     """
     spec.only([*PARTS, "seed", "steps"])
     attack = foolbox.attacks.BoundaryAttack(
-        steps=spec.take("steps", positive_count, 500),
+        steps=spec.take("steps", STEPS, 500),
         spherical_step=0.1,
         source_step=0.02,
         update_stats_every_k=1,
@@ -261,7 +262,7 @@ def adaptive(spec: Spec) -> Attack:
     """
     spec.only([*PARTS, "seed", "eps", "steps", "step", "weight"])
     epsilon = spec.take("eps", fraction, 8 / 255)
-    steps = spec.take("steps", positive_count, 20)
+    steps = spec.take("steps", STEPS, 20)
     step = spec.take("step", fraction, 2.5 * epsilon / steps)
     weight = spec.take("weight", amount, 5.0)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from covcli.core import file_checks, state
 from covcli.core.errors import CovcliError
-from covcli.core.opening import check_replaceable, open_own, open_regular, reading
+from covcli.core.opening import check_replaceable, exists, open_own, open_regular, reading
 from covcli.core.weights_only import load_weights_only
 
 
@@ -103,7 +103,7 @@ def _sync_folder(folder: Path) -> None:
 
 def refuse_existing(path: Path, force: bool) -> None:
     """Raise a CovcliError if a result stands at `path`, unless it may be overwritten."""
-    if path.exists() and not force:
+    if not force and exists(path):
         raise CovcliError("exists", where=path, fix="pass --force, or another --output")
 
 

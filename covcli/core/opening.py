@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
+from typing import Literal
 
 from covcli.core.errors import CovcliError, is_memory_error
 
@@ -31,6 +32,59 @@ def allowance(size: int) -> int:
     return max(ALWAYS_ALLOWED, MOST_TIMES_LARGER * size)
 
 
+def kind(path: Path) -> Literal["file", "folder", "other", "nothing"]:
+    """Return what a path names, links followed.
+
+    Raises
+    ------
+    CovcliError
+        If that cannot be known: the name is too long, a folder on the way is closed, links lead in
+        a circle.
+    """
+    with _followed(path):
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return "nothing"
+    if stat.S_ISREG(mode):
+        return "file"
+    return "folder" if stat.S_ISDIR(mode) else "other"
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a path names a regular file; the errors are those of `kind`."""
+    return kind(path) == "file"
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether a path names a folder; the errors are those of `kind`."""
+    return kind(path) == "folder"
+
+
+def exists(path: Path) -> bool:
+    """Return whether a path names anything; the errors are those of `kind`."""
+    return kind(path) != "nothing"
+
+
+def real(path: Path) -> Path:
+    """Return where a path leads, links followed; the errors are those of `kind`."""
+    with _followed(path):
+        return path.resolve()
+
+
+@contextmanager
+def _followed(path: Path) -> Iterator[None]:
+    """Turn what is raised where a path cannot be followed into a CovcliError."""
+    try:
+        yield
+    except OSError as error:
+        raise CovcliError(f"cannot be looked at ({error.strerror})", where=path) from None
+    except RuntimeError:  # what `resolve` says of them
+        raise CovcliError("cannot be looked at (links in a circle)", where=path) from None
+    except ValueError as error:  # a NUL, or what the file system cannot encode
+        raise CovcliError(f"cannot be looked at ({error})", where=path) from None
+
+
 def open_regular(path: Path, *, inside: Path | None = None) -> BufferedReader:
     """Open a regular file to read.
 
@@ -50,7 +104,7 @@ def open_regular(path: Path, *, inside: Path | None = None) -> BufferedReader:
     OSError
         If it cannot be opened.
     """
-    if inside is not None and not path.resolve().is_relative_to(inside.resolve()):
+    if inside is not None and not real(path).is_relative_to(real(inside)):
         raise CovcliError("is a link that leaves its folder", where=path)
     handle = os.open(path, os.O_RDONLY | _CAREFUL)
     try:
@@ -100,7 +154,7 @@ def check_replaceable(path: Path) -> None:
 
 def check_within(folder: Path, path: Path) -> None:
     """Raise a CovcliError if a link leads the folder of a file that is to be written elsewhere."""
-    if not path.parent.resolve().is_relative_to(folder.resolve()):
+    if not real(path.parent).is_relative_to(real(folder)):
         raise CovcliError("is a link that leaves its folder", where=path.parent)
 
 

@@ -74,8 +74,8 @@ class Bar:
 
     def __init__(self, console: Console) -> None:
         self._bar = rich_progress.Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Throughput(),
-            TimeRemainingColumn(), console=console, transient=True,
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+            _Throughput(), TimeRemainingColumn(), console=console, transient=True,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=None)
 

@@ -12,7 +12,7 @@ from typing import IO
 
 from covcli.core.errors import CovcliError
 from covcli.core.files import refuse_existing, try_lock
-from covcli.core.opening import check_replaceable, open_own, open_regular
+from covcli.core.opening import check_replaceable, exists, is_folder, open_own, open_regular, real
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def writing(file: Path, force: bool) -> Iterator[None]:
 def _held(lock: Path, kind: str, what: Path, new: bool = False) -> Iterator[None]:
     """Hold a lock file during the block; folders that nothing came into go again."""
     folder = lock.parent
-    passing = [f for f in (folder, *folder.parents) if not f.exists()] or [folder] * new
+    passing = [f for f in (folder, *folder.parents) if not exists(f)] or [folder] * new
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -125,7 +125,7 @@ def _lock(path: Path, kind: str, what: Path) -> IO[bytes]:
 def check_latest(runs: Path) -> None:
     """Raise a CovcliError if something stands where the link to the newest run is to be."""
     link = runs / "latest"
-    if link.exists() and not link.is_symlink():
+    if exists(link) and not link.is_symlink():
         raise CovcliError(
             "is in the way of the link to the newest run", where=link, fix="rename it"
         )
@@ -179,18 +179,18 @@ def newest_run(runs: Path) -> Path:
     PosixPath('runs/demo')
     """
     folder = runs / "latest"
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise CovcliError(
             "no run yet", where=runs, fix="run `covcli train`, or name a --checkpoint"
         )
-    if folder.resolve().parent != runs.resolve():
+    if real(folder).parent != real(runs):
         raise CovcliError("is a link that leaves its folder", where=folder, fix="remove it")
     return short(folder)
 
 
 def short(path: Path) -> Path:
     """Return where a path leads, links followed: relative if below the current folder."""
-    target = path.resolve()
+    target = real(path)
     here = Path.cwd()
     return target.relative_to(here) if target.is_relative_to(here) else target
 

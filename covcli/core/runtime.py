@@ -40,9 +40,9 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        torch.zeros(1, device=device).cpu()  # what only plans computations ("meta") has no values
+    except (RuntimeError, AssertionError, ValueError, OverflowError) as error:
+        reason = (str(error).splitlines() or ["is none"])[0]
         raise CovcliError(reason, where=f"--device {name}", fix="try --device cpu") from None
     return device
 

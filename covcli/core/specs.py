@@ -1,6 +1,5 @@
 """The form `name:argument?key=value&key=value` in which data, attacks and methods are named."""
 
-import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,10 @@ from typing import Generic, TypeVar
 from covcli.core.errors import CovcliError
 
 YES = "yes"
+LARGEST = 2**63 - 1  # what 64 bits hold
+SMALLEST_FRACTION, LARGEST_FRACTION = 1e-9, 1e9  # beyond them float32 computes no more
+# A number, or two as a fraction: of so few digits that no size of text makes work of it.
+NUMBER = re.compile(r"([+-]?[0-9.]{1,40}(e[+-]?[0-9]{1,3})?)(/[0-9]{1,40})?", re.IGNORECASE)
 FLAG = re.compile("[a-z][a-z-]*")
 ZERO = re.compile(r"0+(\.0*)?")
 LONE_BYTE = re.compile("[\udc80-\udcff]")
@@ -72,7 +75,8 @@ def parse(text: str) -> Spec:
     Raises
     ------
     CovcliError
-        If it is empty, or a parameter has no value or stands twice.
+        If it is empty, a parameter has no value or stands twice, or it holds a NUL or half of a
+        pair of surrogates.
 
     Examples
     --------
@@ -82,6 +86,8 @@ def parse(text: str) -> Spec:
     >>> parse("folder:photos?limit=90&first").parameters
     {'limit': '90', 'first': 'yes'}
     """
+    if not _can_be_named(text):
+        raise CovcliError("holds a character that no name can have", where=repr(text))
     head, question, tail = text.partition("?")
     name, _, argument = head.partition(":")
     if not name:
@@ -99,6 +105,13 @@ def parse(text: str) -> Spec:
             )
         parameters[key] = value
     return Spec(text, name, argument, parameters)
+
+
+def _can_be_named(text: str) -> bool:
+    try:
+        return b"\0" not in text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
 
 
 def _pairs(tail: str) -> list[str]:
@@ -160,32 +173,43 @@ def flag(text: str) -> bool:
 
 
 def count(text: str) -> int:
-    """Read a whole number from 0 on."""
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError("expected a whole number from 0 on")
-    return int(text)
+    """Read a whole number from 0 on, of 64 bits."""
+    return _whole(text, 0, LARGEST)
 
 
 def positive_count(text: str) -> int:
-    """Read a whole number from 1 on."""
-    if (value := count(text)) < 1:
-        raise ValueError("expected a whole number from 1 on")
-    return value
+    """Read a whole number from 1 on, of 64 bits."""
+    return _whole(text, 1, LARGEST)
+
+
+def up_to(most: int) -> Callable[[str], int]:
+    """Return what reads a whole number from 1 to a bound, where it decides on memory or time."""
+    return lambda text: _whole(text, 1, most)
+
+
+def _whole(text: str, least: int, most: int) -> int:
+    known = text.isascii() and text.isdigit() and len(text) <= len(str(LARGEST))
+    if not known or not least <= int(text) <= most:
+        bound = "on" if most == LARGEST else f"to {most:,}"
+        raise ValueError(f"expected a whole number from {least} {bound}")
+    return int(text)
 
 
 def fraction(text: str) -> float:
-    """Read a positive finite number, a fraction such as 8/255 included."""
+    """Read a positive number from 1e-9 to 1e9, a fraction such as 8/255 included."""
+    if not NUMBER.fullmatch(text):
+        raise ValueError("expected a number such as 0.03 or 8/255")
     try:
         value = float(Fraction(text))
-    except (ValueError, OverflowError):
+    except (ValueError, ArithmeticError):
         raise ValueError("expected a number such as 0.03 or 8/255") from None
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError("expected a positive number")
+    if not SMALLEST_FRACTION <= value <= LARGEST_FRACTION:
+        raise ValueError("expected a positive number, from 1e-9 to 1e9")
     return value
 
 
 def amount(text: str) -> float:
-    """Read a finite number from 0 on, a fraction such as 1/2 included.
+    """Read 0 or what `fraction` reads.
 
     Examples
     --------

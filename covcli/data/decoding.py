@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import io
+import logging
 import struct
 import threading
 import zlib
@@ -47,6 +48,8 @@ def _silence_libtiff() -> None:
 
 
 _silence_libtiff()
+# What PIL logs of a broken file it raises too; without a handler it would be a line on stderr.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class UnreadableError(CovcliError):

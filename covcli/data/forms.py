@@ -14,8 +14,8 @@ from torch import Tensor
 
 from covcli.core import file_checks
 from covcli.core.errors import CovcliError
-from covcli.core.opening import open_regular
-from covcli.core.specs import count, positive_count
+from covcli.core.opening import exists, is_file, is_folder, open_regular
+from covcli.core.specs import count, up_to
 from covcli.data import listing
 from covcli.data.image_files import FileSource
 from covcli.data.images import ImageSet, NoiseSource, Origin, in_memory
@@ -25,6 +25,7 @@ from covcli.data.registry import DATASETS, PARTS, Request, say_once
 
 log = logging.getLogger(__name__)
 NOISE_IMAGES = 2000
+MOST_NOISE = 10_000_000  # a number is kept of each
 NUMBER = re.compile(r"-?[0-9]{1,9}")
 
 
@@ -44,23 +45,31 @@ def _located(request: Request) -> tuple[Path, Origin]:
     spec.only([*PARTS, *FORMS[spec.name]])
     if not spec.argument:
         raise CovcliError("needs a path", where=spec.text, fix="write name:PATH")
-    paths = [Path(text).expanduser() for text in
-             (spec.argument, os.fsdecode(unquote_to_bytes(spec.argument)))]  # fmt: skip
+    decoded = unquote_to_bytes(spec.argument.encode("utf-8", "surrogateescape"))
+    paths = [_at_home(text) for text in (spec.argument, os.fsdecode(decoded))]
     here = Path.cwd()
     for path in paths:
-        if path.exists():
+        if exists(path):
             return path, Origin(spec.text, "" if path.is_absolute() else str(here))
     for path in paths:
-        if request.ran_in is not None and (request.ran_in / path).exists():
+        if request.ran_in is not None and exists(request.ran_in / path):
             log.info("%s: not in %s: read from %s, as recorded", path, here, request.ran_in)
             return request.ran_in / path, Origin(spec.text, str(request.ran_in))
     elsewhere = f", nor from {request.ran_in}, where it was" if request.ran_in else ""
     raise CovcliError(f"no such file or folder{elsewhere}", where=paths[0])
 
 
+def _at_home(text: str) -> Path:
+    """Return a path with `~` and `~user` replaced by that user's home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise CovcliError("names the home folder of a user who has none", where=text) from None
+
+
 def _file_of_split(path: Path, request: Request, ending: str) -> Path:
     """Return a file itself, or the file in a folder that holds the split that is asked for."""
-    if not path.is_dir():
+    if not is_folder(path):
         return path
     parts = [part for part in SERVING[request.split] if part != "val"] + [
         name for name, part in listing.SPLITS.items()
@@ -68,7 +77,7 @@ def _file_of_split(path: Path, request: Request, ending: str) -> Path:
     ]  # fmt: skip
     for name in parts:
         file = path / f"{name}{ending}"
-        if file.is_file():
+        if is_file(file):
             if name != request.split:
                 say_once(f"{path}: no {request.split}{ending}: {file.name} serves as it")
             return file
@@ -157,7 +166,7 @@ def folder(request: Request) -> ImageSet:
 
 def of_folder(request: Request, top: Path, origin: Origin) -> ImageSet:
     """Return the images of a folder: its classes, or those of the split that is asked for."""
-    if not top.is_dir():
+    if not is_folder(top):
         raise CovcliError("is a file, not a folder", where=top)
     root, notes = listing.split_folder(top, request.split)
     listed = listing.list_classes(root)
@@ -239,7 +248,6 @@ def noise(request: Request) -> ImageSet:
             f"unknown noise {kind!r}", where=request.spec.text, fix="known: gaussian, uniform"
         )
     source = NoiseSource(kind, request.spec.take("seed", count, 0))  # type: ignore[arg-type]
-    last = request.spec.take("offset", count, 0) + request.spec.take(
-        "limit", positive_count, NOISE_IMAGES
-    )
+    limit = request.spec.take("limit", up_to(MOST_NOISE), NOISE_IMAGES)
+    last = min(request.spec.take("offset", count, 0) + limit, MOST_NOISE)
     return ImageSet(request.spec.text, source, torch.arange(last), None)

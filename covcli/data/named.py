@@ -13,6 +13,7 @@ import torch
 
 from covcli.core import distributed
 from covcli.core.errors import CovcliError
+from covcli.core.opening import is_folder, real
 from covcli.data.forms import of_files
 from covcli.data.image_files import FileSource
 from covcli.data.images import ImageSet, Origin, in_memory
@@ -213,14 +214,14 @@ def lsun(request: Request) -> ImageSet:
     without_argument(request, OF_FILES)
     split = "train" if request.split == "train" else "val"
     folders = {name: request.data_dir / f"{name}_{split}_lmdb" for name in SCENES}
-    missing = [folder.name for folder in folders.values() if not folder.is_dir()]
+    missing = [folder.name for folder in folders.values() if not is_folder(folder)]
     if missing:
         raise CovcliError(
             f"lacks {', '.join(missing)}",
             where=request.data_dir,
             fix="fetch them from the LSUN authors' server, or name another --data-dir",
         )
-    parts = [open_part(folder.resolve()) for folder in folders.values()]
+    parts = [open_part(real(folder)) for folder in folders.values()]
     labels = torch.repeat_interleave(torch.tensor([len(part.keys) for part in parts]))
     source = LmdbSource(tuple(parts), Reading.of(request.spec).max_pixels)
     return ImageSet(

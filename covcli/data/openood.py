@@ -10,7 +10,9 @@ classes, so figures on whole sets are not those of its tables; that is said.
 from collections.abc import Sequence
 from pathlib import Path
 
+from covcli.core import file_checks
 from covcli.core.errors import CovcliError
+from covcli.core.opening import exists, is_file, kind
 from covcli.core.specs import Spec, parse, suggestion
 from covcli.data.forms import of_files, of_folder
 from covcli.data.image_files import FileSource
@@ -99,7 +101,7 @@ def _place(data_dir: Path, benchmark: str, name: str) -> Path | None:
     places = [root / "benchmark_imglist" / benchmark / f"test_{name}.txt"
               for root in (data_dir, data_dir / "openood")]  # fmt: skip
     places.append(data_dir / name)
-    found = [place for place in places if place.is_file() or place.is_dir()]
+    found = [place for place in places if kind(place) in ("file", "folder")]
     return found[0] if found else None
 
 
@@ -115,8 +117,13 @@ def openood(request: Request) -> ImageSet:
             "stands for several sets, or for none", where=spec.text, fix="use it as --untrusted"
         )
     place = _place(request.data_dir, benchmark, name)
-    if place is not None and place.is_file():
+    if place is not None and is_file(place):
         return _listed(request, place)
+    if place is None and name not in KNOWN:
+        raise CovcliError(
+            f"is not in {request.data_dir}, and nothing fetches it by name", where=spec.text,
+            fix="put OpenOOD's data there, or a folder of that name",
+        )  # fmt: skip
     say_once(f"{spec.text}: the whole set, not the images that OpenOOD lists")
     if place is not None:
         return of_folder(request, place, Origin(spec.text))
@@ -127,11 +134,11 @@ def openood(request: Request) -> ImageSet:
 def _listed(request: Request, file: Path) -> ImageSet:
     """Return the images of one of OpenOOD's lists: a line a path and a label, of no use here."""
     root = file.parent.parent.parent
-    lines = file.read_bytes().decode("utf-8", "surrogateescape").splitlines()
+    lines = file_checks.read_text(file).decode("utf-8", "surrogateescape").splitlines()
     names = [line.rsplit(" ", 1)[0] for line in lines if line.strip()]
     if not names:
         raise CovcliError("names no image", where=file)
-    folders = [folder for folder in IMAGES if (root / folder / names[0]).exists()]
+    folders = [folder for folder in IMAGES if exists(root / folder / names[0])]
     if not folders:
         raise CovcliError(
             f"{names[0]} lies in neither of {', '.join(IMAGES)}", where=root,

@@ -60,7 +60,7 @@ def selected_rows(images: ImageSet, spec: Spec, limit: int) -> Tensor:
         order = drawn_order(images.labels, len(images), seed)
     else:
         order = torch.arange(len(images))
-    return order[offset : offset + limit].sort().values
+    return order[offset : min(offset + limit, len(images))].sort().values
 
 
 def drawn_order(labels: Tensor | None, images: int, seed: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from covcli.core import files, run_folders
 from covcli.core.errors import CovcliError
-from covcli.core.specs import parse
+from covcli.core.opening import is_file, real
 from covcli.core.version import __version__
 from covcli.data import datasets, labels
 from covcli.data.images import ImageSet
@@ -17,6 +17,7 @@ from covcli.evaluation.baselines import compare
 from covcli.evaluation.baselines.compare import Plan
 from covcli.evaluation.config import EvaluationConfig
 from covcli.evaluation.sets import Opener, opener
+from covcli.methods import make_method
 from covcli.reporting.per_image import SAMPLES, SCORES
 from covcli.signature import judge as judges
 from covcli.signature.guarantee import Rule
@@ -110,8 +111,8 @@ def find_files(config: EvaluationConfig) -> tuple[Path, Path]:
     checkpoint_path = config.checkpoint or _default_checkpoint(config)
     if config.signature is not None:
         return checkpoint_path, config.signature
-    where = checkpoint_path.resolve().parent
-    name = parse(config.method).name if config.method else "*"
+    where = real(checkpoint_path).parent
+    name = make_method(config.method).name if config.method else "*"
     signatures = sorted(
         where.glob(f"signature-{name}.safetensors"), key=lambda p: p.stat().st_mtime
     )
@@ -125,8 +126,8 @@ def find_files(config: EvaluationConfig) -> tuple[Path, Path]:
 def _default_checkpoint(config: EvaluationConfig) -> Path:
     """Return the checkpoint beside the named signature, or that of the newest run."""
     if config.signature is not None:
-        beside = config.signature.resolve().parent / "checkpoint.pt"
-        if beside.is_file():
+        beside = real(config.signature).parent / "checkpoint.pt"
+        if is_file(beside):
             return beside
     return run_folders.newest_run(config.runs) / "checkpoint.pt"
 

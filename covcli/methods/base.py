@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from covcli.core.errors import CovcliError
-from covcli.core.specs import Registry, fraction, parse, positive_count
+from covcli.core.specs import Registry, fraction, parse, up_to
 from covcli.methods.layout import Layout
 from covcli.methods.state import Expected, Granularity, State
 
@@ -277,7 +277,8 @@ def picked(values: Tensor, rows: Rows) -> Tensor:
 
 METHODS: Registry[type[Method]] = Registry("method")
 # How a parameter is read from a specification, by the type of its default.
-READERS: Mapping[type, Callable[[str], Any]] = {int: positive_count, float: fraction, str: str}
+MOST = 1000  # sections or bins of each neuron and class: they take memory
+READERS: Mapping[type, Callable[[str], Any]] = {int: up_to(MOST), float: fraction, str: str}
 
 
 def make_method(text: str) -> Method:

@@ -1,5 +1,6 @@
 """ModelSpec: all that rebuilds a network without its weights."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -88,14 +89,15 @@ class ModelSpec:
                 ),
                 logits=str(document.get("logits", "")),
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CovcliError(f"has a malformed model entry ({error!r})", where=where) from None
         sizes_fit = (
             (channels in (1, 3) or (spec.is_own and channels > 0))
             and 0 < height <= 4096
             and 0 < width <= 4096
         )
-        if not (sizes_fit and 0 < spec.classes <= 100_000 and len(spec.mean) == channels
+        finite = all(map(math.isfinite, [*spec.mean, *spec.deviation]))
+        if not (sizes_fit and finite and 0 < spec.classes <= 100_000 and len(spec.mean) == channels
                 and len(spec.deviation) == channels and min(spec.deviation) > 0):  # fmt: skip
             raise CovcliError("has a model entry out of range", where=where)
         return spec

@@ -55,9 +55,13 @@ def style(number: int) -> str:
 
 
 def label(name: str) -> str:
-    """Shorten a name for a legend; matplotlib reads dollars as mathematics."""
+    """Shorten a name for a legend; matplotlib reads dollars as mathematics.
+
+    It leaves out of a legend what is empty or begins with an underscore.
+    """
     whole = one_line(name)
-    return (whole if len(whole) <= 40 else f"{whole[:39]}…").replace("$", r"\$")
+    shown = (whole if len(whole) <= 40 else f"{whole[:39]}…").replace("$", r"\$")
+    return f" {shown}" if shown[:1] in ("", "_") else shown
 
 
 def thinned(number: int, most: int) -> list[int]:

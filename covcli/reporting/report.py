@@ -5,6 +5,7 @@ import hashlib
 import io
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from markupsafe import Markup
 
 from covcli.core import files, run_folders
 from covcli.core.errors import CovcliError, one_line
-from covcli.core.opening import check_within
+from covcli.core.opening import check_within, is_file
 from covcli.core.version import __version__
 from covcli.reporting import documents, markdown, per_image, tables
 from covcli.reporting.blocks import Block, Gallery, Picture, ReportData, Section
@@ -80,27 +81,34 @@ def report(
     for path in (page, markdown_file):
         files.refuse_existing(path, force)
     check_within(folder, folder / "figures" / "of any name")
-    try:
+    with holding_together(run):
         opening = headline(data)
         sections = [part for name in SECTIONS if (part := SECTIONS.get(name)(data)) is not None]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CovcliError(f"its results do not hold together ({error!r})", where=run) from None
-    pictures = dict(
-        content for section in sections for block in section.blocks for content in _picture(block)
-    )
-    figures = {name: folder / "figures" / f"{name}.png" for name in pictures}
-    contents = {figures[name]: content for name, content in pictures.items()}
-    contents[markdown_file] = _markdown(opening, sections).encode(errors="backslashreplace")
-    contents[page] = _html(data, opening, sections).encode(errors="backslashreplace")
+        pictures = dict(
+            content for part in sections for block in part.blocks for content in _picture(block)
+        )
+        figures = {name: folder / "figures" / f"{name}.png" for name in pictures}
+        contents = {figures[name]: content for name, content in pictures.items()}
+        contents[markdown_file] = _markdown(opening, sections).encode(errors="backslashreplace")
+        contents[page] = _html(data, opening, sections).encode(errors="backslashreplace")
     with run_folders.writing(page, force):
         files.publish(contents)
     return ReportResult(page, markdown_file, list(figures.values()))
 
 
+@contextmanager
+def holding_together(run: Path) -> Iterator[None]:
+    """Turn what is raised over results that contradict each other into a CovcliError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CovcliError(f"its results do not hold together ({error!r})", where=run) from None
+
+
 def read(run: Path) -> ReportData:
     """Read the files of a run that a report is made of."""
     path = run / "evaluation.json"
-    if not path.is_file():
+    if not is_file(path):
         raise CovcliError("holds no evaluation", where=run, fix="run `covcli evaluate` first")
     evaluation = documents.read_evaluation(path)
     logs = sorted(run.glob("training_results_*.json"))

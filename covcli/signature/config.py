@@ -1,5 +1,6 @@
 """What `build-signature` and `merge-signatures` are told."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -131,7 +132,7 @@ def read_statistics(
     Raises
     ------
     CovcliError
-        If one is missing or is not three numbers, or a deviation is not above 0.
+        If one is missing or is not three finite numbers, or a deviation is not above 0.
 
     Examples
     --------
@@ -145,6 +146,7 @@ def read_statistics(
         deviations = tuple(float(part) for part in (deviation or "").split(","))
     except ValueError:
         means = deviations = ()
-    if not (len(means) == len(deviations) == 3 and min(deviations) > 0):
+    finite = all(map(math.isfinite, [*means, *deviations]))
+    if not (len(means) == len(deviations) == 3 and finite and min(deviations) > 0):
         raise CovcliError("expected three numbers each, as 0.49,0.48,0.45", where="--mean, --std")
     return means, deviations

@@ -8,6 +8,7 @@ from typing import Any
 from covcli.core import settings
 from covcli.core.errors import CovcliError
 from covcli.core.files import Format
+from covcli.core.opening import is_file
 from covcli.training.config import TrainConfig
 
 PAUSED_FILE = "last.pt"
@@ -33,7 +34,7 @@ def read(run: Path) -> tuple[dict[str, Any], bool]:
         If the run does not wait to go on, or its file is damaged.
     """
     path = run / PAUSED_FILE
-    if not path.is_file():
+    if not is_file(path):
         raise CovcliError("holds nothing to resume", where=run)
     return PAUSED.load_own(path)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from covcli.attacks import attacks
 from covcli.core import distributed, files, run_folders, runtime
+from covcli.core.opening import is_folder, real
 from covcli.core.progress import Progress, Silent
 from covcli.core.signals import Interrupted, Interrupts
 from covcli.core.specs import parse
@@ -166,7 +167,7 @@ def interrupted_run(name: str, runs: Path) -> Path:
     """
     if name == "latest":
         return run_folders.last_interrupted(runs, PAUSED_FILE)
-    return (Path(name) if Path(name).is_dir() else runs / name).resolve()
+    return real(Path(name) if is_folder(Path(name)) else runs / name)
 
 
 def _finish(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from covcli.__main__ import main
 from covcli.core import file_checks, files, opening, run_folders
 from covcli.core.errors import CovcliError
 from covcli.data import datasets
@@ -213,3 +214,32 @@ print(entered)
         out, err = run.communicate(timeout=120)
         assert run.returncode == 0, err
         assert int(out) > 0
+
+
+def test_paths_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_bytes(b"")
+    bad = [tmp_path / "loop", tmp_path / ("x" * 300), tmp_path / "a\0b", tmp_path / "\ud800"]
+    for path in bad:
+        for look in (opening.kind, opening.exists, opening.is_file, opening.is_folder):
+            with pytest.raises(CovcliError, match="cannot be looked at") as caught:
+                look(path)
+            assert str(caught.value).isprintable()
+    with pytest.raises(CovcliError, match="cannot be looked at"):
+        opening.real(tmp_path / "loop" / "x")
+    found = [opening.kind(tmp_path / name) for name in ("", "file", "none", "file/none")]
+    assert found == ["folder", "file", "nothing", "nothing"]
+
+
+@pytest.mark.parametrize("command", ["report", "train --resume", "points", "build-signature"])
+def test_a_path_that_cannot_be_followed_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("loop", "loop/x", "x" * 300, "x" * 5000):
+        with pytest.raises(SystemExit) as end:
+            main([*command.split(), str(tmp_path / name)])
+        assert end.value.code == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1

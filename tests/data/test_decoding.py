@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import resource
 import stat
 import struct
@@ -383,3 +384,15 @@ def test_running_out_of_memory_is_no_broken_image(
     monkeypatch.setattr(decoding, "_pixels", exhausted)
     with pytest.raises(MemoryError):
         decode(tmp_path / "x.png")
+
+
+def test_the_documents_name_the_formats_and_the_limit() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / ".github" / "SECURITY.md").read_text()
+    images = (root / "docs" / "images.md").read_text()
+    in_page = re.search(r"Decoded are ([\w, ]+) and (\w+), by what a file contains", page)
+    in_images = re.search(r"^([\w, ]+) and (\w+) are decoded, by content", images, re.MULTILINE)
+    for listed in (in_page, in_images):
+        assert listed is not None
+        assert [*listed[1].upper().split(", "), listed[2].upper()] == list(FORMATS)
+    assert f"more than {decoding.MAX_PIXELS:,} pixels" in page

@@ -1,10 +1,12 @@
 """Pictures: legible whatever is drawn."""
 
+import io
 import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
 
+from covcli.core.errors import one_line
 from covcli.reporting.pictures import (
     MOST_LABELS,
     Line,
@@ -86,3 +88,17 @@ def test_heat_shows_where_a_channel_fires() -> None:
     red, green, blue = (shown[k, :32, 32:] for k in range(3))
     assert red.min() > green.max() >= blue.max() or blue.max() < red.min()
     np.testing.assert_array_equal(heat(image, np.ones((2, 2), np.float32))[0], quiet[0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["_hidden", "", "$x^$", "$\\frac{$", "\\$", "a$b", "\ud800", "\x00", "\u202ex", "[/]",
+     "<script>", "x" * 5000, "%s", "日本", "\\"],
+)  # fmt: skip
+def test_any_name_is_drawn_and_stands_in_the_legend(name: str) -> None:
+    figure = coverage_picture(["first"], {"trusted": [0.9], name: [0.5]})
+    drawn = inline(figure, "x", one_line(name))
+    ET.fromstring(drawn)
+    figure.savefig(io.BytesIO(), format="png")
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 2
