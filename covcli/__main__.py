@@ -1,5 +1,6 @@
 """The error boundary: run a command, and exit with the documented code, an `ExitCode`."""
 
+import logging
 import os
 import sys
 import traceback
@@ -19,6 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "--resume" in args and (args[args.index("--resume") + 1 :] or ["-"])[0].startswith("-"):
         args.insert(args.index("--resume") + 1, "latest")  # its value may be left out
     output.keep()
+    logging.lastResort = logging.NullHandler()  # what libraries log, covcli says in its own words
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each rank would warn of what is as intended
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with signals.watched():

@@ -1,11 +1,14 @@
 """Progress on a terminal and in a log: names take no effect there."""
 
 import io
+import logging
+import sys
+import warnings
 
 import pytest
 from rich.console import Console
 
-from covcli.core.progress import Bar, Lines
+from covcli.core.progress import Bar, Lines, reporter
 
 NAMES = ["[bold red]x[/bold red]", "[/]", "[link=http://x]y[/link]", "[/red]", "\\[x]", ":smile:"]
 
@@ -36,3 +39,23 @@ def test_control_and_direction_characters_are_spelled_out(
     for text in (shown.getvalue(), capsys.readouterr().err):
         assert "\\x1b[31m\\u202egnp.x\\x07\\ud800" in text
         assert not {"\u202e", "\x07", "\ud800"} & set(text)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_log_line_on_a_terminal_shows_a_name_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("COLUMNS", "200")
+    with reporter(quiet=False) as bar:
+        assert isinstance(bar, Bar)
+        logging.getLogger("covcli.data").warning("%s: passed over", name)
+        warnings.warn(f"{name} is odd", stacklevel=1)
+    assert f"{name}: passed over" in shown.getvalue()
+    assert f"{name} is odd" in shown.getvalue()

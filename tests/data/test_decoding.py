@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -307,8 +308,24 @@ def broken_tiff(path: Path) -> Path:
     return path
 
 
-def test_libraries_of_decoders_write_nothing_by_themselves(tmp_path: Path) -> None:
-    path = broken_tiff(tmp_path / "x.tif")
+def many_samples(path: Path) -> Path:
+    """Write a TIFF that claims 16 samples a pixel, of which PIL logs an error."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "TIFF")
+    content = bytearray(buffer.getvalue())
+    start = struct.unpack("<I", content[4:8])[0]
+    for at in range(start + 2, start + 2 + 12 * content[start], 12):
+        if struct.unpack_from("<H", content, at)[0] == 277:
+            struct.pack_into("<H", content, at + 8, 16)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("broken", [broken_tiff, many_samples])
+def test_libraries_of_decoders_write_nothing_by_themselves(
+    tmp_path: Path, broken: Callable[[Path], Path]
+) -> None:
+    path = broken(tmp_path / "x.tif")
     code = (
         "import sys; from pathlib import Path; from covcli.core.errors import CovcliError\n"
         "from covcli.data.decoding import decode\n"

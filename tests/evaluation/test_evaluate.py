@@ -14,10 +14,12 @@ from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
 from covcli.data import datasets
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
+from covcli.evaluation.inputs import find_files
 from covcli.reporting.report import report
 from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureResult
 from covcli.signature.monitor import Monitor
+from covcli.training.train import TrainResult
 
 
 def test_evaluation_agrees_with_the_monitor_and_with_plain_figures(evaluated: Path) -> None:
@@ -140,3 +142,9 @@ def test_answers_that_pass_are_counted_as_the_monitor_gives_them(run: Path) -> N
     # Nothing is unsure where nothing bounds the wrong answers.
     plain = Monitor.load(*names)(digits.batch(torch.arange(9), (3, 32, 32)))
     assert set(plain.words) <= {"trusted", "untrusted"}
+
+
+@pytest.mark.parametrize("name", ["**", "../../*", "[", "src/**"])
+def test_a_method_is_a_name_and_no_pattern_of_files(trained: TrainResult, name: str) -> None:
+    with pytest.raises(CovcliError, match="unknown method"):
+        find_files(EvaluationConfig(("digits",), trained.checkpoint, method=name))

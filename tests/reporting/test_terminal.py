@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from covcli.core.errors import one_line
 from covcli.reporting import tables
 from covcli.reporting.documents import EvaluationResult
 from covcli.reporting.terminal import show_evaluation
@@ -76,3 +77,15 @@ def test_many_sets_are_summed_up() -> None:
     assert tables.verdict(result(names)).endswith(
         "catches 76% of noise:gaussian?seed=0 to 76% of noise:gaussian?seed=9, of 12 sets"
     )
+
+
+@pytest.mark.parametrize("columns", [60, 200])
+@pytest.mark.parametrize(
+    "name",
+    ["[bold red]x[/bold red]", "[/]", "[link=http://x]y[/link]", ":smile:", "\x1b[31mx", "\u202ex",
+     "\u2066x", "\ud800", "a\nb", "\x00"],
+)  # fmt: skip
+def test_a_name_takes_no_effect_and_is_spelled_out(shown, name: str, columns: int) -> None:
+    lines = shown(result([name, "mnist"]), columns, verbose=True)
+    assert any(one_line(name) in line for line in lines)
+    assert all(line.isprintable() for line in lines)
