@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,9 +99,14 @@ def report(
 
 @contextmanager
 def holding_together(run: Path) -> Iterator[None]:
-    """Turn what is raised over results that contradict each other into a CovcliError."""
+    """Turn what is raised over results that contradict each other into a CovcliError.
+
+    What matplotlib warns of, that its font lacks a character of a name, is seen in the picture.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Glyph \d+ ", UserWarning)
+            yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CovcliError(f"its results do not hold together ({error!r})", where=run) from None
 
