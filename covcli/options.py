@@ -56,7 +56,9 @@ Points = Annotated[
         "them."
     ),
 ]
-Threads = Annotated[int, typer.Option(min=0, help="Threads on the CPU; 0 leaves it to torch.")]
+Threads = Annotated[
+    int, typer.Option(min=0, max=1024, help="Threads on the CPU; 0 leaves it to torch.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice, below 2^31.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", help="Print nothing to stderr but errors.")]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]

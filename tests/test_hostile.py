@@ -24,7 +24,8 @@ from covcli.core.errors import CovcliError
 from covcli.data import datasets
 from covcli.data.decoding import decode
 from covcli.models import checkpoint as checkpoints
-from covcli.models.checkpoint import load_checkpoint
+from covcli.models.checkpoint import load_checkpoint, save_checkpoint
+from covcli.monitoring.inspect import inspect_file
 from covcli.reporting.report import report
 from covcli.signature import signature as signatures
 from covcli.training.paused import PAUSED
@@ -316,3 +317,19 @@ def test_a_torch_archive_must_be_plain(tmp_path: Path) -> None:
             packed.writestr(entry.filename, plain.read(entry))
     with pytest.raises(CovcliError, match="not sound"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("field", ["spec", "source", "images", "ran_in", "seal", "another"])
+@pytest.mark.parametrize("value", [5, None, ["digits"], {}])
+def test_a_record_of_data_is_of_texts(run: Path, field: str, value: object) -> None:
+    content = load_checkpoint(run / "checkpoint.pt")
+    if field == "another":
+        content["trusted"] = value or 7
+    else:
+        content["trusted"] = {**content["trusted"], field: value}
+    path = run / "other.pt"
+    save_checkpoint(path, content)
+    for read in (checkpoints.load, inspect_file):
+        with pytest.raises(CovcliError, match="does not hold together") as caught:
+            read(path)
+        assert str(caught.value).isprintable()

@@ -17,6 +17,8 @@ import torchvision
 from covcli.core.errors import CovcliError
 from covcli.core.version import __version__
 
+MOST_THREADS = 1024  # a library ends the process where it cannot start them
+
 
 def choose_device(name: str) -> torch.device:
     """Return the device of that name; "auto" takes CUDA, then MPS, then the CPU.

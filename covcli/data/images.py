@@ -2,11 +2,11 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from covcli.core import settings
 from covcli.core.errors import CovcliError
 from covcli.data.listing import printable
 from covcli.data.preprocessing import COVERING, InputShape, Preprocess, Shape
@@ -335,6 +336,11 @@ class DataRecord:
     images: str
     ran_in: str = ""
     seal: str = ""
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> "DataRecord":
+        """Rebuild what `vars` gave of a record; a ValueError if it is malformed."""
+        return settings.read(cls, document)
 
     @classmethod
     def of(cls, images: ImageSet) -> "DataRecord":

@@ -112,7 +112,7 @@ def load(path: Path, foreign: Foreign | ModelSpec | str | None = None) -> Checkp
     model = architectures.from_state(spec, content["state"], path)
     rows, trusted, classes = content["calibration_rows"], content["trusted"], content["classes"]
     try:
-        record = DataRecord(**trusted) if trusted else None
+        record = DataRecord.read(trusted) if trusted else None
         if record:
             record = recorded.verified(record, lambda: fingerprint(model.state_dict()))
         whole = rows.dtype == torch.int64 and rows.ndim == 1 and len(classes) == spec.classes

@@ -236,7 +236,7 @@ def _checkpoint(path: Path) -> Inspection:
     try:
         training, trusted = dict(content["training"]), content["trusted"]
         held_out, classes = len(content["calibration_rows"]), tuple(map(str, content["classes"]))
-        data = [] if trusted is None else [_set("trusted", DataRecord(**trusted), None)]
+        data = [] if trusted is None else [_set("trusted", DataRecord.read(trusted), None)]
     except (TypeError, ValueError) as error:
         raise CovcliError(f"does not hold together ({error})", where=path) from None
     if data and held_out:
@@ -250,8 +250,8 @@ def _checkpoint(path: Path) -> Inspection:
 def _paused(path: Path) -> Inspection:
     content = PAUSED.load(path)
     told = content["settings"]
-    if not isinstance(told, dict):
-        raise CovcliError("does not hold together (settings)", where=path)
+    if not isinstance(told, dict) or not isinstance(content["history"], list):
+        raise CovcliError("does not hold together (settings or history)", where=path)
     return Inspection(
         path, "paused training", 0, method=str(told.get("method", "")),
         settings=files.plain(told), epochs=len(content["history"]),

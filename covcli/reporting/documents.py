@@ -17,6 +17,7 @@ from covcli.data.images import DataRecord
 
 Document = TypeVar("Document")
 EVALUATION_SCHEMA = 1
+ALWAYS_SCORED = {"coverage", "softmax"}
 TRAINING_SCHEMA = 1
 
 
@@ -597,7 +598,12 @@ def read_evaluation(path: Path) -> EvaluationResult:
     >>> [entry.name for entry in evaluation.untrusted]
     ['photos?limit=100']
     """
-    return _read(EvaluationResult, path, "an evaluation", EVALUATION_SCHEMA)
+    result = _read(EvaluationResult, path, "an evaluation", EVALUATION_SCHEMA)
+    named = [set(entry.scores) for entry in result.untrusted]
+    named.append({mean.score for mean in result.mean_over_sets})
+    if any(ALWAYS_SCORED - names for names in named):
+        raise CovcliError("does not hold together (lacks a score of a set)", where=path)
+    return result
 
 
 def read_training_log(path: Path) -> TrainingLog:

@@ -25,10 +25,8 @@ from covcli.models.architectures import Classifier, ModelSpec
 from covcli.models.sweep import choose_precision, sweep
 from covcli.reporting.documents import EpochLog, Watch
 from covcli.signature.fit import fit_signature
-from covcli.training.config import (
-    TrainConfig,
-    save_interval,
-)
+from covcli.training import position
+from covcli.training.config import TrainConfig, save_interval
 from covcli.training.epoch import SUMS, Trainer, epoch
 from covcli.training.loss import RUNNING, SIGNATURE_IMAGES, ConfidenceLoss
 from covcli.training.paused import PAUSED, PAUSED_FILE
@@ -220,6 +218,7 @@ class Session:
                 "is no longer the data that the run began with", where=self.images.name
             )
         try:
+            position.check(content, self.trainer, self.steps, self.config.epochs)
             self.trainer.model.load_state_dict(content["model"])
             self.trainer.optimizer.load_state_dict(content["optimizer"])
             self.trainer.schedule.load_state_dict(content["schedule"])
@@ -232,7 +231,8 @@ class Session:
             self.sums = content["sums"]
             self.generator.set_state(content["generator"])
             torch.set_num_threads(int(content["threads"]))
-        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError,
+                ArithmeticError) as error:  # fmt: skip
             raise CovcliError(f"does not hold together ({error})", where=path) from None
 
 

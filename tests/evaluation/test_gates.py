@@ -118,6 +118,12 @@ def test_a_regression_against_an_earlier_evaluation_is_a_failed_gate(
     assert failed == [(UNTRUSTED[0], "fpr95")]
     with pytest.raises(CovcliError, match="shares no untrusted set"):
         read_baseline(path, 0.1, ("mnist",))
+    for score in ("coverage", "softmax"):
+        lacking = json.loads(path.read_text())
+        del lacking["untrusted"][0]["scores"][score]
+        (tmp_path / "lacking.json").write_text(json.dumps(lacking))
+        with pytest.raises(CovcliError, match="lacks a score of a set"):
+            read_baseline(tmp_path / "lacking.json", 0.1, UNTRUSTED)
     path.write_text('{"untrusted": [3]}')
     with pytest.raises(CovcliError, match="is not an evaluation"):
         read_baseline(path, 0.1, UNTRUSTED)

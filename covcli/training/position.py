@@ -1,0 +1,87 @@
+"""Where a paused training stands: looked at before it is taken over, for it may be a stranger's."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from covcli.core import runtime
+from covcli.methods import Layout
+from covcli.training.epoch import SUMS, Trainer
+from covcli.training.loss import RUNNING
+
+# What a step changes of a one-cycle schedule and of an optimizer's groups of weights.
+MOVING = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"}
+CYCLED = {"lr", "momentum"}
+
+
+def check(content: Mapping[str, Any], trainer: Trainer, steps: int, epochs: int) -> None:
+    """Raise an error that `Session.restore` words unless a position is one of this training.
+
+    Parameters
+    ----------
+    content
+        What the file of a paused training holds.
+    trainer
+        The training, at its beginning.
+    steps, epochs
+        Steps an epoch, and epochs.
+    """
+    done, step, sums = len(content["history"]), content["step"], content["sums"]
+    if not (isinstance(step, int) and 0 <= step <= steps and done <= epochs):
+        raise ValueError("a step beyond its epoch")
+    if not 1 <= int(content["threads"]) <= runtime.MOST_THREADS:
+        raise ValueError("a number of threads out of range")
+    if not (isinstance(sums, Tensor) and sums.shape == (len(SUMS),) and _is_finite(sums)):
+        raise ValueError("sums of another epoch")
+    _check_schedule(content["schedule"], trainer.schedule.state_dict(), done * steps + step)
+    _check_optimizer(content["optimizer"], trainer.optimizer)
+    if content["running"] is not None:
+        _check_running(content["running"], content["reductions"], trainer)
+
+
+def _check_schedule(found: Mapping[str, Any], own: Mapping[str, Any], done: int) -> None:
+    fixed = (own.keys() & found.keys()) - MOVING
+    if not found.keys() <= own.keys() or any(found[key] != own[key] for key in fixed):
+        raise ValueError("another schedule")
+    rates = found["_last_lr"]
+    if found["last_epoch"] != done or not all(map(_is_number, [*rates, found["_step_count"]])):
+        raise ValueError("a schedule at another step")
+
+
+def _check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    groups = optimizer.state_dict()["param_groups"]
+    for theirs, ours in zip(found["param_groups"], groups, strict=True):
+        if theirs.keys() != ours.keys() or not all(_is_number(theirs[key]) for key in CYCLED):
+            raise ValueError("an optimizer of other settings")
+        if any(theirs[key] != ours[key] for key in ours.keys() - CYCLED):
+            raise ValueError("an optimizer of other settings")
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, entry in found["state"].items():
+        buffer = entry["momentum_buffer"]
+        if entry.keys() != {"momentum_buffer"} or not _is_finite(buffer):
+            raise ValueError("an optimizer of another kind")
+        if buffer.shape != weights[number].shape:
+            raise ValueError("an optimizer of other weights")
+
+
+def _check_running(found: Any, reductions: Any, trainer: Trainer) -> None:
+    points = trainer.points
+    sizes, values = tuple(p.neurons for p in points), tuple(p.values for p in points)
+    layout = Layout(trainer.model.spec.classes, sizes, values)
+    expected = dict(RUNNING.expected(layout))
+    tensors = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
+    if tensors != expected or reductions.keys() != expected.keys():
+        raise ValueError("a running signature of another network")
+    if any(bool(tensor.isnan().any()) for tensor in found.values()):
+        raise ValueError("a running signature that holds NaN")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isfinite().all())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
