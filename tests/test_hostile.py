@@ -333,3 +333,16 @@ def test_a_record_of_data_is_of_texts(run: Path, field: str, value: object) -> N
         with pytest.raises(CovcliError, match="does not hold together") as caught:
             read(path)
         assert str(caught.value).isprintable()
+
+
+@pytest.mark.filterwarnings("error")  # of torch, that drops what is imaginary
+@pytest.mark.parametrize("kind", [torch.complex64, torch.int64, torch.bool, torch.uint8])
+def test_weights_that_are_no_real_numbers_are_refused(run: Path, kind: torch.dtype) -> None:
+    content = load_checkpoint(run / "checkpoint.pt")
+    name = "network.last.weight"
+    state = {**content["state"], name: content["state"][name].to(kind)}
+    save_checkpoint(run / "other.pt", {**content, "state": state})
+    torch.save(state, run / "bare.pt")
+    for path in (run / "other.pt", run / "bare.pt"):
+        with pytest.raises(CovcliError, match=r"last\.weight' are of torch"):
+            checkpoints.load(path, "tiny" if path.name == "bare.pt" else None)

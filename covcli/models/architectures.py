@@ -303,11 +303,22 @@ def from_state(spec: ModelSpec, state: Mapping[str, Tensor], where: object) -> C
     if own != {n.removeprefix("network."): s for n, s in found.items() if n.startswith("network.")}:
         raise CovcliError(f"the weights do not fit model {spec.name!r}", where=where)
     model = build(spec)
+    check_kinds(model.state_dict(), state, where)
     try:
         model.load_state_dict(dict(state))
     except RuntimeError:
         raise CovcliError(f"the weights do not fit model {spec.name!r}", where=where) from None
     return model
+
+
+def check_kinds(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: object) -> None:
+    """Raise a CovcliError if a network's real weights are whole or complex numbers in a file.
+
+    torch would convert them, and drop an imaginary part.
+    """
+    for name, tensor in own.items():
+        if name in found and tensor.is_floating_point() and not found[name].is_floating_point():
+            raise CovcliError(f"weights {name!r} are of {found[name].dtype}", where=where)
 
 
 def pixel_statistics(images: ImageSet, shape: Shape) -> Normalisation:

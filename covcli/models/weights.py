@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from covcli.core.errors import CovcliError
-from covcli.models.architectures import Classifier, architecture, build
+from covcli.models.architectures import Classifier, architecture, build, check_kinds
 from covcli.models.nearest import nearest_architecture
 from covcli.models.registry import Architecture
 from covcli.models.spec import ModelSpec, Normalisation
@@ -390,7 +390,9 @@ def _equal(one: Match, other: Match) -> bool:
 def _filled(model: Classifier, chosen: Match, skeleton: Skeleton, where: object) -> Classifier:
     """Fill a network with weights that fit it, and say what is left out."""
     own = model.network.state_dict()
-    own.update(chosen.tensors(skeleton))
+    tensors = chosen.tensors(skeleton)
+    check_kinds(own, tensors, where)
+    own.update(tensors)
     for name, tensor in own.items():
         floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
         if floating and not bool(tensor.isfinite().all()):

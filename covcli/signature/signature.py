@@ -202,7 +202,7 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
         _check(signature, calibration)
         record = Record.from_dict(metadata["record"], len(signature.classes))
         record = record.known_to(signature.fingerprint)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CovcliError(f"does not hold together ({error!r})", where=path) from None
     return signature, calibration, record
 
@@ -229,6 +229,10 @@ def _check(signature: Signature, calibration: Calibration) -> None:
     if tensors != dict(expected) or len(signature.classes) != signature.model.classes:
         raise ValueError("tensors of other shapes than the points and classes ask for")
     combination = calibration.combination
+    numbers = [getattr(combination, name) for name in COMBINATION]
+    numbers += [calibration.scores, calibration.softmax]
+    if not all(t.dtype == torch.float64 and bool(t.isfinite().all()) for t in numbers):
+        raise ValueError("a calibration that is not finite")
     columns, experts = signature.columns, len(combination.weights)
     shapes = [(columns,), (columns,), (experts, columns), (1 + experts,), (1 + experts,)]
     if [tuple(getattr(combination, name).shape) for name in COMBINATION] != shapes:
@@ -248,10 +252,6 @@ def _check(signature: Signature, calibration: Calibration) -> None:
         raise ValueError("other calibration images than scores")
     if wrong is not None and (wrong.dtype != torch.bool or wrong.shape != scores.shape):
         raise ValueError("calibration answers of another shape or type than the scores")
-    numbers = [getattr(combination, name) for name in COMBINATION]
-    numbers += [calibration.scores, calibration.softmax]
-    if not all(t.dtype == torch.float64 and bool(t.isfinite().all()) for t in numbers):
-        raise ValueError("a calibration that is not finite")
     if bool((combination.scale <= 0).any() | (combination.spread <= 0).any()):
         raise ValueError("a calibration without scale")
     if not math.isfinite(combination.floor) or bool((combination.weights < 0).any()):
