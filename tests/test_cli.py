@@ -206,7 +206,7 @@ def bad_commands(run: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "missing npz": ([*train, "npz:/no/such"], "no such file"),
         "empty folder": ([*train, f"folder:{tmp_path}/empty"], "holds no image"),
         "unwritable": (["train", "--trusted", "digits", "--model", "tiny", "--runs", "/proc/none"],
-                       "cannot be made"),
+                       "cannot be created"),
         "no network": ([*train, "cifar10", "--data-dir", str(tmp_path)], "could not be downloaded"),
         "plugin": ([*train, "digits", "--plugin", "/no.py"], "no such file"),
         "no checkpoint": ([*sign, "/no.pt"], "no such file"),

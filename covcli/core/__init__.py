@@ -1,1 +1,1 @@
-"""The ground floor: errors, specifications, files, ranks, progress. No coverage here."""
+"""The lowest layer: errors, specifications, files, ranks and progress. Nothing about coverage."""

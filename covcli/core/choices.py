@@ -1,4 +1,4 @@
-"""What settings may be chosen from, in a module that needs no torch: the command line reads it."""
+"""The allowed values of settings. The command line imports this module, so it needs no torch."""
 
 from typing import Annotated, Literal, TypeAlias, get_args
 
@@ -6,11 +6,11 @@ from annotated_types import Interval
 
 # How activations become neurons: a channel's mean and maximum, or every position.
 GranularityChoice: TypeAlias = Literal["channel", "unit"]
-# In which sense a false-alarm rate is kept; see `covcli.signature.guarantee.Guarantee`.
+# The kinds of guarantee for a false-alarm rate; see `covcli.signature.guarantee.Guarantee`.
 Mode: TypeAlias = Literal["marginal", "by-class", "certified", "certified-overall"]
 # Whether to compute in bfloat16: never, always, or where that measures faster.
 AmpMode: TypeAlias = Literal["off", "bf16", "auto"]
-# How training images are changed; "auto" goes by the data.
+# How training images are augmented; "auto" chooses by the data set.
 Augmentation: TypeAlias = Literal["none", "crop", "crop-flip"]
 AugmentationChoice: TypeAlias = Literal["auto", Augmentation]
 # What `covcli list` lists.

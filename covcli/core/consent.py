@@ -1,4 +1,4 @@
-"""Questions that only the user may answer: asked on a terminal, and taken for a no elsewhere."""
+"""Yes-or-no questions to the user. Without a terminal, the answer is no."""
 
 import os
 import sys
@@ -6,21 +6,21 @@ import sys
 from covcli.core.errors import one_line
 
 _may_ask = False
-_answers: dict[str, bool] = {}  # nobody is asked twice
+_answers: dict[str, bool] = {}  # so that no question is asked twice
 
 
 def ask_on_terminals() -> None:
-    """Let `agrees` ask, as a command may; a program that uses the library is never stopped."""
+    """Allow `agrees` to ask. Commands call this; a program that uses the library never waits."""
     global _may_ask
     _may_ask = True
 
 
 def agrees(question: str) -> bool:
-    """Return whether the user says yes; without a terminal, or among ranks, it is a no."""
+    """Return whether the user answers yes; False without a terminal or with several ranks."""
     if question in _answers:
         return _answers[question]
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if not (_may_ask and alone and sys.stdin.isatty() and sys.stderr.isatty()):
+    only_rank = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if not (_may_ask and only_rank and sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     sys.stderr.write(f"{one_line(question)} [y/N] ")
     sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""Ranks: the processes of one run under torchrun, each with its share of the batches.
+"""Ranks: the processes of one run under torchrun. Each processes a share of the batches.
 
-Every rank runs the same program and ends with the same results; only the first one writes and
-prints. Started without torchrun a process is the only rank, and nothing here communicates.
+All ranks run the same program and compute the same results. Only the first rank writes files and
+prints. Without torchrun there is one rank, and no function here communicates.
 """
 
 import os
@@ -21,29 +21,29 @@ from torch.nn.parallel import DistributedDataParallel
 from covcli.core.signals import Interrupted
 
 T = TypeVar("T")
-# One rank may work while the others wait: on an attack that is a single batch, for instance.
+# A rank may wait this long for the others, for example while one of them attacks a single batch.
 PATIENCE = timedelta(hours=6)
-# How long a failed rank waits to hear whether the first one fails alike, and speaks for all.
+# A failed rank waits this long for the error of the first rank, so that one error is printed once.
 SECONDS_TO_HEAR = 2.0
 CONTACT = "lost contact with another rank, which torchrun names"
 
 
 class Store(Protocol):
-    """Where ranks leave word for each other, also while one of them is failing."""
+    """A key-value store that all ranks can read and write, even while one of them fails."""
 
     def set(self, key: str, value: str) -> None:
-        """Leave a word."""
+        """Store a value."""
 
     def get(self, key: str) -> bytes:
-        """Return a word."""
+        """Return a stored value."""
 
     def check(self, keys: list[str]) -> bool:
-        """Return whether all those words have been left."""
+        """Return whether values are stored under all those keys."""
 
 
 @dataclass(frozen=True)
 class Team:
-    """The place of a process among the ranks of its run."""
+    """The rank of this process, the number of ranks, and their store."""
 
     rank: int = 0
     size: int = 1
@@ -54,13 +54,12 @@ _team = Team()
 
 
 def start(device: str) -> None:
-    """Join the other ranks if torchrun has started this process beside others.
+    """Join the other ranks if torchrun started several processes.
 
     Parameters
     ----------
     device
-        The name of the device that will compute: tensors on CUDA are reduced by nccl, all others
-        by gloo.
+        The name of the device that will compute. CUDA tensors are reduced by nccl, others by gloo.
     """
     global _team
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _team.size > 1:
@@ -72,7 +71,7 @@ def start(device: str) -> None:
 
 
 def stop() -> None:
-    """Leave the other ranks, once the work is done."""
+    """Leave the process group when the work is done."""
     global _team
     if _team.size > 1:
         dist.destroy_process_group()
@@ -84,23 +83,23 @@ def _is_cuda(device: str) -> bool:
 
 
 def rank() -> int:
-    """Return which rank this process is, from 0 on."""
+    """Return this process's rank, counted from 0."""
     return _team.rank
 
 
 def size() -> int:
-    """Return how many ranks there are."""
+    """Return the number of ranks."""
     return _team.size
 
 
 def is_first() -> bool:
-    """Return whether this is the rank that writes and prints."""
+    """Return whether this is the first rank, which writes files and prints."""
     return _team.rank == 0
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Do the block's work as a whole on every rank, as if each were the only one."""
+    """Run the block on every rank as if it were the only one: the work is not shared."""
     global _team
     team, _team = _team, Team()
     try:
@@ -111,7 +110,7 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Let one rank of each machine run the block before the others: what it fetches, they find."""
+    """Run the block first on one rank of each machine, so that the others reuse its downloads."""
     late = int(os.environ.get("LOCAL_RANK", "0")) > 0
     if late:
         highest(0)
@@ -121,14 +120,14 @@ def one_at_a_time() -> Iterator[None]:
 
 
 def share(parts: Sequence[T]) -> list[T]:
-    """Return this rank's share of the parts: disjoint from the others', none twice."""
+    """Return this rank's share of the parts. The shares of all ranks are disjoint."""
     return list(parts[_team.rank :: _team.size])
 
 
 def reduce(tensors: Mapping[str, Tensor], reductions: Mapping[str, str]) -> None:
-    """Reduce each tensor over the ranks, in place, as declared: by sum, min or max.
+    """Reduce each tensor over the ranks, in place, by its declared reduction: sum, min or max.
 
-    What is declared "same" is so already, since every rank made it from reduced tensors.
+    A tensor declared "same" is left alone: every rank computed it from reduced tensors.
     """
     if _team.size == 1:
         return
@@ -138,21 +137,21 @@ def reduce(tensors: Mapping[str, Tensor], reductions: Mapping[str, str]) -> None
             dist.all_reduce(tensors[name], operations[reductions[name]])
 
 
-def collect(found: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Put together what all ranks have found, in the order of the set.
+def collect(batches: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Concatenate the results of all ranks, in the order of the set.
 
     Parameters
     ----------
-    found
-        For each batch of this rank its rows, ascending and one after another, and tensors with
-        one entry a row. Some rank must have a batch.
+    batches
+        For each batch of this rank: its row numbers (consecutive, ascending), then tensors with
+        one entry per row. At least one rank must have a batch.
 
     Returns
     -------
     tuple of Tensor
         Those tensors over the whole set, on the CPU; the same on every rank.
     """
-    mine = [tuple(column.cpu() for column in part) for part in found]
+    mine = [tuple(column.cpu() for column in part) for part in batches]
     every = mine
     if _team.size > 1:
         gathered: list[Any] = [None] * _team.size
@@ -163,24 +162,24 @@ def collect(found: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 def agree(value: T) -> T:
-    """Return what the first rank passes, on every rank."""
+    """Return the first rank's value on every rank."""
     if _team.size == 1:
         return value
-    held = [value]
-    dist.broadcast_object_list(held, 0)
-    return held[0]
+    values = [value]
+    dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def part(batch: Tensor) -> Tensor:
-    """Return this rank's part of a batch of which every rank takes about as many rows."""
+    """Return this rank's part of a batch that is split about evenly over the ranks."""
     return batch.tensor_split(_team.size)[_team.rank]
 
 
 def highest(number: int) -> int:
-    """Return the highest of the numbers that the ranks pass; all of them meet here."""
-    found = torch.tensor(number)
-    reduce({"": found}, {"": "max"})
-    return int(found)
+    """Return the maximum of a number over the ranks; every rank must call it."""
+    maximum = torch.tensor(number)
+    reduce({"": maximum}, {"": "max"})
+    return int(maximum)
 
 
 def total(sums: Tensor) -> Tensor:
@@ -191,11 +190,11 @@ def total(sums: Tensor) -> Tensor:
 
 
 def train_together(model: nn.Module) -> nn.Module:
-    """Return the network as all ranks train it: gradients are averaged over them.
+    """Return the network wrapped so that gradients are averaged over the ranks.
 
-    Weights may go unused, as in an auxiliary head. Expecting that also keeps torch from grouping
-    the gradients anew after the first step, by which a resumed run would round otherwise than one
-    that was not interrupted.
+    Weights may be unused, as in an auxiliary head. `find_unused_parameters` also stops torch from
+    regrouping gradients after the first step. Regrouping would change the rounding, and a resumed
+    run would differ from an uninterrupted one.
     """
     if _team.size == 1:
         return model
@@ -203,17 +202,17 @@ def train_together(model: nn.Module) -> nn.Module:
 
 
 def take_over_buffers(model: nn.Module) -> None:
-    """Give every rank the first one's running statistics, which each has collected for itself."""
+    """Copy the first rank's running statistics to all ranks; each rank collected its own."""
     if _team.size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def worded(error: BaseException, message: str) -> str:
-    """Word a failure for stderr so that each is read once, with its rank; "" to keep silent.
+    """Return the error message to print on stderr, with the rank; "" to print nothing.
 
-    The first rank speaks for what fails everywhere. What fails after another rank has failed in
-    another way is taken for a consequence, and left to that rank to tell.
+    An error that all ranks raise is printed by the first rank only. If another rank failed earlier
+    with a different error, this one is treated as its consequence and not printed.
     """
     team = _team
     if team.size == 1 or team.store is None:
@@ -224,7 +223,7 @@ def worded(error: BaseException, message: str) -> str:
     try:
         if _lost_contact(error):
             known = _heard(team.store, others)
-            time.sleep(SECONDS_TO_HEAR)  # so that torchrun finds the rank first that failed first
+            time.sleep(SECONDS_TO_HEAR)  # so that torchrun reports the rank that failed first
             return "" if known else f"error: {_named(CONTACT)}"
         before = _heard(team.store, others, seconds=0)
         team.store.set(_key(team.rank), message)
@@ -233,7 +232,7 @@ def worded(error: BaseException, message: str) -> str:
             return ""
         if team.rank and _heard(team.store, [0]) == message:
             return ""
-    except RuntimeError:  # the store has ended with the rank that kept it
+    except RuntimeError:  # the rank that held the store has ended
         pass
     kind, _, text = message.partition(": ")
     return f"{kind}: {_named(text)}" if team.rank else message
@@ -251,7 +250,7 @@ def _lost_contact(error: BaseException) -> bool:
 
 
 def _heard(store: Store, ranks: list[int], seconds: float = SECONDS_TO_HEAR) -> str | None:
-    """Return the word of the first of these ranks to fail, if one does within some seconds."""
+    """Return the error of the first of these ranks that fails within `seconds`, or None."""
     end = time.monotonic() + seconds
     while True:
         for other in ranks:

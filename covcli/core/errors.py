@@ -1,10 +1,10 @@
-"""The one kind of error that a user is meant to read, and how a command ends."""
+"""CovcliError, the error that is shown to users, and the exit codes of commands."""
 
 from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What a command's exit code says."""
+    """The exit codes of commands."""
 
     DONE = 0
     GATE_FAILED = 1
@@ -22,9 +22,9 @@ class CovcliError(Exception):
     what
         What is wrong.
     where
-        The file, option or value that it is wrong with.
+        The file, option or value that is wrong.
     fix
-        What the user can do about it.
+        How the user can correct it.
 
     Examples
     --------
@@ -40,7 +40,7 @@ class CovcliError(Exception):
 
 
 def one_line(text: str) -> str:
-    r"""Fold white space and spell out control characters, so that no name reaches a terminal raw.
+    r"""Collapse white space and escape control characters, so that a terminal cannot be confused.
 
     Examples
     --------
@@ -52,7 +52,7 @@ def one_line(text: str) -> str:
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Return whether memory is exhausted, which torch and others tell in their own ways."""
+    """Return whether an error means that memory is exhausted; libraries report it differently."""
     return isinstance(error, MemoryError) or any(
         sign in str(error) for sign in ("out of memory", "allocate memory")
     )

@@ -1,4 +1,4 @@
-"""Looks at files from strangers, before anything reads them, for claims that do not hold."""
+"""Checks of untrusted files before they are parsed: sizes and headers must match the content."""
 
 import ast
 import gzip
@@ -22,7 +22,7 @@ LARGEST_JSON = 256 << 20
 def check_torch_archive(file: IO[bytes], path: Path) -> None:
     """Raise a CovcliError unless a file is a ZIP archive as torch.save writes it.
 
-    Every entry is stored as it is, none stands twice, and none claims more than the file holds.
+    Every entry must be uncompressed, occur once, and be no larger than the file.
     """
     size = os.fstat(file.fileno()).st_size
     with reading(path, "is not a PyTorch checkpoint"), zipfile.ZipFile(file) as archive:
@@ -39,24 +39,33 @@ def check_torch_archive(file: IO[bytes], path: Path) -> None:
 def read_npz(
     path: Path, names: Collection[str] | None = None, *, inside: Path | None = None
 ) -> dict[str, np.ndarray]:
-    """Read the arrays of a NumPy archive, or those of them that are named, without objects.
+    """Read the arrays of a NumPy archive; arrays of Python objects are refused.
 
-    Each array must be as large as its header claims; together they may unpack to 64 MB, or to
-    50 times the file's size.
+    Each array must be as large as its header claims. The unpacked size may be at most 64 MB or 50
+    times the file's size, whichever is larger.
 
     Parameters
     ----------
     path
         The archive.
     names
-        The arrays to read of those that it holds; None reads all.
+        The arrays to read, of those present; None reads all.
     inside
-        A folder that no link may lead out of.
+        A folder that the path, with links followed, must not leave.
 
     Raises
     ------
     CovcliError
-        If the file cannot be read, is no such archive, or claims what it does not hold.
+        If the file cannot be read, is no NumPy archive, or has a header that does not match its
+        content.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> np.savez("x.npz", images=np.zeros((2, 8, 8), np.uint8))
+    >>> read_npz(Path("x.npz"))["images"].shape
+    (2, 8, 8)
     """
     complaint = "cannot be read as a NumPy archive"
     with reading(path, complaint), open_regular(path, inside=inside) as file:
@@ -82,7 +91,7 @@ def _check_npz(file: IO[bytes], path: Path) -> None:
 
 
 def _header_holds(file: IO[bytes], size: int) -> bool:
-    """Return whether an array's header names a plain type, and the bytes that follow it."""
+    """Return whether a header has a plain type and matches the number of bytes after it."""
     with file:
         start = file.read(8)
         if start[:6] != b"\x93NUMPY" or start[6] not in (1, 2, 3):
@@ -104,7 +113,7 @@ def _header_holds(file: IO[bytes], size: int) -> bool:
 
 
 def read_gzip(path: Path, *, inside: Path | None = None) -> bytes:
-    """Unpack a gzip file, at most 64 MB or 50 times its size; else it is a CovcliError."""
+    """Unpack a gzip file; one that is damaged or unpacks to too much raises a CovcliError."""
     complaint = "cannot be read as gzip: cut short, or a bomb"
     with reading(path, complaint), open_regular(path, inside=inside) as file:
         limit = allowance(os.fstat(file.fileno()).st_size)
@@ -116,7 +125,7 @@ def read_gzip(path: Path, *, inside: Path | None = None) -> bytes:
 
 
 def read_text(path: Path, *, inside: Path | None = None) -> bytes:
-    """Return the bytes of a document, at most 256 MB; what is no such file is a CovcliError."""
+    """Return the bytes of a document of at most 256 MB; otherwise raise a CovcliError."""
     with reading(path, "cannot be read"), open_regular(path, inside=inside) as file:
         content: bytes = file.read(LARGEST_JSON + 1)
     if len(content) > LARGEST_JSON:
@@ -125,7 +134,7 @@ def read_text(path: Path, *, inside: Path | None = None) -> bytes:
 
 
 def safetensors_metadata(content: bytes) -> dict[str, str]:
-    """Return what a safetensors file says of itself; a header that is not sound is a ValueError."""
+    """Return the metadata of a safetensors file; raise a ValueError for a malformed header."""
     if len(content) < 8:
         raise ValueError("no header")
     header = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -136,16 +145,16 @@ def safetensors_metadata(content: bytes) -> dict[str, str]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON; a key that stands twice, or a number that is none, is a ValueError."""
+    """Parse JSON; raise a ValueError for a repeated key, NaN or infinity."""
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON number")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            raise ValueError("a key stands twice")
-        return made
+        document = dict(pairs)
+        if len(document) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return document
 
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)

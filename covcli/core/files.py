@@ -1,4 +1,4 @@
-"""Files: whole or not at all, versioned, checked when read, never unpickled."""
+"""Files: written atomically, versioned, checked when read, never unpickled."""
 
 import contextlib
 import glob
@@ -26,12 +26,12 @@ from covcli.core.weights_only import load_weights_only
 
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` that takes its name once it is whole and on disk.
+    """Open a temporary file that is renamed to `path` once it is complete and on disk.
 
     Raises
     ------
     CovcliError
-        If the file cannot be written; what stood at `path` before is untouched.
+        If the file cannot be written; a previous file at `path` is unchanged.
 
     Examples
     --------
@@ -64,7 +64,7 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _open_to_others(file: IO[bytes]) -> None:
-    """Give a file, which mkstemp makes private, the permissions of any new file."""
+    """Give the private file of mkstemp the permissions that a new file usually has."""
     umask = os.umask(0)
     os.umask(umask)
     if hasattr(os, "fchmod"):
@@ -72,7 +72,7 @@ def _open_to_others(file: IO[bytes]) -> None:
 
 
 def try_lock(file: IO[bytes]) -> bool:
-    """Lock a file until it is closed; return False if another process holds it."""
+    """Lock a file until it is closed; return False if another process has locked it."""
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
@@ -85,7 +85,7 @@ def try_lock(file: IO[bytes]) -> bool:
 
 
 def _clear_leftovers(path: Path) -> None:
-    """Remove temporary files for `path` whose writer died: nobody holds their lock."""
+    """Remove temporary files for `path` whose writer died: they are no longer locked."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError, CovcliError), open_own(leftover) as file:
             if try_lock(file):
@@ -114,10 +114,10 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 
 
 def publish(contents: Mapping[Path, bytes]) -> None:
-    """Write files that belong together: once all are on disk they take their names, in order.
+    """Write files that belong together: once all are on disk, they are renamed in order.
 
-    A process that is killed between two names leaves a mixture, which whoever reads the files has
-    to notice: name the one that vouches for the others last.
+    A process that is killed between two renames leaves a mixture of old and new files. The reader
+    must detect it, so put the file that holds the digests of the others last.
     """
     with contextlib.ExitStack() as stack:  # left in the reverse order
         for path, content in reversed(list(contents.items())):
@@ -128,7 +128,7 @@ def publish(contents: Mapping[Path, bytes]) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document atomically; a NaN or infinity in it is a ValueError.
+    """Write a JSON document atomically; raise a ValueError for NaN or infinity.
 
     Examples
     --------
@@ -141,7 +141,7 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def pack_json(document: Any) -> bytes:
-    """Return the bytes of a JSON document; a NaN or infinity in it is a ValueError."""
+    """Return the bytes of a JSON document; raise a ValueError for NaN or infinity."""
     return (json.dumps(document, indent=2, allow_nan=False) + "\n").encode()
 
 
@@ -151,7 +151,7 @@ def write_pickle(path: Path, document: Any) -> None:
 
 
 def read_json(path: Path, *, inside: Path | None = None) -> Any:
-    """Read a JSON document; a missing or broken one is a CovcliError.
+    """Read a JSON document; raise a CovcliError if it is missing or malformed.
 
     Examples
     --------
@@ -211,18 +211,18 @@ def digest(content: Any) -> str:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of PyTorch file of our own: plain values and tensors, with a digest of all of it.
+    """A PyTorch file format of covcli: plain values and tensors, with a digest of the content.
 
     Attributes
     ----------
     name
-        What the file says that it is: "covcli" and the kind.
+        The format's name in the file: "covcli" and the kind.
     schema
-        The version of what it holds.
+        The version of the content.
     keys
-        Of its content; a file that lacks one is refused.
+        Required keys of the content; a file that lacks one is refused.
     sealed
-        Whether this user's covcli must know again that the file is its own.
+        Whether the file carries a seal by which this user's covcli recognises its own files.
 
     Examples
     --------
@@ -239,7 +239,7 @@ class Format:
     sealed: bool = False
 
     def save(self, path: Path, content: Mapping[str, Any]) -> None:
-        """Write a file of this format, whole or not at all."""
+        """Write a file of this format atomically."""
         document = {
             "format": self.name, "schema": self.schema, "digest": digest(content),
             "content": content,
@@ -251,7 +251,7 @@ class Format:
         write_bytes(path, buffer.getbuffer())
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises
         ------
@@ -261,13 +261,13 @@ class Format:
         return self.content(path, load_weights_only(path))
 
     def load_own(self, path: Path) -> tuple[dict[str, Any], bool]:
-        """Read a sealed file as `load` does; return also whether this user's covcli wrote it."""
+        """Read a sealed file; return its content and whether this user's covcli wrote it."""
         document = load_weights_only(path)
         content = self.content(path, document)
         return content, state.holds(document.get("seal"), self.name, str(document["digest"]))
 
     def content(self, path: Path, document: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the content of what was read of a file already; the errors are those of `load`."""
+        """Return the content of a document already read from a file; raises as `load` does."""
         if document.get("format") != self.name:
             raise CovcliError(f"is no {self.name.removeprefix('covcli ')}", where=path)
         if document.get("schema") != self.schema:
@@ -284,7 +284,7 @@ class Format:
 
 
 def plain(value: Any) -> Any:
-    """Turn NumPy numbers and arrays, paths and tuples into what JSON knows; a NaN into None.
+    """Convert NumPy values, tensors, paths and tuples to JSON types; NaN and infinity to None.
 
     Examples
     --------
@@ -306,11 +306,11 @@ def plain(value: Any) -> Any:
 
 
 def digest_bytes(content: bytes) -> str:
-    """Return the digest of a file's content, in hexadecimal."""
+    """Return the SHA-256 of some bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 def digest_file(path: Path) -> str:
-    """Return the digest of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with reading(path, "cannot be read"), open_regular(path) as file:
         return str(hashlib.file_digest(file, hashlib.sha256).hexdigest())

@@ -1,7 +1,7 @@
-"""How files are opened: once, regular files only, and for writing never through a planted link.
+"""Safe opening of files: each is opened once, must be regular, and is not written through a link.
 
-A pipe, a device or a socket in the place of a file would block, or never end. A link in the place
-of a file that covcli writes would lead to a victim's file.
+Reading a pipe, a device or a socket could block or never end. Writing through a link that an
+attacker planted could overwrite another file.
 """
 
 import os
@@ -16,19 +16,19 @@ from covcli.core.errors import CovcliError, is_memory_error
 
 
 class IrregularError(CovcliError):
-    """A pipe, a device, a socket or a folder in the place of a file."""
+    """A pipe, a device, a socket or a folder was given as a file."""
 
 
-# A file may claim to be this large; a larger one at most so many times as large as what it stores.
+# A file may always unpack to this many bytes, and a larger one to this many times its size.
 ALWAYS_ALLOWED = 64 << 20
 MOST_TIMES_LARGER = 50
-# Without O_NONBLOCK the opening of a pipe that nobody writes to would wait for ever.
+# Without O_NONBLOCK, opening a pipe without a writer would block for ever.
 _CAREFUL = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOCTTY", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
 def allowance(size: int) -> int:
-    """Return how many bytes a file of so many bytes may unpack to."""
+    """Return the maximum unpacked size, in bytes, of a file of `size` bytes."""
     return max(ALWAYS_ALLOWED, MOST_TIMES_LARGER * size)
 
 
@@ -86,21 +86,21 @@ def _followed(path: Path) -> Iterator[None]:
 
 
 def open_regular(path: Path, *, inside: Path | None = None) -> BufferedReader:
-    """Open a regular file to read.
+    """Open a regular file for reading.
 
     Parameters
     ----------
     path
         The file.
     inside
-        A folder that no link may lead out of.
+        A folder that the path, with links followed, must not leave.
 
     Raises
     ------
     IrregularError
         If it is a pipe, a device, a socket or a folder.
     CovcliError
-        If it claims to be far larger than what the disk holds of it, or lies outside.
+        If it is sparse and its size far exceeds its disk blocks, or it lies outside `inside`.
     OSError
         If it cannot be opened.
     """
@@ -108,11 +108,11 @@ def open_regular(path: Path, *, inside: Path | None = None) -> BufferedReader:
         raise CovcliError("is a link that leaves its folder", where=path)
     handle = os.open(path, os.O_RDONLY | _CAREFUL)
     try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
             raise IrregularError("is no regular file", where=path)
-        held = 512 * getattr(found, "st_blocks", 0)  # 0 where the file system does not tell
-        if held and found.st_size > allowance(held):
+        held = 512 * getattr(status, "st_blocks", 0)  # 0 where the file system does not report it
+        if held and status.st_size > allowance(held):
             raise CovcliError("claims to be far larger than it is", where=path)
         return os.fdopen(handle, "rb")
     except BaseException:
@@ -121,12 +121,12 @@ def open_regular(path: Path, *, inside: Path | None = None) -> BufferedReader:
 
 
 def open_own(path: Path) -> BufferedWriter:
-    """Open a file of covcli's own to append to, or make it; a link in its place is refused.
+    """Open one of covcli's own files for appending, creating it if needed; refuse a link.
 
     Raises
     ------
     CovcliError
-        If something else than a regular file is in its place, or it cannot be opened.
+        If the path is not a regular file, or cannot be opened.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _CAREFUL | _NO_LINK
     try:
@@ -140,13 +140,13 @@ def open_own(path: Path) -> BufferedWriter:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise a CovcliError if a file to be written would take the place of what is no file.
+    """Raise a CovcliError if writing a file would replace something that is not a file.
 
-    A link is replaced itself, and what it leads to stays as it is.
+    A link itself is replaced; its target is unchanged.
     """
     try:
         mode = path.lstat().st_mode
-    except OSError:  # nothing there, or no way to it: writing will tell
+    except OSError:  # missing or unreachable: writing reports it
         return
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
         raise CovcliError("is no regular file and is not replaced", where=path)
@@ -160,19 +160,19 @@ def check_within(folder: Path, path: Path) -> None:
 
 @contextmanager
 def reading(path: Path, complaint: str, fix: str | None = None) -> Iterator[None]:
-    """Turn what is raised while a file is opened and parsed into a CovcliError of one line.
+    """Convert any error raised while a file is opened and parsed to a one-line CovcliError.
 
-    Parsers of other libraries raise dozens of kinds of errors on hostile bytes. Signals and
-    exhausted memory are none of them and pass.
+    Libraries raise dozens of error types on malformed bytes. Signals and exhausted memory are
+    passed on.
 
     Parameters
     ----------
     path
         The file.
     complaint
-        What is wrong if it was opened but not understood.
+        The message if the file was opened but could not be parsed.
     fix
-        What the user can do then.
+        How the user can correct that.
     """
     try:
         yield

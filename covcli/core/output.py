@@ -1,8 +1,8 @@
-"""Standard output belongs to covcli's results: no library, plugin or child process writes there.
+"""Standard output is reserved for covcli's results: libraries, plugins and children cannot use it.
 
-A result may be the input of another program (`covcli build-signature "$(covcli train …)"`), so a
-line that something else prints could choose what that program does. The process keeps its stdout
-as a private copy, which children do not inherit; descriptor 1 leads to stderr.
+A result may be the input of another program (`covcli build-signature "$(covcli train …)"`), so an
+unrelated line on stdout could change what that program does. The process keeps stdout as a private
+descriptor that children do not inherit, and redirects descriptor 1 to stderr.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import TextIO
 
 
 class _Tolerant(io.RawIOBase):
-    """A descriptor whose failure is remembered and not raised: work goes on without its reader."""
+    """A descriptor that records a write error instead of raising it: work continues."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -33,16 +33,16 @@ class _Tolerant(io.RawIOBase):
         return self._descriptor
 
     def isatty(self) -> bool:
-        """Return whether the descriptor leads to a terminal."""
+        """Return whether the descriptor is a terminal."""
         return os.isatty(self._descriptor)
 
     def write(self, content: "bytes | bytearray | memoryview") -> int:  # type: ignore[override]
-        """Write all of it, or drop what a broken descriptor does not take."""
+        """Write all of the content; drop the rest if the descriptor fails."""
         left = memoryview(content)
         while left and self.failure is None:
             try:
                 left = left[os.write(self._descriptor, left) :]
-            except BlockingIOError:  # a caller made it so; the reader is slow
+            except BlockingIOError:  # non-blocking, and the reader is slow
                 select.select([], [self._descriptor], [])
             except OSError as error:
                 self.failure = error
@@ -54,9 +54,9 @@ _raw: _Tolerant | None = None
 
 
 def keep() -> None:
-    """Keep stdout for results from here on; the process's boundary calls it once, first of all.
+    """Reserve stdout for results. The command line calls this once, before anything else.
 
-    Where a program has put another object in the place of `sys.stdout`, that object is kept.
+    If `sys.stdout` was replaced by another object, that object is kept.
     """
     global _kept, _raw
     _fill_standard_descriptors()
@@ -72,7 +72,7 @@ def keep() -> None:
 
 
 def _text(raw: _Tolerant, encoding: str, errors: str) -> TextIO:
-    """Return a stream whose every character can be written, as another one if need be."""
+    """Return a text stream that replaces characters that its encoding lacks."""
     return io.TextIOWrapper(
         io.BufferedWriter(raw),  # type: ignore[type-var]
         encoding=encoding, errors=errors, line_buffering=raw.isatty() or raw.fileno() == 2,
@@ -80,7 +80,7 @@ def _text(raw: _Tolerant, encoding: str, errors: str) -> TextIO:
 
 
 def _fill_standard_descriptors() -> None:
-    """Open what the caller closed (`>&-`): the next file to be opened would stand in its place."""
+    """Reopen closed standard descriptors (`>&-`), so that no other file gets their numbers."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
@@ -97,18 +97,18 @@ def _fill_standard_descriptors() -> None:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Send what anybody prints during the block to stderr; results alone reach stdout."""
+    """Redirect everything printed to `sys.stdout` during the block to stderr."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def results() -> TextIO:
-    """Return where results are written: what `keep` kept, or else `sys.stdout`."""
+    """Return the stream for results: the one that `keep` reserved, or `sys.stdout`."""
     return _kept or sys.stdout
 
 
 def write_path(path: Path) -> None:
-    """Write a path in a line of its own, as the file system knows it whatever stdout encodes."""
+    """Write a path on its own line, in the file system's bytes whatever stdout's encoding."""
     stream = results()
     if stream.isatty() or not hasattr(stream, "buffer"):
         shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
@@ -119,7 +119,7 @@ def write_path(path: Path) -> None:
 
 
 def finish() -> str | None:
-    """Write out what is buffered; return why results are lost, if not by the reader's choice."""
+    """Flush stdout; return the reason if results were lost, unless the reader closed the pipe."""
     global _kept
     stream, _kept = results(), None
     failure = None

@@ -1,4 +1,4 @@
-"""What long work tells the shell while it runs; the library itself prints nothing."""
+"""Progress of long work, shown by the command line; the library itself prints nothing."""
 
 import logging
 import sys
@@ -30,25 +30,25 @@ LINE_EVERY_SECONDS = 30.0
 
 
 class Progress(Protocol):
-    """Receives the start, the steps and the end of one long piece of work after another."""
+    """Receives progress. Tasks run one after another: a `start` ends the previous task."""
 
     def start(self, title: str, total: int) -> None:
-        """Begin a piece of work of `total` images."""
+        """Begin a task of `total` images."""
 
     def advance(self, images: int) -> None:
-        """Count images that are done."""
+        """Report that this many more images are done."""
 
     def note(self, line: str) -> None:
         """Report one line of results."""
 
 
 class Silent:
-    """Tells nobody.
+    """Shows nothing.
 
     Examples
     --------
     >>> from covcli.core.progress import Silent
-    >>> Silent().note("nobody reads this")
+    >>> Silent().note("not shown")
     """
 
     def start(self, title: str, total: int) -> None:
@@ -62,7 +62,7 @@ class Silent:
 
 
 class _Throughput(ProgressColumn):
-    """Images a second."""
+    """Images per second."""
 
     def render(self, task: Task) -> Text:
         """Return the speed, or nothing before it is known."""
@@ -70,7 +70,7 @@ class _Throughput(ProgressColumn):
 
 
 class Bar:
-    """Progress on a terminal: one bar for the work at hand."""
+    """Progress on a terminal: one bar for the current task."""
 
     def __init__(self, console: Console) -> None:
         self._bar = rich_progress.Progress(
@@ -80,7 +80,7 @@ class Bar:
         self._task = self._bar.add_task("", total=None)
 
     def start(self, title: str, total: int) -> None:
-        """Begin a piece of work."""
+        """Begin a task."""
         self._bar.reset(self._task, description=one_line(title), total=total)
         self._bar.start()
 
@@ -93,24 +93,24 @@ class Bar:
         self._bar.console.print(Text(one_line(line)))
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.stop()
 
 
 class Lines:
-    """Progress in a log: a line every half minute at most, and notes."""
+    """Progress in a log: at most one line every 30 seconds, and the notes."""
 
     def __init__(self) -> None:
         self._title, self._total, self._done = "", 0, 0
         self._began = self._last = time.monotonic()
 
     def start(self, title: str, total: int) -> None:
-        """Begin a piece of work."""
+        """Begin a task."""
         self._title, self._total, self._done = one_line(title), total, 0
         self._began = self._last = time.monotonic()
 
     def advance(self, images: int) -> None:
-        """Count, and say so now and then."""
+        """Count images, and log the progress from time to time."""
         self._done += images
         now = time.monotonic()
         if now - self._last < LINE_EVERY_SECONDS:
@@ -132,7 +132,7 @@ class Lines:
 
 
 class Quiet(Lines):
-    """Only errors are printed."""
+    """Prints nothing but errors."""
 
     def note(self, line: str) -> None:
         """Do nothing."""
@@ -140,8 +140,8 @@ class Quiet(Lines):
 
 @contextmanager
 def reporter(quiet: bool) -> Iterator[Bar | Lines]:
-    """Yield what shows progress on stderr, and let the library's log lines through it."""
-    # rich would take FORCE_COLOR for a terminal, and draw a bar into a log.
+    """Yield an object that shows progress on stderr; the library's log is routed through it."""
+    # Without force_terminal, rich treats FORCE_COLOR as a terminal and draws a bar into a log.
     console = Console(stderr=True, highlight=False, force_terminal=sys.stderr.isatty())
     shown = Quiet() if quiet else Bar(console) if console.is_terminal else Lines()
     logger = logging.getLogger("covcli")
@@ -164,18 +164,18 @@ def reporter(quiet: bool) -> Iterator[Bar | Lines]:
 
 
 def working_on(subject: object) -> None:
-    """Say what this thread is working on, to name it in the warnings of libraries; or None."""
+    """Set what this thread is working on, for the warnings of libraries; None resets it."""
     _work.subject = subject
 
 
 def _log_warning(message: Warning | str, *_: object) -> None:
-    """Log a warning of a library: in one line, and not where covcli is told to be quiet."""
+    """Log a library's warning on one line; `--quiet` hides it."""
     subject = getattr(_work, "subject", None)
     log.warning("%s%s", "" if subject is None else f"{subject}: ", message)
 
 
 class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        """Keep names from reaching the terminal raw."""
+        """Return the record on one line, with control characters escaped."""
         text = one_line(record.getMessage())
         return f"{record.levelname.lower()}: {text}" if record.levelno > logging.INFO else text

@@ -1,4 +1,4 @@
-"""Run folders: `runs/<name>/`, one process at a time, and `runs/latest` at the newest."""
+"""Run folders, `runs/<name>/`: one process at a time, and `runs/latest` links to the newest."""
 
 import contextlib
 import glob
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 
 def new_run(runs: Path, name: str | None, stem: str) -> Path:
-    """Name a run folder that is to be made, `runs/<name>` or `runs/<stem>-<timestamp>`.
+    """Return the path of a new run folder, `runs/<name>` or `runs/<stem>-<timestamp>`.
 
-    It is made by `locked`, which looks again, so that of two runs under one name one is refused.
+    `locked` creates the folder and checks again, so that two runs cannot take the same name.
 
     Raises
     ------
     CovcliError
-        If the name is none, the folder holds a run already, or `runs/latest` is no link.
+        If the name is not valid, the folder holds a run already, or `runs/latest` is no link.
     """
     if name and (name in (".", "..", "latest") or Path(name).name != name):
         raise CovcliError("is not a name for a run", where=f"--name {name!r}")
@@ -36,31 +36,31 @@ def new_run(runs: Path, name: str | None, stem: str) -> Path:
 
 
 def _refuse_used(folder: Path) -> None:
-    """Raise a CovcliError unless a folder is missing, or holds no more than a killed run left."""
+    """Raise a CovcliError unless a folder is missing or holds only hidden leftovers."""
     try:
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise CovcliError("this run exists", where=folder, fix="choose another --name")
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise CovcliError(f"cannot be made ({error.strerror})", where=folder) from None
+        raise CovcliError(f"cannot be created ({error.strerror})", where=folder) from None
 
 
 @contextmanager
 def locked(folder: Path, new: bool = False) -> Iterator[None]:
-    """Hold a run folder during the block, and remove it after if nothing was written into it.
+    """Lock a run folder during the block; remove the folder afterwards if it stayed empty.
 
     Parameters
     ----------
     folder
-        The folder; it is made where it is missing.
+        The folder; it is created if it is missing.
     new
-        Whether no run may be in it.
+        Whether the folder must not hold a run yet.
 
     Raises
     ------
     CovcliError
-        If it cannot be made, another process holds it, or it holds a run where none may be.
+        If it cannot be created, another process has locked it, or it holds a run and `new` is set.
     """
     with _held(folder / ".lock", "run", folder, new):
         if new:
@@ -70,19 +70,20 @@ def locked(folder: Path, new: bool = False) -> Iterator[None]:
 
 @contextmanager
 def writing(file: Path, force: bool) -> Iterator[None]:
-    """Hold a file during the block that makes it: of two commands that make it one is refused.
+    """Lock an output file during the block: a second command that writes it is refused.
 
     Parameters
     ----------
     file
-        The file; its folder is made where it is missing.
+        The file; its folder is created if it is missing.
     force
-        Whether the file may be there already.
+        Whether an existing file may be overwritten.
 
     Raises
     ------
     CovcliError
-        If the file is there and may not, another process holds it, or its folder cannot be made.
+        If the file exists and `force` is False, another process has locked it, or its folder cannot
+        be created.
     """
     check_replaceable(file)
     with _held(file.with_name(f".{file.name}.lock"), "file", file):
@@ -92,25 +93,25 @@ def writing(file: Path, force: bool) -> Iterator[None]:
 
 @contextmanager
 def _held(lock: Path, kind: str, what: Path, new: bool = False) -> Iterator[None]:
-    """Hold a lock file during the block; folders that nothing came into go again."""
+    """Hold a lock file during the block; afterwards remove created folders that stayed empty."""
     folder = lock.parent
     passing = [f for f in (folder, *folder.parents) if not exists(f)] or [folder] * new
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CovcliError(f"cannot be made ({error.strerror})", where=folder) from None
+        raise CovcliError(f"cannot be created ({error.strerror})", where=folder) from None
     with _lock(lock, kind, what):
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # one holds something
-                for empty in passing:
+            with contextlib.suppress(OSError):  # one is not empty
+                for empty in created:
                     empty.rmdir()
 
 
 def _lock(path: Path, kind: str, what: Path) -> IO[bytes]:
-    """Return the locked file at a path; one that another process has locked is a CovcliError."""
+    """Return the locked file at a path; raise a CovcliError if another process has locked it."""
     while True:
         file = open_own(path)
         if not try_lock(file):
@@ -119,11 +120,11 @@ def _lock(path: Path, kind: str, what: Path) -> IO[bytes]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(path.lstat(), os.fstat(file.fileno())):
                 return file
-        file.close()  # its last holder has removed it: take the next one
+        file.close()  # its last holder has removed it: lock the new file
 
 
 def check_latest(runs: Path) -> None:
-    """Raise a CovcliError if something stands where the link to the newest run is to be."""
+    """Raise a CovcliError if `runs/latest` exists and is not a link."""
     link = runs / "latest"
     if exists(link) and not link.is_symlink():
         raise CovcliError(
@@ -132,26 +133,26 @@ def check_latest(runs: Path) -> None:
 
 
 def mark_latest(folder: Path) -> None:
-    """Point `runs/latest` at a run folder, atomically; warn where that cannot be done."""
+    """Let `runs/latest` link to a run folder, atomically; warn if that is not possible."""
     temporary = folder.parent / f".latest.{os.getpid()}"
     try:
         check_latest(folder.parent)
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name)
         temporary.replace(folder.parent / "latest")
-    except (CovcliError, OSError) as error:  # the run itself is whole
+    except (CovcliError, OSError) as error:  # the run itself is complete
         log.warning("runs/latest does not point at %s: %s", folder.name, error)
 
 
 def last_interrupted(runs: Path, paused: str) -> Path:
-    """Return the run that was saved last of those that wait to go on; none is a CovcliError.
+    """Return the most recently saved run that can be resumed; raise a CovcliError if none.
 
     Parameters
     ----------
     runs
         The folder of run folders.
     paused
-        The name of the file that a run waits with.
+        The name of the file that marks an interrupted run.
     """
     waiting = sorted(runs.glob(f"*/{glob.escape(paused)}"), key=lambda path: path.stat().st_mtime)
     for path in reversed(waiting):
@@ -170,12 +171,12 @@ def _is_held(lock: Path) -> bool:
 
 
 def newest_run(runs: Path) -> Path:
-    """Return the folder that `runs/latest` points at; without one it is a CovcliError.
+    """Return the folder that `runs/latest` links to; raise a CovcliError if there is none.
 
     Examples
     --------
     >>> from pathlib import Path
-    >>> newest_run(Path("runs"))  # where runs/latest leads
+    >>> newest_run(Path("runs"))
     PosixPath('runs/demo')
     """
     folder = runs / "latest"
@@ -196,5 +197,5 @@ def short(path: Path) -> Path:
 
 
 def timestamp() -> str:
-    """Return the local time as it stands in file names, to the microsecond."""
+    """Return the local time for file names, to the microsecond."""
     return datetime.now().strftime("%Y%m%d-%H%M%S-%f")

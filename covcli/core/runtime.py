@@ -1,4 +1,4 @@
-"""Where and how a run computes: device, threads, seed, and the record of all that."""
+"""The device, threads and seed of a run, and their record in results."""
 
 import os
 import platform
@@ -21,14 +21,14 @@ MOST_THREADS = 1024  # a library ends the process where it cannot start them
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" takes CUDA, then MPS, then the CPU.
+    """Return the device of a name; "auto" chooses CUDA, then MPS, then the CPU.
 
-    Under torchrun "cuda" is the GPU of this rank's number on its machine.
+    Under torchrun, "cuda" is the GPU with this process's local rank as its number.
 
     Raises
     ------
     CovcliError
-        If torch does not know the name, or the device is not there.
+        If torch does not know the name, or the device is not available.
 
     Examples
     --------
@@ -50,12 +50,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def configure(seed: int, threads: int) -> None:
-    """Seed every generator, set the number of threads (0 leaves it), ask for repeatable kernels."""
+    """Seed all generators, set the number of threads (0: unchanged), use deterministic kernels."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # That would also fill all new memory, for whoever reads what he never wrote. Nothing does here.
+    # This mode would also fill all new memory, which costs time. No code here reads memory that it
+    # has not written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if threads:
         torch.set_num_threads(threads)
@@ -63,7 +64,7 @@ def configure(seed: int, threads: int) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run a block in one thread: a matrix is factored in other roundings by several."""
+    """Run a block in one thread: the rounding of a matrix factorisation depends on the number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -74,7 +75,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run a block that draws from torch's global generator, from a seed, and restore it after.
+    """Seed torch's global generator for a block, and restore its state afterwards.
 
     Examples
     --------
@@ -90,7 +91,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def provenance(device: torch.device, seed: int) -> dict[str, Any]:
-    """Return what a result must say of its making: versions, command line, machine, seed, time.
+    """Return the provenance of a result: versions, command line, machine, seed and time.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""Checked settings and documents: types, bounds and choices, each said once, at its field.
+"""Validation of settings and documents: types, bounds and choices are declared once, at the field.
 
-A dataclass says what its fields may hold by their annotations: a type, a `Literal` of choices, or
-`Annotated[int, Interval(ge=1)]` for bounds. `settle` holds a configuration to them, however it
-came about; `read` builds a dataclass from a document that came from a file.
+The annotations of a dataclass declare the valid values: a type, a `Literal` of choices, or
+`Annotated[int, Interval(ge=1)]` for bounds. `settle` validates a configuration; `read` builds a
+dataclass from a document that was read from a file.
 """
 
 import math
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 Kind = TypeVar("Kind")
-# What pydantic says, and how it goes on after the name of an option or a field.
+# pydantic's messages, and their wording after the name of an option or a field.
 WORDING = {
     "Input should be less than inf": "must be finite",
     "Input should be": "must be",
@@ -30,15 +30,15 @@ WORDING = {
 
 @cache
 def _adapter(kind: Any) -> "TypeAdapter[Any]":
-    from pydantic import TypeAdapter  # only here: the command line's help does without
+    from pydantic import TypeAdapter  # imported late: the command line's help does not need it
 
     return TypeAdapter(kind)
 
 
 def settle(config: Any) -> None:
-    """Hold every field of a configuration to its annotation; called by its `__post_init__`.
+    """Validate every field of a configuration against its annotation; called by `__post_init__`.
 
-    What means the same is converted: a text to a path, a list to a tuple.
+    Equivalent values are converted: a string to a path, a list to a tuple.
 
     Parameters
     ----------
@@ -48,8 +48,8 @@ def settle(config: Any) -> None:
     Raises
     ------
     CovcliError
-        If a value has another type, lies outside its bounds or is not among the choices; it names
-        the option.
+        If a value has the wrong type, is out of bounds or is not among the choices. The message
+        names the option.
 
     Examples
     --------
@@ -80,7 +80,7 @@ def settle(config: Any) -> None:
 
 
 def bounds(config: type, name: str) -> str:
-    """Return the bounds of a dataclass's field in words; empty where it has none.
+    """Return the bounds of a dataclass's field in words; empty if it has none.
 
     Examples
     --------
@@ -88,22 +88,22 @@ def bounds(config: type, name: str) -> str:
     >>> bounds(TrainConfig, "calibration_split"), bounds(TrainConfig, "epochs")
     ('at least 0 and below 1', 'at least 1')
     """
-    found = []
+    words = []
     for interval in _intervals(get_type_hints(config, include_extras=True)[name]):
         ends = [("at least", interval.ge), ("above", interval.gt), ("at most", interval.le),
                 ("below", interval.lt)]  # fmt: skip
-        found += [f"{word} {end}" for word, end in ends if end not in (None, math.inf)]
-    return " and ".join(found)
+        words += [f"{word} {end}" for word, end in ends if end not in (None, math.inf)]
+    return " and ".join(words)
 
 
 def _intervals(hint: Any) -> list[Interval]:
-    """Return the bounds in an annotation, those of a value that may be None too."""
+    """Return the bounds in an annotation, also inside `X | None`."""
     own = [entry for entry in getattr(hint, "__metadata__", ()) if isinstance(entry, Interval)]
     return own + [entry for part in get_args(hint) for entry in _intervals(part)]
 
 
 def read(kind: type[Kind], document: Mapping[str, Any]) -> Kind:
-    """Build a dataclass, and those inside it, from plain values; unknown keys are ignored.
+    """Build a dataclass, with nested ones, from plain values; unknown keys are ignored.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def read(kind: type[Kind], document: Mapping[str, Any]) -> Kind:
     Raises
     ------
     ValueError
-        If a field is missing, or its value is not what its annotation says; in one line.
+        If a field is missing, or its value does not match its annotation. The message has one line.
 
     Examples
     --------
@@ -138,7 +138,7 @@ def read(kind: type[Kind], document: Mapping[str, Any]) -> Kind:
 
 
 def _worded(error: Any) -> str:
-    """Return the first thing that is wrong, as the rest of an error's sentence."""
+    """Return the first validation error, worded to follow the name of the option or field."""
     message = str(error.errors(include_url=False)[0]["msg"])
     for theirs, ours in WORDING.items():
         message = message.replace(theirs, ours)

@@ -1,9 +1,9 @@
-"""SIGINT and SIGTERM: a step is finished, work is saved once, and the process ends soon.
+"""SIGINT and SIGTERM: the current step is finished, work is saved, and the process ends soon.
 
-The first signal ends the work: at once, or when a step is whole. A second changes nothing, so that
-what is being saved is saved. A third ends the process. Whatever blocks (a decoder, another rank, a
-library), a process under `watched` ends within ten seconds of its first signal, but for a step or
-a file that is nearly done.
+The first signal ends the work: immediately, or at the end of a step. A second signal has no effect,
+so that saving is not disturbed. A third signal ends the process immediately. Even if a decoder,
+another rank or a library blocks, a process under `watched` ends within ten seconds of the first
+signal; only a running training step or a file being written may take longer.
 """
 
 import contextlib
@@ -21,20 +21,20 @@ from types import FrameType
 from covcli.core.errors import ExitCode
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PATIENCE = 8.0  # seconds from the first signal until a process that does not end is ended
+PATIENCE = 8.0  # seconds after the first signal until the process is ended by force
 SAVING = 60.0  # the same while a file is being written
-ENOUGH = 3  # so many signals end the process at once
+ENOUGH = 3  # this many signals end the process immediately
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM asked the work to end; no handler of errors is meant to catch it.
+    """SIGINT or SIGTERM arrived. A BaseException, so that error handlers do not catch it.
 
     Attributes
     ----------
     signal
         The signal's number.
     resume
-        The command that goes on with what was interrupted, if one does.
+        The command that resumes the interrupted work, or None.
     """
 
     resume: str | None = None
@@ -58,17 +58,17 @@ def _word(number: int) -> str:
 
 
 class Interrupts:
-    """Turns the first signal into `Interrupted`, at once or when a step is whole."""
+    """Raises `Interrupted` for the first signal: immediately, or at the end of a step."""
 
     def __init__(self) -> None:
         self._received = 0
         self._held = False
         self._saving = False
-        self._longest = 0.0  # seconds from one `check` to the next
+        self._longest = 0.0  # the most seconds from one `check` to the next
         self._checked = 0.0
 
     def install(self) -> None:
-        """Take over both signals; only the main thread may."""
+        """Install the handlers of both signals; only the main thread may do so."""
         global _current
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
@@ -82,7 +82,7 @@ class Interrupts:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Hold a signal back during the block, until `check` or the block's end."""
+        """Defer a signal that arrives during the block until `check` or the block's end."""
         self._checked = time.monotonic()
         self._held = True
         try:
@@ -93,7 +93,7 @@ class Interrupts:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Hold a signal back during a block that writes what must not be lost."""
+        """Defer a signal during a block that writes files."""
         held, self._held, self._saving = self._held, True, True
         try:
             yield
@@ -101,28 +101,28 @@ class Interrupts:
             self._held, self._saving = held, False
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal has arrived, on every rank if at any; all meet here."""
+        """Raise `Interrupted` on all ranks if a signal arrived on any; every rank must call it."""
         now = time.monotonic()
         self._longest = max(self._longest, now - self._checked)
         self._checked = now
-        ranks = sys.modules.get("covcli.core.distributed")  # which takes torch: slow to load
+        ranks = sys.modules.get("covcli.core.distributed")  # not imported here: it loads torch
         received = ranks.highest(self._received) if ranks else self._received
         if received:
             raise Interrupted(received)
 
     @property
     def patience(self) -> float:
-        """How many seconds after a signal the process may go on with what it does now."""
+        """Seconds that the process may continue after a signal."""
         if self._saving:
             return SAVING
         return max(PATIENCE, 2 * self._longest) if self._held else PATIENCE
 
 
-_current: Interrupts | None = None  # what was installed last
+_current: Interrupts | None = None  # the last one installed
 
 
 def leave_at_once() -> None:
-    """Let either signal end the process by itself: nothing is at work that could be lost."""
+    """Let either signal end the process immediately: there is no work to save."""
     global _current
     _current = None
     if threading.current_thread() is threading.main_thread():
@@ -132,10 +132,10 @@ def leave_at_once() -> None:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """End the process if it outlives a signal's patience in the block, or gets a third signal.
+    """During the block, end the process if it runs too long after a signal, or on the third one.
 
-    A thread hears of signals by a descriptor that the interpreter's handler writes to, also while
-    the main thread is in a library's call and runs no Python.
+    A thread reads the interpreter's wakeup descriptor. It learns of a signal even while the main
+    thread is inside a library call and runs no Python code.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -157,11 +157,11 @@ def _watch(receiver: socket.socket) -> None:
     with receiver:
         while True:
             if select.select([receiver], [], [], 0.1 if arrived else None)[0]:
-                heard = receiver.recv(64)
-                if not heard:
+                numbers = receiver.recv(64)
+                if not numbers:
                     return
                 first = first or time.monotonic()
-                arrived += [number for number in heard if number in SIGNALS]
+                arrived += [number for number in numbers if number in SIGNALS]
             patience = PATIENCE if _current is None else _current.patience
             if len(arrived) >= ENOUGH or (arrived and time.monotonic() - first > patience):
                 _end(arrived[0])
@@ -175,7 +175,7 @@ def _end(number: int) -> None:
 
 
 def _forget() -> None:
-    """Let a forked child die of signals, and not tell its parent's watch of them."""
+    """Restore default signal handling in a forked child, and detach it from its parent's watch."""
     if _current is not None:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)

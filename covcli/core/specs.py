@@ -1,4 +1,4 @@
-"""The form `name:argument?key=value&key=value` in which data, attacks and methods are named."""
+"""Specifications, `name:argument?key=value&key=value`, which name data, attacks and methods."""
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -29,11 +29,11 @@ class Spec:
     Attributes
     ----------
     text
-        The specification as it was written.
+        The specification as written.
     name, argument
-        What stands before and after the first colon (`npz`, `data/cifar10`).
+        The parts before and after the first colon (`npz`, `data/cifar10`).
     parameters
-        What stands after the question mark, as text; a flag's is `YES`.
+        The keys and values after the question mark, as text; the value of a flag is `YES`.
 
     Examples
     --------
@@ -48,14 +48,20 @@ class Spec:
     parameters: Mapping[str, str]
 
     def only(self, allowed: list[str]) -> None:
-        """Raise a CovcliError that names the first parameter not in `allowed`."""
+        """Raise a CovcliError for the first parameter that is not in `allowed`."""
         for key in self.parameters:
             if key not in allowed:
                 known = suggestion(key, allowed) if allowed else "it takes none"
                 raise CovcliError(f"unknown parameter {key!r}", where=self.text, fix=known)
 
     def take(self, key: str, convert: Callable[[str], Value], default: Value) -> Value:
-        """Return the parameter `key` through `convert`, or `default`."""
+        """Return `convert` of the parameter `key`, or `default` if it is not given.
+
+        Raises
+        ------
+        CovcliError
+            If `convert` raises a ValueError; its text becomes the advice.
+        """
         if key not in self.parameters:
             return default
         try:
@@ -69,8 +75,8 @@ class Spec:
 def parse(text: str) -> Spec:
     """Split a specification into its parts.
 
-    A word without a value is a flag. `of=` takes all that follows it: a specification with
-    parameters of its own.
+    A key without a value is a flag. `of=` takes the rest of the text: a specification with its own
+    parameters.
 
     Raises
     ------
@@ -115,14 +121,14 @@ def _can_be_named(text: str) -> bool:
 
 
 def _pairs(tail: str) -> list[str]:
-    """Split parameters at each &; what follows `of=` stays whole."""
+    """Split parameters at each &; the text after `of=` is not split."""
     before, of, nested = f"&{tail}".partition("&of=")
     pairs = before.split("&")[1:]
     return [*pairs, f"of={nested}"] if of else pairs
 
 
 def extended(text: str, key: str, value: str) -> str:
-    """Return a specification with one more parameter, unless it has that one already.
+    """Return a specification with one more parameter, unless it already has it.
 
     Examples
     --------
@@ -134,13 +140,13 @@ def extended(text: str, key: str, value: str) -> str:
         return text
     head, _, tail = text.partition("?")
     pairs = [pair for pair in _pairs(tail) if pair]
-    place = len(pairs) - ("of" in spec.parameters)  # which stands last
+    place = len(pairs) - ("of" in spec.parameters)  # `of` must stay last
     pairs.insert(place, key if value == YES else f"{key}={value}")
     return f"{head}?{'&'.join(pairs)}"
 
 
 def without(text: str, keys: Collection[str]) -> str:
-    """Return a specification less some parameters.
+    """Return a specification without some parameters.
 
     Examples
     --------
@@ -153,9 +159,9 @@ def without(text: str, keys: Collection[str]) -> str:
 
 
 def escaped(text: str) -> str:
-    r"""Return a text with the bytes that are no UTF-8 written as in `caf%E9`.
+    r"""Return a text with bytes that are not UTF-8 percent-encoded, as in `caf%E9`.
 
-    So a path that no encoding can show is printed, stored and read again.
+    A path with such bytes can then be printed, stored and read again.
 
     Examples
     --------
@@ -166,7 +172,7 @@ def escaped(text: str) -> str:
 
 
 def flag(text: str) -> bool:
-    """Read a flag, or `yes` or `no`."""
+    """Parse `yes` or `no`; a flag without a value is `yes`."""
     if text not in (YES, "no"):
         raise ValueError("expected yes or no")
     return text == YES
@@ -220,12 +226,12 @@ def amount(text: str) -> float:
 
 
 class Registry(Generic[Entry]):
-    """A table from names to entries of one kind.
+    """A table that maps names to entries of one kind.
 
     Parameters
     ----------
     kind
-        What an entry is, for messages: "model", "dataset", …
+        The kind of entry, for messages: "model", "dataset", …
 
     Examples
     --------
@@ -244,7 +250,13 @@ class Registry(Generic[Entry]):
         self._entries: dict[str, Entry] = {}
 
     def add(self, name: str) -> Callable[[Entry], Entry]:
-        """Return a decorator that files its object under `name`; a taken name is a ValueError."""
+        """Return a decorator that registers its object under `name`.
+
+        Raises
+        ------
+        ValueError
+            If the name is registered already.
+        """
 
         def decorate(entry: Entry) -> Entry:
             if name in self._entries:
@@ -255,7 +267,7 @@ class Registry(Generic[Entry]):
         return decorate
 
     def get(self, name: str) -> Entry:
-        """Return the entry of that name; an unknown one is a CovcliError with the nearest named."""
+        """Return the entry of a name; raise a CovcliError, with a suggestion, if it is unknown."""
         if name in self._entries:
             return self._entries[name]
         known = suggestion(name, list(self._entries))
@@ -271,7 +283,7 @@ class Registry(Generic[Entry]):
 
 
 def suggestion(name: str, known: list[str]) -> str:
-    """Word the nearest known name, if one is near, and the list of all."""
+    """Return advice on an unknown name: the most similar known name, if any, and all names."""
     near = get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}known: {', '.join(known)}"

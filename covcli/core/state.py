@@ -1,7 +1,7 @@
-"""What covcli keeps for one user: a key, with which it knows its own writing again.
+"""The user's secret key, with which covcli recognises the files that it wrote for this user.
 
-A file can say anything of itself. What covcli must not take a stranger's word for (which folder
-to read, what was measured earlier) it seals with a key that no other user can read.
+A file from another person may contain anything. Records that must not be forged (which folder to
+read, what was measured earlier) are sealed with a key that no other user can read.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ KEY_BYTES = 32
 
 
 def folder() -> Path | None:
-    """Return the folder where only this user reads and writes; None where there can be none.
+    """Return covcli's private folder of this user; None if none can be created.
 
-    It is `$XDG_STATE_HOME/covcli` or `~/.local/state/covcli`; for a user without a home, one in the
-    folder of temporary files.
+    It is `$XDG_STATE_HOME/covcli` or `~/.local/state/covcli`; for a user without a home, a folder
+    in the directory of temporary files.
     """
     for candidate in _candidates():
         with contextlib.suppress(OSError):
@@ -35,7 +35,7 @@ def _candidates() -> list[Path]:
     places = []
     if root := os.environ.get("XDG_STATE_HOME"):
         places.append(Path(root) / "covcli")
-    with contextlib.suppress(RuntimeError):  # an unknown user has no home
+    with contextlib.suppress(RuntimeError):  # a user without an entry has no home
         places.append(Path.home() / ".local" / "state" / "covcli")
     with contextlib.suppress(OSError):  # no folder of temporary files can be written
         places.append(Path(tempfile.gettempdir()) / f"covcli-{_user()}")
@@ -47,16 +47,16 @@ def _user() -> int:
 
 
 def _is_private(path: Path) -> bool:
-    """Return whether a folder or file is this user's, and nobody else's to read or write."""
-    found = path.lstat()
+    """Return whether a folder or file belongs to this user, and others cannot access it."""
+    status = path.lstat()
     if not hasattr(os, "geteuid"):
         return True
-    ours = found.st_uid == _user() and not found.st_mode & 0o077
-    return ours and (stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode))
+    ours = status.st_uid == _user() and not status.st_mode & 0o077
+    return ours and (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode))
 
 
 def _key() -> bytes | None:
-    """Return the user's key, made when it is first asked for; None where none can be kept."""
+    """Return the user's key, created on first use; None if it cannot be stored."""
     if (place := folder()) is None:
         return None
     path = place / "key"
@@ -75,7 +75,7 @@ def _key() -> bytes | None:
 
 
 def seal(*words: str) -> str:
-    """Return a seal of some words that only this user's covcli can make; "" without a key.
+    """Return an HMAC of some words that only this user's covcli can compute; "" without a key.
 
     Examples
     --------
@@ -90,10 +90,10 @@ def seal(*words: str) -> str:
 
 
 def holds(claimed: object, *words: str) -> bool:
-    """Return whether a seal of those words was made by this user's covcli."""
-    made = seal(*words)
+    """Return whether `claimed` is this user's seal of those words."""
+    expected = seal(*words)
     return (
-        bool(made)
+        bool(expected)
         and isinstance(claimed, str)
-        and hmac.compare_digest(claimed.encode(errors="replace"), made.encode())
+        and hmac.compare_digest(claimed.encode(errors="replace"), expected.encode())
     )

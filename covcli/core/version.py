@@ -1,3 +1,3 @@
-"""The version, on the ground floor: it needs nothing."""
+"""The version of the package; this module imports nothing."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
-"""Files of tensors and plain values, as torch and safetensors write them, read without their code.
+"""Files of tensors and plain values by torch and safetensors, read without running their code.
 
-A pickle can name functions to call. torch's `weights_only` reader calls none but those on its list;
-the list here adds what only holds values: NumPy's numbers and arrays, paths, parsed arguments.
+A pickle can name functions to call. torch's `weights_only` reader calls only the functions on its
+list. The list here adds types that only hold values: NumPy arrays, paths and parsed arguments.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from covcli.core import file_checks
 from covcli.core.errors import CovcliError, is_memory_error
 from covcli.core.opening import open_regular, reading
 
-# How files of torch before 1.6 begin, which are no archives.
+# The first bytes of files written by torch before 1.6, which are not ZIP archives.
 BEFORE_ARCHIVES = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 NUMBERS = "?bhilqBHILQefdgFD"
 _scalar, _array = np._core.multiarray.scalar, np._core.multiarray._reconstruct  # type: ignore[attr-defined]
@@ -40,7 +40,7 @@ HARMLESS: list[Any] = [
     (pathlib.PureWindowsPath, "pathlib.WindowsPath"),
     (pathlib.PureWindowsPath, "pathlib._local.WindowsPath"),
 ]  # fmt: skip
-# What torch and safetensors raise on files that are broken or hostile; no signal is among them.
+# The errors that torch and safetensors raise on damaged or malicious files; signals are excluded.
 BROKEN = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
     AssertionError, EOFError, ImportError, pickle.UnpicklingError, struct.error,
@@ -53,13 +53,13 @@ CURE = "save the network's state_dict() by torch.save"
 def load_weights_only(path: Path) -> dict[str, Any]:
     """Read a file of tensors and plain values, whatever its name, without running code.
 
-    Archives of torch.save, its files before torch 1.6, and safetensors.
+    Reads archives of torch.save, files of torch.save before torch 1.6, and safetensors.
 
     Raises
     ------
     CovcliError
-        If the file is missing, damaged, of another kind, or holds objects that only code could
-        rebuild; the first of them is named.
+        If the file is missing, damaged, of another kind, or holds objects that only code can
+        rebuild. The message names the first such object.
     """
     with reading(path, COMPLAINT):
         try:
@@ -84,18 +84,18 @@ def _read(path: Path) -> Any:
             _refuse_programs(file, path)
             file_checks.check_torch_archive(file, path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
-            warnings.simplefilter("ignore")  # an odd pickle protocol is judged by the reader
+            warnings.simplefilter("ignore")  # the reader itself checks the pickle protocol
             return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _begins_as_safetensors(start: bytes, file: IO[bytes]) -> bool:
-    """Return whether a file begins with the length of a JSON header, and the header."""
+    """Return whether a file begins with the length of a JSON header and a brace."""
     length = int.from_bytes(start[:8], "little")
     return start[8:9] == b"{" and length < os.fstat(file.fileno()).st_size
 
 
 def _refuse_programs(file: IO[bytes], path: Path) -> None:
-    """Raise a CovcliError if an archive holds a network as a program beside its weights."""
+    """Raise a CovcliError if an archive holds a network's program, as TorchScript does."""
     if not zipfile.is_zipfile(file):
         return
     with zipfile.ZipFile(file) as archive:
@@ -106,7 +106,7 @@ def _refuse_programs(file: IO[bytes], path: Path) -> None:
 
 
 def _refusal(path: Path, reason: str) -> CovcliError:
-    """Word why a file was not read; torch's reason names the first object that is not allowed."""
+    """Return the error for an unreadable file; torch's reason names the first refused object."""
     named = re.search(r"(?:GLOBAL|class) ([\w.]+)", reason)
     if named is None:
         return CovcliError(
@@ -130,7 +130,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Return whether a tensor has the bytes that its shape claims (strides of 0 can claim more)."""
+    """Return whether a tensor's storage covers its shape (with strides of 0 it may not)."""
     return (
         tensor.layout == torch.strided
         and not tensor.is_quantized
