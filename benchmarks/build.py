@@ -126,13 +126,13 @@ def peer_fits(
         variants[name] = fits(model, few if name == "gram" else images, name)
     seconds = common.interleaved(variants, args.large_repetitions, warm_up=False)
     ours = [a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True)]
-    found = {}
+    ratios = {}
     for name in names:
         under = seconds["bare, few" if name == "gram" else "bare"]
-        found[f"fit_{name}"] = common.ratio(seconds[name], under)
+        ratios[f"fit_{name}"] = common.ratio(seconds[name], under)
         theirs = [a / b for a, b in zip(seconds[name], under, strict=True)]
-        found[f"fit_{name}_over_ours"] = common.ratio(theirs, ours)
-    return found
+        ratios[f"fit_{name}_over_ours"] = common.ratio(theirs, ours)
+    return ratios
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ class Counts:
 def count(scores: Tensor, predicted: Tensor, guarantee: Guarantee, draws: list[Draw]) -> Counts:
     """Calibrate on the first rows of each draw, and count alarms among the second."""
     classes = int(predicted.max()) + 1
-    found = []
+    rates = []
     for calibrating, testing in draws:
         known, kinds = scores[calibrating], predicted[calibrating]
         rule = make_rule(known, kinds, classes, guarantee)
@@ -106,13 +106,13 @@ def count(scores: Tensor, predicted: Tensor, guarantee: Guarantee, draws: list[D
                for k in range(classes)]  # fmt: skip
         new, sorts = scores[testing], predicted[testing]
         flagged, alone = rule.untrusted(new, sorts), new > torch.tensor(own)[sorts]
-        found.append([
+        rates.append([
             [len(known), *rule.counts.tolist()],
             [len(new), *by_class(sorts, classes)],
             [int(flagged.sum()), *by_class(sorts[flagged], classes)],
             [int((new > rule.overall).sum()), *by_class(sorts[alone], classes)],
         ])  # fmt: skip
-    return Counts(*np.array(found).transpose(1, 0, 2))
+    return Counts(*np.array(rates).transpose(1, 0, 2))
 
 
 def by_class(predicted: Tensor, classes: int) -> list[int]:
@@ -192,14 +192,14 @@ def lawful(cut: Counts, guarantee: Guarantee, g: int, seed: int) -> tuple[float,
     return float(above.mean()), float(inside.mean()), float(kstest(places, "uniform").statistic)
 
 
-def line(found: Row) -> str:
-    by_law = "" if found.above_by_law is None else f" ({100 * found.above_by_law:.1f})"
-    inside = "–" if found.inside is None else f"{100 * found.inside:.1f}"
-    distance = "–" if found.distance is None else f"{found.distance:.3f}"
+def line(row: Row) -> str:
+    by_law = "" if row.above_by_law is None else f" ({100 * row.above_by_law:.1f})"
+    inside = "–" if row.inside is None else f"{100 * row.inside:.1f}"
+    distance = "–" if row.distance is None else f"{row.distance:.3f}"
     cells = [
-        found.guarantee, f"{100 * found.alpha:g}", found.images, f"{100 * found.mean:.2f}",
-        f"{100 * found.low:.2f} to {100 * found.high:.2f}", f"{100 * found.above:.1f}{by_law}",
-        inside, distance, f"{100 * found.true_above:.1f}",
+        row.guarantee, f"{100 * row.alpha:g}", row.images, f"{100 * row.mean:.2f}",
+        f"{100 * row.low:.2f} to {100 * row.high:.2f}", f"{100 * row.above:.1f}{by_law}",
+        inside, distance, f"{100 * row.true_above:.1f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -237,7 +237,7 @@ def wrong_answers(
     columns = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
     classes = tuple(map(str, range(int(trusted.predicted.max()) + 1)))
     combination = fit_combination(torch.eye(2, dtype=torch.float64), [])  # not used: scores exist
-    found = []
+    pairs = []
     for calibrating, testing in draws:
         ordered = calibrating[columns[0][calibrating].argsort()]
         known = [column[ordered] for column in columns]
@@ -251,8 +251,8 @@ def wrong_answers(
         scores, doubt, predicted, wrong = (column[testing] for column in columns)
         passing = ~(rule.untrusted(scores, predicted) | rule.unsure(scores, predicted, doubt))
         rate = float(wrong[passing].double().mean()) if bool(passing.any()) else 0.0
-        found.append((rate, float(passing.double().mean())))
-    rates, shares = np.array(found).reshape(-1, 2).T
+        pairs.append((rate, float(passing.double().mean())))
+    rates, shares = np.array(pairs).reshape(-1, 2).T
     return rates, shares
 
 
@@ -276,9 +276,9 @@ def error_rows(trusted: per_image.ImageScores, args: argparse.Namespace) -> Iter
             yield Errors(max_error, mode, float(rates.mean()), float(shares.mean()), above, refused)
 
 
-def error_line(found: Errors) -> str:
-    shares = (found.mean, found.coverage, found.above, found.refused)
-    cells = [f"{100 * found.max_error:g}", found.guarantee, *(f"{100 * s:.2f}" for s in shares)]
+def error_line(errors: Errors) -> str:
+    shares = (errors.mean, errors.coverage, errors.above, errors.refused)
+    cells = [f"{100 * errors.max_error:g}", errors.guarantee, *(f"{100 * s:.2f}" for s in shares)]
     return f"| {' | '.join(cells)} |"
 
 
@@ -291,16 +291,16 @@ def main() -> None:
     )  # fmt: skip
     ties = len(scores) - len(scores.unique())
     critical = float(kstwo.ppf(0.95, args.splits))
-    found = rows(scores, predicted, args)
+    results = rows(scores, predicted, args)
     if args.json:
         settings = {k: str(v) for k, v in vars(args).items()}
         document = {"settings": settings, "scores": len(scores), "ties": ties,
-                    "critical_distance": critical, "rows": [asdict(r) for r in found],
+                    "critical_distance": critical, "rows": [asdict(r) for r in results],
                     "errors": [asdict(r) for r in error_rows(trusted, args)]}  # fmt: skip
         print(json.dumps(document, indent=2))
         return
     print(f"| {' | '.join(HEAD)} |\n|{' --- |' * len(HEAD)}")
-    for r in found:
+    for r in results:
         print(line(r), flush=True)
     print(f"\n| {' | '.join(ERROR_HEAD)} |\n|{' --- |' * len(ERROR_HEAD)}")
     for e in error_rows(trusted, args):

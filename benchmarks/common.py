@@ -50,27 +50,31 @@ Seconds: TypeAlias = Mapping[str, list[float]]
 
 def parser(doc: str | None, repetitions: int) -> argparse.ArgumentParser:
     """Return the options that every benchmark has."""
-    made = argparse.ArgumentParser(description=str(doc).splitlines()[0])
-    made.add_argument("--data", type=Path, help="holds cifar10/train.npz and test.npz; default: "
+    options = argparse.ArgumentParser(description=str(doc).splitlines()[0])
+    options.add_argument("--data", type=Path, help="holds cifar10/train.npz and test.npz; default: "
                       "COVCLI_DATA_DIR where it does, else random images")  # fmt: skip
-    made.add_argument("--weights", type=Path, help="a state dict, or a checkpoint of covcli; "
+    options.add_argument("--weights", type=Path, help="a state dict, or a checkpoint of covcli; "
                       "default: seeded random weights")  # fmt: skip
-    made.add_argument("--model", default="vgg19", help="of a bare state dict or random weights")
-    made.add_argument("--plugin", type=Path, help="Python file that registers a model; it is run")
-    made.add_argument("--repetitions", type=int, default=repetitions)
-    made.add_argument("--threads", type=int, default=0, help="0: torch's default")
-    made.add_argument("--quick", action="store_true", help="few images, one repetition: to try it")
-    made.add_argument("--json", action="store_true")
-    made.add_argument("--job", help=argparse.SUPPRESS)  # what a subprocess is to do
-    return made
+    options.add_argument("--model", default="vgg19", help="of a bare state dict or random weights")
+    options.add_argument(
+        "--plugin", type=Path, help="Python file that registers a model; it is run"
+    )
+    options.add_argument("--repetitions", type=int, default=repetitions)
+    options.add_argument("--threads", type=int, default=0, help="0: torch's default")
+    options.add_argument(
+        "--quick", action="store_true", help="few images, one repetition: to try it"
+    )
+    options.add_argument("--json", action="store_true")
+    options.add_argument("--job", help=argparse.SUPPRESS)  # what a subprocess is to do
+    return options
 
 
 def read_options(
-    made: argparse.ArgumentParser, quick: Mapping[str, Any], argv: Sequence[str] | None = None
+    options: argparse.ArgumentParser, quick: Mapping[str, Any], argv: Sequence[str] | None = None
 ) -> argparse.Namespace:
     """Parse the command line and set torch up; `quick` names what --quick changes."""
-    made.set_defaults(**(quick if made.parse_args(argv).quick else {}))
-    args = made.parse_args(argv)
+    options.set_defaults(**(quick if options.parse_args(argv).quick else {}))
+    args = options.parse_args(argv)
     if args.plugin:
         runpy.run_path(str(args.plugin))
     runtime.configure(0, args.threads)
@@ -185,8 +189,8 @@ def monitor(
     granularity: Granularity = "channel",
 ) -> Monitor:  # fmt: skip
     """Return a network's monitor, from trusted images and some to calibrate on."""
-    made = signature(model, sets[0], method, granularity)
-    return Monitor(fit_judge(model, made, sets[1], Silent()))
+    fitted = signature(model, sets[0], method, granularity)
+    return Monitor(fit_judge(model, fitted, sets[1], Silent()))
 
 
 def trainer(model: Classifier, make_penalty: Callable[[], nn.Module] | None = None) -> Trainer:
@@ -248,8 +252,8 @@ def interleaved(
 
 def total(seconds: Seconds, start: str) -> list[float]:
     """Return in each repetition the seconds of all variants whose names start so."""
-    found = [times for name, times in seconds.items() if name.startswith(start)]
-    return [sum(times) for times in zip(*found, strict=True)]
+    parts = [times for name, times in seconds.items() if name.startswith(start)]
+    return [sum(times) for times in zip(*parts, strict=True)]
 
 
 def ratio(over: Sequence[float], under: Sequence[float], scale: float = 1.0) -> Ratio:
@@ -287,8 +291,8 @@ def subprocess_job(job: str) -> dict[str, float]:
     """
     note(f"in a process of its own: {job}")
     command = [sys.executable, *sys.argv, "--job", job]
-    found = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
-    return dict(json.loads(found))
+    output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    return dict(json.loads(output))
 
 
 # Output

@@ -78,9 +78,11 @@ def trained(args: argparse.Namespace, runs: Path, weight: float, seed: int) -> T
 
 
 def evaluated(args: argparse.Namespace, result: TrainResult, method: str) -> EvaluationResult:
-    made = build_signature(SignatureConfig(result.checkpoint, method, data_dir=args.data), Silent())
+    signature = build_signature(
+        SignatureConfig(result.checkpoint, method, data_dir=args.data), Silent()
+    )
     config = EvaluationConfig(
-        tuple(args.untrusted), result.checkpoint, made.path, data_dir=args.data, force=True
+        tuple(args.untrusted), result.checkpoint, signature.path, data_dir=args.data, force=True
     )
     return evaluate(config, Silent())
 
@@ -93,10 +95,10 @@ def rows(args: argparse.Namespace, runs: Path) -> Iterator[dict[str, Any]]:
                 yield row(seed, method, weight, evaluated(args, result, method))
 
 
-def row(seed: int, method: str, weight: float, found: EvaluationResult) -> dict[str, Any]:
-    scores = {entry.name: entry.scores["coverage"] for entry in found.untrusted}
+def row(seed: int, method: str, weight: float, result: EvaluationResult) -> dict[str, Any]:
+    scores = {entry.name: entry.scores["coverage"] for entry in result.untrusted}
     entry = {
-        "seed": seed, "method": method, "weight": weight, "accuracy": found.trusted.accuracy,
+        "seed": seed, "method": method, "weight": weight, "accuracy": result.trusted.accuracy,
         "mean_auroc": fmean(s.auroc.value for s in scores.values()),
         "mean_fpr95": fmean(s.fpr95.value for s in scores.values()),
         "auroc": {name: s.auroc.value for name, s in scores.items()},
@@ -114,12 +116,12 @@ def interval(differences: list[float]) -> tuple[float, float, float]:
 
 
 def paired(
-    found: list[dict[str, Any]], method: str, weight: float, figure: str
+    results: list[dict[str, Any]], method: str, weight: float, figure: str
 ) -> tuple[list[float], list[float]]:
     """Return a figure without and with the penalty, seed by seed."""
 
     def at(wanted: float) -> list[float]:
-        return [r[figure] for r in found if (r["method"], r["weight"]) == (method, wanted)]
+        return [r[figure] for r in results if (r["method"], r["weight"]) == (method, wanted)]
 
     return at(0.0), at(weight)
 
@@ -128,14 +130,14 @@ def main() -> None:
     args = options()
     args.untrusted = args.untrusted or UNTRUSTED
     with tempfile.TemporaryDirectory() as folder:
-        found = list(rows(args, Path(folder)))
+        results = list(rows(args, Path(folder)))
     if args.json:
-        print(json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "rows": found}))
+        print(json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "rows": results}))
         return
-    print(table(args, found))
+    print(table(args, results))
 
 
-def table(args: argparse.Namespace, found: list[dict[str, Any]]) -> str:
+def table(args: argparse.Namespace, results: list[dict[str, Any]]) -> str:
     """Word the paired differences as a Markdown table."""
     lines = [
         "| method | weight | figure, % | without | with | difference | 95% interval |",
@@ -144,7 +146,7 @@ def table(args: argparse.Namespace, found: list[dict[str, Any]]) -> str:
     for method in args.methods:
         for weight in args.weights:
             for figure in FIGURES:
-                before, after = paired(found, method, weight, figure)
+                before, after = paired(results, method, weight, figure)
                 both = [100 * fmean(before), 100 * fmean(after)]
                 mean, low, high = interval(
                     [100 * (b - a) for a, b in zip(before, after, strict=True)]

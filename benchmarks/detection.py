@@ -67,7 +67,7 @@ def evaluated(
 ) -> EvaluationResult:
     progress: Progress = Silent() if args.quiet else Lines()
     progress.note(f"method {method}, baselines {' '.join(baselines) or 'none'}")
-    made = build_signature(
+    signature = build_signature(
         SignatureConfig(
             args.checkpoint, method, trusted=args.trusted, calibration=args.calibration,
             model=args.model, output=folder / f"{len(list(folder.iterdir()))}.safetensors",
@@ -76,34 +76,34 @@ def evaluated(
         progress,
     )  # fmt: skip
     config = EvaluationConfig(
-        tuple(args.untrusted), args.checkpoint, made.path, trusted=args.test, baselines=baselines,
-        data_dir=args.data, force=True, device=args.device,
+        tuple(args.untrusted), args.checkpoint, signature.path, trusted=args.test,
+        baselines=baselines, data_dir=args.data, force=True, device=args.device,
     )  # fmt: skip
     return evaluate(config, progress)
 
 
-def rows(found: EvaluationResult, score: str, name: str) -> list[Row]:
+def rows(result: EvaluationResult, score: str, name: str) -> list[Row]:
     """Return one score's rows, under the name that the tables have for it."""
-    by_set = [(entry.name, entry.scores[score]) for entry in found.untrusted]
-    (mean,) = [entry for entry in found.mean_over_sets if entry.score == score]
-    made = [Row(name, untrusted, d.auroc, d.fpr95) for untrusted, d in by_set]
-    return [*made, Row(name, MEAN, mean.auroc, mean.fpr95)]
+    by_set = [(entry.name, entry.scores[score]) for entry in result.untrusted]
+    (mean,) = [entry for entry in result.mean_over_sets if entry.score == score]
+    lines = [Row(name, untrusted, d.auroc, d.fpr95) for untrusted, d in by_set]
+    return [*lines, Row(name, MEAN, mean.auroc, mean.fpr95)]
 
 
 def measured(args: argparse.Namespace, folder: Path) -> list[Row]:
     """Run every method, and the baselines once, beside the first."""
     baselines = compare.expand(args.baselines)
-    found = [
+    results = [
         evaluated(args, folder, method, baselines if i == 0 else ())
         for i, method in enumerate(args.methods)
     ]
     ours = [
         row
-        for method, result in zip(args.methods, found, strict=True)
+        for method, result in zip(args.methods, results, strict=True)
         for row in rows(result, "coverage", method)
     ]
-    names = [mean.score for mean in found[0].mean_over_sets if mean.score != "coverage"]
-    return ours + [row for name in names for row in rows(found[0], name, name)]
+    names = [mean.score for mean in results[0].mean_over_sets if mean.score != "coverage"]
+    return ours + [row for name in names for row in rows(results[0], name, name)]
 
 
 def cell(estimate: Estimate) -> str:
@@ -111,24 +111,24 @@ def cell(estimate: Estimate) -> str:
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def print_table(title: str, found: list[Row], figure: str) -> None:
-    sets = list(dict.fromkeys(row.untrusted for row in found))
+def print_table(title: str, results: list[Row], figure: str) -> None:
+    sets = list(dict.fromkeys(row.untrusted for row in results))
     print(f"| {title}, % | {' | '.join(sets)} |")
     print(f"| --- |{' --- |' * len(sets)}")
-    for score in dict.fromkeys(row.score for row in found):
-        cells = [cell(getattr(row, figure)) for row in found if row.score == score]
+    for score in dict.fromkeys(row.score for row in results):
+        cells = [cell(getattr(row, figure)) for row in results if row.score == score]
         print(f"| {score} | {' | '.join(cells)} |")
     print()
 
 
-def write_csv(path: Path, found: list[Row]) -> None:
+def write_csv(path: Path, results: list[Row]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         names = [
             f"{figure}{part}" for figure in ("auroc", "fpr95") for part in ("", "_low", "_high")
         ]
         writer.writerow(["score", "untrusted", *names])
-        for row in found:
+        for row in results:
             figures = [v for e in (row.auroc, row.fpr95) for v in (e.value, e.low, e.high)]
             writer.writerow([row.score, row.untrusted, *figures])
 
@@ -141,17 +141,17 @@ def main() -> None:
     args.untrusted = args.untrusted or UNTRUSTED
     runtime.configure(0, args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        found = measured(args, Path(folder))
+        results = measured(args, Path(folder))
     if args.csv:
-        write_csv(args.csv, found)
+        write_csv(args.csv, results)
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items()}
-        document = {"settings": settings, "rows": [asdict(row) for row in found]}
+        document = {"settings": settings, "rows": [asdict(row) for row in results]}
         json.dump(document, sys.stdout, indent=2)
         print()
         return
-    print_table("AUROC", found, "auroc")
-    print_table("FPR95", found, "fpr95")
+    print_table("AUROC", results, "auroc")
+    print_table("FPR95", results, "fpr95")
 
 
 if __name__ == "__main__":

@@ -70,9 +70,9 @@ def kills(folder: Path, number: int, chance: random.Random) -> dict[str, int]:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         leftovers += any(path.parent.glob(".*.tmp"))
-        found = load_checkpoint(path)
-        version = found["training"]["version"]
-        whole += version >= newest and bool((found["state"]["w"] == version).all())
+        loaded = load_checkpoint(path)
+        version = loaded["training"]["version"]
+        whole += version >= newest and bool((loaded["state"]["w"] == version).all())
         newest = version
     save_checkpoint(path, content(0))
     left = len(list(path.parent.iterdir())) - 1
@@ -119,8 +119,10 @@ def meaning_of_signature(path: Path) -> str:
 
 
 def meaning_of_checkpoint(path: Path) -> str:
-    found = checkpoints.load(path)
-    return files.digest([dict(found.model.state_dict()), list(found.classes), dict(found.training)])
+    loaded = checkpoints.load(path)
+    return files.digest(
+        [dict(loaded.model.state_dict()), list(loaded.classes), dict(loaded.training)]
+    )
 
 
 def mutate(original: bytes, chance: random.Random) -> bytes:
@@ -234,8 +236,8 @@ def resumes(folder: Path, number: int, chance: random.Random) -> dict[str, int]:
         killed += 1
         again = [*TRAIN, "--runs", str(runs), "--resume", name]
         subprocess.run(again, stdout=subprocess.DEVNULL, check=True)
-        found = checkpoints.load(runs / name / "checkpoint.pt").model.state_dict()
-        same += all(torch.equal(whole[key], found[key]) for key in whole)
+        weights = checkpoints.load(runs / name / "checkpoint.pt").model.state_dict()
+        same += all(torch.equal(whole[key], weights[key]) for key in whole)
     return {"killed": killed, "same_bits": same}
 
 
@@ -243,10 +245,10 @@ def main() -> None:
     args = options()
     torch.set_num_threads(1)  # processes fork below
     chance = random.Random(args.seed)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def note(name: str, figures: dict[str, int]) -> None:
-        found[name] = figures
+        results[name] = figures
         print(f"{name}: {figures}", file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as name:
@@ -260,16 +262,16 @@ def main() -> None:
         import runpy
 
         runpy.run_path(str(PLUGIN))
-        made = folder / "made" / "signature-mrc.safetensors"
-        note("signature", mutations(made, meaning_of_signature, args.mutations, chance))
+        signature = folder / "made" / "signature-mrc.safetensors"
+        note("signature", mutations(signature, meaning_of_signature, args.mutations, chance))
         note("checkpoint", mutations(path, meaning_of_checkpoint, args.mutations, chance))
         note("hostile pickles", pickles(folder))
         note("kills and resumes", resumes(folder, args.resumes, chance))
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(results))
         return
     print("| fault | figures |\n| --- | --- |")
-    for name, figures in found.items():
+    for name, figures in results.items():
         print(f"| {name} | {', '.join(f'{k} {v}' for k, v in figures.items())} |")
 
 

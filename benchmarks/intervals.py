@@ -175,8 +175,8 @@ def rows(setting: str, images: str, shape: str, drawn: Drawn) -> Iterator[Row]:
     ends: dict[str, list[tuple[float, float, float]]] = {}
     for figure, truth, e in drawn:
         ends.setdefault(figure, []).append((truth, e.low, e.high))
-    for figure, found in ends.items():
-        truth, low, high = np.array(found).T
+    for figure, interval in ends.items():
+        truth, low, high = np.array(interval).T
         above, below = float((low > truth).mean()), float((high < truth).mean())
         yield Row(figure, setting, images, shape, len(truth), 1 - above - below, above, below,
                   float((high - low).mean()))  # fmt: skip
@@ -207,10 +207,10 @@ def simulated(draws: int, seed: int, sizes: Iterable[int] = SIZES) -> Iterator[R
             yield from rows(f"{100 * share:g}", f"{n}", "–", drawn)
 
 
-def lowest(found: list[Row]) -> list[Row]:
+def lowest(results: list[Row]) -> list[Row]:
     """Return the row of the lowest coverage for each figure, setting and number of images."""
     worst: dict[tuple[str, str, str], Row] = {}
-    for row in found:
+    for row in results:
         key = (row.figure, row.setting, row.images)
         if key not in worst or row.coverage < worst[key].coverage:
             worst[key] = row
@@ -230,19 +230,19 @@ def options() -> argparse.Namespace:
 def main() -> None:
     args = options()
     began = time.perf_counter()
-    found = list(simulated(args.draws, args.seed, args.sizes))
+    results = list(simulated(args.draws, args.seed, args.sizes))
     if args.json:
-        document = {"settings": vars(args), "rows": [asdict(row) for row in found]}
+        document = {"settings": vars(args), "rows": [asdict(row) for row in results]}
         print(json.dumps(document, indent=2))
         return
     print(
         "| figure | true figures, % | trusted, untrusted | coverage, % | distribution | width, % |"
     )
     print("| --- | --- | --- | --- | --- | --- |")
-    for row in found if args.every else lowest(found):
+    for row in results if args.every else lowest(results):
         print(f"| {row.figure} | {row.setting} | {row.images} | {100 * row.coverage:.1f} | "
               f"{row.shape} | {100 * row.width:.2f} |")  # fmt: skip
-    least = min(row.coverage for row in found)
+    least = min(row.coverage for row in results)
     print(f"\nLowest coverage {100 * least:.1f}%, {args.draws} draws each, "
           f"{time.perf_counter() - began:.0f} s.\n\n{LEGEND}")  # fmt: skip
 

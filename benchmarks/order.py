@@ -133,7 +133,7 @@ def rates(args: argparse.Namespace, judge: Judge, pool: ImageSet, order: str) ->
     cameras = pool.rows % CAMERAS
     places = {int(row): place for place, row in enumerate(pool.rows)}
     modes: tuple[Mode, ...] = ("marginal", "certified-overall")
-    found: dict[str, list[float]] = {mode: [] for mode in modes}
+    rates_of: dict[str, list[float]] = {mode: [] for mode in modes}
     for seed in range(args.draws):
         generator = torch.Generator().manual_seed(seed)
         mixed = torch.randperm(len(pool), generator=generator)
@@ -141,18 +141,18 @@ def rates(args: argparse.Namespace, judge: Judge, pool: ImageSet, order: str) ->
         drawn = drawn[torch.randperm(len(drawn), generator=generator)]
         rows = ORDERS[order](pool.rows[drawn])
         known = torch.tensor([places[int(row)] for row in rows])
-        made = fit_judge(judge.model, judge.signature, pool.select(known), Silent(), seed=seed)
+        fitted = fit_judge(judge.model, judge.signature, pool.select(known), Silent(), seed=seed)
         others = torch.ones(len(pool), dtype=torch.bool)
         others[known] = False
-        scores = made.calibration.score(shown[others])
+        scores = fitted.calibration.score(shown[others])
         for mode in modes:
-            rule = made.calibration.rule(Guarantee(args.alpha, mode), judge.signature.classes)
+            rule = fitted.calibration.rule(Guarantee(args.alpha, mode), judge.signature.classes)
             flagged = rule.untrusted(scores, predicted[others])
-            found[mode].append(float(flagged.double().mean()))
+            rates_of[mode].append(float(flagged.double().mean()))
     return [
         Row(order, mode, args.draws, float(np.mean(shares)),
             float(np.mean(np.array(shares) > args.alpha)))
-        for mode, shares in found.items()
+        for mode, shares in rates_of.items()
     ]  # fmt: skip
 
 

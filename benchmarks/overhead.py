@@ -98,18 +98,18 @@ def monitors(model: Classifier, sets: Sets, args: argparse.Namespace) -> dict[st
 def monitored(
     model: Classifier, watched: dict[str, Monitor], pixels: Tensor, args: argparse.Namespace
 ) -> dict[str, Ratio]:
-    found = {}
+    networks = {}
     for batch in BATCHES:
         common.note(f"monitors, batches of {batch}")
         variants = {"bare": calls(partial(common.bare_logits, model), pixels, batch)}
         variants |= {f"ours{name}": calls(m, pixels, batch) for name, m in watched.items()}
         variants["again"] = variants["bare"]
         seconds = common.interleaved(variants, args.repetitions)
-        found[f"bare_again_batch_{batch}"] = common.ratio(seconds["again"], seconds["bare"])
+        networks[f"bare_again_batch_{batch}"] = common.ratio(seconds["again"], seconds["bare"])
         for name in watched:
             key = f"monitor_batch_{batch}{name}"
-            found[key] = common.ratio(seconds[f"ours{name}"], seconds["bare"])
-    return found
+            networks[key] = common.ratio(seconds[f"ours{name}"], seconds["bare"])
+    return networks
 
 
 def fitted_peers(
@@ -119,16 +119,16 @@ def fitted_peers(
 
     It searches random features: how long a search by brute force takes does not depend on them.
     """
-    found = peers(model)
+    fitted = peers(model)
     few = common.cycled(images, max(args.fitted, NEIGHBOURS))
-    for name, peer in found.items():
+    for name, peer in fitted.items():
         common.note(f"fitting {name}")
         peer.fit(model, few)
-    width = found["knn"].detector.knn.n_features_in_
+    width = fitted["knn"].detector.knn.n_features_in_
     features = torch.rand(max(args.features, NEIGHBOURS), width)
-    found["knn"].detector.fit_features(features, torch.zeros(len(features)))
-    predict = {name: on_floats(peer.predict) for name, peer in found.items()}
-    again = one_pass(model, found["multimahalanobis"])
+    fitted["knn"].detector.fit_features(features, torch.zeros(len(features)))
+    predict = {name: on_floats(peer.predict) for name, peer in fitted.items()}
+    again = one_pass(model, fitted["multimahalanobis"])
     return {**predict, "multimahalanobis_one_pass": on_floats(again)}
 
 
@@ -136,7 +136,7 @@ def compared(
     model: Classifier, ours: Monitor, predict: dict[str, Callable[[Tensor], Tensor]],
     pixels: Tensor, args: argparse.Namespace,
 ) -> dict[str, Ratio]:  # fmt: skip
-    found = {}
+    ratios = {}
     for batch in BATCHES:
         common.note(f"peers, batches of {batch}")
         variants = {
@@ -147,9 +147,9 @@ def compared(
         seconds = common.interleaved(variants, args.peer_repetitions)
         for name in predict:
             key = f"batch_{batch}_{name}"
-            found[f"predict_{key}"] = common.ratio(seconds[name], seconds["bare"])
-            found[f"peers_over_ours_{key}"] = common.ratio(seconds[name], seconds["ours"])
-    return found
+            ratios[f"predict_{key}"] = common.ratio(seconds[name], seconds["bare"])
+            ratios[f"peers_over_ours_{key}"] = common.ratio(seconds[name], seconds["ours"])
+    return ratios
 
 
 def confidence_loss(
@@ -176,12 +176,14 @@ def confidence_loss(
 def build(model: Classifier, sets: Sets, args: argparse.Namespace) -> dict[str, Ratio]:
     """Time the halves of a bare pass before and after each build."""
     common.note("builds")
-    made = common.signature(model, common.cycled(sets[0], args.fitted), DEFAULT_METHOD)  # warm-up
+    warm_up = common.signature(
+        model, common.cycled(sets[0], args.fitted), DEFAULT_METHOD
+    )  # warm-up
     trusted = common.split_pass(
         model, sets[0], {"signature": lambda: common.signature(model, sets[0], DEFAULT_METHOD)}
     )
     held_out = common.split_pass(
-        model, sets[1], {"calibration": lambda: fit_judge(model, made, sets[1], Silent())}
+        model, sets[1], {"calibration": lambda: fit_judge(model, warm_up, sets[1], Silent())}
     )
     variants = trusted | {f"held out, {name}": work for name, work in held_out.items()}
     seconds = common.interleaved(variants, args.build_repetitions, warm_up=False)

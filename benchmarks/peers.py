@@ -82,8 +82,8 @@ class Peer:
     def predict(self, inputs: Tensor) -> Tensor:
         """Score a batch by the library's own `predict`."""
         with torch.inference_mode(not self.gradients):
-            found: Tensor = self.detector.predict(inputs)
-        return found
+            scores: Tensor = self.detector.predict(inputs)
+        return scores
 
 
 def peers(model: Classifier) -> dict[str, Peer]:
@@ -95,15 +95,15 @@ def peers(model: Classifier) -> dict[str, Peer]:
     threads = torch.get_num_threads()  # the library would take every core there is
     knn.knn.set_params(n_jobs=threads)
     importlib.import_module("threadpoolctl").threadpool_limits(threads)
-    made = {
+    built = {
         "gram": Peer(detectors.Gram(head, parts, model.spec.classes, GRAM_POLES), small),
         "nacue": Peer(detectors.NACUE(model, network.layers), small, gradients=True),
         "multimahalanobis": Peer(detectors.MultiMahalanobis(parts), large),
         "knn": Peer(knn, large),
     }
-    for peer in made.values():
+    for peer in built.values():
         peer.detector.to("cpu")  # or it warns
-    return made
+    return built
 
 
 def one_pass(model: Classifier, fitted: Peer) -> Callable[[Tensor], Tensor]:
@@ -116,7 +116,7 @@ def one_pass(model: Classifier, fitted: Peer) -> Callable[[Tensor], Tensor]:
             for part in parts:
                 inputs = part(inputs)
                 means.append(inputs.mean((2, 3)))
-            found: Tensor = fitted.detector.predict_structured(means)
-        return found
+            scores: Tensor = fitted.detector.predict_structured(means)
+        return scores
 
     return predict

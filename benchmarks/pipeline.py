@@ -120,12 +120,14 @@ def measured(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Ratio], 
     variants["plain_again"] = partial(plain_epoch, trainer, floats)
     common.note("epochs")
     seconds = common.interleaved(variants, args.repetitions)
-    found = {name: common.ratio(seconds[name], seconds["plain"]) for name in (*ours, "plain_again")}
+    ratios = {
+        name: common.ratio(seconds[name], seconds["plain"]) for name in (*ours, "plain_again")
+    }
     # By itself: the memory that it frees would slow down whichever epoch came next.
     opening = common.interleaved({"file": lambda: datasets.load(spec, "train")}, args.repetitions)
     share = args.images / len(whole)
-    found["npz_load"] = common.ratio(opening["file"], seconds["plain"], share)
-    return found, file
+    ratios["npz_load"] = common.ratio(opening["file"], seconds["plain"], share)
+    return ratios, file
 
 
 def main() -> None:

@@ -80,18 +80,18 @@ def job(args: argparse.Namespace) -> None:
     common.forget_peak()
     seconds = common.interleaved(variants, 1, warm_up=False)
     scale = len(some) / len(images)
-    found = common.ratio(seconds["build"], common.total(seconds, "bare"), scale)
+    ratio = common.ratio(seconds["build"], common.total(seconds, "bare"), scale)
     neurons = sum(point.neurons for point in model.points("channel"))
-    print(json.dumps({"build": found.value, "peak": common.peak_memory(), "neurons": neurons}))
+    print(json.dumps({"build": ratio.value, "peak": common.peak_memory(), "neurons": neurons}))
 
 
 def by_images(args: argparse.Namespace) -> list[Row]:
     rows = []
     for count in args.images:
-        found = common.subprocess_job(str(count))
-        build = common.plain(found["build"])
+        result = common.subprocess_job(str(count))
+        build = common.plain(result["build"])
         rows.append(
-            Row("images", str(count), int(found["neurons"]), found["peak"] / 1e6, build, None)
+            Row("images", str(count), int(result["neurons"]), result["peak"] / 1e6, build, None)
         )
     return rows
 
@@ -130,7 +130,7 @@ def measured(args: argparse.Namespace, table: str, cases: dict[str, Case]) -> li
     common.note(table)
     builds: dict[str, Work] = {}
     scoring: dict[str, Work] = {}
-    made = {}
+    results = {}
     for name, case in cases.items():
         model, trusted = case.model, case.sets[0]
         monitor = common.monitor(model, case.sets, case.method, case.granularity)  # a warm-up too
@@ -141,7 +141,7 @@ def measured(args: argparse.Namespace, table: str, cases: dict[str, Case]) -> li
         )  # fmt: skip
         scoring[f"bare {name}"] = partial(common.bare_logits, model, pixels)
         scoring[name] = partial(monitor, pixels)
-        made[name] = monitor.judge.signature
+        results[name] = monitor.judge.signature
     built = common.interleaved(builds, args.repetitions, warm_up=False)
     scored = common.interleaved(scoring, 3 * args.repetitions)
     return [
@@ -149,24 +149,24 @@ def measured(args: argparse.Namespace, table: str, cases: dict[str, Case]) -> li
             sum(t.nbytes for t in signature.state.tensors.values()) / 1e6,
             common.ratio(built[name], built[f"bare {name}"]),
             common.ratio(scored[name], scored[f"bare {name}"]))
-        for name, signature in made.items()
+        for name, signature in results.items()
     ]  # fmt: skip
 
 
 def figures(rows: list[Row]) -> dict[str, Ratio]:
     """Return every row's ratios, and how much the last row's are of the first row's."""
-    found = {}
+    results = {}
     first, last, table = rows[0], rows[-1], rows[0].table
     for row in rows:
         key = f"{table}_{row.case.replace('/', '_')}"
-        found[f"{key}_build"] = row.build
+        results[f"{key}_build"] = row.build
         if row.scoring is not None:
-            found[f"{key}_scoring"] = row.scoring
-    found[f"{table}_growth_build"] = common.plain(last.build.value / first.build.value)
+            results[f"{key}_scoring"] = row.scoring
+    results[f"{table}_growth_build"] = common.plain(last.build.value / first.build.value)
     if first.scoring is not None and last.scoring is not None:
-        found[f"{table}_growth_scoring"] = common.plain(last.scoring.value / first.scoring.value)
-    found[f"{table}_growth_memory"] = common.plain(last.megabytes / first.megabytes)
-    return found
+        results[f"{table}_growth_scoring"] = common.plain(last.scoring.value / first.scoring.value)
+    results[f"{table}_growth_memory"] = common.plain(last.megabytes / first.megabytes)
+    return results
 
 
 def print_table(rows: list[Row]) -> None:

@@ -7,6 +7,7 @@ import logging
 import runpy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,20 @@ from covcli import (
     evaluate,
     train,
 )
+from covcli.attacks.attacks import ATTACKS
 from covcli.core import runtime
+from covcli.core.specs import Registry
+from covcli.data.corruptions import CORRUPTIONS
+from covcli.data.datasets import DATASETS
+from covcli.evaluation.baselines.detectors import BASELINES
+from covcli.methods import METHODS
+from covcli.models.registry import MODELS
+from covcli.reporting.sections import SECTIONS
 
 TINY = Path(__file__).parent / "tiny_model.py"
+REGISTRIES: tuple[Registry[Any], ...] = (
+    ATTACKS, BASELINES, CORRUPTIONS, DATASETS, METHODS, MODELS, SECTIONS,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +64,8 @@ def _folder_of_the_example(
         return
     caplog.set_level(logging.ERROR)  # or warnings would stand in the example's output
     monkeypatch.chdir(tmp_path)
+    for registry in REGISTRIES:  # an example's plugin is gone after it
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     if "runs/latest" in (request.node.dtest.docstring or ""):  # type: ignore[union-attr]
         shutil.copytree(request.getfixturevalue("demo"), tmp_path, True, dirs_exist_ok=True)
     torch.manual_seed(0)

@@ -43,7 +43,7 @@ def printed(
 
 
 def test_overhead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    found = printed(monkeypatch, capsys, "overhead")
+    output = printed(monkeypatch, capsys, "overhead")
     batches = ("batch_64", "batch_1")
     watched = ("", "_src", "_mrc", "_src_unit", "_mrc_unit")
     peers = ("gram", "nacue", "multimahalanobis", "multimahalanobis_one_pass", "knn")
@@ -51,15 +51,15 @@ def test_overhead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     expected |= {f"predict_{b}_{peer}" for b in batches for peer in peers}
     expected |= {f"peers_over_ours_{b}_{peer}" for b in batches for peer in peers}
     expected |= {f"bare_again_{b}" for b in batches}
-    assert found.keys() == expected | {"confidence_loss_step", "build", "build_trusted_only"}
+    assert output.keys() == expected | {"confidence_loss_step", "build", "build_trusted_only"}
 
 
 def test_build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    found = printed(monkeypatch, capsys, "build", "--no-memory")
+    output = printed(monkeypatch, capsys, "build", "--no-memory")
     peers = ("gram", "nacue", "multimahalanobis", "knn")
     expected = {f"build_{method}_{n}" for method in ("src", "ensemble") for n in (20, 40)}
     expected |= {f"fit_{peer}{what}" for peer in peers for what in ("", "_over_ours")}
-    assert found.keys() == expected
+    assert output.keys() == expected
 
 
 def test_memory_in_processes_of_their_own(
@@ -67,28 +67,28 @@ def test_memory_in_processes_of_their_own(
 ) -> None:
     options = ("--no-peers --methods ensemble --images 20 --peer-images 20 "
                "--memory-images 20")  # fmt: skip
-    found = printed(monkeypatch, capsys, "build", *options.split())
-    assert found.keys() >= {"memory_ensemble_20", "memory_20_over_20"}
+    output = printed(monkeypatch, capsys, "build", *options.split())
+    assert output.keys() >= {"memory_ensemble_20", "memory_20_over_20"}
 
 
 def test_pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    found = printed(monkeypatch, capsys, "pipeline")
+    output = printed(monkeypatch, capsys, "pipeline")
     epochs = {f"epoch_{s}{how}" for s in ("memory", "npz") for how in ("", "_augmented")}
-    assert found.keys() == epochs | {"engine_alone", "plain_again", "npz_load"}
+    assert output.keys() == epochs | {"engine_alone", "plain_again", "npz_load"}
 
 
 def test_scale(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--images 20 --networks tiny-vgg tiny-vgg/unit --sections 5 20"
-    found = printed(monkeypatch, capsys, "scale", *options.split())
+    output = printed(monkeypatch, capsys, "scale", *options.split())
     tables = ("images", "neurons", "classes", "sections")
     expected = {f"{table}_growth_{what}" for table in tables for what in ("build", "memory")}
     expected |= {f"{table}_growth_scoring" for table in tables[1:]}
-    assert found.keys() >= expected
+    assert output.keys() >= expected
     # Two ends a neuron: of every unit, or of each channel's mean and maximum.
     units, channels = 8 * 64 + 512 * 4 + 1024, 2 * 8 + 2 * 512 + 1024
-    assert found["neurons_growth_memory"] == pytest.approx(units / channels, rel=1e-3)
+    assert output["neurons_growth_memory"] == pytest.approx(units / channels, rel=1e-3)
     # Beside the ends, a count for each of 20 or of 5 sections.
-    assert found["sections_growth_memory"] == pytest.approx((2 + 20) / (2 + 5), rel=1e-2)
+    assert output["sections_growth_memory"] == pytest.approx((2 + 20) / (2 + 5), rel=1e-2)
 
 
 def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
@@ -125,9 +125,9 @@ def test_one_pass_scores_as_the_library_does(monkeypatch: pytest.MonkeyPatch) ->
     images = common.random_images(0)
     peer.fit(model, common.cycled(images, 600))
     tested = images.batch(torch.arange(600, 620), (3, 32, 32)) / 255
-    found = peers.one_pass(model, peer)(tested)
-    torch.testing.assert_close(found, peer.predict(tested), rtol=1e-3, atol=1e-3)
-    assert float(found.std()) > 0
+    scores = peers.one_pass(model, peer)(tested)
+    torch.testing.assert_close(scores, peer.predict(tested), rtol=1e-3, atol=1e-3)
+    assert float(scores.std()) > 0
 
 
 def test_variants_take_turns_and_ratios_are_taken_within_a_turn(
@@ -139,8 +139,8 @@ def test_variants_take_turns_and_ratios_are_taken_within_a_turn(
     seconds = common.interleaved(work, 2)
     assert "".join(order) == "abc" * 3
     assert [len(seconds[name]) for name in "abc"] == [2, 2, 2]
-    found = common.ratio([2.0, 30.0, 6.0, 8.0, 10.0], [1.0, 10.0, 1.0, 1.0, 1.0])
-    assert (found.value, found.low, found.high, found.repetitions) == (6.0, 3.0, 8.0, 5)
+    interval = common.ratio([2.0, 30.0, 6.0, 8.0, 10.0], [1.0, 10.0, 1.0, 1.0, 1.0])
+    assert (interval.value, interval.low, interval.high, interval.repetitions) == (6.0, 3.0, 8.0, 5)
 
 
 def test_a_split_pass_reads_every_image_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,16 +108,16 @@ def header(shape: tuple[int, ...], kind: str = "|u1") -> bytes:
 
 
 def archive(path: Path, *entries: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
-    with zipfile.ZipFile(path, "w", compression) as made:
+    with zipfile.ZipFile(path, "w", compression) as zipped:
         for name, content in entries:
-            made.writestr(name, content)
+            zipped.writestr(name, content)
     return path
 
 
 def test_hostile_archives_are_refused_before_they_unpack(tmp_path: Path) -> None:
     images = header((2, 4, 4, 3)) + bytes(96)
     bomb = header((200 << 20,)) + bytes(200 << 20)
-    made = {
+    files = {
         "lying": archive(tmp_path / "a.npz", ("images.npy", header((10**12, 4, 4)) + bytes(96))),
         "negative": archive(tmp_path / "b.npz", ("images.npy", header((-2, 4, 4, 3)) + bytes(96))),
         "bomb": archive(tmp_path / "c.npz", ("images.npy", bomb), compression=zipfile.ZIP_DEFLATED),
@@ -126,9 +126,9 @@ def test_hostile_archives_are_refused_before_they_unpack(tmp_path: Path) -> None
         "record": archive(tmp_path / "f.npz", ("images.npy", header((3,), "u1,u1") + bytes(6))),
     }
     with pytest.warns(UserWarning, match="Duplicate"):
-        made["twice"] = archive(tmp_path / "g.npz", ("images.npy", images), ("images.npy", images))
+        files["twice"] = archive(tmp_path / "g.npz", ("images.npy", images), ("images.npy", images))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for name, path in made.items():
+    for name, path in files.items():
         with pytest.raises(CovcliError) as caught:
             datasets.load(f"npz:{path}", "train")
         assert "\n" not in str(caught.value), name

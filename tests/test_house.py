@@ -16,11 +16,11 @@ COMMANDS = {"__main__", "cli", "options"}
 
 def rooms() -> dict[str, Path]:
     """Return every module by its dotted name below covcli; a package stands for its __init__."""
-    found = {}
+    modules = {}
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(part for part in parts if part != "__init__")] = path
-    return found
+        modules[".".join(part for part in parts if part != "__init__")] = path
+    return modules
 
 
 def wing(room: str) -> str:
@@ -30,7 +30,7 @@ def wing(room: str) -> str:
 def imports(path: Path) -> set[str]:
     """Return the modules of covcli that a file imports, but not for type checking."""
     tree = ast.parse(path.read_text())
-    known, found = rooms(), set()
+    known, pairs = rooms(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
@@ -39,14 +39,14 @@ def imports(path: Path) -> set[str]:
             module = (node.module or "").removeprefix("covcli").removeprefix(".")
             for alias in node.names:
                 inner = f"{module}.{alias.name}".removeprefix(".")
-                found.add(inner if inner in known else module)
+                pairs.add(inner if inner in known else module)
         elif isinstance(node, ast.Import):
-            found |= {
+            pairs |= {
                 alias.name.removeprefix("covcli").removeprefix(".")
                 for alias in node.names
                 if alias.name.split(".")[0] == "covcli"
             }
-    return found
+    return pairs
 
 
 def test_every_room_belongs_to_a_wing() -> None:

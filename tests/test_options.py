@@ -35,12 +35,12 @@ def intervals(hint: Any) -> list[Interval]:
 
 def outside() -> list[tuple[str, str, float]]:
     """Return for each bound of each configuration a value beyond it."""
-    found = []
+    values = []
     for command, config in CONFIGS.items():
         for name, hint in get_type_hints(config, include_extras=True).items():
             step = 1 if int in get_args(hint) else 1e-6
             for interval in intervals(hint):
-                found += [
+                values += [
                     (command, name, end + by if step == 1 else float(end + by))
                     for end, by in (
                         (interval.ge, -step), (interval.gt, 0), (interval.le, step),
@@ -48,8 +48,8 @@ def outside() -> list[tuple[str, str, float]]:
                     )
                     if end is not None
                 ]  # fmt: skip
-                found += [(command, name, math.nan)] if step < 1 else []
-    return found
+                values += [(command, name, math.nan)] if step < 1 else []
+    return values
 
 
 def test_every_option_has_the_default_of_its_field() -> None:

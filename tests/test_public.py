@@ -53,12 +53,12 @@ def test_the_stages_run_from_a_program_and_say_nothing(
     signature = covcli.merge_signatures(
         covcli.MergeConfig(halves, tmp_path / "s.safetensors", trained.checkpoint)
     )
-    found = covcli.evaluate(
+    evaluation = covcli.evaluate(
         covcli.EvaluationConfig(
             ["photos?limit=30"], trained.checkpoint, signature.path, output=trained.run
         )
     )
-    assert read_evaluation(trained.run / "evaluation.json") == found
+    assert read_evaluation(trained.run / "evaluation.json") == evaluation
     written = covcli.report(runs=runs)
     assert written.html.parent.samefile(trained.run)
     monitor = covcli.Monitor.load(trained.checkpoint, signature.path)

@@ -1,4 +1,4 @@
-"""Images: where they come from, and how they are read."""
+"""Image sets: their sources, how they are read, and their labels."""
 
 from covcli.data.datasets import DATASETS
 

@@ -1,7 +1,8 @@
 """CORRUPTIONS: the common corruptions of Hendrycks and Dietterich (ICLR 2019), in five severities.
 
-Their published settings are of images of 32, 64 and 224 pixels (CIFAR-10-C, Tiny-ImageNet-C and
-ImageNet-C); an image gets those of the nearest size. Each image draws from a generator of its own.
+Settings are published for images of 32, 64 and 224 pixels (CIFAR-10-C, Tiny-ImageNet-C and
+ImageNet-C). The settings of the size nearest to an image are used. Each image has its own random
+generator.
 """
 
 import hashlib
@@ -42,21 +43,31 @@ class Corruption:
     Attributes
     ----------
     apply
-        Corrupts a picture, given a setting and a generator; what leaves [0, 1] is clipped after.
+        Corrupts a picture (H, W, 3) in [0, 1], given a setting and a generator. Its result is
+        clipped to [0, 1].
     settings
         The settings of the five severities, for each of SIZES.
+
+    Examples
+    --------
+    >>> corrupt = CORRUPTIONS.get("contrast")
+    >>> picture = np.zeros((32, 32, 3))
+    >>> picture[:16] = 1.0
+    >>> corrupted = corrupt(picture, severity=5, generator=np.random.default_rng(0))
+    >>> corrupted.shape, round(float(corrupted.max() - corrupted.min()), 2)
+    ((32, 32, 3), 0.15)
     """
 
     apply: Corrupt
     settings: tuple[Sequence[Any], Sequence[Any], Sequence[Any]]
 
     def __call__(self, picture: Colours, severity: int, generator: np.random.Generator) -> Colours:
-        """Corrupt a picture with a severity from 1 to 5."""
+        """Corrupt a picture (H, W, 3) in [0, 1], with a severity from 1 to 5."""
         setting = self.setting(min(picture.shape[:2]), severity)
         return self.apply(picture, setting, generator).clip(0, 1)
 
     def setting(self, side: int, severity: int) -> Any:
-        """Return the setting for images of a size: that of the nearest published one."""
+        """Return the setting for images of `side` pixels: that of the nearest published size."""
         nearest = min(range(len(SIZES)), key=lambda i: abs(math.log(side / SIZES[i])))
         return self.settings[nearest][severity - 1]
 
@@ -65,7 +76,23 @@ CORRUPTIONS: Registry[Corruption] = Registry("corruption")
 
 
 def corruption(name: str, *settings: Sequence[Any]) -> Callable[[Corrupt], Corrupt]:
-    """Register a corruption under a name, with its settings for each of SIZES."""
+    """Return a decorator that registers a corruption under a name.
+
+    Parameters
+    ----------
+    name
+        The name in `corrupt:NAME`.
+    settings
+        Three sequences of five settings: for images of 32, 64 and 224 pixels, by severity.
+
+    Examples
+    --------
+    >>> @corruption("dimming", *[(0.9, 0.8, 0.7, 0.6, 0.5)] * 3)
+    ... def dimming(picture, factor, generator):
+    ...     return picture * factor
+    >>> CORRUPTIONS.get("dimming")(np.ones((32, 32, 3)), 5, np.random.default_rng(0)).max()
+    np.float64(0.5)
+    """
     small, middle, large = settings
 
     def decorate(apply: Corrupt) -> Corrupt:
@@ -83,13 +110,13 @@ def corruption(name: str, *settings: Sequence[Any]) -> Callable[[Corrupt], Corru
     (0.08, 0.12, 0.18, 0.26, 0.38),
 )  # fmt: skip
 def gaussian_noise(picture: Colours, deviation: float, generator: np.random.Generator) -> Colours:
-    """Add normal noise, as low light does."""
+    """Add normal noise, as in low light."""
     return picture + generator.normal(0, deviation, picture.shape)
 
 
 @corruption("shot_noise", (500, 250, 100, 75, 50), (250, 100, 50, 30, 15), (60, 25, 12, 5, 3))
 def shot_noise(picture: Colours, photons: float, generator: np.random.Generator) -> Colours:
-    """Count photons, so many where a pixel is white."""
+    """Draw Poisson noise: a white pixel receives `photons` photons on average."""
     return generator.poisson(picture * photons) / photons
 
 
@@ -108,7 +135,7 @@ def impulse_noise(picture: Colours, share: float, generator: np.random.Generator
     (0.15, 0.2, 0.35, 0.45, 0.6),
 )  # fmt: skip
 def speckle_noise(picture: Colours, deviation: float, generator: np.random.Generator) -> Colours:
-    """Add noise in proportion to the light."""
+    """Add normal noise proportional to the pixel's value."""
     return picture * (1 + generator.normal(0, deviation, picture.shape))
 
 
@@ -116,7 +143,7 @@ def speckle_noise(picture: Colours, deviation: float, generator: np.random.Gener
 
 
 def _smooth(values: NDArray[Any], sigma: float) -> NDArray[np.float64]:
-    """Blur the first two axes by a Gaussian, repeating the border."""
+    """Blur the first two axes with a Gaussian; the border is repeated."""
     sigmas = (sigma, sigma, 0)[: values.ndim]
     smoothed: NDArray[np.float64] = ndimage.gaussian_filter(
         values, sigmas, mode="nearest", output=np.float64
@@ -126,7 +153,7 @@ def _smooth(values: NDArray[Any], sigma: float) -> NDArray[np.float64]:
 
 @corruption("gaussian_blur", (0.4, 0.6, 0.7, 0.8, 1), (0.5, 0.75, 1, 1.25, 1.5), (1, 2, 3, 4, 6))
 def gaussian_blur(picture: Colours, sigma: float, _: np.random.Generator) -> Colours:
-    """Blur by a Gaussian."""
+    """Blur with a Gaussian."""
     return _smooth(picture, sigma)
 
 
@@ -137,7 +164,7 @@ def gaussian_blur(picture: Colours, sigma: float, _: np.random.Generator) -> Col
     ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
 )
 def defocus_blur(picture: Colours, setting: tuple[float, float], _: np.random.Generator) -> Colours:
-    """Spread every point over a disk, as a lens out of focus does."""
+    """Spread every pixel over a disk, as an unfocused lens does."""
     radius, softness = setting
     kernel = _disk(radius, softness)
     reach = kernel.shape[0] // 2
@@ -147,7 +174,7 @@ def defocus_blur(picture: Colours, setting: tuple[float, float], _: np.random.Ge
 
 
 def _disk(radius: float, softness: float) -> Plane:
-    """Return a disk that sums to 1, its edge softened by a small Gaussian."""
+    """Return a disk that sums to 1, with its edge smoothed by a small Gaussian."""
     line, size = (np.arange(-8, 9), 3) if radius <= 8 else (np.arange(-radius, radius + 1), 5)
     disk: Plane = (line[:, None] ** 2 + line[None] ** 2 <= radius**2).astype(np.float64)
     disk /= disk.sum()
@@ -168,10 +195,10 @@ def _disk(radius: float, softness: float) -> Plane:
 def glass_blur(
     picture: Colours, setting: tuple[float, int, int], generator: np.random.Generator
 ) -> Colours:
-    """Move pixels about, as frosted glass does.
+    """Displace pixels locally, as frosted glass does.
 
-    The published program means to swap two pixels, and copies the second over the first: what it
-    assigns from are views. The published images are made so, and so are these.
+    The published program intends to swap two pixels, but it assigns from views and so copies the
+    second pixel over the first. The published images were made this way, and so are these.
     """
     sigma, reach, rounds = setting
     height, width = picture.shape[:2]
@@ -195,12 +222,12 @@ def glass_blur(
 def motion_blur(
     picture: Colours, setting: tuple[int, float], generator: np.random.Generator
 ) -> Colours:
-    """Move the camera in a straight line, up to 45 degrees off the horizontal."""
+    """Blur along a straight line, at most 45 degrees from the horizontal."""
     return _moved(picture, *setting, generator.uniform(-45, 45))
 
 
 def _moved(values: NDArray[Any], radius: int, sigma: float, angle: float) -> NDArray[Any]:
-    """Blur along a line: half a Gaussian, a step a pixel, as ImageMagick's motion blur."""
+    """Blur along a line with half a Gaussian, one step per pixel, as ImageMagick's motion blur."""
     height, width = values.shape[:2]
     steps = np.arange(2 * radius + 1)
     weights = np.exp(-(steps**2) / (2 * sigma**2))
@@ -225,13 +252,13 @@ def _moved(values: NDArray[Any], radius: int, sigma: float, angle: float) -> NDA
      np.arange(1, 1.26, 0.02), np.arange(1, 1.31, 0.03)),
 )  # fmt: skip
 def zoom_blur(picture: Colours, factors: NDArray[Any], _: np.random.Generator) -> Colours:
-    """Move the camera towards the middle."""
+    """Average several zooms towards the centre, as a moving camera does."""
     total = picture + sum(_zoomed(picture, float(factor)) for factor in factors)
     return total / (len(factors) + 1)
 
 
 def _zoomed(values: NDArray[Any], factor: float) -> NDArray[Any]:
-    """Enlarge the middle of an array (H, W) or (H, W, C) to the size of the whole."""
+    """Enlarge the centre of an array (H, W) or (H, W, C) to the size of the whole array."""
     sides = values.shape[:2]
     cuts = [math.ceil(side / factor) for side in sides]
     starts = [(side - cut) // 2 for side, cut in zip(sides, cuts, strict=True)]
@@ -257,7 +284,7 @@ def _zoomed(values: NDArray[Any], factor: float) -> NDArray[Any]:
      (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55)),
 )  # fmt: skip
 def snow(picture: Colours, setting: Sequence[float], generator: np.random.Generator) -> Colours:
-    """Let snow fall, and whiten the picture."""
+    """Add falling snow, and whiten the picture."""
     mean, deviation, zoom, least, radius, sigma, kept = setting
     flakes = _zoomed(generator.normal(mean, deviation, picture.shape[:2]), zoom)
     flakes = np.where(flakes < least, 0, flakes).clip(0, 1)
@@ -276,7 +303,7 @@ def snow(picture: Colours, setting: Sequence[float], generator: np.random.Genera
     tuple((*mix, 1.0) for mix in ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))),
 )
 def frost(picture: Colours, setting: Sequence[float], generator: np.random.Generator) -> Colours:
-    """Lay a photograph of frost over the picture; the package imagecorruptions brings them."""
+    """Overlay a photograph of frost; the photographs are in the package imagecorruptions."""
     kept, added, scale = setting
     sheets = _frost_photographs(scale)
     sheet = sheets[int(generator.integers(5))]  # of six, as the published program draws
@@ -296,7 +323,7 @@ def _frost_photographs(scale: float) -> list[Colours]:
     files = sorted(path for folder in folders for path in Path(folder, "frost").glob("frost?.*"))
     if len(files) < 5:
         raise CovcliError(
-            "needs photographs of frost, which the package imagecorruptions brings",
+            "needs the photographs of frost in the package imagecorruptions",
             where="corrupt:frost",
             fix="pip install imagecorruptions",
         )
@@ -315,7 +342,7 @@ def _frost_photographs(scale: float) -> list[Colours]:
     ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
 )
 def fog(picture: Colours, setting: tuple[float, float], generator: np.random.Generator) -> Colours:
-    """Lay a fractal of light over the picture."""
+    """Overlay a fractal of light."""
     density, decay = setting
     height, width = picture.shape[:2]
     side = 1 << math.ceil(math.log2(max(height, width)))
@@ -331,7 +358,7 @@ def _clouds(side: int, decay: float, generator: np.random.Generator) -> Plane:
     step, roughness = side, 100.0
 
     def between(sums: Plane) -> Plane:
-        """Return the means of four neighbours, each with a random step."""
+        """Return the means of four neighbours, each with a random displacement."""
         return sums / 4 + roughness * generator.uniform(-roughness, roughness, sums.shape)
 
     while step >= 2:
@@ -375,9 +402,9 @@ def spatter(picture: Colours, setting: Sequence[float], generator: np.random.Gen
 
 
 def _shine(liquid: NDArray[np.uint8]) -> Plane:
-    """Return how bright drops of a liquid shine: most at one side of their edges."""
+    """Return the brightness of drops of a liquid: highest on one side of their edges."""
     edges = _edges(liquid)
-    # Without an edge the distance to the nearest one is as good as infinite.
+    # Without any edge, the distance to the nearest edge counts as large.
     distance = ndimage.distance_transform_edt(~edges) if edges.any() else np.full(edges.shape, 20.0)
     near = ndimage.uniform_filter(np.minimum(distance, 20), 3, mode="mirror")
     flat = _equalised(near.astype(np.uint8)).astype(np.float64)
@@ -388,7 +415,7 @@ def _shine(liquid: NDArray[np.uint8]) -> Plane:
 
 
 def _equalised(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Spread grey values over 0 to 255 so that each range holds about as many."""
+    """Equalise the histogram of grey values over 0 to 255."""
     counts = np.bincount(values.ravel(), minlength=256)
     sums = counts.cumsum()
     lowest = counts[values.min()]
@@ -432,14 +459,14 @@ def _edges(values: NDArray[np.uint8], low: float = 50, high: float = 150) -> NDA
 
 @corruption("contrast", (0.75, 0.5, 0.4, 0.3, 0.15), *[(0.4, 0.3, 0.2, 0.1, 0.05)] * 2)
 def contrast(picture: Colours, factor: float, _: np.random.Generator) -> Colours:
-    """Bring every value nearer to the mean of its channel."""
+    """Move every value towards the mean of its channel."""
     means: Colours = picture.mean((0, 1), keepdims=True)
     return (picture - means) * factor + means
 
 
 @corruption("brightness", (0.05, 0.1, 0.15, 0.2, 0.3), *[(0.1, 0.2, 0.3, 0.4, 0.5)] * 2)
 def brightness(picture: Colours, added: float, _: np.random.Generator) -> Colours:
-    """Add light: to the value of hue, saturation and value."""
+    """Increase the value channel of HSV."""
     return _in_hsv(picture, 2, 1, added)
 
 
@@ -476,7 +503,7 @@ def jpeg_compression(picture: Colours, quality: int, _: np.random.Generator) -> 
     "pixelate", (0.95, 0.9, 0.85, 0.75, 0.65), (0.9, 0.8, 0.7, 0.6, 0.5), (0.6, 0.5, 0.4, 0.3, 0.25)
 )
 def pixelate(picture: Colours, scale: float, _: np.random.Generator) -> Colours:
-    """Make the picture smaller, and large again without smoothing."""
+    """Reduce the picture, and enlarge it again without smoothing."""
     image = _as_image(picture)
     small = image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.BOX)
     return np.asarray(small.resize(image.size, Image.Resampling.BOX)) / 255
@@ -498,7 +525,7 @@ def _as_image(picture: Colours) -> Image.Image:
 def elastic_transform(
     picture: Colours, setting: tuple[float, float, float], generator: np.random.Generator
 ) -> Colours:
-    """Stretch regions of the picture, after an affine move of three points."""
+    """Deform the picture locally, after an affine transformation given by three points."""
     strength, sigma, reach = setting
     height, width = picture.shape[:2]
     middle, arm = np.array([height // 2, width // 2]), min(height, width) // 3
@@ -520,7 +547,7 @@ def _shifts(generator: np.random.Generator, shape: tuple[int, int], sigma: float
 
 
 def _taken(picture: Colours, rows: Plane, columns: Plane, mode: str) -> Colours:
-    """Read a picture at places between its pixels, bilinearly."""
+    """Interpolate a picture bilinearly at fractional positions."""
     channels = [
         ndimage.map_coordinates(picture[..., c], [rows, columns], order=1, mode=mode)
         for c in range(3)
@@ -530,7 +557,7 @@ def _taken(picture: Colours, rows: Plane, columns: Plane, mode: str) -> Colours:
 
 @dataclass(frozen=True)
 class CorruptSource:
-    """The images of another source, each corrupted in the same way in any batch."""
+    """The corrupted images of another source; an image is corrupted equally in any batch."""
 
     source: Source
     name: str
@@ -538,7 +565,7 @@ class CorruptSource:
     seed: int
 
     def read(self, rows: Tensor, shape: Shape) -> Tensor:
-        """Read the rows in colour, and corrupt each with a generator of its own."""
+        """Read the rows in colour, and corrupt each with its own generator."""
         colour: Shape = (3, shape[1], shape[2])
         if isinstance(shape, InputShape):
             colour = InputShape(colour, shape.preprocess)
@@ -548,19 +575,19 @@ class CorruptSource:
         for place, row in enumerate(rows.tolist()):
             generator = np.random.Generator(np.random.Philox(key=[self.seed, row]))
             picture = images[place].permute(1, 2, 0).numpy() / 255
-            # The published images were cut off to 8 bits, not rounded.
+            # The published images were truncated to 8 bits, not rounded.
             changed = np.floor(corrupt(picture, self.severity, generator) * 255 + 1e-9)
             corrupted[place] = torch.from_numpy(changed.astype(np.uint8)).permute(2, 0, 1)
         return adapt(corrupted, (shape[0], shape[1], shape[2]))
 
     @property
     def files(self) -> Sequence[str] | None:
-        """The files' names, where the images before are of files."""
+        """The names of the uncorrupted files; None if the images are not in files."""
         names: Sequence[str] | None = getattr(self.source, "files", None)
         return names
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest what determines the pixels."""
+        """The digest of everything that determines the pixels."""
         text = f"{self.name} {self.severity} {self.seed} {self.source.fingerprint}"
         return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a data specification such as `npz:data?split=test&limit=100` means."""
+"""Loading of data specifications such as `npz:data?split=test&limit=100`."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -18,7 +18,7 @@ from covcli.data.reading import completed
 from covcli.data.registry import DATASETS, PARTS, Request, default_data_dir, say_once
 
 __all__ = ["DATASETS", "check_labels", "default_data_dir", "expand", "load", "reload", "whole"]
-ROOMS = (forms, named_sets, openood)  # they fill DATASETS
+LOADERS = (forms, named_sets, openood)  # importing these modules fills DATASETS
 
 
 def load(
@@ -29,14 +29,19 @@ def load(
     Parameters
     ----------
     text
-        For example `cifar10`, `npz:FILE-OR-FOLDER`, `folder:DIR`, `csv:FILE`, `noise:uniform`, each
-        with `?split=train|test&offset=N&limit=N`, and `shuffle=SEED` or `first`.
+        For example `cifar10`, `npz:FILE-OR-FOLDER`, `folder:DIR`, `csv:FILE`, `noise:uniform`. Each
+        takes `?split=train|test&offset=N&limit=N`, and `shuffle=SEED` or `first`.
     split
-        The split to read where the specification names none.
+        The split to read if the specification names none.
     data_dir
-        The folder that downloaded sets live in; by default the one of `default_data_dir`.
+        The folder of downloaded sets; None: the one of `default_data_dir`.
     ran_in
-        Where a relative path begins if there is nothing where the process runs.
+        A second folder for relative paths, used if a path is not in the working directory.
+
+    Returns
+    -------
+    ImageSet
+        The selected images; pixels are read later, in batches.
 
     Raises
     ------
@@ -65,26 +70,26 @@ def reload(
     fix: str,
     named: Collection[str | None] = (),
 ) -> ImageSet:
-    """Load the images that a record names; a relative path is looked for in both folders.
+    """Load the images that the record in a checkpoint or a signature names.
 
-    A path is read only if this user's covcli has written the record, or the user names it too.
+    A path is read only if this user's covcli wrote the record, or the user names the path too.
 
     Parameters
     ----------
     record
-        What a checkpoint or a signature says of its data. Its path begins where the command runs
-        and, if there is nothing, where it ran when the record was written.
+        The record of the data. A relative path is looked up in the working directory, then in the
+        directory where the record was written.
     split, data_dir
         As for `load`.
     fix
-        How the user can allow to read a path that somebody else's file names.
+        Advice for the error: how the user can allow the path of an untrusted file to be read.
     named
-        Specifications that the user has named.
+        Specifications that the user named.
 
     Raises
     ------
     CovcliError
-        As `load` does, or if the path may not be read.
+        As `load` does, or if reading the path is not allowed.
     """
     recorded.allow(record, fix, named)
     ran_in = Path(record.ran_in) if record.seal and record.ran_in else None
@@ -92,7 +97,7 @@ def reload(
 
 
 def whole(spec: str) -> str:
-    """Return a specification less what takes a part of the data.
+    """Return a specification without the parameters that select a part of the data.
 
     Examples
     --------
@@ -103,7 +108,13 @@ def whole(spec: str) -> str:
 
 
 def check_labels(images: ImageSet, classes: int) -> Tensor:
-    """Return the labels of a set for a network of so many classes; others are a CovcliError."""
+    """Return the labels of a set, checked for a network with that many classes.
+
+    Raises
+    ------
+    CovcliError
+        If the set has no labels, or a label is not in 0 … classes − 1.
+    """
     labels = images.known_labels()
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
@@ -118,12 +129,18 @@ def check_labels(images: ImageSet, classes: int) -> Tensor:
 def corrupt(request: Request) -> ImageSet:
     """`corrupt:NAME?severity=3&of=SPEC`: the images of another specification, corrupted.
 
-    After Hendrycks and Dietterich (ICLR 2019), in severities from 1 to 5 (3), with `seed`.
+    A corruption of Hendrycks and Dietterich (ICLR 2019), with `severity` from 1 to 5 (default 3)
+    and `seed`.
+
+    Examples
+    --------
+    >>> len(load("corrupt:fog?severity=2&of=digits?limit=5", "test"))
+    5
     """
     spec = request.spec
     spec.only([*PARTS, "severity", "seed", "of"])
     name = spec.argument.replace("-", "_")
-    CORRUPTIONS.get(name)  # an unknown one is refused here
+    CORRUPTIONS.get(name)  # raises for an unknown name
     if "of" not in spec.parameters:
         raise CovcliError("corrupts no images", where=spec.text, fix="end it with &of=SPEC")
     images = load(spec.parameters["of"], request.split, request.folder, request.ran_in)

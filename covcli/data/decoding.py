@@ -1,4 +1,4 @@
-"""One image file to pixels: which formats are decoded, how, and what is refused."""
+"""Decoding of one image file to pixels: the formats, the conversions and what is refused."""
 
 import contextlib
 import ctypes
@@ -21,17 +21,17 @@ from covcli.core.errors import CovcliError
 from covcli.core.opening import IrregularError, open_regular
 
 Pixels = NDArray[np.uint8]  # (H, W, C), of 1 to 4 channels
-# What PIL may decode, by content and whatever the file is called. Formats that start a program
-# (EPS runs Ghostscript), or that no photograph is stored in, are left out.
+# The formats that PIL may decode, recognised by content, not by file name. Formats that start a
+# program (EPS runs Ghostscript) or do not store photographs are excluded.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
-MAX_PIXELS = 89_478_485  # PIL's own limit: a quarter of a gigabyte of colour
-# Larger images are decoded one at a time, so that several threads take no more memory than one.
+MAX_PIXELS = 89_478_485  # PIL's own limit: 256 MiB of RGB pixels
+# Larger images are decoded one at a time, so that several threads do not need more memory.
 LARGE = 16_000_000
 ORIENTATION = 0x0112  # tags of EXIF and TIFF
 BITS, WHITE_IS_ZERO, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339
 SEPARATE_PLANES, SIGNED = 2, 2
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# What PIL raises on broken files; neither signals nor exhausted memory are among it.
+# The errors that PIL raises on damaged files; signals and exhausted memory are excluded.
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError,
     AssertionError, RuntimeError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -40,8 +40,8 @@ _one_large = threading.Lock()
 
 
 def _silence_libtiff() -> None:
-    """Keep PIL's libtiff from writing to stderr by itself; what it finds broken, PIL raises."""
-    with contextlib.suppress(AttributeError, OSError):  # built without it, or into PIL
+    """Stop PIL's libtiff from writing to stderr; PIL raises the same errors as exceptions."""
+    with contextlib.suppress(AttributeError, OSError):  # without libtiff, or linked statically
         setter = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
         setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
         setter(None)
@@ -58,7 +58,7 @@ class UnreadableError(CovcliError):
     Attributes
     ----------
     path, reason
-        Which, and why.
+        The file, and why it cannot be read.
     """
 
     def __init__(self, path: Path, reason: str, fix: str = "repair or remove it") -> None:
@@ -70,15 +70,16 @@ class UnreadableError(CovcliError):
 def decode(path: Path, most: int = MAX_PIXELS) -> Tensor:
     """Read one image file.
 
-    Of an animation the first frame is read. EXIF's orientation is applied. 16 bits are scaled to
-    8. Palettes, CMYK, YCbCr and LAB become RGB; grey stays grey, and transparency a last channel.
+    The first frame of an animation is read. The EXIF orientation is applied. 16 bits are scaled to
+    8 bits. Palettes, CMYK, YCbCr and LAB become RGB. Grey stays grey. Transparency becomes the last
+    channel.
 
     Parameters
     ----------
     path
         The file.
     most
-        How many pixels it may have.
+        The maximum number of pixels.
 
     Returns
     -------
@@ -88,8 +89,14 @@ def decode(path: Path, most: int = MAX_PIXELS) -> Tensor:
     Raises
     ------
     UnreadableError
-        If the file is of none of the FORMATS, whatever its name says; is broken; has more pixels
-        than it may have; or has pixels whose range nobody can know (float, 32-bit, signed).
+        If the content is in none of the FORMATS, is damaged, has more than `most` pixels, or has
+        pixels without a defined range (float, 32-bit, signed).
+
+    Examples
+    --------
+    >>> Image.new("L", (3, 2)).save("x.png")
+    >>> decode(Path("x.png")).shape
+    torch.Size([1, 1, 2, 3])
     """
     try:
         with open_regular(path) as file:
@@ -101,7 +108,7 @@ def decode(path: Path, most: int = MAX_PIXELS) -> Tensor:
 
 
 def decode_bytes(content: bytes, where: Path, most: int = MAX_PIXELS) -> Tensor:
-    """Read an image file that lies in memory, as `decode` reads one; errors name it `where`."""
+    """Read the content of an image file as `decode` does; `where` names it in errors."""
     return _decoded(io.BytesIO(content), where, most)
 
 
@@ -142,7 +149,7 @@ def _unidentified(file: BinaryIO, path: Path) -> UnreadableError:
 
 
 def _pixels(image: ImageFile.ImageFile) -> Pixels:
-    """Return an image's pixels as they are stored, in 8 bits."""
+    """Return an image's pixels before rotation, in 8 bits."""
     _check_range_is_known(image)
     if image.mode.startswith("I"):
         return _from_16_bits(image)
@@ -156,7 +163,7 @@ def _pixels(image: ImageFile.ImageFile) -> Pixels:
 
 
 def _check_range_is_known(image: ImageFile.ImageFile) -> None:
-    """Raise a ValueError for pixels that PIL reads wrongly, or whose black and white none knows."""
+    """Raise a ValueError for pixels that PIL reads wrongly or that have no defined range."""
     tags: Any = getattr(image, "tag_v2", {})
     if image.mode == "F":
         raise ValueError("float pixels have no agreed range: store 8 or 16 bits")
@@ -184,7 +191,7 @@ def _values(tags: Any, tag: int) -> tuple[int, ...]:
 
 
 def _upright(image: ImageFile.ImageFile, pixels: Pixels) -> Pixels:
-    """Turn pixels as EXIF's orientation asks; broken EXIF data asks for nothing."""
+    """Rotate pixels by the EXIF orientation; damaged EXIF data is ignored."""
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
     except DECODER_ERRORS:

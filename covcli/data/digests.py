@@ -1,4 +1,4 @@
-"""What files hold, in one digest each; kept in the user's cache, so that a file is read once."""
+"""Digests of files, kept in the user's cache so that an unchanged file is read only once."""
 
 import contextlib
 import hashlib
@@ -21,21 +21,21 @@ from covcli.core.opening import open_regular
 log = logging.getLogger(__name__)
 SIZE = hashlib.sha256().digest_size
 EMPTY = hashlib.sha256().digest()
-# Stands for a file that cannot be read; whoever decodes it says why.
+# The digest of a file that cannot be read; decoding it reports the reason.
 UNREADABLE = hashlib.sha256(b"cannot be read").digest()
-UNKNOWN = (-1, 0, 0, 0)  # the stamp of what is no regular file
+UNKNOWN = (-1, 0, 0, 0)  # the stamp of anything but a regular file
 AT_ONCE = 256  # files that a thread takes from the queue at once
-# A file that was written so short a time before it was read may change again within the same tick
-# of the file system's clock; where the clock shows whole seconds, within two of them.
+# A file modified less than one tick of the file system's clock before it was read may change again
+# without a new time stamp. In nanoseconds; two seconds for clocks that show whole seconds.
 TICK = 50_000_000
 COARSE_TICK = 2_000_000_000
-TOLD_FROM = 20_000
+ANNOUNCED_FROM = 20_000  # reading this many files is announced in the log
 Digests = NDArray[np.uint8]  # (N, SIZE)
 Stamps = NDArray[np.int64]  # (N, 4): size, modification and change in nanoseconds, inode
 
 
 def user_cache() -> Path | None:
-    """Return covcli's folder in the user's cache; None where the user has no home."""
+    """Return covcli's folder in the user's cache; None if the user has no home."""
     if root := os.environ.get("XDG_CACHE_HOME"):
         return Path(root) / "covcli"
     try:
@@ -46,19 +46,19 @@ def user_cache() -> Path | None:
 
 @dataclass(frozen=True)
 class Files:
-    """A list of files of which something is remembered.
+    """A list of files with cached digests.
 
     Attributes
     ----------
     folder
-        What the names are relative to.
+        The folder that the names are relative to.
     names
         The files.
     key
-        Tells lists of one folder apart; a list replaces what was remembered of another under the
+        Distinguishes lists of the same folder; a list replaces the cache of another list with the
         same key.
     pool
-        Threads that read.
+        The threads that read.
     """
 
     folder: Path
@@ -74,14 +74,21 @@ def content_digests(listed: Files) -> Digests:
 
 
 def readable(listed: Files, decodes: Callable[[Path], object], what: str) -> NDArray[np.bool_]:
-    """Return which files can be decoded; unchanged files that could are not tried again.
+    """Return which files can be decoded; unchanged readable files are not decoded again.
 
     Parameters
     ----------
+    listed
+        The files.
     decodes
         Decodes a file, or raises a CovcliError.
     what
-        Names the decoder and its settings: others are tried anew.
+        Names the decoder and its settings; with other settings, files are decoded again.
+
+    Returns
+    -------
+    ndarray
+        bool of shape (N,).
     """
 
     def tried(paths: Sequence[str]) -> Digests:
@@ -102,7 +109,7 @@ def remembered(
     read: Callable[[Sequence[str]], Digests],
     of_empty: Digests | None = None,
 ) -> Digests:
-    """Return what a function says of each file; unchanged files are not read again.
+    """Return a function's result for each file, from the cache for unchanged files.
 
     A file counts as unchanged if its path, size, times of modification and change, and inode are
     the same as when it was read.
@@ -114,9 +121,14 @@ def remembered(
     what
         Names the function.
     read
-        Takes paths, and returns a row for each; a row of zeros is not remembered.
+        Takes paths and returns a row for each; a row of zeros is not cached.
     of_empty
-        What it says of an empty file, where that is known without reading.
+        The result for an empty file, if it is known without reading.
+
+    Returns
+    -------
+    ndarray
+        uint8 of shape (N, 32).
     """
     names = listed.names
     paths = [os.path.join(listed.folder, name) for name in names]  # noqa: PTH118 - of a million files
@@ -129,14 +141,14 @@ def remembered(
     missing = np.flatnonzero(~digests.any(1)).tolist()
     if not missing:
         return digests
-    if len(missing) >= TOLD_FROM:
-        log.info("%s: reading %d files once to know them again", listed.folder, len(missing))
+    if len(missing) >= ANNOUNCED_FROM:
+        log.info("%s: reading %d files once; digests are cached", listed.folder, len(missing))
     parts = [missing[i : i + AT_ONCE] for i in range(0, len(missing), AT_ONCE)]
     began = time.time_ns()
-    for part, found in zip(
+    for part, rows in zip(
         parts, listed.pool.map(lambda part: read([paths[i] for i in part]), parts), strict=True
     ):
-        digests[part] = found
+        digests[part] = rows
     again = _stamps([paths[i] for i in missing])
     changed = (again != stamps[missing]).any(1) | _fresh(again, began)
     keep = np.ones(len(names), bool)
@@ -166,19 +178,19 @@ def _fresh(stamps: Stamps, now: int) -> NDArray[np.bool_]:
 
 
 def _read(paths: Iterable[str]) -> Digests:
-    found = []
+    digests = []
     for path in paths:
         try:
             with open_regular(Path(path)) as file:
-                found.append(hashlib.file_digest(file, hashlib.sha256).digest())
+                digests.append(hashlib.file_digest(file, hashlib.sha256).digest())
         except (OSError, CovcliError):
-            found.append(UNREADABLE)
-    return np.frombuffer(b"".join(found), np.uint8).reshape(-1, SIZE)
+            digests.append(UNREADABLE)
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, SIZE)
 
 
 @dataclass(frozen=True)
 class _Cache:
-    """One list of files with their stamps and digests; no file of its own where none can be."""
+    """The cached stamps and digests of one list of files; `path` is None without a cache."""
 
     path: Path | None
 
@@ -189,7 +201,7 @@ class _Cache:
         return cls(root and root / "digests" / f"{name[:32]}.npz")
 
     def known(self, blob: bytes, names: Sequence[str], stamps: Stamps) -> Digests:
-        """Return the digests that still hold; rows of zeros for others."""
+        """Return the digests of unchanged files; rows of zeros for others."""
         digests = np.zeros((len(names), SIZE), np.uint8)
         held = self._load()
         if held is None:
@@ -211,7 +223,7 @@ class _Cache:
             held = file_checks.read_npz(self.path)
             names, stamps, digests = held["names"], held["stamps"], held["digests"]
         except (CovcliError, KeyError):
-            return None  # of no use: read the files again
+            return None  # unusable: the files are read again
         blob = names.tobytes()
         count = blob.count(b"\0") + 1
         fits = [str(a.dtype) for a in (names, stamps, digests)] == ["uint8", "int64", "uint8"]
@@ -220,7 +232,7 @@ class _Cache:
         return blob, stamps, digests
 
     def store(self, blob: bytes, stamps: Stamps, digests: Digests) -> None:
-        """Write the list; where the cache cannot be written, the files are read again next time."""
+        """Write the list; if the cache cannot be written, the files are read again next time."""
         if self.path is None:
             return
         names = np.frombuffer(blob, np.uint8)

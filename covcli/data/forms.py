@@ -30,16 +30,15 @@ NUMBER = re.compile(r"-?[0-9]{1,9}")
 
 
 def _located(request: Request) -> tuple[Path, Origin]:
-    """Return the path that a specification names, and how to read it again.
+    """Return the path that a specification names, and the record that reads it again.
 
-    The path is taken as it is written, and then with `%3F` and the like for the characters that
-    they stand for; from where the command runs, and then from where the specification was
-    recorded.
+    The path is tried as written, then with percent-encoded characters such as `%3F` decoded. It is
+    looked up in the working directory, then in the directory where the specification was recorded.
 
     Raises
     ------
     CovcliError
-        If nothing is there.
+        If the path does not exist.
     """
     spec = request.spec
     spec.only([*PARTS, *FORMS[spec.name]])
@@ -86,10 +85,24 @@ def _file_of_split(path: Path, request: Request, ending: str) -> Path:
 
 @DATASETS.add("npz")
 def npz(request: Request) -> ImageSet:
-    """Read a NumPy archive with `images` (uint8, N×H×W or N×H×W×C) and, if known, `labels` (N).
+    """Read a NumPy archive with `images` (uint8, N×H×W or N×H×W×C) and optionally `labels` (N).
 
-    A third array, `classes`, names them: text of shape (K,), label k is class `classes[k]`. The
-    path names a file, or a folder that holds train.npz and test.npz.
+    A third array, `classes`, holds the class names: text of shape (K,), label k is class
+    `classes[k]`. The path is a file, or a folder that holds train.npz and test.npz.
+
+    Raises
+    ------
+    CovcliError
+        If the path does not exist, the archive is damaged, or an array has another type or shape.
+
+    Examples
+    --------
+    >>> from covcli.data.datasets import load
+    >>> pixels = np.zeros((2, 8, 8), np.uint8)
+    >>> np.savez("x.npz", images=pixels, labels=[0, 1], classes=["cat", "dog"])
+    >>> images = load("npz:x.npz", "test")
+    >>> len(images), images.classes
+    (2, ('cat', 'dog'))
     """
     path, origin = _located(request)
     file = _file_of_split(path, request, ".npz")
@@ -124,7 +137,7 @@ def npz(request: Request) -> ImageSet:
 
 
 def _numbered(labels: np.ndarray, names: tuple[str, ...], request: Request) -> Tensor:
-    """Return labels as numbers from 0 on, where `labels-from` says at which they begin."""
+    """Return labels counted from 0; `labels-from` is the number of the first class."""
     first = 0 if names else Reading.of(request.spec).labels_from
     if first and len(labels) and int(labels.min()) < first:
         raise CovcliError(
@@ -156,10 +169,27 @@ def _read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | N
 
 @DATASETS.add("folder")
 def folder(request: Request) -> ImageSet:
-    """Image files: one subfolder a class, in alphabetical order, or files alone, unlabelled.
+    """Image files: one subfolder per class, in alphabetical order, or unlabelled files.
 
-    Where the subfolders are splits (`train`, `test`, `val`, …), the split names the one to read;
-    `val` serves where there is no `test`.
+    If the subfolders are splits (`train`, `test`, `val`, …), the requested split is read; `val` is
+    used if there is no `test`.
+
+    Raises
+    ------
+    CovcliError
+        If the folder does not exist, holds no image, or it is not clear which subfolders are splits
+        and which are classes.
+
+    Examples
+    --------
+    >>> from PIL import Image
+    >>> from covcli.data.datasets import load
+    >>> for name in ("cat", "dog"):
+    ...     Path("photos", name).mkdir(parents=True)
+    ...     Image.new("RGB", (8, 8)).save(f"photos/{name}/1.png")
+    >>> images = load("folder:photos", "test")
+    >>> images.classes, images.labels.tolist(), images.files
+    (('cat', 'dog'), [0, 1], ['cat/1.png', 'dog/1.png'])
     """
     return of_folder(request, *_located(request))
 
@@ -183,10 +213,23 @@ def of_folder(request: Request, top: Path, origin: Origin) -> ImageSet:
 
 @DATASETS.add("csv")
 def csv_list(request: Request) -> ImageSet:
-    """Read a table with the columns `path` and, if known, `label`: a row an image.
+    r"""Read a CSV table with the columns `path` and optionally `label`: one row per image.
 
-    Paths begin at the table's folder. Labels are class names, or numbers throughout. The path
-    names a file, or a folder that holds train.csv and test.csv.
+    Paths are relative to the table's folder. Labels are either class names or all numbers. The
+    specification names a file, or a folder that holds train.csv and test.csv.
+
+    Raises
+    ------
+    CovcliError
+        If the table does not exist, has no column `path`, or has an incomplete row.
+
+    Examples
+    --------
+    >>> from covcli.data.datasets import load
+    >>> _ = Path("list.csv").write_text("path,label\na.png,cat\nb.png,dog\n")
+    >>> images = load("csv:list.csv", "test")
+    >>> images.classes, images.labels.tolist()
+    (('cat', 'dog'), [0, 1])
     """
     path, origin = _located(request)
     file = _file_of_split(path, request, ".csv")
@@ -204,7 +247,7 @@ def csv_list(request: Request) -> ImageSet:
 
 
 def _read_csv(file: Path) -> tuple[list[str], list[str] | None]:
-    """Return the paths of a table, and its labels where it has such a column."""
+    """Return the paths of a table, and its labels if it has such a column."""
     try:
         with open_regular(file) as opened:
             text = opened.read().decode("utf-8-sig", "surrogateescape")
@@ -216,7 +259,7 @@ def _read_csv(file: Path) -> tuple[list[str], list[str] | None]:
     columns = ["path", "label"] if "label" in rows[0] else ["path"]
     for number, row in enumerate(rows, 2):
         if any(not row[name] or "\0" in row[name] for name in columns) or None in row:
-            raise CovcliError(f"row {number} is not whole", where=file)
+            raise CovcliError(f"row {number} is incomplete", where=file)
     paths = [row["path"] for row in rows]
     return paths, [row["label"].strip() for row in rows] if "label" in columns else None
 
@@ -225,7 +268,7 @@ def of_files(
     request: Request, source: FileSource, labels: Tensor | None, classes: tuple[str, ...],
     origin: Origin,
 ) -> ImageSet:  # fmt: skip
-    """Return the set of image files, less those that cannot be read where that is allowed."""
+    """Return the set of image files; with `skip-unreadable`, without those that cannot be read."""
     images = ImageSet(
         request.spec.text, source, torch.arange(len(source.files)), labels, classes, flips=True,
         by_class=True, origin=origin,
@@ -239,7 +282,14 @@ def of_files(
 def noise(request: Request) -> ImageSet:
     """`noise:gaussian` (mean 127.5, deviation 64) or `noise:uniform` (0 to 255), with `seed`.
 
-    2,000 images of the model's size unless `limit` says otherwise.
+    2,000 images of the network's input size, or as many as `limit`.
+
+    Examples
+    --------
+    >>> from covcli.data.datasets import load
+    >>> images = load("noise:uniform?limit=5&seed=3", "test")
+    >>> images.batch(torch.arange(5), (3, 8, 8)).shape
+    torch.Size([5, 3, 8, 8])
     """
     request.spec.only([*PARTS, "seed"])
     kind = request.spec.argument

@@ -1,4 +1,4 @@
-"""Images in files: decoded when they are read, in threads that live as long as the process."""
+"""Images in files, decoded on reading by threads that are shared by the whole process."""
 
 import hashlib
 import logging
@@ -23,28 +23,35 @@ from covcli.data.preprocessing import Shape
 
 log = logging.getLogger(__name__)
 MOST_THREADS = 16
-NAMED = 10  # so many files that cannot be read are named, the others counted
-MOST_UNREADABLE = 0.05  # of all files may be left out
+NAMED = 10  # at most this many unreadable files are named, the others counted
+MOST_UNREADABLE = 0.05  # the largest share of files that may be skipped
 
 
 @cache
 def decoders() -> ThreadPoolExecutor:
-    """Return the threads that decode: one a processor (PIL releases the interpreter)."""
+    """Return the decoding threads, one per processor (PIL releases the interpreter's lock)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = min(MOST_THREADS, max(2, count or 1))
     return ThreadPoolExecutor(threads, "decode", initializer=compute_alone)
 
 
 def list_unreadable(path: Path, sets: Iterable[ImageSet]) -> int:
-    """Write which files were left out because they cannot be read, and why; the first rank does.
+    """Write the list of files that were skipped as unreadable; only the first rank writes.
+
+    Parameters
+    ----------
+    path
+        The list to write: one line per file, with the reason. Without such files, none is written.
+    sets
+        The sets whose skipped files are listed.
 
     Returns
     -------
     int
-        How many there are, a line each; without any, nothing is written.
+        The number of files.
     """
     lines = [line for images in sets for line in images.origin.unreadable]
-    lines = list(dict.fromkeys(lines))  # two sets can be of the same files
+    lines = list(dict.fromkeys(lines))  # two sets can contain the same files
     if lines and distributed.is_first():
         write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
         log.warning("%d files cannot be read: left out, listed in %s", len(lines), path)
@@ -53,18 +60,25 @@ def list_unreadable(path: Path, sets: Iterable[ImageSet]) -> int:
 
 @dataclass(frozen=True)
 class FileSource:
-    """Image files, decoded when they are read; their sizes may differ.
+    """Image files, decoded on reading; their sizes may differ.
 
     Attributes
     ----------
     folder
-        What the files' names are relative to.
+        The folder that the names are relative to.
     files
-        Their names.
+        The names of the files.
     key
-        Tells lists of files of one folder apart, in the cache of digests.
+        Distinguishes lists of files of one folder in the cache of digests.
     most
-        How many pixels an image may have.
+        The maximum number of pixels of an image.
+
+    Examples
+    --------
+    >>> from PIL import Image
+    >>> Image.new("RGB", (9, 8)).save("x.png")
+    >>> FileSource(Path(), ["x.png"]).read(torch.tensor([0]), (3, 4, 4)).shape
+    torch.Size([1, 3, 4, 4])
     """
 
     folder: Path
@@ -77,12 +91,24 @@ class FileSource:
         return self.folder / self.files[row]
 
     def read(self, rows: Tensor, shape: Shape) -> Tensor:
-        """Decode the rows in a few threads, and stack them.
+        """Decode the rows in several threads, and stack them.
+
+        Parameters
+        ----------
+        rows
+            Which files, int64 of shape (B,).
+        shape
+            Channels (1 or 3), height and width to return.
+
+        Returns
+        -------
+        Tensor
+            uint8 of shape (B, *shape).
 
         Raises
         ------
         CovcliError
-            If a file cannot be read; it names the others that cannot be read either.
+            If a file cannot be read; the message names all unreadable files.
         """
         if len(rows) == 0:
             return torch.empty((0, *shape), dtype=torch.uint8)
@@ -96,7 +122,7 @@ class FileSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest the files' relative names and contents."""
+        """The digest of the files' relative names and contents."""
         digest = hashlib.sha256("\0".join(self.files).encode("utf-8", "surrogateescape"))
         digest.update(digests.content_digests(self._listed).tobytes())
         return digest.hexdigest()
@@ -106,7 +132,7 @@ class FileSource:
         return digests.Files(self.folder, self.files, self.key, decoders())
 
     def unreadable(self) -> list[UnreadableError]:
-        """Decode all files, and return what is wrong with those that cannot be."""
+        """Decode all files, and return an error for each that cannot be decoded."""
         what = f"readable by {PIL.__version__} up to {self.most}"
         can = digests.readable(self._listed, lambda path: decode(path, self.most), what)
         errors = []
@@ -139,12 +165,12 @@ class FileSource:
         return ", ".join(named) + (f" and {more} more" if more > 0 else "")
 
     def less_unreadable(self, images: ImageSet) -> ImageSet:
-        """Return a set of these files less those that cannot be read, which it names.
+        """Return a set without the files that cannot be read; its origin lists them.
 
         Raises
         ------
         CovcliError
-            If they are more than 5% of all files, or nothing is left.
+            If more than 5% of the files cannot be read.
         """
         errors = self.unreadable()
         if not errors:

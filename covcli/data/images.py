@@ -1,4 +1,4 @@
-"""Sets of images: in memory, in files or drawn from a generator, read in whole batches."""
+"""Image sets: in memory, in files or drawn from a random generator, read in batches."""
 
 import hashlib
 import math
@@ -20,20 +20,24 @@ from covcli.core.errors import CovcliError
 from covcli.data.listing import printable
 from covcli.data.preprocessing import COVERING, InputShape, Preprocess, Shape
 
-LONGEST = 16  # sides of the result: what of a resized image may lie outside it
+LONGEST = 16  # a resized image may be at most this many times as long as the result
 # ITU-R BT.601 luma, the weights that PIL's "L" mode uses.
 LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
 
 
 class Source(Protocol):
-    """Where the pixels of a set lie."""
+    """The source of a set's pixels.
+
+    A source may also have `files`, the names of its image files, and `stream`, which yields
+    batches that it reads ahead itself.
+    """
 
     def read(self, rows: Tensor, shape: Shape) -> Tensor:
         """Return the images of those rows, uint8 of shape (len(rows), *shape)."""
 
     @property
     def fingerprint(self) -> str:
-        """A digest of what the source holds, in hexadecimal."""
+        """A digest of the source's content, in hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,12 @@ class Origin:
     Attributes
     ----------
     spec
-        The specification that reads the same whatever a command's options are; empty for the
-        set's name.
+        The specification that reads the same images whatever a command's options are. Empty if it
+        is the set's name.
     ran_in
-        The folder that a relative path in it begins at; empty without one.
+        The folder that a relative path in it starts from; empty without a relative path.
     unreadable
-        Files that were left out because they cannot be read, each with the reason.
+        Skipped files that cannot be read, each with the reason.
     """
 
     spec: str = ""
@@ -58,29 +62,38 @@ class Origin:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images in their order, with their labels where they are known.
+    """An ordered set of images, with labels if they are known.
 
     Attributes
     ----------
     name
         The specification that the set was loaded from.
     source
-        Where the pixels lie.
+        The source of the pixels.
     rows
-        Which rows of the source this set shows, int64 of shape (N,).
+        The rows of the source that belong to the set, int64 of shape (N,).
     labels
         Class numbers, int64 of shape (N,), or None.
     classes
-        Class names, empty where unknown.
+        Class names; empty if unknown.
     flips
         Whether a mirrored image still belongs to its class (not so for digits).
     as_read
-        The numbers that the source itself gives the labels, int64 of shape (N,), where `labels`
-        are those of a network.
+        The source's own labels, int64 of shape (N,), if `labels` were renumbered for a network.
     by_class
-        Whether the source lists one class after another, as folders do: a part of it is drawn.
+        Whether the source lists one class after another, as folders do. A part of such a set is
+        drawn at random.
     origin
-        How the set was read, for whoever reads it again.
+        How the set was read, so that it can be read again.
+
+    Examples
+    --------
+    >>> pixels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    >>> images = in_memory("squares", pixels, [0, 1, 0, 1], classes=("red", "blue"))
+    >>> len(images), images.select(torch.tensor([1, 3])).labels.tolist()
+    (4, [1, 1])
+    >>> images.batch(torch.tensor([0, 2]), (1, 4, 4)).shape
+    torch.Size([2, 1, 4, 4])
     """
 
     name: str
@@ -98,26 +111,39 @@ class ImageSet:
 
     @property
     def files(self) -> list[str] | None:
-        """The images' files, as their folder names them; None where they are of none."""
+        """The images' file names, relative to their folder; None if the images are not in files."""
         names: Sequence[str] | None = getattr(self.source, "files", None)
         return None if names is None else [printable(names[row]) for row in self.rows.tolist()]
 
     def batch(self, rows: Tensor, shape: Shape) -> Tensor:
-        """Return the images of those rows, uint8 of shape (len(rows), *shape)."""
+        """Return some images, adapted to a shape.
+
+        Parameters
+        ----------
+        rows
+            Positions in the set, int64 of shape (B,).
+        shape
+            Channels (1 or 3), height and width.
+
+        Returns
+        -------
+        Tensor
+            uint8 of shape (B, *shape); float32 for images prepared by a program.
+        """
         return self.source.read(self.rows[rows], shape)
 
     def select(self, rows: Tensor) -> "ImageSet":
-        """Return the set of those rows only; pixels are shared, not copied."""
+        """Return the subset at those positions, int64 of shape (n,); pixels are not copied."""
         labels = None if self.labels is None else self.labels[rows]
         as_read = None if self.as_read is None else self.as_read[rows]
         return replace(self, rows=self.rows[rows], labels=labels, as_read=as_read)
 
     def spread(self, most: int) -> "ImageSet":
-        """Return at most so many of the images, evenly spread; the set must hold some."""
+        """Return at most `most` images, evenly spaced; the set must not be empty."""
         return self.select(torch.arange(0, len(self), -(-len(self) // most)))
 
     def without(self, rows: Tensor) -> "ImageSet":
-        """Return the set less those rows of its source."""
+        """Return the set without those rows of its source."""
         return self.select(torch.nonzero(~torch.isin(self.rows, rows))[:, 0])
 
     def named(self, classes: tuple[str, ...]) -> "ImageSet":
@@ -125,14 +151,14 @@ class ImageSet:
         return replace(self, classes=classes)
 
     def known_labels(self) -> Tensor:
-        """Return the labels; a set without any is a CovcliError."""
+        """Return the labels, int64 of shape (N,); raise a CovcliError if there are none."""
         if self.labels is None:
             raise CovcliError("has no labels", where=self.name, fix="name a labelled set")
         return self.labels
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the source, the rows and the labels: equal for equal data."""
+        """The digest of the source, the rows and the labels: equal for equal data."""
         digest = hashlib.sha256(self.source.fingerprint.encode())
         digest.update(self.rows.numpy().tobytes())
         labels = self.labels if self.as_read is None else self.as_read
@@ -149,14 +175,14 @@ class MemorySource:
     images
         uint8 of shape (N, C, H, W).
     ready
-        Whether they were made for one network: in the shape of its inputs they are not resized.
+        Whether the images have a network's input shape already; then they are not resized to it.
     """
 
     images: Tensor
     ready: bool = False
 
     def read(self, rows: Tensor, shape: Shape) -> Tensor:
-        """Gather the rows and turn them to the shape asked for."""
+        """Return the rows, adapted to the shape."""
         images = self.images[rows]
         if self.ready and tuple(images.shape[1:]) == tuple(shape):
             return images
@@ -164,7 +190,7 @@ class MemorySource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest the pixels."""
+        """The digest of the pixels."""
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
         digest.update(np.ascontiguousarray(self.images.numpy()).data)
         return digest.hexdigest()
@@ -172,13 +198,21 @@ class MemorySource:
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Noise drawn per row from a counter-based generator: a row is the same in any batch."""
+    """Noise from a counter-based generator: a row has the same pixels in any batch.
+
+    Attributes
+    ----------
+    distribution
+        "gaussian" (mean 127.5, deviation 64) or "uniform" (0 to 255).
+    seed
+        The seed of all rows.
+    """
 
     distribution: Literal["gaussian", "uniform"]
     seed: int
 
     def read(self, rows: Tensor, shape: Shape) -> Tensor:
-        """Draw the rows' pixels: uniform over 0..255, or normal with mean 127.5, deviation 64."""
+        """Draw the pixels of the rows, uint8 of shape (len(rows), *shape)."""
         images = np.empty((len(rows), *shape), np.uint8)
         for image, row in zip(images, rows.tolist(), strict=True):
             generator = np.random.Generator(np.random.Philox(key=[self.seed, row]))
@@ -190,7 +224,7 @@ class NoiseSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest what determines the pixels."""
+        """The digest of everything that determines the pixels."""
         return hashlib.sha256(f"noise:{self.distribution}:{self.seed}".encode()).hexdigest()
 
 
@@ -202,7 +236,28 @@ def in_memory(
     flips: bool = False,
     ready: bool = False,
 ) -> ImageSet:
-    """Make a set of images that already lie in memory, uint8 of shape (N, C, H, W)."""
+    """Return an image set of pixels in memory.
+
+    Parameters
+    ----------
+    name
+        The name of the set, for messages and results.
+    images
+        uint8 of shape (N, C, H, W), with 1 to 4 channels.
+    labels
+        Class numbers of shape (N,), or None.
+    classes
+        Class names; empty if unknown.
+    flips
+        Whether a mirrored image still belongs to its class.
+    ready
+        Whether the images have the network's input shape already and must not be resized.
+
+    Examples
+    --------
+    >>> len(in_memory("noise", np.zeros((5, 1, 8, 8), np.uint8), None))
+    5
+    """
     pixels = torch.as_tensor(images)
     known = None if labels is None else torch.as_tensor(labels).to(torch.int64)
     source = MemorySource(pixels, ready)
@@ -210,13 +265,13 @@ def in_memory(
 
 
 def adapt(images: Tensor, shape: Shape) -> Tensor:
-    """Turn images to a model's channels and size.
+    """Convert images to a network's channels and size.
 
-    Transparency, a second or fourth channel, shows white behind it. Grey images become three
-    equal channels, colours become grey by luma. Images are resized and the middle is cut out, as
-    the shape of a network says (`InputShape`); by default they are resized as little as makes them
-    cover that size (bilinear, antialiased), and images of that very size stay as they are. Of an
-    image more than 16 times as long as it is wide, only the part around the middle is resized.
+    Transparency (a second or fourth channel) is composed over white. Grey images become three equal
+    channels; colours become grey by luma. Images are resized, and the centre is cropped. An
+    `InputShape` determines how. By default, images are scaled just enough to cover the size
+    (bilinear, antialiased), and images of the right size are unchanged. If an image is more than 16
+    times as long as it is wide, only its central part is resized.
 
     Parameters
     ----------
@@ -229,6 +284,11 @@ def adapt(images: Tensor, shape: Shape) -> Tensor:
     -------
     Tensor
         uint8 of shape (B, *shape).
+
+    Examples
+    --------
+    >>> adapt(torch.zeros(1, 1, 20, 10, dtype=torch.uint8), (3, 8, 8)).shape
+    torch.Size([1, 3, 8, 8])
     """
     channels, height, width = shape
     if images.shape[1] in (2, 4):
@@ -243,17 +303,17 @@ def adapt(images: Tensor, shape: Shape) -> Tensor:
     if list(images.shape[2:]) != size:
         mode = InterpolationMode(how.interpolation)
         images = F.resize(images, size, interpolation=mode, antialias=True)
-    cut: Tensor = F.center_crop(images, [height, width])
-    return cut
+    cropped: Tensor = F.center_crop(images, [height, width])
+    return cropped
 
 
 def on_white(images: Tensor) -> Tensor:
-    """Lay images with transparency on a white ground.
+    """Compose images with transparency over white.
 
     Parameters
     ----------
     images
-        uint8 of shape (B, 2 or 4, H, W); the last channel is how opaque a pixel is.
+        uint8 of shape (B, 2 or 4, H, W); the last channel is opacity.
 
     Returns
     -------
@@ -270,7 +330,7 @@ def on_white(images: Tensor) -> Tensor:
 
 
 def _without_far_ends(images: Tensor, wanted: tuple[int, int], how: Preprocess) -> Tensor:
-    """Cut the ends off a long thin image that would be resized only to be cut off then."""
+    """Crop the ends of a long thin image before resizing; they would be cropped afterwards."""
     high, wide = images.shape[2:]
     scale = how.scale((high, wide), wanted)
     if scale is None:
@@ -281,7 +341,7 @@ def _without_far_ends(images: Tensor, wanted: tuple[int, int], how: Preprocess) 
     ]
     if kept == [high, wide]:
         return images
-    # Both ends lose the same, so that the middle stays where it is.
+    # Both ends lose equally many pixels, so that the centre stays the same.
     top, left = (high - kept[0]) // 2, (wide - kept[1]) // 2
     return images[:, :, top : high - top, left : wide - left]
 
@@ -289,9 +349,29 @@ def _without_far_ends(images: Tensor, wanted: tuple[int, int], how: Preprocess) 
 def batches(
     images: ImageSet, parts: Sequence[Tensor], shape: Shape
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each part's rows and images, reading one batch ahead of the network.
+    """Yield the rows and images of each part, reading one batch ahead.
 
-    A source that reads ahead by itself has a method `stream`.
+    Parameters
+    ----------
+    images
+        The set.
+    parts
+        Positions in the set, one int64 tensor per batch.
+    shape
+        Channels, height and width.
+
+    Yields
+    ------
+    tuple of Tensor
+        The positions of shape (B,), and the images of shape (B, *shape).
+
+    Examples
+    --------
+    >>> images = in_memory("noise", np.zeros((5, 1, 8, 8), np.uint8), None)
+    >>> for rows, pixels in batches(images, torch.arange(5).split(3), (1, 8, 8)):
+    ...     print(rows.tolist(), tuple(pixels.shape))
+    [0, 1, 2] (3, 1, 8, 8)
+    [3, 4] (2, 1, 8, 8)
     """
     stream = getattr(images.source, "stream", None)
     if stream is not None:
@@ -308,27 +388,27 @@ def batches(
 
 
 def compute_alone() -> None:
-    """Let this thread compute by itself: its helpers would take turns with those of the network."""
-    torch.get_num_threads()  # the first call in a thread sets its number
-    threadpool_limits(1, user_api="openmp")  # of this thread alone
+    """Limit this thread to one OpenMP thread; more would compete with those of the network."""
+    torch.get_num_threads()  # the first call in a thread initialises its number
+    threadpool_limits(1, user_api="openmp")  # for this thread only
 
 
 @dataclass(frozen=True)
 class DataRecord:
-    """Which data something was made from.
+    """The record of the data that a checkpoint, signature or result was computed from.
 
     Attributes
     ----------
     spec
         The data specification.
     source
-        The fingerprint of all that the source holds.
+        The fingerprint of the whole source.
     images
-        The fingerprint of the images that were read of it.
+        The fingerprint of the images that were used.
     ran_in
-        The folder that a relative path in the specification begins at; empty without one.
+        The folder that a relative path in the specification starts from; empty without one.
     seal
-        By which this user's covcli knows the record again (`data.recorded`); empty otherwise.
+        The seal by which this user's covcli recognises the record (`data.recorded`), or empty.
     """
 
     spec: str
@@ -344,7 +424,7 @@ class DataRecord:
 
     @classmethod
     def of(cls, images: ImageSet) -> "DataRecord":
-        """Describe a loaded set."""
+        """Return the record of a loaded set."""
         origin = images.origin
         spec = origin.spec or images.name
         return cls(spec, images.source.fingerprint, images.fingerprint, origin.ran_in)

@@ -1,4 +1,4 @@
-"""Labels: which class of a network an image of a set belongs to, by name and never by position."""
+"""Labels: the mapping of a set's classes to a network's classes, by name, never by position."""
 
 import logging
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from covcli.core.specs import suggestion
 from covcli.data.images import ImageSet
 
 log = logging.getLogger(__name__)
-NAMED = 10  # so many names are spelled out, the others counted
+NAMED = 10  # at most this many names are listed, the others counted
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Matched:
     images
         The set under the network's numbers and names.
     notes
-        What a reader of results on it must know, a sentence each.
+        Remarks for readers of the results, one sentence each.
     """
 
     images: ImageSet
@@ -38,20 +38,29 @@ class Matched:
 
 
 def numbered(count: int) -> tuple[str, ...]:
-    """Return the names of so many classes that are known by their numbers alone."""
+    """Return the names "0", "1", … of classes that have only numbers."""
     return tuple(str(k) for k in range(count))
 
 
 def taught(images: ImageSet) -> Matched:
-    """Return the set that a network learns from; its `classes` become the network's.
+    """Return the set to train a network on; its `classes` become the network's.
 
-    Named classes keep their names and order. Labels that are plain numbers become classes from 0
-    on in their order, named by the number, so that no class stands for a gap.
+    Named classes keep their names and order. Numeric labels are renumbered from 0 without gaps, and
+    each class is named by its original number.
 
     Raises
     ------
     CovcliError
-        If there are no labels, one is below 0, or a named class has no image.
+        If there are no labels, one is negative, or a named class has no image.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from covcli.data.images import in_memory
+    >>> images = in_memory("pets", torch.zeros(3, 3, 8, 8, dtype=torch.uint8), [4, 7, 4])
+    >>> training = taught(images).images
+    >>> training.labels.tolist(), training.classes
+    ([0, 1, 0], ('4', '7'))
     """
     labels = images.known_labels()
     present, places = labels.unique(return_inverse=True)
@@ -78,22 +87,22 @@ def taught(images: ImageSet) -> Matched:
 
 
 def matched(images: ImageSet, classes: Sequence[str]) -> Matched:
-    """Return a set under the class numbers of a network.
+    """Return a set with its labels renumbered to the classes of a network.
 
-    A set that names its classes is matched by name. Numbers are looked up among the network's
-    names where those are numbers too, and else are its class numbers.
+    A set with class names is matched by name. Numeric labels are matched to the network's class
+    names if those are numbers too; otherwise they are its class numbers.
 
     Parameters
     ----------
     images
-        A labelled set, under its own numbers.
+        A labelled set, with its own class numbers.
     classes
         The network's class names, in the order of its outputs.
 
     Raises
     ------
     CovcliError
-        If the set has no labels, or an image of a class that the network does not know.
+        If the set has no labels, or an image of a class that the network does not have.
 
     Examples
     --------
@@ -101,8 +110,8 @@ def matched(images: ImageSet, classes: Sequence[str]) -> Matched:
     >>> from covcli.data.images import in_memory
     >>> pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     >>> images = in_memory("pets", pixels, torch.tensor([0, 1]), ("ant", "cat"))
-    >>> found = matched(images, ("ant", "bee", "cat"))
-    >>> found.images.labels.tolist(), found.notes
+    >>> pets = matched(images, ("ant", "bee", "cat"))
+    >>> pets.images.labels.tolist(), pets.notes
     ([0, 2], ("pets: no image of class 'bee'",))
     """
     labels, classes = images.known_labels(), tuple(classes)
@@ -115,15 +124,15 @@ def matched(images: ImageSet, classes: Sequence[str]) -> Matched:
             notes.append(_by_position(images, len(classes)))
             known = {name: k for k, name in enumerate(names)}
         table = torch.tensor([known.get(name, -1) for name in names])
-        found = table[labels]
-        unknown = [names[k] for k in labels[found < 0].unique().tolist()]
+        numbers = table[labels]
+        unknown = [names[k] for k in labels[numbers < 0].unique().tolist()]
     elif classes == numbered(len(classes)) or not all(name.isdecimal() for name in classes):
         _check_range(images, len(classes), "the network has")  # numbers count the outputs
-        found, unknown = labels, []
+        numbers, unknown = labels, []
     else:
         values, places = labels.unique(return_inverse=True)
         names = tuple(str(value) for value in values.tolist())
-        found = torch.tensor([known.get(name, -1) for name in names])[places]
+        numbers = torch.tensor([known.get(name, -1) for name in names])[places]
         unknown = [name for name in names if name not in known]
     if unknown:
         raise CovcliError(
@@ -131,18 +140,18 @@ def matched(images: ImageSet, classes: Sequence[str]) -> Matched:
             where=images.name,
             fix=suggestion(unknown[0], list(classes[:NAMED])),
         )
-    if absent := _absent(classes, found.unique()):
+    if absent := _absent(classes, numbers.unique()):
         notes.append(f"{images.name}: no image of {_listed('class', absent)}")
-    return Matched(_numbered_as(images, found, classes), tuple(notes))
+    return Matched(_numbered_as(images, numbers, classes), tuple(notes))
 
 
 def adopted(images: ImageSet, count: int) -> tuple[str, ...]:
-    """Return names for the outputs of a network that brings none: those of a set, in its order.
+    """Return names for the `count` outputs of a network without names: those of a set, in order.
 
     Raises
     ------
     CovcliError
-        If the set names another number of classes: which is which could not be known.
+        If the set names another number of classes, so that they cannot be assigned.
     """
     if not images.classes:
         return numbered(count)

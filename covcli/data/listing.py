@@ -1,6 +1,6 @@
-"""Folders of image files: which are splits, which are classes, and which files are images.
+"""Listing of folders: which subfolders are splits or classes, and which files are images.
 
-Nothing is opened: a folder of a million images is listed in seconds.
+No file is opened, so a folder of a million images is listed in seconds.
 """
 
 import os
@@ -17,7 +17,7 @@ SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".pbm",
     ".pnm", ".tif", ".tiff",
 )  # fmt: skip
-# What operating systems, file servers and archivers leave among images; hidden entries besides.
+# Entries that operating systems, file servers and archivers create; hidden ones are also ignored.
 LEFT_BY_OTHERS = frozenset({
     "__MACOSX", "__pycache__", "lost+found", "System Volume Information", "$RECYCLE.BIN",
     "@eaDir", "@Recycle", "#recycle", "#snapshot",
@@ -26,7 +26,7 @@ SPLITS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
     "valid": "val", "validation": "val", "dev": "val",
 }  # fmt: skip
-# Which part serves a split, from the first choice on.
+# The parts that can serve as a split, in order of preference.
 SERVING: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
 
 
@@ -39,13 +39,14 @@ class Listing:
     root
         The folder.
     files
-        The files' paths below it, in the order of their parts.
+        The files' paths relative to the folder, sorted by path components.
     counts
-        How many of the files, one class after another, belong to each class; empty without.
+        The number of files of each class; the files are in the order of the classes. Empty without
+        classes.
     classes
-        The class names, in the order of their code points; empty where there are no subfolders.
+        The class names, sorted by code points; empty if there are no subfolders.
     notes
-        What was passed over and why, a sentence each.
+        What was ignored and why, one sentence each.
     """
 
     root: Path
@@ -56,56 +57,76 @@ class Listing:
 
 
 def printable(name: str) -> str:
-    r"""Return a name with the bytes that are no UTF-8 spelled out, as in `caf\xe9`."""
+    r"""Return a name with bytes that are not UTF-8 escaped, as in `caf\xe9`."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def is_left_by_others(name: str) -> bool:
-    """Return whether an entry is hidden, or one that systems and editors leave among images."""
+    """Return whether an entry is hidden, or created by a system or an editor."""
     return name.startswith((".", "~$")) or name in LEFT_BY_OTHERS
 
 
 def list_classes(root: Path) -> Listing:
-    """List a folder of which every subfolder is a class; without subfolders, its files alone.
+    """List a folder in which every subfolder is a class; without subfolders, list its files.
 
-    Symbolic links are followed, to files and to folders; one that leads to a folder above itself
-    is passed over.
+    Symbolic links to files and folders are followed. A link to a folder above itself is ignored.
 
     Raises
     ------
     CovcliError
         If a folder cannot be read.
+
+    Examples
+    --------
+    >>> for name in ("cat", "dog"):
+    ...     Path("photos", name).mkdir(parents=True)
+    ...     Path("photos", name, "1.jpg").touch()
+    >>> listing = list_classes(Path("photos"))
+    >>> listing.classes, listing.files, listing.counts
+    (('cat', 'dog'), ['cat/1.jpg', 'dog/1.jpg'], [1, 1])
     """
-    found = Listing(root)
+    listing = Listing(root)
     names = sorted(_subfolders(root))
-    loose = _Walk(str(root), found.notes)
+    walk = _Walk(str(root), listing.notes)
     if not names:
-        found.files = loose.files("")
-        found.notes += loose.passed_over()
-        return found
+        listing.files = walk.files("")
+        listing.notes += walk.ignored()
+        return listing
     outside = sum(1 for entry in _entries(str(root)) if _is_image(entry))
     if outside:
-        found.notes.append(f"{root}: {outside} images lie beside the class folders: passed over")
+        listing.notes.append(f"{root}: {outside} images beside the class folders are ignored")
     for name in names:
-        files = loose.files(name)
-        found.files += files
-        found.counts.append(len(files))
-    found.classes = tuple(map(printable, names))
-    found.notes += loose.passed_over()
-    return found
+        files = walk.files(name)
+        listing.files += files
+        listing.counts.append(len(files))
+    listing.classes = tuple(map(printable, names))
+    listing.notes += walk.ignored()
+    return listing
 
 
 def split_folder(root: Path, split: Split) -> tuple[Path, list[str]]:
-    """Return the folder that holds a split, and what must be said about the choice.
+    """Return the folder that holds a split, and remarks about the choice.
 
-    A folder whose subfolders are only named after splits is never one of classes. Where such
-    names stand beside others, it is one of splits if they name two different ones; where they
-    name a single one, the name is a class if its folder holds images as the others do.
+    If all subfolders are named after splits, they are splits. Beside other subfolders, such names
+    are splits if they name two different splits. A single such name is a class if its folder holds
+    images directly, as the other folders do.
+
+    Parameters
+    ----------
+    root
+        The folder.
+    split
+        "train" or "test".
+
+    Returns
+    -------
+    tuple
+        The folder of the split (`root` itself if there are no splits), and the remarks.
 
     Raises
     ------
     CovcliError
-        If the split is not there, two folders claim it, or it cannot be told from a class.
+        If the split is missing, two folders match it, or it cannot be distinguished from a class.
     """
     names = sorted(_subfolders(root))
     parts = {name: SPLITS[name.casefold()] for name in names if name.casefold() in SPLITS}
@@ -123,7 +144,7 @@ def split_folder(root: Path, split: Split) -> tuple[Path, list[str]]:
         )
     notes = []
     if others:
-        notes.append(f"{root}: {_listed(others)}: no split, passed over")
+        notes.append(f"{root}: {_listed(others)}: not a split, ignored")
     for part in SERVING[split]:
         serving = [name for name in parts if parts[name] == part]
         if len(serving) > 1:
@@ -142,33 +163,33 @@ def split_folder(root: Path, split: Split) -> tuple[Path, list[str]]:
 
 
 class _Walk:
-    """Goes through the folders below a root, along links, and round in no circle."""
+    """Walks through the folders below a root; follows links, but not in a cycle."""
 
     def __init__(self, root: str, notes: list[str]) -> None:
         self._root = root
         self._notes = notes
         self._others: Counter[str] = Counter()
 
-    def passed_over(self) -> list[str]:
-        """Return a note on the files whose names do not end like an image's, if there are any."""
+    def ignored(self) -> list[str]:
+        """Return a note on the files without an image's file name extension, if there are any."""
         if not self._others:
             return []
-        kinds = [f"{count} {ending or 'without ending'}"
-                 for ending, count in self._others.most_common(5)]  # fmt: skip
-        return [f"{self._root}: passed over what is no image by its name: {', '.join(kinds)}"]
+        kinds = [f"{count} {suffix or 'without extension'}"
+                 for suffix, count in self._others.most_common(5)]  # fmt: skip
+        return [f"{self._root}: ignored files without an image's extension: {', '.join(kinds)}"]
 
     def files(self, below: str) -> list[str]:
-        """Return the image files below a subfolder ("" for the root), in the order of parts."""
-        found: list[str] = []
-        self._go(below, (), found)
-        return found
+        """Return the image files below a subfolder ("" for the root), sorted by path components."""
+        images: list[str] = []
+        self._go(below, (), images)
+        return images
 
-    def _go(self, below: str, above: tuple[tuple[int, int], ...], found: list[str]) -> None:
+    def _go(self, below: str, above: tuple[tuple[int, int], ...], images: list[str]) -> None:
         path = os.path.join(self._root, below)  # noqa: PTH118 - a million Paths take seconds
         status = os.stat(path)  # noqa: PTH116
         mine = (status.st_dev, status.st_ino)
         if mine in above:
-            self._notes.append(f"{path}: a link to a folder above itself: passed over")
+            self._notes.append(f"{path}: a link to a folder above itself is ignored")
             return
         prefix = f"{below}/" if below else ""
         files, folders = [], set()
@@ -181,13 +202,13 @@ class _Walk:
                 self._others[os.path.splitext(entry.name)[1].lower()] += 1  # noqa: PTH122
         if not folders:
             files.sort()
-            found += [prefix + name for name in files]
+            images += [prefix + name for name in files]
             return
         for name in sorted([*files, *folders]):
             if name in folders:
-                self._go(prefix + name, (*above, mine), found)
+                self._go(prefix + name, (*above, mine), images)
             else:
-                found.append(prefix + name)
+                images.append(prefix + name)
 
 
 def _entries(path: str) -> Iterator[os.DirEntry[str]]:
@@ -209,7 +230,7 @@ def _subfolders(path: Path) -> list[str]:
 
 
 def _holds_image(path: Path) -> bool:
-    """Return whether an image lies anywhere in a folder; it looks no further than the first."""
+    """Return whether a folder or a folder below it holds an image; stops at the first."""
     waiting, seen = [str(path)], set()
     while waiting:
         folder = waiting.pop()

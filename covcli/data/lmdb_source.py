@@ -1,4 +1,4 @@
-"""Image files in LMDB databases, one a class, as LSUN (Yu et al., 2015) is stored."""
+"""Image files in LMDB databases, one per class: the format of LSUN (Yu et al., 2015)."""
 
 import hashlib
 from bisect import bisect_right
@@ -26,17 +26,17 @@ NAME = "data.mdb"
 class LmdbPart:
     """One database.
 
-    torchvision's reader keeps a list of keys as a pickle in the working folder, and believes
-    whichever it finds there; so this one reads the keys.
+    torchvision's reader caches the keys as a pickle in the working directory and loads any file of
+    that name without a check, so this class reads the keys itself.
 
     Attributes
     ----------
     folder
-        Where it lies.
+        The folder of the database.
     environment
-        It, opened to read.
+        The database, opened for reading.
     keys
-        The images' keys, in their order.
+        The images' keys, in order.
     """
 
     folder: Path
@@ -46,18 +46,18 @@ class LmdbPart:
 
 @cache
 def open_part(folder: Path) -> LmdbPart:
-    """Open a database, once in a process: LMDB allows no more.
+    """Open a database. LMDB allows this only once per process, so the result is cached.
 
     Raises
     ------
     CovcliError
-        If it cannot be read, or the package is not installed.
+        If it cannot be read, or the package lmdb is not installed.
     """
     try:
         import lmdb
     except ImportError:
         raise CovcliError(
-            "is read by the package lmdb", where=folder, fix="pip install 'covcli[lsun]'"
+            "needs the package lmdb", where=folder, fix="pip install 'covcli[lsun]'"
         ) from None
     try:
         environment = lmdb.open(
@@ -72,7 +72,7 @@ def open_part(folder: Path) -> LmdbPart:
 
 @dataclass(frozen=True)
 class LmdbSource:
-    """Databases of image files, one after another."""
+    """The image files of several databases, concatenated."""
 
     parts: Sequence[LmdbPart]
     most: int = MAX_PIXELS
@@ -82,7 +82,7 @@ class LmdbSource:
         return list(accumulate(len(part.keys) for part in self.parts))
 
     def read(self, rows: Tensor, shape: Shape) -> Tensor:
-        """Decode the rows in a few threads, and stack them."""
+        """Decode the rows in several threads, and stack them: uint8 of shape (B, *shape)."""
         if len(rows) == 0:
             return torch.empty((0, *shape), dtype=torch.uint8)
         return torch.cat(list(decoders().map(lambda row: self._one(row, shape), rows.tolist())))
@@ -98,7 +98,7 @@ class LmdbSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest the databases' files."""
+        """The digest of the databases' files."""
         digest = hashlib.sha256()
         for part in self.parts:
             listed = Files(part.folder, [NAME], "", decoders())

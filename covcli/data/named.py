@@ -1,4 +1,4 @@
-"""Sets that are known by a name: what torchvision downloads, and what scikit-learn brings."""
+"""Data sets with a name: those that torchvision downloads, and those included in scikit-learn."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ SCENES = (
 def _from_torchvision(
     request: Request, open_set: Callable[[bool], Any], allowed: Sequence[str] = ()
 ) -> Any:
-    """Open a torchvision set where it lies; download it if it is not there."""
+    """Open a torchvision set in the data folder; download it if it is missing."""
     without_argument(request, allowed)
     with distributed.one_at_a_time():
         return _opened(request, open_set)
@@ -44,7 +44,7 @@ def _opened(request: Request, open_set: Callable[[bool], Any]) -> Any:
     )
     try:
         return open_set(False)
-    except RuntimeError:  # not there
+    except RuntimeError:  # missing
         pass
     except (ValueError, OSError, AssertionError, TypeError, EOFError):
         raise damaged from None
@@ -55,7 +55,7 @@ def _opened(request: Request, open_set: Callable[[bool], Any]) -> Any:
             return open_set(True)
     except (OSError, RuntimeError) as error:
         raise CovcliError(
-            f"is not whole in {request.data_dir} and could not be downloaded ({error})",
+            f"is incomplete in {request.data_dir} and could not be downloaded ({error})",
             where=request.spec.text,
             fix="check the network, or point --data-dir or COVCLI_DATA_DIR at a copy",
         ) from None
@@ -78,13 +78,13 @@ def _cifar(request: Request, class_name: str) -> ImageSet:
 
 @DATASETS.add("cifar10")
 def cifar10(request: Request) -> ImageSet:
-    """CIFAR-10 (Krizhevsky, 2009): 50,000 + 10,000 colour images of 32×32, 10 classes."""
+    """CIFAR-10 (Krizhevsky, 2009): 50,000 + 10,000 colour images, 32×32 pixels, 10 classes."""
     return _cifar(request, "CIFAR10")
 
 
 @DATASETS.add("cifar100")
 def cifar100(request: Request) -> ImageSet:
-    """CIFAR-100 (Krizhevsky, 2009): 50,000 + 10,000 colour images of 32×32, 100 classes."""
+    """CIFAR-100 (Krizhevsky, 2009): 50,000 + 10,000 colour images, 32×32 pixels, 100 classes."""
     return _cifar(request, "CIFAR100")
 
 
@@ -104,25 +104,25 @@ def _mnist(request: Request, class_name: str, flips: bool) -> ImageSet:
 
 @DATASETS.add("mnist")
 def mnist(request: Request) -> ImageSet:
-    """MNIST (LeCun et al., 1998): 60,000 + 10,000 grey handwritten digits of 28×28."""
+    """MNIST (LeCun et al., 1998): 60,000 + 10,000 grey handwritten digits, 28×28 pixels."""
     return _mnist(request, "MNIST", False)
 
 
 @DATASETS.add("fashion-mnist")
 def fashion_mnist(request: Request) -> ImageSet:
-    """Fashion-MNIST (Xiao et al., 2017): 60,000 + 10,000 grey garments of 28×28."""
+    """Fashion-MNIST (Xiao et al., 2017): 60,000 + 10,000 grey garments, 28×28 pixels."""
     return _mnist(request, "FashionMNIST", True)
 
 
 @DATASETS.add("kmnist")
 def kmnist(request: Request) -> ImageSet:
-    """Kuzushiji-MNIST (Clanuwat et al., 2018): 60,000 + 10,000 grey cursive characters of 28×28."""
+    """Kuzushiji-MNIST (Clanuwat et al., 2018): 60,000 + 10,000 grey characters, 28×28 pixels."""
     return _mnist(request, "KMNIST", False)
 
 
 @DATASETS.add("emnist-letters")
 def emnist_letters(request: Request) -> ImageSet:
-    """EMNIST's letters (Cohen et al., 2017): 124,800 + 20,800 grey letters of 28×28, upright."""
+    """EMNIST's letters (Cohen et al., 2017): 124,800 + 20,800 grey letters, 28×28 pixels."""
     from torchvision import datasets
 
     opened = _from_torchvision(
@@ -131,7 +131,7 @@ def emnist_letters(request: Request) -> ImageSet:
             request.data_dir, split="letters", train=request.split == "train", download=download
         ),
     )
-    # The files hold columns for rows, and count letters from 1 on.
+    # The files store images transposed, and count letters from 1.
     pixels, labels = opened.data.transpose(1, 2)[:, None], opened.targets - 1
     return in_memory(request.spec.text, pixels, labels, tuple(opened.classes[1:]))
 
@@ -140,7 +140,7 @@ def emnist_letters(request: Request) -> ImageSet:
 def textures(request: Request) -> ImageSet:
     """DTD, describable textures (Cimpoi et al., 2014): 47 classes, 3,760 + 1,880 photographs.
 
-    The first partition; its validation images belong to `train`.
+    The first partition. `train` includes its validation images.
     """
     from torchvision import datasets
 
@@ -155,9 +155,9 @@ def textures(request: Request) -> ImageSet:
 
 @DATASETS.add("places365")
 def places365(request: Request) -> ImageSet:
-    """Places365 (Zhou et al., 2017), its small images: 1.8 million + 36,500 photographs of scenes.
+    """Places365 (Zhou et al., 2017), small version: 1.8 million + 36,500 photographs of scenes.
 
-    `test` is the validation split, the last one whose labels are public.
+    `test` is the validation split: the labels of the test split are not public.
     """
     from torchvision import datasets
 
@@ -208,8 +208,8 @@ def _of_paths(
 def lsun(request: Request) -> ImageSet:
     """LSUN (Yu et al., 2015): 9.9 million + 3,000 photographs of 10 kinds of scenes.
 
-    Nobody downloads it by itself: the folders `bedroom_val_lmdb` and so on must lie in the data
-    folder. Reading them takes the package lmdb.
+    It is not downloaded automatically: the folders `bedroom_val_lmdb` and so on must be in the data
+    folder. Reading them needs the package lmdb.
     """
     without_argument(request, OF_FILES)
     split = "train" if request.split == "train" else "val"
@@ -246,7 +246,7 @@ def svhn(request: Request) -> ImageSet:
 def digits(request: Request) -> ImageSet:
     """scikit-learn's handwritten digits, 8×8 grey: 1,437 to train, 360 to test.
 
-    Shuffled once (their order tells the writers apart), with each class in both parts alike.
+    The split is random and stratified by class, because the images are ordered by writer.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -263,7 +263,7 @@ def digits(request: Request) -> ImageSet:
 
 @DATASETS.add("photos")
 def photos(request: Request) -> ImageSet:
-    """2,000 square patches a split, 64 to 256 pixels wide, of scikit-learn's two photographs."""
+    """2,000 square patches per split, 64 to 256 pixels wide, of scikit-learn's two photographs."""
     from sklearn.datasets import load_sample_images
 
     from covcli.data.images import adapt

@@ -1,10 +1,10 @@
 """`openood:NAME`: the near and far sets of OpenOOD v1.5 (Zhang et al., 2023) for a benchmark.
 
-Where OpenOOD's own lists of images lie in the data folder (`benchmark_imglist/cifar10/test_tin.txt`
-beside `images_classic` and `images_largescale`, as its download script puts them), the sets are
-exactly those of the benchmark. Else a set is taken whole: from a folder of its name in the data
-folder, or under the name by which covcli knows it. OpenOOD leaves out images that show trusted
-classes, so figures on whole sets are not those of its tables; that is said.
+If OpenOOD's lists of images are in the data folder (`benchmark_imglist/cifar10/test_tin.txt` beside
+`images_classic` and `images_largescale`, as its download script creates them), the sets are exactly
+those of the benchmark. Otherwise the whole set is used: from a folder of its name in the data
+folder, or a data set of covcli. OpenOOD excludes images that show trusted classes, so results on
+whole sets differ from its tables; a warning says so.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ BENCHMARKS: dict[str, dict[str, tuple[str, ...]]] = {
         "far": ("inaturalist", "textures", "openimage_o"),
     },
 }
-# Sets that covcli can fetch, by OpenOOD's names for them. OpenOOD's iNaturalist is a choice of
-# plants, which torchvision does not have.
+# OpenOOD's names of sets that covcli can download. OpenOOD's iNaturalist is a selection of plants
+# that torchvision does not have.
 KNOWN = {
     "cifar10": "cifar10", "cifar100": "cifar100", "mnist": "mnist", "svhn": "svhn",
     "texture": "textures", "textures": "textures", "places365": "places365",
@@ -39,19 +39,19 @@ IMAGES = ("images_classic", "images_largescale")
 
 
 def expand(texts: Sequence[str], data_dir: Path | None = None) -> tuple[str, ...]:
-    """Return specifications with every group of OpenOOD's in the place of its name.
+    """Return specifications with every OpenOOD group replaced by its sets.
 
     Parameters
     ----------
     texts
-        Specifications; `openood:cifar10`, or `openood:cifar10/near`, stands for several.
+        Specifications; `openood:cifar10` and `openood:cifar10/near` are groups of several sets.
     data_dir
-        The folder that downloaded sets live in.
+        The folder of downloaded sets.
 
     Raises
     ------
     CovcliError
-        If a benchmark or a group is unknown, or none of its sets is there or can be fetched.
+        If a benchmark or a group is unknown, or none of its sets is available.
 
     Examples
     --------
@@ -81,11 +81,11 @@ def _members(spec: Spec, data_dir: Path) -> list[str]:
                 members.append(f"openood:{benchmark}/{group}/{name}{'?' if tail else ''}{tail}")
     if missing:
         say_once(
-            f"{spec.text}: left out {', '.join(missing)}: nothing fetches them by name; put "
+            f"{spec.text}: left out {', '.join(missing)}: they cannot be downloaded; put "
             f"OpenOOD's data into {data_dir}, or a folder of that name"
         )
     if not members:
-        raise CovcliError("none of its sets is there", where=f"{spec.text} in {data_dir}")
+        raise CovcliError("none of its sets is available", where=f"{spec.text} in {data_dir}")
     return members
 
 
@@ -97,7 +97,7 @@ def _groups(spec: Spec, benchmark: str) -> dict[str, tuple[str, ...]]:
 
 
 def _place(data_dir: Path, benchmark: str, name: str) -> Path | None:
-    """Return OpenOOD's list of a set, or a folder of its name; None where neither is there."""
+    """Return the path of OpenOOD's list of a set, or of a folder of its name; None if missing."""
     places = [root / "benchmark_imglist" / benchmark / f"test_{name}.txt"
               for root in (data_dir, data_dir / "openood")]  # fmt: skip
     places.append(data_dir / name)
@@ -113,9 +113,7 @@ def openood(request: Request) -> ImageSet:
     benchmark, _, rest = spec.argument.partition("/")
     group, _, name = rest.partition("/")
     if name not in _groups(spec, benchmark).get(group, ()):
-        raise CovcliError(
-            "stands for several sets, or for none", where=spec.text, fix="use it as --untrusted"
-        )
+        raise CovcliError("is not a single set", where=spec.text, fix="use it as --untrusted")
     place = _place(request.data_dir, benchmark, name)
     if place is not None and is_file(place):
         return _listed(request, place)
@@ -132,7 +130,7 @@ def openood(request: Request) -> ImageSet:
 
 
 def _listed(request: Request, file: Path) -> ImageSet:
-    """Return the images of one of OpenOOD's lists: a line a path and a label, of no use here."""
+    """Return the images of an OpenOOD list; each line has a path and a label, which is ignored."""
     root = file.parent.parent.parent
     lines = file_checks.read_text(file).decode("utf-8", "surrogateescape").splitlines()
     names = [line.rsplit(" ", 1)[0] for line in lines if line.strip()]
@@ -141,8 +139,8 @@ def _listed(request: Request, file: Path) -> ImageSet:
     folders = [folder for folder in IMAGES if exists(root / folder / names[0])]
     if not folders:
         raise CovcliError(
-            f"{names[0]} lies in neither of {', '.join(IMAGES)}", where=root,
-            fix="fetch OpenOOD's images too",
+            f"{names[0]} is in neither of {', '.join(IMAGES)}", where=root,
+            fix="download OpenOOD's images too",
         )  # fmt: skip
     most = Reading.of(request.spec).max_pixels
     source = FileSource(root / folders[0], names, f"{file.parent.name}/{file.name}", most)

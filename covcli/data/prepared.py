@@ -1,7 +1,7 @@
-"""Images that a program has prepared for its own network: tensors, datasets and loaders of torch.
+"""Images that a program prepared for its own network: tensors, torch datasets and data loaders.
 
-The network sees what the loader yields. Whoever makes other images from these (surrogates with
-noise, say) does so on pixels from 0 to 255, and needs to know where black and white lie.
+The network receives the loader's values unchanged. Surrogates, such as noisy copies, are computed
+on pixels from 0 to 255, so the values of black and white must be known.
 """
 
 import hashlib
@@ -28,47 +28,59 @@ from covcli.core.errors import CovcliError
 from covcli.data.images import ImageSet, Origin
 from covcli.data.preprocessing import Shape
 
-SAMPLE = 128  # images that tell a set's range and fingerprint
+SAMPLE = 128  # images from which a set's range and fingerprint are computed
 BATCH = 64
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The normalisation of prepared values: mean and deviation of pixels in [0, 1], (C, 1, 1)."""
+    """The normalisation of prepared values: value = (pixel/255 − mean) / deviation.
+
+    Attributes
+    ----------
+    mean, deviation
+        Of pixels in [0, 1], float32 of shape (C, 1, 1).
+
+    Examples
+    --------
+    >>> scale = Scale.between(black=torch.tensor([-1.0]), white=torch.tensor([1.0]))
+    >>> scale.to_pixels(torch.zeros(1, 1, 1)).item()
+    128
+    """
 
     mean: Tensor
     deviation: Tensor
 
     @classmethod
     def between(cls, black: Tensor, white: Tensor) -> "Scale":
-        """Return the scale on which black and white have those values, of shape (C,)."""
+        """Return the scale from the values of black and white, each of shape (C,)."""
         deviation = 1 / (white - black).clamp_min(1e-6)
         return cls((-black * deviation).view(-1, 1, 1), deviation.view(-1, 1, 1))
 
     def to_pixels(self, values: Tensor) -> Tensor:
-        """Return values as the nearest pixels, uint8."""
+        """Convert values (…, C, H, W) to the nearest pixels, uint8."""
         pixels = (values * self.deviation + self.mean) * 255
         return pixels.round().clamp(0, 255).to(torch.uint8)
 
     def to_values(self, pixels: Tensor) -> Tensor:
-        """Return uint8 pixels as values."""
+        """Convert pixels, uint8 of shape (…, C, H, W), to values."""
         return (pixels.float().div_(255) - self.mean) / self.deviation
 
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """Images that are ready for a network, in a dataset of torch.
+    """A torch dataset of images that are ready for a network.
 
     Attributes
     ----------
     dataset
-        Returns an image and its label, or an image, by number.
+        Returns an image with its label, or an image, by index.
     collate
-        Puts items of the dataset together, as its loader does.
+        The loader's function that combines items into a batch.
     workers
-        How many processes read it.
+        The number of processes that read.
     labels
-        The label of every item that is used, by number; None where there are none.
+        The labels of the items used, by index; None without labels.
     """
 
     dataset: Dataset[Any]
@@ -83,7 +95,7 @@ class PreparedSource:
     def stream(
         self, parts: Sequence[Tensor], shape: Shape, workers: int | None = None
     ) -> Iterator[Tensor]:
-        """Yield the images of each part, read ahead by as many processes as the loader has."""
+        """Yield the images of each part, read ahead by the loader's number of processes."""
         numbers = [part.tolist() for part in parts]
         loader = _loader(self.dataset, numbers, self.collate, self.workers, workers)
         for part, batch in zip(numbers, loader, strict=True):
@@ -92,14 +104,14 @@ class PreparedSource:
                 known = [self.labels[row] for row in part]
                 if labels.tolist() != known:
                     raise CovcliError(
-                        "gives other labels than its list of them",
+                        "yields labels that differ from its list of labels",
                         where=type(self.dataset).__name__,
                     )
             yield _checked(images, shape)
 
     @cached_property
     def sample(self) -> Tensor:
-        """At most 128 of the images, evenly spread, float32 of shape (n, C, H, W)."""
+        """At most 128 images, evenly spaced, float32 of shape (n, C, H, W)."""
         rows = sorted(self.labels) if self.labels is not None else range(_length(self.dataset))
         few = [rows[i] for i in range(0, len(rows), -(-len(rows) // SAMPLE))]
         loader = _loader(self.dataset, [few[i : i + BATCH] for i in range(0, len(few), BATCH)],
@@ -108,9 +120,9 @@ class PreparedSource:
 
     @cached_property
     def scale(self) -> Scale:
-        """Where black and white lie: by the dataset's Normalize, or by the sample's extremes."""
-        if (found := normalisation(self.dataset)) is not None:
-            return Scale(*(torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in found))
+        """The normalisation: from the dataset's Normalize, or from the sample's extremes."""
+        if (known := normalisation(self.dataset)) is not None:
+            return Scale(*(torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in known))
         low, high = self.sample.amin((0, 2, 3)), self.sample.amax((0, 2, 3))
         if bool((low >= 0).all()) and bool((high <= 1).all()):  # not normalised
             low, high = torch.zeros_like(low), torch.ones_like(high)
@@ -118,7 +130,7 @@ class PreparedSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest a sample of the images, all labels, and how many there are."""
+        """The digest of a sample of the images, of all labels and of the length."""
         digest = hashlib.sha256(f"{type(self.dataset).__name__} {_length(self.dataset)}".encode())
         digest.update(np.ascontiguousarray(self.sample.numpy()).data)
         digest.update(repr(sorted((self.labels or {}).items())).encode())
@@ -126,22 +138,27 @@ class PreparedSource:
 
 
 def prepared(data: Any, name: str) -> ImageSet:
-    """Return images that a program has prepared as a set.
+    """Return images that a program prepared for its network, as an image set.
 
     Parameters
     ----------
     data
         A torch Dataset or DataLoader that yields images and labels, or tensors: images (N, C, H, W)
-        and labels (N,). A loader is read in the order of its dataset, with its collate function
-        and processes, and only where its sampler goes. What cannot be read by number is kept in
-        memory.
+        and labels (N,). A loader is read in the order of its dataset, with its collate function and
+        processes; only items of its sampler are read. Iterable data is kept in memory.
     name
-        What the images are, for messages.
+        The name of the images, for messages.
 
     Raises
     ------
     CovcliError
-        If images are no floats of one shape (C, H, W), or there is none.
+        If there are no images, or they are not floats of one shape (C, H, W).
+
+    Examples
+    --------
+    >>> images = prepared((torch.rand(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])), "trusted")
+    >>> len(images), images.labels.tolist()
+    (6, [0, 1, 2, 0, 1, 2])
     """
     collate: Callable[[list[Any]], Any] = default_collate
     workers, rows = 0, None
@@ -160,7 +177,7 @@ def prepared(data: Any, name: str) -> ImageSet:
     labels = _labels(dataset, rows, collate, workers)
     known = None if labels is None else dict(zip(rows, labels, strict=True))
     source = PreparedSource(dataset, collate, workers, known)
-    assert source.sample.ndim == 4  # what is no image is refused here, before any work
+    assert source.sample.ndim == 4  # reading the sample refuses bad images before any work
     tensor = None if labels is None else torch.tensor(labels, dtype=torch.int64)
     names = tuple(str(c) for c in getattr(dataset, "classes", ()))
     origin = Origin(spec=f"python:{name}")
@@ -168,12 +185,29 @@ def prepared(data: Any, name: str) -> ImageSet:
 
 
 def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Return the images and the labels of a batch: two tensors, or a mapping that holds such.
+    """Return the images and the labels of a batch.
+
+    Parameters
+    ----------
+    batch
+        A tensor, a sequence or a mapping. It must contain exactly one float tensor of shape
+        (N, C, H, W), and at most one integer tensor of shape (N,).
+
+    Returns
+    -------
+    tuple
+        Images, float32 of shape (N, C, H, W), and labels of shape (N,) or None.
 
     Raises
     ------
     CovcliError
-        If it cannot be told which is which.
+        If images and labels cannot be identified, or images are not floats.
+
+    Examples
+    --------
+    >>> images, labels = split_batch({"y": torch.tensor([3]), "x": torch.rand(1, 3, 8, 8)})
+    >>> images.shape, labels
+    (torch.Size([1, 3, 8, 8]), tensor([3]))
     """
     parts = list(batch.values()) if isinstance(batch, Mapping) else batch
     parts = [parts] if isinstance(parts, Tensor) else list(parts)
@@ -196,20 +230,20 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def normalisation(dataset: Any) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Return mean and deviation of the one Normalize among a dataset's transforms, if it has one.
+    """Return the mean and deviation of a dataset's Normalize; None unless it has exactly one.
 
-    Looks into subsets and compositions.
+    Subsets and composed transforms are searched too.
     """
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     transforms = [getattr(dataset, "transform", None), getattr(dataset, "transforms", None)]
-    found = {
+    scales = {
         (tuple(map(float, t.mean)), tuple(map(float, t.std)))
         for transform in transforms
         for t in _flat(transform)
         if type(t).__name__ == "Normalize" and hasattr(t, "mean") and hasattr(t, "std")
     }
-    return found.pop() if len(found) == 1 else None
+    return scales.pop() if len(scales) == 1 else None
 
 
 def _flat(transform: Any) -> Iterator[Any]:
@@ -246,17 +280,17 @@ def _loader(
 
 
 def _rows_of(loader: DataLoader[Any]) -> list[int]:
-    """Return which items of its dataset a loader reads, in ascending order."""
+    """Return the indices of the items that a loader reads, in ascending order."""
     with torch.random.fork_rng(devices=[]):
         if type(loader.batch_sampler) is BatchSampler:
-            numbers = list(loader.sampler)  # those of a last, smaller batch too
+            numbers = list(loader.sampler)  # including those of a last, smaller batch
         else:
             numbers = [number for batch in loader.batch_sampler or () for number in batch]
     return sorted({int(number) for number in numbers})
 
 
 def _kept(batches: Any) -> Dataset[Any]:
-    """Keep all that can be read only once, in memory."""
+    """Read iterable data once, and keep it in memory."""
     with torch.random.fork_rng(devices=[]):
         parts = [split_batch(_batched(batch)) for batch in batches]
     if not parts:
@@ -268,7 +302,7 @@ def _kept(batches: Any) -> Dataset[Any]:
 
 
 def _batched(item: Any) -> Any:
-    """Return a single image with its label as a batch of one; a batch as it is."""
+    """Convert a single image (with its label) to a batch of one; return a batch unchanged."""
     if isinstance(item, tuple | list) and isinstance(item[0], Tensor) and item[0].ndim == 3:
         return default_collate([item])
     if isinstance(item, Tensor) and item.ndim == 3:
@@ -277,7 +311,7 @@ def _batched(item: Any) -> Any:
 
 
 def _dataset(data: Any, name: str) -> Dataset[Any]:
-    """Return tensors, or arrays, as a dataset; a dataset as it is."""
+    """Convert tensors or arrays to a dataset; return a dataset unchanged."""
     if isinstance(data, Tensor | np.ndarray):
         data = (data,)
     if isinstance(data, tuple | list) and all(isinstance(p, Tensor | np.ndarray) for p in data):
@@ -305,24 +339,24 @@ def _labels(
     collate: Callable[[list[Any]], Any],
     workers: int,
 ) -> list[int] | None:
-    """Return the labels of those items: as the dataset lists them, or by reading all items."""
+    """Return the labels of those items: from the dataset's list, or by reading all items."""
     listed = _listed(dataset)
     if listed is not None:
         return [int(listed[row]) for row in rows]
     labels: list[int] = []
     parts = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
     for batch in _loader(dataset, parts, collate, workers, None):
-        _, found = split_batch(batch)
-        if found is None:
+        _, part = split_batch(batch)
+        if part is None:
             return None
-        labels += found.tolist()
+        labels += part.tolist()
     return labels
 
 
 def _listed(dataset: Any) -> Sequence[Any] | None:
-    """Return the labels that a dataset lists beside its items, where that is known to be right.
+    """Return the list of labels of a dataset, or None if it has none that can be relied on.
 
-    They are compared with the items' own when these are read.
+    The list is compared with the labels of the items when these are read.
     """
     if isinstance(dataset, Subset):
         whole = _listed(dataset.dataset)

@@ -1,4 +1,4 @@
-"""How images of any size become inputs of a network: resized, and the middle cut out."""
+"""Preprocessing of images to a network's input size: resize, then crop the centre."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,22 +17,27 @@ KEYS = ("resize", "crop", "interpolation")
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How images are resized before the middle is cut out.
+    """How images are resized before the centre is cropped.
 
     Attributes
     ----------
     resize
-        The length of the shorter side, or height and width. None resizes as little as makes the
-        image cover the network's input, and leaves images of that very size as they are.
+        The length of the shorter side in pixels, or height and width. None scales the image just
+        enough to cover the network's input.
     interpolation
-        "bilinear" and "bicubic" smooth what they shrink (antialiasing).
+        "bilinear", "bicubic" (both with antialiasing) or "nearest".
+
+    Examples
+    --------
+    >>> Preprocess(256).size((480, 640), (224, 224))
+    (256, 341)
     """
 
     resize: int | tuple[int, int] | None = None
     interpolation: Interpolation = "bilinear"
 
     def size(self, sides: Sequence[int], wanted: Sequence[int]) -> tuple[int, int]:
-        """Return the height and width to resize to.
+        """Return the height and width to resize to, in pixels.
 
         Parameters
         ----------
@@ -52,7 +57,7 @@ class Preprocess:
         return (self.resize, longer) if height <= width else (longer, self.resize)
 
     def scale(self, sides: Sequence[int], wanted: Sequence[int]) -> float | None:
-        """Return how much larger an image becomes; None where its sides change differently."""
+        """Return the scale factor of an image; None if height and width scale differently."""
         if isinstance(self.resize, tuple):
             return None
         if self.resize is not None:
@@ -66,7 +71,13 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, document: Any) -> "Preprocess":
-        """Rebuild what `as_dict` gave; a KeyError, TypeError or ValueError if it is malformed."""
+        """Rebuild from the result of `as_dict`.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            If the document is malformed.
+        """
         resize, interpolation = document["resize"], document["interpolation"]
         if isinstance(resize, list):
             height, width = (_side(str(side)) for side in resize)
@@ -76,8 +87,10 @@ class Preprocess:
         return cls(resize, _interpolation(str(interpolation)))
 
     def describe(self, shape: Shape) -> str:
-        """Word it as `--preprocess` reads it, for a network of that input shape.
+        """Return the text that `--preprocess` parses, for a network of that input shape.
 
+        Examples
+        --------
         >>> Preprocess(256, "bicubic").describe((3, 224, 224))
         'resize=256,crop=224,interpolation=bicubic'
         """
@@ -91,29 +104,43 @@ COVERING = Preprocess()
 
 
 class InputShape(tuple[int, int, int]):
-    """Channels, height and width of a network's inputs, and how images become such.
+    """Channels, height and width of a network's inputs, with the preprocessing of images.
 
-    A shape like any other: whoever reads images in the shape of a network prepares them in its
-    way, and nobody can forget to.
+    It is an ordinary shape tuple. Code that reads images in the shape of a network therefore
+    applies the network's preprocessing automatically.
+
+    Attributes
+    ----------
+    preprocess
+        How images are resized.
+
+    Examples
+    --------
+    >>> shape = InputShape((3, 224, 224), Preprocess(256))
+    >>> shape == (3, 224, 224), shape.preprocess.resize
+    (True, 256)
     """
 
     preprocess: Preprocess
 
     def __new__(cls, sides: Sequence[int], preprocess: Preprocess = COVERING) -> "InputShape":
-        """Join a shape (channels, height, width) and how images become such."""
-        made = super().__new__(cls, sides)
-        made.preprocess = preprocess
-        return made
+        """Create a shape from (channels, height, width) and the preprocessing."""
+        shape = super().__new__(cls, sides)
+        shape.preprocess = preprocess
+        return shape
 
     def changed(self, text: str | None) -> "InputShape":
-        """Return the shape and the preprocessing that `--preprocess` asks for; None changes none.
+        """Return the shape with the changes that the text of `--preprocess` names.
 
-        What it does not name stays as it is.
+        Parameters
+        ----------
+        text
+            For example "resize=256,crop=224,interpolation=bicubic"; None changes nothing.
 
         Raises
         ------
         CovcliError
-            If the text is malformed, or images would be resized to less than is cut out.
+            If the text is malformed, or the crop would be larger than the resized image.
 
         Examples
         --------
@@ -139,7 +166,7 @@ class InputShape(tuple[int, int, int]):
         resize = how.resize if isinstance(how.resize, tuple) else (how.resize or MOST_SIDE,) * 2
         if resize[0] < shape[1] or resize[1] < shape[2]:
             raise CovcliError(
-                f"resizes to {how.resize}, which is less than the {shape[1]}×{shape[2]} cut out",
+                f"resizes to {how.resize}, less than the crop of {shape[1]}×{shape[2]}",
                 where=where,
                 fix="name a larger resize, or resize=cover",
             )
@@ -169,7 +196,7 @@ def _resize(text: str) -> int | tuple[int, int] | None:
 
 
 def _sides(text: str) -> tuple[int, int]:
-    """Read `224`, or `224x160`: height and width."""
+    """Parse `224` or `224x160`: height and width."""
     height, _, width = text.partition("x")
     return _side(height), _side(width or height)
 

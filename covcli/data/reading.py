@@ -1,7 +1,7 @@
-"""How files of images are read in this process: what a command's options say of all its data.
+"""The settings for reading image files in this process, from a command's options.
 
-A specification can say the same of one set (`folder:photos?skip-unreadable`), and what was read is
-recorded in that form, so that a later command needs no options to read the same again.
+A specification can set the same for one set (`folder:photos?skip-unreadable`). Records use that
+form, so that a later command needs no options to read the same images.
 """
 
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ class Reading:
     Attributes
     ----------
     max_pixels
-        How many pixels an image may have.
+        The maximum number of pixels of an image.
     skip_unreadable
-        Whether files that cannot be read are left out, and not an error.
+        Whether files that cannot be read are skipped instead of raising an error.
     labels_from
-        The number of the first class, where labels are numbers without names.
+        The number of the first class, for numeric labels without class names.
     """
 
     max_pixels: int = MAX_PIXELS
@@ -35,7 +35,7 @@ class Reading:
 
     @classmethod
     def of(cls, spec: Spec) -> "Reading":
-        """Return what a specification says, and the process where it says nothing."""
+        """Return the settings of a specification; those of the process where it has none."""
         return cls(
             spec.take("max-pixels", positive_count, _process.max_pixels),
             spec.take("skip-unreadable", flag, _process.skip_unreadable),
@@ -43,7 +43,7 @@ class Reading:
         )
 
 
-# Which parameters a form of data has.
+# The reading parameters of each form of data.
 OF_FILES = ["max-pixels", "skip-unreadable"]
 OF_NUMBERS = ["labels-from"]
 FORMS = {
@@ -55,16 +55,23 @@ _process = Reading()
 
 
 def configure(**changes: Any) -> None:
-    """Change how this process reads; the fields of `Reading` are the arguments."""
+    """Change the settings of this process; the arguments are fields of `Reading`."""
     global _process
     _process = replace(_process, **changes)
-    if _process.max_pixels > MAX_PIXELS:  # PIL's own limit, which it would enforce beside ours
+    if _process.max_pixels > MAX_PIXELS:  # PIL enforces its own limit too
         Image.MAX_IMAGE_PIXELS = _process.max_pixels
 
 
 @contextmanager
 def configured(**changes: Any) -> Iterator[None]:
-    """Change how this process reads, within a block."""
+    """Change the settings of this process within a block.
+
+    Examples
+    --------
+    >>> with configured(labels_from=1):
+    ...     completed("csv:list.csv")
+    'csv:list.csv?labels-from=1'
+    """
     global _process
     before, limit = _process, Image.MAX_IMAGE_PIXELS
     configure(**changes)
@@ -75,7 +82,7 @@ def configured(**changes: Any) -> Iterator[None]:
 
 
 def completed(text: str) -> str:
-    """Return a specification that says itself what the process's options say of it."""
+    """Return a specification with the process's non-default settings as parameters."""
     usual = Reading()
     wanted = {
         "max-pixels": (_process.max_pixels, usual.max_pixels, str(_process.max_pixels)),

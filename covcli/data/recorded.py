@@ -1,8 +1,8 @@
-"""Data that a file names: sets by their names; a path only if it is the user's own wish to read it.
+"""Permission to read data that a file names: a path is read only with the user's consent.
 
-A checkpoint or a signature records what it was made from, and the next stage reads that again. In a
-file from a stranger the record is a stranger's wish: it could name a private folder, whose
-pictures would end up in results that are passed on.
+A checkpoint or a signature records its data, and the next stage reads that data again. The record
+in an untrusted file could name a private folder, whose pictures would then appear in results that
+the user passes on.
 """
 
 from collections.abc import Callable, Collection
@@ -13,12 +13,12 @@ from covcli.core.errors import CovcliError
 from covcli.core.specs import parse
 from covcli.data.images import DataRecord
 
-# Datasets whose argument is one of a few names, and no path.
+# Datasets whose argument is a name, not a path.
 NAMES_ONLY = {"noise", "attack"}
 
 
 def reads_path(text: str) -> bool:
-    """Return whether a specification, or one inside it, can name a path.
+    """Return whether a specification, or a nested one, can name a path.
 
     Examples
     --------
@@ -30,7 +30,7 @@ def reads_path(text: str) -> bool:
 
 
 def _names_another(text: str) -> bool:
-    """Return whether a parameter is itself a specification that can name a path."""
+    """Return whether a parameter is a specification that can name a path."""
     values = parse(text).parameters.values()
     return any(":" in value and reads_path(value) for value in values)
 
@@ -40,12 +40,12 @@ def _place(text: str) -> str:
 
 
 def sealed(record: DataRecord, network: str) -> DataRecord:
-    """Return a record that this user's covcli knows again in a file about the same network.
+    """Return a record with a seal that this user's covcli recognises for the same network.
 
     Parameters
     ----------
     record
-        Data that the user named, or whose own record named it.
+        A record of data that the user named, or that a sealed record named.
     network
         The fingerprint of the network's weights.
     """
@@ -53,12 +53,14 @@ def sealed(record: DataRecord, network: str) -> DataRecord:
 
 
 def verified(record: DataRecord, network: Callable[[], str]) -> DataRecord:
-    """Return a record from a file, with its seal only if this user's covcli has made it.
+    """Return a record from a file; its seal is removed unless this user's covcli computed it.
 
     Parameters
     ----------
+    record
+        The record.
     network
-        Returns the fingerprint of the weights of the network that the file is about.
+        Returns the fingerprint of the weights of the network that the file belongs to.
     """
     holds = bool(record.seal) and state.holds(record.seal, *_words(record, network()))
     return record if holds else replace(record, seal="")
@@ -69,16 +71,16 @@ def _words(record: DataRecord, network: str) -> tuple[str, ...]:
 
 
 def allow(record: DataRecord, fix: str, named: Collection[str | None] = ()) -> None:
-    """Raise a CovcliError if a file names a path, and neither its seal nor the user allows it.
+    """Raise a CovcliError if a record names a path without a valid seal or the user's consent.
 
     Parameters
     ----------
     record
-        Which data a file names, as `verified` returns it.
+        The record of a file, as `verified` returns it.
     fix
-        How the user can allow it, for the error.
+        Advice for the error: how the user can allow it.
     named
-        Specifications that the user has named; the part before a question mark counts.
+        Specifications that the user named; the part before the question mark is compared.
     """
     allow_spec(record.spec, bool(record.seal), fix, named)
 
@@ -88,13 +90,17 @@ def allow_spec(text: str, own: bool, fix: str, named: Collection[str | None] = (
 
     Parameters
     ----------
+    text
+        The specification.
     own
-        Whether this user's covcli has written the file.
+        Whether this user's covcli wrote the file.
+    fix, named
+        As for `allow`.
     """
     if own or not reads_path(text):
         return
-    wishes = [wish for wish in named if wish]
-    if text in wishes or (not _names_another(text) and _place(text) in map(_place, wishes)):
+    requested = [spec for spec in named if spec]
+    if text in requested or (not _names_another(text) and _place(text) in map(_place, requested)):
         return
     if not consent.agrees(f"A file that is not your own asks to read {text}. Read it?"):
         raise CovcliError(

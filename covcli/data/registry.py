@@ -1,4 +1,4 @@
-"""DATASETS: the table of data, and what a loader in it is asked for."""
+"""DATASETS: the registry of data loaders, and the request that a loader receives."""
 
 import logging
 import os
@@ -17,18 +17,34 @@ from covcli.data.listing import Split
 
 @dataclass(frozen=True)
 class Request:
-    """What a loader is asked for.
+    """The request that a loader receives.
+
+    A plugin registers a loader by `@DATASETS.add(NAME)`; it takes a Request and returns an
+    `ImageSet`.
 
     Attributes
     ----------
     spec
-        The parsed specification; `PARTS` of it are applied by `load`, not by loaders.
+        The parsed specification. `load` applies its parameters in `PARTS`; loaders ignore them.
     split
         "train" or "test".
     folder
-        The folder that downloaded sets live in; None for the one of `default_data_dir`.
+        The folder of downloaded sets; None: the one of `default_data_dir`.
     ran_in
-        Where relative paths begin too, if there is nothing where the command runs.
+        A second folder for relative paths, used if a path is not in the working directory.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from covcli.data.datasets import load
+    >>> from covcli.data.images import in_memory
+    >>> @DATASETS.add("black")
+    ... def black(request):
+    ...     without_argument(request)
+    ...     pixels = torch.zeros(9, 3, 8, 8, dtype=torch.uint8)
+    ...     return in_memory(request.spec.text, pixels, labels=None)
+    >>> len(load("black?limit=5", "test"))
+    5
     """
 
     spec: Spec
@@ -38,24 +54,24 @@ class Request:
 
     @property
     def data_dir(self) -> Path:
-        """The folder that downloaded sets live in."""
+        """The folder of downloaded sets."""
         return self.folder or default_data_dir()
 
 
 log = logging.getLogger(__name__)
 Loader: TypeAlias = Callable[[Request], ImageSet]
 DATASETS: Registry[Loader] = Registry("dataset")
-# The parameters that every form of data has: which part of it to take.
+# The parameters of every data specification, which select a part of the data.
 PARTS = ["split", "offset", "limit", "shuffle", "first"]
 
 
 def default_data_dir() -> Path:
-    """Return COVCLI_DATA_DIR, or covcli's folder in the user's cache.
+    """Return the folder of downloaded sets: COVCLI_DATA_DIR, or covcli's folder in the cache.
 
     Raises
     ------
     CovcliError
-        If neither is known: the user has no home.
+        If COVCLI_DATA_DIR is not set and the user has no home folder.
     """
     if folder := os.environ.get("COVCLI_DATA_DIR"):
         return Path(folder)
@@ -66,12 +82,20 @@ def default_data_dir() -> Path:
 
 @cache
 def say_once(note: str) -> None:
-    """Log a warning, unless this process has logged it before."""
+    """Log a warning once per process."""
     log.warning("%s", note)
 
 
 def without_argument(request: Request, allowed: Sequence[str] = ()) -> None:
-    """Raise a CovcliError if a specification has an argument, or a parameter that is unknown."""
+    """Raise a CovcliError if a specification has an argument or an unknown parameter.
+
+    Parameters
+    ----------
+    request
+        The request.
+    allowed
+        Parameters that are known besides `PARTS`.
+    """
     request.spec.only([*PARTS, *allowed])
     if request.spec.argument:
         raise CovcliError(f"{request.spec.name!r} takes no argument", where=request.spec.text)

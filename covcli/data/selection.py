@@ -1,4 +1,4 @@
-"""Which images of a source a specification selects: `offset`, `limit`, `shuffle` and `first`."""
+"""Selection of a part of a set by a specification: `offset`, `limit`, `shuffle` and `first`."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ NAMED = 10
 
 
 def select(images: ImageSet, spec: Spec) -> tuple[ImageSet, list[str]]:
-    """Return the images that a specification selects, and what must be said of the choice.
+    """Return the images that a specification selects, and remarks about the selection.
 
     Parameters and errors are those of `selected_rows`.
     """
@@ -24,27 +24,32 @@ def select(images: ImageSet, spec: Spec) -> tuple[ImageSet, list[str]]:
 
 
 def selected_rows(images: ImageSet, spec: Spec, limit: int) -> Tensor:
-    """Return which images of a set a specification selects, in the set's order.
+    """Return the positions of the images that a specification selects, in the set's order.
 
-    `offset` leaves out so many, and `limit` takes so many of the others: in a drawn order, or in
-    the set's own. The drawn order takes from each class as many as its share, so that every part
-    of it is like the whole, and parts that do not overlap have no image in common.
+    `offset` skips images, and `limit` takes images after them, in a random order or in the set's
+    own order. The random order is stratified: every part of it has the class shares of the whole
+    set. Parts that do not overlap have no image in common.
 
     Parameters
     ----------
     images
-        The set. Where its source lists one class after another, the order is drawn, with the seed
-        0 unless `shuffle=SEED` names another, and `first` asks for the source's own; else it is
-        the source's own, and `shuffle=SEED` draws.
+        The set. If its source lists one class after another, the order is random with seed 0;
+        `shuffle=SEED` changes the seed, and `first` keeps the source's order. For other sets, the
+        order is the source's own, and `shuffle=SEED` randomises it.
     spec
         The specification.
     limit
-        How many to take unless the specification says it.
+        The number of images to take if the specification has no `limit`.
+
+    Returns
+    -------
+    Tensor
+        int64 of shape (n,), ascending.
 
     Raises
     ------
     CovcliError
-        If nothing is left, or a parameter is bad.
+        If no image is left, or a parameter is invalid.
     """
     first = spec.take("first", flag, False)
     if first and "shuffle" in spec.parameters:
@@ -64,16 +69,16 @@ def selected_rows(images: ImageSet, spec: Spec, limit: int) -> Tensor:
 
 
 def drawn_order(labels: Tensor | None, images: int, seed: int) -> Tensor:
-    """Return a seeded order of which every part has the classes in their shares.
+    """Return a random order of which every part has about the class shares of the whole.
 
     Parameters
     ----------
     labels
-        int64 of shape (images,), or None: then all are of one class.
+        int64 of shape (images,); None treats all images as one class.
     images
-        How many there are.
+        The number of images.
     seed
-        Another seed gives another order.
+        The seed of the random order.
 
     Returns
     -------
@@ -92,12 +97,12 @@ def drawn_order(labels: Tensor | None, images: int, seed: int) -> Tensor:
     by_class = np.lexsort((ticket, groups))
     rank = np.empty(images, np.int64)
     rank[by_class] = np.arange(images) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    place = (rank + 0.5) / sizes[groups]  # within its class, from 0 to 1
+    place = (rank + 0.5) / sizes[groups]  # the relative position within the class, from 0 to 1
     return torch.from_numpy(np.lexsort((ticket, place)))
 
 
 def _lacking(images: ImageSet, chosen: ImageSet) -> list[str]:
-    """Return a note if a part of a set lacks classes that the whole has."""
+    """Return a remark if the selected images lack classes of the whole set."""
     if images.labels is None or chosen.labels is None:
         return []
     gone = sorted(set(images.labels.tolist()) - set(chosen.labels.tolist()))

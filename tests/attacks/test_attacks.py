@@ -76,18 +76,18 @@ def test_every_attack_keeps_the_contract(
 ) -> None:
     parameters, norm, budget = CASES[name]
     spec, labels = parse(f"attack:{name}?{parameters}&seed=1"), digits.known_labels()
-    found = run_attack(spec, model, digits, labels, Silent(), look)
-    before, after = pixels(digits), pixels(found)
+    attacked = run_attack(spec, model, digits, labels, Silent(), look)
+    before, after = pixels(digits), pixels(attacked)
     sizes = (after - before).flatten(1).norm(norm, dim=1)
     assert float(sizes.max()) <= budget + ROUNDING[norm]
-    assert torch.equal(found.known_labels(), labels)
+    assert torch.equal(attacked.known_labels(), labels)
     right = predict(model, before) == labels
     deceived = (predict(model, after) != labels)[right].float().mean()
     noise = (before + shuffled(after - before)).clamp(0, 1)
     by_noise = (predict(model, noise) != labels)[right].float().mean()
     assert float(deceived) > float(by_noise) + 0.2
     again = run_attack(spec, model, digits, labels, Silent(), look)
-    assert again.fingerprint == found.fingerprint
+    assert again.fingerprint == attacked.fingerprint
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     with pytest.raises(CovcliError, match="unknown parameter"):
         run_attack(parse(f"attack:{name}?size=1"), model, digits, labels, Silent(), look)
@@ -99,10 +99,10 @@ def test_images_that_are_wrong_already_are_no_error(
 ) -> None:
     labels = (predict(model, pixels(digits)) + 1) % 10
     spec = parse(f"attack:{name}?{CASES[name][0]}")
-    found = run_attack(spec, model, digits, labels, Silent(), look)
-    assert torch.equal(found.known_labels(), labels)
+    attacked = run_attack(spec, model, digits, labels, Silent(), look)
+    assert torch.equal(attacked.known_labels(), labels)
     if name in NEAREST:  # the nearest image that is wrong is the image itself
-        assert torch.equal(pixels(found), pixels(digits))
+        assert torch.equal(pixels(attacked), pixels(digits))
 
 
 @pytest.mark.parametrize("name", NEAREST)
@@ -122,8 +122,8 @@ def test_the_nearest_images_deceive_in_8_bits_or_are_as_they_were(
         model.network.last.weight.zero_()
         model.network.last.bias.copy_(torch.arange(10) == 3)
     threes = torch.full_like(labels, 3)
-    found = run_attack(spec, model, digits, threes, Silent())
-    assert torch.equal(pixels(found), before)
+    attacked = run_attack(spec, model, digits, threes, Silent())
+    assert torch.equal(pixels(attacked), before)
 
 
 def test_a_dear_attack_takes_fewer_images() -> None:
@@ -151,9 +151,9 @@ def test_the_adaptive_attack_evades_what_plain_pgd_does_not(
         spec = parse(f"attack:{name}?eps=16/255&steps=10&step=4/255")
         after = pixels(run_attack(spec, model, digits, labels, Silent(), look))
         with torch.no_grad():
-            found = look(after)
-        scores[name] = float(found.score.mean())
-        rates[name] = float((found.logits.argmax(1) != labels).float().mean())
+            verdicts = look(after)
+        scores[name] = float(verdicts.score.mean())
+        rates[name] = float((verdicts.logits.argmax(1) != labels).float().mean())
     assert scores["adaptive-pgd"] < scores["pgd"]
     assert rates["adaptive-pgd"] >= rates["pgd"] - 0.1
 
@@ -165,9 +165,9 @@ def test_the_score_that_is_attacked_is_the_monitors(
 
     signature, calibration, _ = signatures.load(signed.path)
     verdicts = Monitor(Judge.of(model, signature, calibration))(pixels(digits))
-    found = look(pixels(digits).requires_grad_())
-    torch.testing.assert_close(found.score, verdicts.score)
-    assert found.soft_score.requires_grad
+    scores = look(pixels(digits).requires_grad_())
+    torch.testing.assert_close(scores.score, verdicts.score)
+    assert scores.soft_score.requires_grad
 
 
 def refusals(trained: TrainResult, tmp_path: Path) -> list[Callable[[], object]]:

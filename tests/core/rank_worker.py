@@ -46,7 +46,7 @@ def all_right(model: Classifier, images: ImageSet) -> ImageSet:
 
 
 def signatures(model: Classifier) -> dict[str, str]:
-    found = {}
+    digests = {}
     for size in SIZES:
         images = all_right(model, datasets.load(f"digits?limit={size}", "train"))
         for name in METHODS:
@@ -55,8 +55,8 @@ def signatures(model: Classifier) -> dict[str, str]:
                 model, images, tuple("0123456789"), method, "channel", 0.0, Silent()
             )
             assert (sum(trusted.counts), accuracy) == (size, 1.0)
-            found[f"signature {name} {size}"] = files.fingerprint(signature.state.tensors)
-    return found
+            digests[f"signature {name} {size}"] = files.fingerprint(signature.state.tensors)
+    return digests
 
 
 def scores(model: Classifier) -> dict[str, str]:
@@ -67,13 +67,13 @@ def scores(model: Classifier) -> dict[str, str]:
     )
     judge = fit_judge(model, signature, datasets.load("digits?limit=101", "test"), Silent())
     calibration = judge.calibration
-    found = {"calibration": files.digest([vars(calibration.combination), calibration.scores])}
+    digests = {"calibration": files.digest([vars(calibration.combination), calibration.scores])}
     for size in SIZES:
         tested = datasets.load(f"photos?limit={size}", "test")
         measured = measure(judge, tested, Silent())
         plain = {k: v.tolist() for k, v in measured.scores.items()}
-        found[f"scores {size}"] = files.digest([plain, measured.coverage, measured.predicted])
-    return found
+        digests[f"scores {size}"] = files.digest([plain, measured.coverage, measured.predicted])
+    return digests
 
 
 class StopIn(Silent):
@@ -121,8 +121,8 @@ def main() -> None:
     distributed.start("cpu")
     sweep.SWEEP_IMAGES = 16  # many batches of few images
     model = network()
-    found = {**signatures(model), **scores(model), "training": trained(folder)}
-    (folder / f"{distributed.rank()}.json").write_text(json.dumps(found))
+    results = {**signatures(model), **scores(model), "training": trained(folder)}
+    (folder / f"{distributed.rank()}.json").write_text(json.dumps(results))
     distributed.stop()
 
 

@@ -51,7 +51,7 @@ def test_ranks_end_with_what_one_process_ends_with(
     ranks = results_of(size, tmp_path / "ranks")
     alone = dict(one_process)
     training = alone.pop("training")
-    trainings = [found.pop("training") for found in ranks]
+    trainings = [results.pop("training") for results in ranks]
     assert ranks == [alone] * size  # signatures and scores, bit for bit
     assert trainings == [trainings[0]] * size
     # Gradients are summed in another order: equal but for rounding, which training amplifies.

@@ -65,9 +65,9 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path: Path, wra
 
 
 def content(**changes: object) -> dict[str, object]:
-    made = {"model": {}, "state": {"w": torch.arange(4.0)}, "classes": ["a"], "trusted": None,
+    document = {"model": {}, "state": {"w": torch.arange(4.0)}, "classes": ["a"], "trusted": None,
             "calibration_rows": torch.arange(2), "training": {}}  # fmt: skip
-    return made | changes
+    return document | changes
 
 
 def test_checkpoints_come_back_and_damage_is_noticed(tmp_path: Path) -> None:

@@ -100,9 +100,9 @@ def test_the_patience_is_less_than_ten_seconds() -> None:
 @pytest.fixture
 def interrupts() -> Iterator[Interrupts]:
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
-    made = Interrupts()
-    made.install()
-    yield made
+    installed = Interrupts()
+    installed.install()
+    yield installed
     for number, handler in before.items():
         signal.signal(number, handler)
 

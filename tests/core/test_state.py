@@ -19,17 +19,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_seal_holds_for_its_words_and_its_user_alone(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = state.seal("a", "b")
-    assert state.holds(made, "a", "b")
+    seal = state.seal("a", "b")
+    assert state.holds(seal, "a", "b")
     for words in (("a",), ("a", "c"), ("ab",), ("a", "b", "")):
-        assert not state.holds(made, *words)
-    for claimed in ("", None, 3, made[:-1], "é"):
+        assert not state.holds(seal, *words)
+    for claimed in ("", None, 3, seal[:-1], "é"):
         assert not state.holds(claimed, "a", "b")
     assert place.stat().st_mode & 0o777 == 0o700
     assert (place / "key").stat().st_mode & 0o777 == 0o600
     assert [path.name for path in place.iterdir()] == ["key"]
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
-    assert not state.holds(made, "a", "b")
+    assert not state.holds(seal, "a", "b")
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o707])

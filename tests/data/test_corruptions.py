@@ -43,10 +43,10 @@ def test_a_corruption_has_the_statistics_of_the_published_one(name: str) -> None
     for severity, reference in REFERENCE[name].items():
         generator = np.random.default_rng(0)
         corrupt = CORRUPTIONS.get(name)
-        found = [np.floor(corrupt(x / 255, int(severity), generator) * 255) for x in images]
+        corrupted = [np.floor(corrupt(x / 255, int(severity), generator) * 255) for x in images]
         expected, spread = np.array(reference["figures"]), np.array(reference["deviation"])
         allowed = 0.5 + 0.06 * expected[2] * np.array([1, 1, 1, 0.2]) + 4 * spread
-        assert (np.abs(figures(images, found) - expected) <= allowed).all(), severity
+        assert (np.abs(figures(images, corrupted) - expected) <= allowed).all(), severity
 
 
 def test_only_frost_is_without_a_reference() -> None:
@@ -119,9 +119,9 @@ def test_corruption_follows_the_networks_preprocessing_and_channels() -> None:
     shape = InputShape((1, 20, 20), Preprocess(resize=24))
     images = load("corrupt:contrast?severity=1&of=photos?limit=3", "test")
     clean = load("photos?limit=3", "test").batch(torch.arange(3), shape).double()
-    found = images.batch(torch.arange(3), shape).double()
+    corrupted = images.batch(torch.arange(3), shape).double()
     means = clean.mean((2, 3), keepdim=True)
-    assert float((found - ((clean - means) * 0.75 + means)).abs().max()) <= 2
+    assert float((corrupted - ((clean - means) * 0.75 + means)).abs().max()) <= 2
 
 
 @pytest.mark.parametrize(

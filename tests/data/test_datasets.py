@@ -233,11 +233,11 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_missing_set_is_downloaded_from_where_torchvision_says(
     tmp_path: Path, mirror: Path
 ) -> None:
-    found = load("mnist", "test", tmp_path / "cache")
-    assert found.fingerprint == load("mnist", "test", tmp_path / "made").fingerprint
+    loaded = load("mnist", "test", tmp_path / "cache")
+    assert loaded.fingerprint == load("mnist", "test", tmp_path / "made").fingerprint
     for file in mirror.iterdir():
         file.unlink()
-    assert load("mnist", "test", tmp_path / "cache").fingerprint == found.fingerprint
+    assert load("mnist", "test", tmp_path / "cache").fingerprint == loaded.fingerprint
     with pytest.raises(CovcliError, match=r"could not be downloaded.*--data-dir"):
         load("mnist", "test", tmp_path / "elsewhere")
 
@@ -257,33 +257,33 @@ def test_a_damaged_set_on_disk_is_named(tmp_path: Path) -> None:
     make_mnist(tmp_path, "MNIST")
     file = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(CovcliError, match="is not whole in"):
+    with pytest.raises(CovcliError, match="is incomplete in"):
         load("mnist", "test", tmp_path)
 
 
 def test_npz_images_arrive_unchanged(tmp_path: Path) -> None:
     images, labels = random_images(5, 32, 32, 3), np.array([4, 3, 2, 1, 0], np.uint8)
-    found = load(f"npz:{write_npz(tmp_path / 'x.npz', images, labels)}", "train")
-    pixels = found.batch(torch.arange(5), SHAPE)
+    loaded = load(f"npz:{write_npz(tmp_path / 'x.npz', images, labels)}", "train")
+    pixels = loaded.batch(torch.arange(5), SHAPE)
     np.testing.assert_array_equal(pixels.numpy(), images.transpose(0, 3, 1, 2))
-    assert found.labels is not None
-    assert found.labels.tolist() == [4, 3, 2, 1, 0]
+    assert loaded.labels is not None
+    assert loaded.labels.tolist() == [4, 3, 2, 1, 0]
 
 
 def test_folder_images_arrive_as_pil_reads_them(tmp_path: Path) -> None:
     for name, shape in (("b/1.png", (32, 32, 3)), ("a/2.png", (32, 32)), ("a/1.png", (32, 32, 4))):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(random_images(*shape)).save(tmp_path / name)
-    found = load(f"folder:{tmp_path}", "train")
-    assert found.classes == ("a", "b")
-    assert found.labels is not None
-    assert found.labels.tolist() == [0, 0, 1]
+    loaded = load(f"folder:{tmp_path}", "train")
+    assert loaded.classes == ("a", "b")
+    assert loaded.labels is not None
+    assert loaded.labels.tolist() == [0, 0, 1]
     for row, name in enumerate(("a/1.png", "a/2.png", "b/1.png")):
         image = Image.open(tmp_path / name).convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
         ground.alpha_composite(image)
         expected = np.array(ground.convert("RGB")).transpose(2, 0, 1)
-        pixels = found.batch(torch.tensor([row]), SHAPE)[0].numpy()
+        pixels = loaded.batch(torch.tensor([row]), SHAPE)[0].numpy()
         assert np.abs(pixels.astype(int) - expected).max() <= 1
 
 
@@ -293,7 +293,7 @@ def test_adapting_resizes_like_pil_and_cuts_out_the_middle(
     size: tuple[int, int], channels: int
 ) -> None:
     image = random_images(*size, channels)
-    found = adapt(torch.from_numpy(image).permute(2, 0, 1)[None], SHAPE)[0].numpy()
+    adapted = adapt(torch.from_numpy(image).permute(2, 0, 1)[None], SHAPE)[0].numpy()
     colour = image[..., :1].repeat(3, 2) if channels < 3 else image[..., :3]
     if channels in (2, 4):  # on white
         alpha = image[..., -1:] / 255
@@ -303,23 +303,23 @@ def test_adapting_resizes_like_pil_and_cuts_out_the_middle(
     resized = np.array(Image.fromarray(colour).resize((width, height), Image.Resampling.BILINEAR))
     top, left = round((height - 32) / 2), round((width - 32) / 2)
     expected = resized[top : top + 32, left : left + 32].transpose(2, 0, 1)
-    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert np.abs(adapted.astype(int) - expected).max() <= 1
 
 
 def test_colours_become_grey_by_luma() -> None:
     image = random_images(16, 16, 3)
-    found = adapt(torch.from_numpy(image).permute(2, 0, 1)[None], (1, 16, 16))
+    grey = adapt(torch.from_numpy(image).permute(2, 0, 1)[None], (1, 16, 16))
     expected = np.array(Image.fromarray(image).convert("L"))
-    assert np.abs(found[0, 0].numpy().astype(int) - expected).max() <= 1
+    assert np.abs(grey[0, 0].numpy().astype(int) - expected).max() <= 1
 
 
 def test_augmented_images_are_shifted_and_mirrored_originals() -> None:
     images = torch.from_numpy(random_images(64, 3, 16, 16)) // 2 + 100
     moves = draw_moves("crop-flip", 64, (3, 16, 16), torch.Generator().manual_seed(0))
-    found = augment(images, moves)
+    augmented = augment(images, moves)
     padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
     seen = set()
-    for original, result in zip(padded, found, strict=True):
+    for original, result in zip(padded, augmented, strict=True):
         places = [
             (top, left, flip)
             for top in range(5)
@@ -335,7 +335,7 @@ def test_augmented_images_are_shifted_and_mirrored_originals() -> None:
     still = draw_moves("none", 64, (3, 16, 16), torch.Generator())
     assert torch.equal(augment(images, still), images)
     assert torch.equal(
-        torch.cat([augment(images[:9], moves[:9]), augment(images[9:], moves[9:])]), found
+        torch.cat([augment(images[:9], moves[:9]), augment(images[9:], moves[9:])]), augmented
     )
 
 
@@ -353,11 +353,11 @@ def test_noise_is_the_same_in_any_batch_and_has_its_law() -> None:
 def test_batches_come_in_order() -> None:
     images = in_memory("x", torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1), None)
     parts = torch.arange(7).split(3)
-    found = [
+    read = [
         (rows.tolist(), pixels[:, 0, 0, 0].tolist())
         for rows, pixels in batches(images, parts, (1, 1, 1))
     ]
-    assert found == [([0, 1, 2], [0, 1, 2]), ([3, 4, 5], [3, 4, 5]), ([6], [6])]
+    assert read == [([0, 1, 2], [0, 1, 2]), ([3, 4, 5], [3, 4, 5]), ([6], [6])]
     assert list(batches(images, [], (1, 1, 1))) == []
 
 

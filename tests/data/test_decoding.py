@@ -74,10 +74,10 @@ def test_the_content_decides_and_not_the_name(tmp_path: Path) -> None:
     for name in FORMATS:
         path = tmp_path / f"{name}.png"
         image.save(path, format=name, **({"lossless": True} if name == "WEBP" else {}))
-        found = decode(path)[0].permute(1, 2, 0).numpy()
-        assert found.shape == pixels.shape
+        decoded = decode(path)[0].permute(1, 2, 0).numpy()
+        assert decoded.shape == pixels.shape
         if name not in ("JPEG", "GIF"):
-            np.testing.assert_array_equal(found, pixels)
+            np.testing.assert_array_equal(decoded, pixels)
     for name in ("ICO", "TGA", "PCX", "SGI", "PDF", "DDS", "JPEG2000"):
         path = tmp_path / f"{name}.png"
         image.save(path, format=name)
@@ -138,14 +138,14 @@ def write_tiff(path: Path, pixels: bytes, size: tuple[int, int], **tags: object)
 def test_16_bit_png_is_scaled_to_8(tmp_path: Path, channels: int) -> None:
     pixels = deep(5, 6, channels)
     write_png16(tmp_path / "x.png", pixels)
-    found = of(tmp_path / "x.png").astype(int)
+    decoded = of(tmp_path / "x.png").astype(int)
     if channels == 2:
-        found = found[..., [0, -1]]
-    assert np.abs(found - np.rint(pixels / 257)).max() <= 1
+        decoded = decoded[..., [0, -1]]
+    assert np.abs(decoded - np.rint(pixels / 257)).max() <= 1
     exact = (deep(5, 6, channels) >> 8) * 257  # an image of 8 bits, stored in 16
     write_png16(tmp_path / "x.png", exact)
-    found = of(tmp_path / "x.png")
-    np.testing.assert_array_equal(found[..., [0, -1]] if channels == 2 else found, exact // 257)
+    decoded = of(tmp_path / "x.png")
+    np.testing.assert_array_equal(decoded[..., [0, -1]] if channels == 2 else decoded, exact // 257)
 
 
 def test_16_bit_tiff_and_pgm_are_scaled_to_8(tmp_path: Path) -> None:
@@ -218,8 +218,8 @@ def test_transparency_shows_white_whatever_the_form(tmp_path: Path) -> None:
     image.save(tmp_path / "a.tif")
     shape = (3, 32, 32)
     for name in ("a.png", "a.webp", "a.tif"):
-        found = adapt(decode(tmp_path / name), shape)[0].permute(1, 2, 0).numpy()
-        np.testing.assert_array_equal(found, expected, err_msg=name)
+        adapted = adapt(decode(tmp_path / name), shape)[0].permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(adapted, expected, err_msg=name)
     memory = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     np.testing.assert_array_equal(adapt(memory, shape)[0].permute(1, 2, 0).numpy(), expected)
     palette = Image.fromarray(pixels[..., :3]).quantize(200)
@@ -228,8 +228,8 @@ def test_transparency_shows_white_whatever_the_form(tmp_path: Path) -> None:
     places = np.asarray(palette)
     colours = np.array(palette.getpalette()).reshape(-1, 3)[places]
     share = opaque[places][..., None] / 255
-    found = adapt(decode(tmp_path / "p.png"), shape)[0].permute(1, 2, 0).numpy()
-    assert np.abs(found - (colours * share + 255 * (1 - share))).max() <= 1
+    adapted = adapt(decode(tmp_path / "p.png"), shape)[0].permute(1, 2, 0).numpy()
+    assert np.abs(adapted - (colours * share + 255 * (1 - share))).max() <= 1
 
 
 def test_other_colour_spaces_become_rgb(tmp_path: Path) -> None:
@@ -241,13 +241,13 @@ def test_other_colour_spaces_become_rgb(tmp_path: Path) -> None:
         ("P", "p.png", 20), ("P", "p.gif", 20),
     ):  # fmt: skip
         image.convert(mode).save(tmp_path / name)
-        found = of(tmp_path / name)
-        assert found.shape == (32, 32, 3), name
-        assert np.abs(found.astype(int) - pixels).mean() <= near, name
+        decoded = of(tmp_path / name)
+        assert decoded.shape == (32, 32, 3), name
+        assert np.abs(decoded.astype(int) - pixels).mean() <= near, name
     for mode, name in (("1", "b.png"), ("L", "g.jpg"), ("L", "g.bmp")):
         image.convert(mode).save(tmp_path / name)
-        found = of(tmp_path / name)[..., 0].astype(int)
-        assert np.abs(found - np.asarray(image.convert(mode).convert("L"))).max() <= 3, name
+        decoded = of(tmp_path / name)[..., 0].astype(int)
+        assert np.abs(decoded - np.asarray(image.convert(mode).convert("L"))).max() <= 3, name
 
 
 def test_the_first_frame_of_an_animation_is_read(tmp_path: Path) -> None:
@@ -282,11 +282,11 @@ def test_a_thin_image_costs_no_memory_and_keeps_its_middle(size: tuple[int, int]
         image[..., width // 2 - 1 : width // 2 + 1] = 200  # just around the middle
     else:
         image[..., height // 2 - 1 : height // 2 + 1, :] = 200
-    found = adapt(image, (3, 224, 224))
-    assert found.shape == (1, 3, 224, 224)
+    adapted = adapt(image, (3, 224, 224))
+    assert adapted.shape == (1, 3, 224, 224)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10
-    assert int(found[0, 0, 112, 112]) > 100
-    assert torch.equal(found, found.flip(2, 3))
+    assert int(adapted[0, 0, 112, 112]) > 100
+    assert torch.equal(adapted, adapted.flip(2, 3))
 
 
 def test_an_image_that_is_not_thin_is_cut_after_resizing_as_ever() -> None:

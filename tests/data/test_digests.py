@@ -18,23 +18,23 @@ from covcli.data.digests import Files, content_digests
 
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2) as made:
-        yield made
+    with ThreadPoolExecutor(2) as threads:
+        yield threads
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The files that are read from here on, with a cache of their own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found: list[str] = []
+    names: list[str] = []
     opened = digests.open_regular
 
     def seen(path: Path):  # type: ignore[no-untyped-def]
-        found.append(path.name)
+        names.append(path.name)
         return opened(path)
 
     monkeypatch.setattr(digests, "open_regular", seen)
-    return found
+    return names
 
 
 def write(folder: Path, **contents: bytes) -> None:

@@ -73,9 +73,9 @@ def test_a_recorded_relative_path_is_found_from_elsewhere(
     monkeypatch.chdir(tmp_path / "now")
     with pytest.raises(CovcliError, match="d: no such file or folder"):
         load("folder:d", "test")
-    found = reload_own(record, "test")
-    assert found.fingerprint == record.images
-    assert DataRecord.of(found) == record
+    reloaded = reload_own(record, "test")
+    assert reloaded.fingerprint == record.images
+    assert DataRecord.of(reloaded) == record
     put(tmp_path / "now" / "d" / "1.png", 2)  # what is here comes first
     assert values(reload_own(record, "test")) == [2]
     gone = replace(record, ran_in=str(tmp_path / "gone"), spec="folder:e")
@@ -121,9 +121,10 @@ def test_a_table_of_numbers_is_numbered(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "has no row"), (b"file,label\na,b\n", "no column `path`"), (b"path\n", "no row"),
-        (b"path,label\na.png\n", "row 2 is not whole"), (b"path,label\n,x\n", "row 2 is not whole"),
-        (b"path,label\na.png,\n", "row 2 is not whole"), (b"path\na\0.png\n", "row 2 is not whole"),
-        (b"path,label\na,b,c\n", "row 2 is not whole"), (b'path\n"a.png', "cannot be read as a"),
+        *[(table, "row 2 is incomplete")
+          for table in (b"path,label\na.png\n", b"path,label\n,x\n", b"path,label\na.png,\n",
+                        b"path\na\0.png\n", b"path,label\na,b,c\n")],
+        (b'path\n"a.png', "cannot be read as a"),
         (b"path\n" + b"a" * 200_000, "cannot be read as a table"),
     ],
 )  # fmt: skip

@@ -32,16 +32,16 @@ def test_every_image_keeps_the_name_of_its_class(
 ) -> None:
     labels = data.draw(st.lists(st.integers(0, len(named) - 1), min_size=1))
     read = images(labels, named)
-    found = matched(read, network)
-    assert found.images.classes == tuple(network)
-    names = [network[label] for label in found.images.known_labels().tolist()]
+    renumbered = matched(read, network)
+    assert renumbered.images.classes == tuple(network)
+    names = [network[label] for label in renumbered.images.known_labels().tolist()]
     assert names == [named[label] for label in labels]
-    assert found.images.fingerprint == read.fingerprint
+    assert renumbered.images.fingerprint == read.fingerprint
     absent = [name for name in network if name not in names]
-    assert all(repr(name) in note for name in absent for note in found.notes)
-    assert bool(found.notes) == bool(absent)
+    assert all(repr(name) in note for name in absent for note in renumbered.notes)
+    assert bool(renumbered.notes) == bool(absent)
     rows = torch.tensor([len(labels) - 1])
-    assert found.images.select(rows).fingerprint == read.select(rows).fingerprint
+    assert renumbered.images.select(rows).fingerprint == read.select(rows).fingerprint
 
 
 def test_a_class_that_the_network_does_not_know_is_named() -> None:
@@ -65,9 +65,9 @@ def test_numbers_are_the_networks_outputs_or_its_names_where_those_are_numbers()
 
 
 def test_a_network_without_names_takes_them_in_order_and_says_so() -> None:
-    found = matched(images([0, 1, 2], ["ant", "bee", "cat"]), numbered(3))
-    assert found.images.known_labels().tolist() == [0, 1, 2]
-    assert "its outputs are taken for ant, bee, cat, in this order" in found.notes[0]
+    renumbered = matched(images([0, 1, 2], ["ant", "bee", "cat"]), numbered(3))
+    assert renumbered.images.known_labels().tolist() == [0, 1, 2]
+    assert "its outputs are taken for ant, bee, cat, in this order" in renumbered.notes[0]
     with pytest.raises(CovcliError, match="names 2 classes, but the network has 3 without names"):
         matched(images([0, 1], ["ant", "cat"]), numbered(3))
     assert adopted(images([0, 1], ["ant", "cat"]), 2) == ("ant", "cat")
@@ -78,14 +78,14 @@ def test_a_network_without_names_takes_them_in_order_and_says_so() -> None:
 
 @given(st.lists(st.integers(0, 40), min_size=1))
 def test_numbers_with_gaps_become_classes_without(labels: list[int]) -> None:
-    found = taught(images(labels))
+    training = taught(images(labels))
     values = sorted(set(labels))
-    assert found.images.classes == tuple(str(v) for v in values)
-    assert found.images.known_labels().tolist() == [values.index(v) for v in labels]
-    assert found.images.fingerprint == images(labels).fingerprint
-    assert bool(found.notes) == (values != list(range(len(values))))
-    again = matched(images(labels), found.images.classes)  # a later set of the same form
-    assert torch.equal(again.images.known_labels(), found.images.known_labels())
+    assert training.images.classes == tuple(str(v) for v in values)
+    assert training.images.known_labels().tolist() == [values.index(v) for v in labels]
+    assert training.images.fingerprint == images(labels).fingerprint
+    assert bool(training.notes) == (values != list(range(len(values))))
+    again = matched(images(labels), training.images.classes)  # a later set of the same form
+    assert torch.equal(again.images.known_labels(), training.images.known_labels())
     assert again.notes == ()
 
 

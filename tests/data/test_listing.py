@@ -40,11 +40,11 @@ def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 def test_classes_and_files_are_those_of_torchvision(tmp_path: Path) -> None:
     put(tmp_path, "b/10.png", "b/9.png", "b/deep/er/1.JPG", "a b/x.jpeg", "a/1.png", "B/y.tiff")
-    found, theirs = load(f"folder:{tmp_path}", "train"), ImageFolder(str(tmp_path))
-    assert list(found.classes) == theirs.classes
+    ours, theirs = load(f"folder:{tmp_path}", "train"), ImageFolder(str(tmp_path))
+    assert list(ours.classes) == theirs.classes
     expected = {os.path.relpath(path, tmp_path): theirs.classes[k] for path, k in theirs.samples}
-    assert dict(names_of(found)) == expected
-    assert [name for name, _ in names_of(found)] == [
+    assert dict(names_of(ours)) == expected
+    assert [name for name, _ in names_of(ours)] == [
         p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*")) if p.is_file()
     ]
 
@@ -67,8 +67,8 @@ def test_what_is_no_image_by_its_name_is_said(
 ) -> None:
     put(tmp_path, "a/1.png", "a/2.heic", "a/3.heic", "4.png")
     load(f"folder:{tmp_path}", "train")
-    assert "passed over what is no image by its name: 2 .heic" in said.text
-    assert "1 images lie beside the class folders: passed over" in said.text
+    assert "ignored files without an image's extension: 2 .heic" in said.text
+    assert "1 images beside the class folders are ignored" in said.text
 
 
 @pytest.mark.parametrize("validation", ["val", "valid", "validation", "dev", "Val"])
@@ -79,8 +79,8 @@ def test_validation_images_serve_where_there_is_no_test_and_it_is_said(
     assert names_of(load(f"folder:{tmp_path}", "train")) == [("ant/1.png", "ant"),
                                                              ("bee/2.png", "bee")]  # fmt: skip
     assert not said.records
-    found = load(f"folder:{tmp_path}", "test")
-    assert names_of(found) == [("bee/3.png", "bee")]
+    loaded = load(f"folder:{tmp_path}", "test")
+    assert names_of(loaded) == [("bee/3.png", "bee")]
     assert f"{validation} serves as the test split" in said.text
     said.clear()
     put(tmp_path, "test/ant/4.png")
@@ -93,13 +93,13 @@ def test_splits_alone_are_never_classes(tmp_path: Path, parts: tuple[str, ...]) 
     put(tmp_path, *(f"{part}/{i}.png" for part in parts for i in range(2)))
     for split in ("train", "test"):
         try:
-            found = load(f"folder:{tmp_path}?split={split}", "test")
+            loaded = load(f"folder:{tmp_path}?split={split}", "test")
         except CovcliError as error:
             assert f"but no {split}" in str(error)
         else:
-            assert found.classes == ()
-            assert found.labels is None
-            assert len(found) == 2
+            assert loaded.classes == ()
+            assert loaded.labels is None
+            assert len(loaded) == 2
 
 
 def test_a_split_and_a_class_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
@@ -129,11 +129,11 @@ def test_links_are_followed_everywhere_alike(tmp_path: Path) -> None:
             folders, place, target = link(*name.split("/"))
             (tmp_path / shape).joinpath(*folders).mkdir(parents=True, exist_ok=True)
             (tmp_path / shape / place).symlink_to(target)
-        found = load(f"folder:{tmp_path}/{shape}", "train")
+        loaded = load(f"folder:{tmp_path}/{shape}", "train")
         theirs = ImageFolder(str(tmp_path / shape))
-        assert list(found.classes) == theirs.classes == ["ant", "bee"]
-        assert len(found) == len(theirs) == 2
-        pixels = found.batch(torch.arange(2), (3, 4, 4))
+        assert list(loaded.classes) == theirs.classes == ["ant", "bee"]
+        assert len(loaded) == len(theirs) == 2
+        pixels = loaded.batch(torch.arange(2), (3, 4, 4))
         assert pixels[:, 0, 0, 0].tolist() == [0, 1]
     (tmp_path / "root").symlink_to(store)
     assert len(load(f"folder:{tmp_path}/root", "train")) == 2
@@ -145,19 +145,19 @@ def test_links_that_go_round_in_a_circle_are_passed_over(
     put(tmp_path, "ant/1.png", "bee/2.png")
     (tmp_path / "ant" / "up").symlink_to(tmp_path)
     (tmp_path / "bee" / "self").symlink_to(tmp_path / "bee")
-    found = load(f"folder:{tmp_path}", "train")
+    loaded = load(f"folder:{tmp_path}", "train")
     # as far as no folder lies within itself
-    assert ("bee/2.png", "bee") in names_of(found)
-    assert not any("self" in name.split("/")[2:] for name, _ in names_of(found))
-    assert "a link to a folder above itself: passed over" in said.text
+    assert ("bee/2.png", "bee") in names_of(loaded)
+    assert not any("self" in name.split("/")[2:] for name, _ in names_of(loaded))
+    assert "a link to a folder above itself is ignored" in said.text
 
 
 def test_a_link_to_nowhere_is_no_silent_loss(tmp_path: Path) -> None:
     put(tmp_path, "ant/1.png")
     (tmp_path / "ant" / "2.png").symlink_to(tmp_path / "gone.png")
-    found = load(f"folder:{tmp_path}", "train")
+    loaded = load(f"folder:{tmp_path}", "train")
     with pytest.raises(CovcliError, match=r"2\.png: cannot be read as an image"):
-        found.batch(torch.arange(2), (3, 4, 4))
+        loaded.batch(torch.arange(2), (3, 4, 4))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names are text here")
@@ -166,14 +166,14 @@ def test_names_that_are_not_utf8_are_read_and_shown_escaped(tmp_path: Path) -> N
     top = os.fsencode(tmp_path)
     os.rename(top + b"/ant/1.png", top + b"/ant/caf\xe9.png")  # noqa: PTH104
     os.rename(top + b"/bee", top + b"/b\xe9\xe9")  # noqa: PTH104
-    found = load(f"folder:{tmp_path}", "train")
-    assert found.classes == ("ant", "b\\xe9\\xe9")
-    assert found.batch(torch.arange(2), (3, 4, 4))[:, 0, 0, 0].tolist() == [0, 1]
-    assert len(found.fingerprint) == 64
-    found.fingerprint.encode()
+    loaded = load(f"folder:{tmp_path}", "train")
+    assert loaded.classes == ("ant", "b\\xe9\\xe9")
+    assert loaded.batch(torch.arange(2), (3, 4, 4))[:, 0, 0, 0].tolist() == [0, 1]
+    assert len(loaded.fingerprint) == 64
+    loaded.fingerprint.encode()
     os.truncate(top + b"/ant/caf\xe9.png", 9)
     with pytest.raises(CovcliError) as caught:
-        found.batch(torch.arange(2), (3, 4, 4))
+        loaded.batch(torch.arange(2), (3, 4, 4))
     str(caught.value).encode("ascii")
     assert "caf\\udce9.png" in str(caught.value)
 
@@ -193,5 +193,5 @@ def test_listing_opens_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(os, "open", forbidden)
     monkeypatch.setattr("builtins.open", forbidden)
-    found = load(f"folder:{tmp_path}", "train")
-    assert np.bincount(found.known_labels()).tolist() == [20, 20]
+    loaded = load(f"folder:{tmp_path}", "train")
+    assert np.bincount(loaded.known_labels()).tolist() == [20, 20]

@@ -94,9 +94,9 @@ def test_a_shape_stays_a_shape() -> None:
 def test_the_option_is_read_and_worded_alike(
     text: str, shape: tuple[int, int, int], how: Preprocess
 ) -> None:
-    found = InputShape((3, 224, 224)).changed(text)
-    assert (tuple(found), found.preprocess) == (shape, how)
-    again = InputShape((3, 8, 8)).changed(how.describe(found))
+    changed = InputShape((3, 224, 224)).changed(text)
+    assert (tuple(changed), changed.preprocess) == (shape, how)
+    again = InputShape((3, 8, 8)).changed(how.describe(shape))
     assert (tuple(again), again.preprocess) == (shape, how)
     assert Preprocess.from_dict(how.as_dict()) == how
 
@@ -112,8 +112,8 @@ def test_the_option_is_read_and_worded_alike(
         ("resize=4097", "expected pixels"),
         ("resize=8x", "resize=8x"),
         ("interpolation=bicubc", "did you mean 'bicubic'"),
-        ("resize=200", "less than the 224×224 cut out"),
-        ("resize=256x200", "less than the 224×224 cut out"),
+        ("resize=200", "less than the crop of 224×224"),
+        ("resize=256x200", "less than the crop of 224×224"),
     ],
 )
 def test_what_cannot_be_is_refused(text: str, said: str) -> None:

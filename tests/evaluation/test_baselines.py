@@ -74,7 +74,7 @@ def by_hand(name: str, network: Network, images: ImageSet) -> nn.Module:
 
     first = nn.Sequential(Normalised(model), tiny.first)
     rest = nn.Sequential(tiny.pool, nn.Flatten(), tiny.head)
-    made = {
+    built = {
         "max-softmax": lambda: detectors.MaxSoftmax(model),
         "maxlogit": lambda: detectors.MaxLogit(model),
         "energy": lambda: detectors.EnergyBased(model),
@@ -91,11 +91,11 @@ def by_hand(name: str, network: Network, images: ImageSet) -> nn.Module:
             tiny.last, [first, tiny.second, rest], 10, list(GRAM_POLES)
         ).to("cpu"),
     }[name]()
-    if made.requires_fit:
+    if built.requires_fit:
         labels = images.known_labels()
         torch.manual_seed(0)  # for the images that Gram holds out
-        made.fit(list(zip(pixels(images).split(100), labels.split(100), strict=True)))
-    return made
+        built.fit(list(zip(pixels(images).split(100), labels.split(100), strict=True)))
+    return built
 
 
 class Normalised(nn.Module):
@@ -136,16 +136,16 @@ def test_a_baseline_is_the_detector_called_by_hand(
     for spec in ("digits?limit=50", "photos?limit=50"):
         images = datasets.load(spec, "test")
         expected = detector.predict(pixels(images)).detach().numpy()
-        found = fitted.score(images, Silent())[name]
-        np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-3 * expected.std())
+        scores = fitted.score(images, Silent())[name]
+        np.testing.assert_allclose(scores, expected, rtol=1e-2, atol=1e-3 * expected.std())
 
 
 def test_multi_mahalanobis_sums_the_distances_of_the_layers(
     fitted: Comparison, network: Network, plan: Plan
 ) -> None:
     images = datasets.load("photos?limit=30", "test")
-    found = fitted.score(images, Silent())["multi-mahalanobis"]
-    np.testing.assert_allclose(found, distances(network, plan, images).sum(1) / 2, rtol=1e-2)
+    scores = fitted.score(images, Silent())["multi-mahalanobis"]
+    np.testing.assert_allclose(scores, distances(network, plan, images).sum(1) / 2, rtol=1e-2)
 
 
 def test_calibrated_it_is_the_soft_maximum_of_standardised_logs(
@@ -164,9 +164,9 @@ def test_calibrated_it_is_the_soft_maximum_of_standardised_logs(
     # A standardisation of the only voice, and the lowest score as 0, change no order.
     own, lowest = score(known), score(known).min()
     expected = (score(np.log(distances(network, plan, images))) - lowest) / own.std(ddof=1)
-    found = fitted.score(images, Silent())["multi-mahalanobis-calibrated"]
-    slope = np.polyfit(expected, found, 1)
-    np.testing.assert_allclose(found, np.polyval(slope, expected), rtol=1e-2, atol=1e-2)
+    scores = fitted.score(images, Silent())["multi-mahalanobis-calibrated"]
+    slope = np.polyfit(expected, scores, 1)
+    np.testing.assert_allclose(scores, np.polyval(slope, expected), rtol=1e-2, atol=1e-2)
     assert slope[0] > 0
 
 
@@ -174,14 +174,14 @@ def distances(network: Network, plan: Plan, images: ImageSet) -> np.ndarray:
     """Return each layer's squared distance to the nearest class, shape (images, layers)."""
     assert plan.trusted is not None
     labels = plan.trusted.known_labels().numpy()
-    found = []
+    columns = []
     for z, x in zip(of(network, plan.trusted), of(network, images), strict=True):
         centres = np.stack([z[labels == k].mean(0) for k in range(10)])
         scatter = (z - centres[labels]).T @ (z - centres[labels]) + 1e-6 * np.eye(z.shape[1])
         gap = x[:, None] - centres
         squared = np.einsum("bkd,de,bke->bk", gap, np.linalg.inv(scatter), gap)
-        found.append(squared.min(1))
-    return np.stack(found, 1)
+        columns.append(squared.min(1))
+    return np.stack(columns, 1)
 
 
 def of(network: Network, images: ImageSet) -> list[np.ndarray]:
@@ -208,8 +208,8 @@ def test_a_layer_is_one_call_of_a_module_that_is_called_often() -> None:
         logits = model(pixels(images))
         again = network.last(batch.features) if network.last is not None else None
     assert len(batch.means) == len(seen) == 17
-    for found, expected in zip(batch.means, seen, strict=True):
-        torch.testing.assert_close(found, expected)
+    for mean, expected in zip(batch.means, seen, strict=True):
+        torch.testing.assert_close(mean, expected)
     torch.testing.assert_close(again, logits)
 
 
@@ -224,12 +224,12 @@ def test_balanced_images_are_of_every_class_alike(network: Network) -> None:
 def test_evaluate_puts_the_baselines_beside_ours(run: Path) -> None:
     sets = ("photos?limit=60", "noise:uniform?limit=40")
     names = ("maxlogit", "knn")
-    found = evaluate(EvaluationConfig(sets, runs=run.parent, baselines=names), Silent())
+    result = evaluate(EvaluationConfig(sets, runs=run.parent, baselines=names), Silent())
     plain = evaluate(EvaluationConfig(sets, runs=run.parent, force=True), Silent())
     again = evaluate(EvaluationConfig(sets, runs=run.parent, force=True, baselines=names), Silent())
-    assert again.untrusted == found.untrusted
+    assert again.untrusted == result.untrusted
     assert list(plain.untrusted[0].scores) == ["coverage", "softmax"]
-    for one, other in zip(found.untrusted, plain.untrusted, strict=True):
+    for one, other in zip(result.untrusted, plain.untrusted, strict=True):
         assert one.scores["coverage"] == other.scores["coverage"]
     document = json.loads((run / "evaluation.json").read_text())
     table = pd.read_csv(run / "scores.csv.gz")
@@ -256,9 +256,9 @@ def test_evaluate_puts_the_baselines_beside_ours(run: Path) -> None:
     for mean in means:
         values = [e["scores"][mean["score"]]["fpr95"]["value"] for e in document["untrusted"]]
         assert mean["fpr95"]["value"] == pytest.approx(np.mean(values))
-    made = report(run)
-    assert {"baselines-0", "baselines-1"} <= {path.stem for path in made.figures}
-    assert "knn" in made.markdown.read_text()
+    written = report(run)
+    assert {"baselines-0", "baselines-1"} <= {path.stem for path in written.figures}
+    assert "knn" in written.markdown.read_text()
 
 
 def test_a_missing_library_is_a_clear_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,12 +289,12 @@ def test_images_that_changed_since_are_refused(run: Path, tmp_path: Path) -> Non
     file = tmp_path / "digits.npz"
     images = digits.batch(torch.arange(400), (1, 8, 8)).numpy()[:, 0]
     np.savez(file, images=images, labels=digits.known_labels().numpy())
-    made = tmp_path / "s.safetensors"
+    signature = tmp_path / "s.safetensors"
     build_signature(
-        SignatureConfig(run / "checkpoint.pt", trusted=f"npz:{file}", output=made), Silent()
+        SignatureConfig(run / "checkpoint.pt", trusted=f"npz:{file}", output=signature), Silent()
     )
     config = EvaluationConfig(
-        ("photos?limit=20",), run / "checkpoint.pt", made, trusted="digits", baselines=("knn",)
+        ("photos?limit=20",), run / "checkpoint.pt", signature, trusted="digits", baselines=("knn",)
     )
     np.savez(file, images=images[::-1], labels=digits.known_labels().numpy()[::-1])
     with pytest.raises(CovcliError, match="leave --baseline out"):

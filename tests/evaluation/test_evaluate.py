@@ -47,9 +47,11 @@ def test_evaluation_agrees_with_the_monitor_and_with_plain_figures(evaluated: Pa
         truth = [0] * len(mine) + [1] * len(other)
         for name, column, sign in (("coverage", "score", 1), ("softmax", "softmax_confidence", -1)):
             scores = sign * pd.concat([mine[column], other[column]])
-            found = entry["scores"][name]
-            assert found["auroc"]["value"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-6)
-            assert found.keys() == {"auroc", "aupr_out", "aupr_in", "fpr95", "detection_rate"}
+            figures = entry["scores"][name]
+            assert figures["auroc"]["value"] == pytest.approx(
+                roc_auc_score(truth, scores), abs=1e-6
+            )
+            assert figures.keys() == {"auroc", "aupr_out", "aupr_in", "fpr95", "detection_rate"}
         rate = entry["scores"]["coverage"]["detection_rate"]["value"]
         assert rate == pytest.approx(other["untrusted"].mean())
     assert document["untrusted"][0]["scores"]["coverage"]["auroc"]["value"] > 0.95
@@ -64,12 +66,12 @@ def test_evaluation_agrees_with_the_monitor_and_with_plain_figures(evaluated: Pa
     assert 10 <= hits.sum() < 60
     truth = [0] * len(mine) + [1] * int(hits.sum())
     for name, column, sign in (("coverage", "score", 1), ("softmax", "softmax_confidence", -1)):
-        found = deceived["scores"][name]["auroc"]["value"]
+        figures = deceived["scores"][name]["auroc"]["value"]
         scores = sign * pd.concat([mine[column], attacked[column][hits]])
-        assert found == pytest.approx(roc_auc_score(truth, scores), abs=1e-6)
+        assert figures == pytest.approx(roc_auc_score(truth, scores), abs=1e-6)
         wrong = mine["label"] != mine["predicted"]
-        found = trusted["errors"][name]["auroc"]["value"]
-        assert found == pytest.approx(roc_auc_score(wrong, sign * mine[column]), abs=1e-6)
+        figures = trusted["errors"][name]["auroc"]["value"]
+        assert figures == pytest.approx(roc_auc_score(wrong, sign * mine[column]), abs=1e-6)
     assert [p["name"] for p in document["points"]] == ["first.2", "second.2", "head.2"]
     assert set(document["points"][0]["coverage"]) == {"trusted", *UNTRUSTED}
     assert {b["confidence"] for b in document["confidence_bins"]} == {"coverage", "softmax"}
@@ -127,14 +129,17 @@ def test_answers_that_pass_are_counted_as_the_monitor_gives_them(run: Path) -> N
     )
     words = np.array(verdicts.words)
     right = (verdicts.predicted == digits.labels).numpy()
-    found = result.trusted.accepted
-    assert found is not None
-    assert (found.images, found.unsure) == ((words == "trusted").sum(), (words == "unsure").sum())
-    assert found.unsure > 0
-    assert found.wrong == (~right[words == "trusted"]).sum()
-    assert found.coverage.value == (words == "trusted").mean()
-    assert found.error_rate is not None
-    assert found.error_rate.low <= found.wrong / found.images <= found.error_rate.high
+    accepted = result.trusted.accepted
+    assert accepted is not None
+    assert (accepted.images, accepted.unsure) == (
+        (words == "trusted").sum(),
+        (words == "unsure").sum(),
+    )
+    assert accepted.unsure > 0
+    assert accepted.wrong == (~right[words == "trusted"]).sum()
+    assert accepted.coverage.value == (words == "trusted").mean()
+    assert accepted.error_rate is not None
+    assert accepted.error_rate.low <= accepted.wrong / accepted.images <= accepted.error_rate.high
     table = pd.read_csv(run / "scores.csv.gz", keep_default_na=False)
     mine = table[table["set"] == "trusted"]
     np.testing.assert_array_equal(mine["unsure"].astype(bool), words == "unsure")

@@ -83,7 +83,7 @@ def test_labels_say_what_a_neuron_is(shape: tuple[int, ...], dim: int, granulari
 
 
 def check_naively(
-    found: list[Explanation], judge: Judge, outputs: list[np.ndarray], logits: np.ndarray
+    explanations: list[Explanation], judge: Judge, outputs: list[np.ndarray], logits: np.ndarray
 ) -> None:
     signature, calibration = judge.signature, judge.calibration
     parts = [
@@ -96,7 +96,7 @@ def check_naively(
     costs = signature.scorer.costs(torch.cat(parts, 1), classes)
     sizes = np.array([part.shape[1] for part in parts])
     begins = np.concatenate([[0], sizes.cumsum()])
-    for e in found:
+    for e in explanations:
         k = int(classes[e.row])
         assert e.predicted == signature.classes[k]
         cost = [c.double().mean().item() for c in costs[e.row].split(sizes.tolist())]
@@ -151,14 +151,14 @@ def test_explanations_are_the_naive_ones(
     images = datasets.load("photos?limit=40", "test")
     rows = [39, *range(0, 35, 5)]
     judge = Judge.of(model, signature, calibration)
-    found = explain(judge, images, rows)
-    assert [e.row for e in found] == rows
+    explanations = explain(judge, images, rows)
+    assert [e.row for e in explanations] == rows
     outputs, logits = outputs_of(model, images)
-    check_naively(found, judge, outputs, logits)
-    assert {p.name for e in found for p in e.points if p.channels} == {
+    check_naively(explanations, judge, outputs, logits)
+    assert {p.name for e in explanations for p in e.points if p.channels} == {
         p.name for p in signature.points
     }
-    for e in found:
+    for e in explanations:
         heat = heat_map(judge, images, e)
         listed = {p.name: p.channels for p in e.points if p.channels and p.name != "head.2"}
         assert e.mapped == next(iter(listed), None)
@@ -247,7 +247,7 @@ def test_evaluate_explains_the_most_suspicious_of_each_set(
     assert out.count(" of the score (z = ") == sum(
         bool(p["channels"]) for e in explained for p in e["points"]
     )
-    found = read(run)
+    results = read(run)
     photos = datasets.load(sets[0], "test")
     for k, e in enumerate(explained):
         row = table[(table["set"] == e["set"]) & (table["index"] == e["row"])].iloc[0]
@@ -255,14 +255,14 @@ def test_evaluate_explains_the_most_suspicious_of_each_set(
         assert (e["predicted"], e["untrusted"]) == (str(row["predicted"]), bool(row["untrusted"]))
         names = photos.classes if e["set"] == sets[0] else [str(n) for n in range(10)]
         assert e["label"] == (None if row["label"] < 0 else names[row["label"]])
-        assert found.samples.explained[k].image.shape == (3, 32, 32)
-        assert found.samples.explained[k].fires.shape in ((16, 16), (8, 8))
+        assert results.samples.explained[k].image.shape == (3, 32, 32)
+        assert results.samples.explained[k].fires.shape in ((16, 16), (8, 8))
         if e["set"] == sets[0]:
             pixels = photos.batch(torch.tensor([e["row"]]), (3, 32, 32))[0].numpy()
-            np.testing.assert_array_equal(found.samples.explained[k].image, pixels)
-    made = report(run)
-    assert {f"explanation-{k}.png" for k in range(7)} <= {f.name for f in made.figures}
-    assert "Why images were flagged" in made.html.read_text()
+            np.testing.assert_array_equal(results.samples.explained[k].image, pixels)
+    written = report(run)
+    assert {f"explanation-{k}.png" for k in range(7)} <= {f.name for f in written.figures}
+    assert "Why images were flagged" in written.html.read_text()
 
     code, out, _ = call(capsys, *common, "--output", str(tmp_path / "none"))
     assert (code, "of the score (z" in out) == (0, False)

@@ -60,8 +60,8 @@ def test_many_images_have_the_interval_of_delong_on_the_logits_scale() -> None:
     ends = np.log(area / (1 - area)) + np.array([-1, 1]) * norm.ppf(0.975) * error / area / (
         1 - area
     )
-    found = detection(x, y, None).auroc
-    assert (found.low, found.high) == pytest.approx(1 / (1 + np.exp(-ends)), abs=2e-5)
+    auroc = detection(x, y, None).auroc
+    assert (auroc.low, auroc.high) == pytest.approx(1 / (1 + np.exp(-ends)), abs=2e-5)
 
 
 @pytest.mark.parametrize(("area", "n", "m"), [(1.0, 50, 50), (0.0, 300, 20), (0.93, 40, 70)])
@@ -76,11 +76,11 @@ def test_newcombes_limits_solve_his_equation(area: float, n: int, m: int) -> Non
 
 
 def test_perfect_separation_has_newcombes_interval() -> None:
-    found = detection(np.arange(60.0), np.arange(100.0, 130.0), None)
-    assert (found.auroc.low, found.auroc.high) == (newcombe(1.0, 60, 30).low, 1.0)
+    figures = detection(np.arange(60.0), np.arange(100.0, 130.0), None)
+    assert (figures.auroc.low, figures.auroc.high) == (newcombe(1.0, 60, 30).low, 1.0)
     wrong_way = detection(np.arange(100.0, 130.0), np.arange(60.0), None)
     assert wrong_way.auroc.high == newcombe(0.0, 30, 60).high
-    for figure in (found.aupr_out, found.aupr_in):
+    for figure in (figures.aupr_out, figures.aupr_in):
         assert 0.5 < figure.low < figure.value == figure.high == 1.0
 
 
@@ -171,9 +171,9 @@ def test_the_mean_over_equal_sets_is_as_uncertain_as_one_of_them() -> None:
 def test_single_images_have_wide_intervals_and_no_warnings(
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    found = detection(np.array([0.0]), np.array([1.0]), np.array([True]))
-    assert found.auroc.low < 0.5
-    assert (found.fpr95.low, found.fpr95.high) == (0, 1)
+    figures = detection(np.array([0.0]), np.array([1.0]), np.array([True]))
+    assert figures.auroc.low < 0.5
+    assert (figures.fpr95.low, figures.fpr95.high) == (0, 1)
     mean = mean_detection("x", np.array([0.0]), [np.array([1.0]), np.array([0.0])])
     assert mean.auroc.low < 0.5 < mean.auroc.high
     tied = detection(np.zeros(5), np.zeros(4), None)

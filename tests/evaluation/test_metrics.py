@@ -44,12 +44,18 @@ def test_fpr95_is_the_share_of_trusted_flagged_when_95_percent_are_caught() -> N
 def test_detection_holds_every_figure_inside_its_interval() -> None:
     generator = np.random.default_rng(0)
     trusted, untrusted = generator.normal(0, 1, 300), generator.normal(1, 1, 200)
-    found = detection(trusted, untrusted, untrusted > 1.0)
-    assert found.detection_rate is not None
-    for estimate in (found.auroc, found.aupr_in, found.aupr_out, found.fpr95, found.detection_rate):
+    figures = detection(trusted, untrusted, untrusted > 1.0)
+    assert figures.detection_rate is not None
+    for estimate in (
+        figures.auroc,
+        figures.aupr_in,
+        figures.aupr_out,
+        figures.fpr95,
+        figures.detection_rate,
+    ):
         assert estimate.low < estimate.value < estimate.high
-    assert found.detection_rate.value == np.mean(untrusted > 1.0)
-    assert detection(trusted, untrusted, untrusted > 1.0) == found
+    assert figures.detection_rate.value == np.mean(untrusted > 1.0)
+    assert detection(trusted, untrusted, untrusted > 1.0) == figures
     assert detection(trusted, untrusted, None).detection_rate is None
     # Of many images that are well mixed, a bootstrap's interval is the same.
     drawn = []
@@ -57,16 +63,18 @@ def test_detection_holds_every_figure_inside_its_interval() -> None:
         curves = Curves(generator.choice(trusted, 300), generator.choice(untrusted, 200))
         drawn.append((curves.auroc(), curves.aupr_out(), curves.aupr_in()))
     ends = np.percentile(drawn, [2.5, 97.5], axis=0).T
-    for estimate, bootstrap in zip((found.auroc, found.aupr_out, found.aupr_in), ends, strict=True):
+    for estimate, bootstrap in zip(
+        (figures.auroc, figures.aupr_out, figures.aupr_in), ends, strict=True
+    ):
         assert (estimate.low, estimate.high) == pytest.approx(bootstrap, abs=0.015)
 
 
 def test_the_interval_of_a_share_is_exact() -> None:
     for count, images in ((0, 360), (1, 50), (100, 1000), (20, 20)):
-        found = share(np.arange(images) < count)
+        interval = share(np.arange(images) < count)
         truth = binomtest(count, images).proportion_ci(method="exact")
-        assert found.value == count / images
-        assert (found.low, found.high) == pytest.approx((truth.low, truth.high), abs=1e-12)
+        assert interval.value == count / images
+        assert (interval.low, interval.high) == pytest.approx((truth.low, truth.high), abs=1e-12)
 
 
 @settings(deadline=None)
@@ -96,15 +104,15 @@ def test_the_mean_over_sets_shares_the_trusted_images() -> None:
     trusted = generator.normal(0, 1, 200)
     near, far = generator.normal(1, 1, 150), generator.normal(2, 1, 100)
     one, other = (detection(trusted, scores, None) for scores in (near, far))
-    found = mean_detection("x", trusted, [near, far])
-    assert found.auroc.value == pytest.approx((one.auroc.value + other.auroc.value) / 2)
-    assert found.fpr95.value == pytest.approx((one.fpr95.value + other.fpr95.value) / 2)
+    mean = mean_detection("x", trusted, [near, far])
+    assert mean.auroc.value == pytest.approx((one.auroc.value + other.auroc.value) / 2)
+    assert mean.fpr95.value == pytest.approx((one.fpr95.value + other.fpr95.value) / 2)
     drawn = []
     for _ in range(400):
         t, n, f = (generator.choice(scores, len(scores)) for scores in (trusted, near, far))
         drawn.append((Curves(t, n).auroc() + Curves(t, f).auroc()) / 2)
     low, high = np.percentile(drawn, [2.5, 97.5])
-    assert (found.auroc.low, found.auroc.high) == pytest.approx((low, high), abs=0.008)
+    assert (mean.auroc.low, mean.auroc.high) == pytest.approx((low, high), abs=0.008)
     alone = mean_detection("x", trusted, [near])
     assert (alone.auroc.low, alone.auroc.high) == pytest.approx((one.auroc.low, one.auroc.high))
     assert (alone.fpr95.low, alone.fpr95.high) == pytest.approx((one.fpr95.low, one.fpr95.high))

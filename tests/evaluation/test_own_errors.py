@@ -17,18 +17,18 @@ FIGURES = ("auroc", "aurc", "excess_aurc", "augrc")
 
 def naive_risks(scores: np.ndarray, correct: np.ndarray) -> np.ndarray:
     """Average the selective risks over every order of the images that respects the scores."""
-    found = []
+    risks = []
     for order in itertools.permutations(range(len(scores))):
         if all(scores[a] <= scores[b] for a, b in itertools.pairwise(order)):
             errors = np.cumsum(~correct[list(order)])
-            found.append(errors / np.arange(1, len(scores) + 1))
-    return np.mean(found, 0)
+            risks.append(errors / np.arange(1, len(scores) + 1))
+    return np.mean(risks, 0)
 
 
 def measured(scores: np.ndarray, correct: np.ndarray) -> OwnErrors:
-    found = own_errors({"x": scores}, correct)
-    assert found is not None
-    return found["x"]
+    figures = own_errors({"x": scores}, correct)
+    assert figures is not None
+    return figures["x"]
 
 
 @settings(deadline=None, max_examples=60)
@@ -40,19 +40,19 @@ def measured(scores: np.ndarray, correct: np.ndarray) -> OwnErrors:
 def test_every_figure_is_the_mean_over_the_orders_of_ties(images: list[tuple[int, bool]]) -> None:
     scores = np.array([score for score, _ in images], float)
     correct = np.array([right for _, right in images])
-    found = measured(scores, correct)
+    figures = measured(scores, correct)
     risks = naive_risks(scores, correct)
-    assert found.aurc.value == pytest.approx(risks.mean())
+    assert figures.aurc.value == pytest.approx(risks.mean())
     best = naive_risks((~correct).astype(float), correct).mean()
-    assert found.excess_aurc.value == pytest.approx(risks.mean() - best, abs=1e-12)
-    assert found.auroc.value == pytest.approx(roc_auc_score(~correct, scores))
-    assert [r.risk for r in found.curve] == pytest.approx(list(risks))
-    assert [r.kept for r in found.curve] == pytest.approx(
+    assert figures.excess_aurc.value == pytest.approx(risks.mean() - best, abs=1e-12)
+    assert figures.auroc.value == pytest.approx(roc_auc_score(~correct, scores))
+    assert [r.risk for r in figures.curve] == pytest.approx(list(risks))
+    assert [r.kept for r in figures.curve] == pytest.approx(
         list(np.arange(1, len(risks) + 1) / len(risks))
     )
     turned = measured(scores[::-1].copy(), correct[::-1].copy())
-    assert turned.curve == found.curve
-    assert turned.aurc.value == found.aurc.value
+    assert turned.curve == figures.curve
+    assert turned.aurc.value == figures.aurc.value
 
 
 def test_perfect_ignorant_and_random_scores_have_their_closed_forms() -> None:
@@ -79,14 +79,14 @@ def test_augrc_is_the_mean_share_kept_and_wrong() -> None:
     generator = np.random.default_rng(2)
     correct = generator.random(300) > 0.2
     scores = np.round(generator.normal(0, 1, 300) + ~correct, 1)
-    found = measured(scores, correct).augrc
-    assert found is not None
+    augrc = measured(scores, correct).augrc
+    assert augrc is not None
     # Its curve runs straight between distinct scores: Traub et al. 2024, section 3.
     order = np.sort(np.unique(scores))
     kept = np.array([0.0, *((scores <= score).mean() for score in order)])
     wrong = np.array([0.0, *(((scores <= score) & ~correct).mean() for score in order)])
-    assert found.value == pytest.approx(np.trapezoid(wrong, kept))
-    assert found.low < found.value < found.high
+    assert augrc.value == pytest.approx(np.trapezoid(wrong, kept))
+    assert augrc.low < augrc.value < augrc.high
 
 
 def test_the_interval_is_that_of_resampled_images() -> None:
@@ -101,12 +101,14 @@ def test_the_interval_is_that_of_resampled_images() -> None:
         best = np.cumsum(np.sort(~correct[rows]))
         kept = np.arange(1, 601)
         drawn.append(((wrong / kept).mean(), ((wrong - best) / kept).mean(), wrong.mean() / 600))
-    found = measured(scores, correct)
-    assert found.augrc is not None
+    figures = measured(scores, correct)
+    assert figures.augrc is not None
     ends = np.percentile(drawn, [2.5, 97.5], axis=0).T
-    for estimate, truth in zip((found.aurc, found.excess_aurc, found.augrc), ends, strict=True):
+    for estimate, truth in zip(
+        (figures.aurc, figures.excess_aurc, figures.augrc), ends, strict=True
+    ):
         assert (estimate.low, estimate.high) == pytest.approx(truth, abs=0.012)
-    assert measured(scores, correct) == found
+    assert measured(scores, correct) == figures
 
 
 @pytest.mark.parametrize("deviation", [0.5, 2.0])
@@ -123,8 +125,8 @@ def test_simulated_figures_lie_in_their_intervals(deviation: float) -> None:
     truth = measured(*drawn(1_000_000))
     held = []
     for _ in range(150):
-        found = measured(*drawn(images))
-        pairs = [(getattr(found, key), getattr(truth, key).value) for key in FIGURES]
+        figures = measured(*drawn(images))
+        pairs = [(getattr(figures, key), getattr(truth, key).value) for key in FIGURES]
         held.append([figure.low <= value <= figure.high for figure, value in pairs])
     assert (np.mean(held, 0) >= 0.92).all()
 

@@ -142,8 +142,8 @@ def test_planted_results_of_a_set_are_not_believed(
                 lambda self, of, measured, images: keep(self, of, *perfect[of]),
             )  # fmt: skip
             evaluate(replace(config, output=folder), Silent())
-        for result in folder.glob("[!.]*"):
-            result.unlink()
+        for file in folder.glob("[!.]*"):
+            file.unlink()
 
     def by_name(folder: Path) -> None:
         folder.mkdir()
@@ -154,8 +154,8 @@ def test_planted_results_of_a_set_are_not_believed(
         folder = tmp_path / plant.__name__
         plant(folder)
         assert len(list(folder.iterdir())) == 3
-        found = evaluate(replace(config, output=folder), Silent())
-        assert (found.trusted, found.untrusted) == (plain.trusted, plain.untrusted)
+        result = evaluate(replace(config, output=folder), Silent())
+        assert (result.trusted, result.untrusted) == (plain.trusted, plain.untrusted)
 
 
 def test_a_mixture_of_two_evaluations_is_refused(

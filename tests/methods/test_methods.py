@@ -177,8 +177,8 @@ def test_every_method_keeps_the_contract(name: str) -> None:
     assert method.name == name
     neurons, labels = trusted_neurons(1)
     state = complete(method, neurons, labels)
-    found = {k: (v.dtype, tuple(v.shape)) for k, v in state.tensors.items()}
-    assert found == dict(method.expected(LAYOUT))
+    kinds = {k: (v.dtype, tuple(v.shape)) for k, v in state.tensors.items()}
+    assert kinds == dict(method.expected(LAYOUT))
     scorer = method.prepare(state, LAYOUT)
     costs = scorer.costs(neurons, labels)
     inside = scorer.inside(neurons, labels)
@@ -248,8 +248,8 @@ def test_gauss_follows_its_formula(shrinkage: float) -> None:
         shrunk = (1 - shrinkage) * covariance + shrinkage * np.diag(covariance.diagonal())
         away = tested[:, columns] - means[y]
         expected.append(np.log(np.sum(away @ np.linalg.inv(shrunk) * away, 1) / len(columns)))
-    found = scorer(torch.from_numpy(tested).float(), labels)
-    np.testing.assert_allclose(found.numpy(), np.stack(expected, 1), rtol=1e-4, atol=1e-4)
+    evidence = scorer(torch.from_numpy(tested).float(), labels)
+    np.testing.assert_allclose(evidence.numpy(), np.stack(expected, 1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -290,8 +290,8 @@ def test_evidence_of_wide_points_is_the_log_of_their_mean_cost(
     for piece in (1 << 16, 600, 1):
         monkeypatch.setattr(base, "PIECE", piece)
         for each in (tested, tested.double()):
-            found = scorer(each, classes)
-            np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
+            evidence = scorer(each, classes)
+            np.testing.assert_allclose(evidence.numpy(), expected, rtol=1e-5, atol=1e-5)
         assert scorer(tested[:0], classes[:0]).shape == (0, len(sizes))
 
 
@@ -308,13 +308,13 @@ def test_points_of_any_widths_are_summed_and_measured_apart() -> None:
     for name in ("src", "mrc", "gauss"):
         method = make_method(name)
         scorer = method.prepare(fold(method, layout, lambda: [(neurons, labels)]), layout)
-        found = scorer(2 * neurons, labels)
+        evidence = scorer(2 * neurons, labels)
         for i, (size, end) in enumerate(zip(sizes, np.cumsum(sizes), strict=True)):
             mine = neurons[:, end - size : end]
             alone = Layout(2, (size,), values[i : i + 1])
             state = fold(method, alone, lambda mine=mine: [(mine, labels)])
             part = method.prepare(state, alone)(2 * mine, labels)
-            np.testing.assert_allclose(found[:, [i]].numpy(), part.numpy(), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(evidence[:, [i]].numpy(), part.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_ensemble_measures_along_the_direction_of_noise() -> None:
@@ -328,12 +328,12 @@ def test_the_ensemble_measures_along_the_direction_of_noise() -> None:
     inverse = np.linalg.inv(0.95 * covariance + 0.05 * np.diag(covariance.diagonal()))
     shift = (x[:30] + 0.5 - means[y[:30]]).mean(0)
     along = (x - means[y]) @ inverse @ shift / np.sqrt(shift @ inverse @ shift)
-    found = scorer(neurons, labels)
-    np.testing.assert_allclose(found[:, 5].numpy(), along, rtol=1e-3, atol=1e-3)
+    evidence = scorer(neurons, labels)
+    np.testing.assert_allclose(evidence[:, 5].numpy(), along, rtol=1e-3, atol=1e-3)
     for name, columns in {"src": slice(0, 2), "gauss": slice(2, 4)}.items():
         alone = make_method(name)
         part = alone.prepare(complete(alone, neurons, labels), LAYOUT)
-        assert torch.equal(found[:, columns], part(neurons, labels))
+        assert torch.equal(evidence[:, columns], part(neurons, labels))
 
 
 @pytest.mark.parametrize("direction", ["signature", "input"])
@@ -366,8 +366,8 @@ def test_rank_costs_follow_the_formula(
                 lacks = [j not in own for j in top(np.array(often, np.float32))]
             else:
                 lacks = [1 - often[j] for j in own]
-            found = costs[i, columns].sum() / size
-            assert float(found) == pytest.approx(np.dot(weights, lacks) / sum(weights), abs=1e-5)
+            cost = costs[i, columns].sum() / size
+            assert float(cost) == pytest.approx(np.dot(weights, lacks) / sum(weights), abs=1e-5)
     assert bool((costs[:, 1] == 0).all())  # a maximum
 
 

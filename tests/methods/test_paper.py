@@ -35,11 +35,11 @@ def test_the_score_is_the_coverage_and_the_confidence_the_papers(run: Path, tmp_
     )
     ends = np.cumsum([0, *sizes])
     eta = np.mean([cost[:, a:b].mean(1) for a, b in itertools.pairwise(ends)], 0)
-    found = verdicts.score.numpy()
-    np.testing.assert_allclose(found, eta, atol=5e-3)  # a neuron on the edge of a section moves
-    assert float(np.median(np.abs(found - eta))) < 1e-5
+    scores = verdicts.score.numpy()
+    np.testing.assert_allclose(scores, eta, atol=5e-3)  # a neuron on the edge of a section moves
+    assert float(np.median(np.abs(scores - eta))) < 1e-5
     tau = monitor.judge.rule.overall
-    expected = np.exp(-found * np.log(2) / tau)
+    expected = np.exp(-scores * np.log(2) / tau)
     clear = np.abs(expected - 0.5) > 1e-9
     np.testing.assert_allclose(verdicts.confidence.numpy()[clear], expected[clear])
     (explanation,) = explain(monitor.judge, digits, [0])

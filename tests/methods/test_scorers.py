@@ -50,18 +50,18 @@ def test_a_scorer_compiles_in_one_graph(scorer: Scorer) -> None:
     torch.compiler.reset()
     compiled = torch.compile(scorer, fullgraph=True, backend="eager", dynamic=True)
     for images in (7, 2, 12):
-        found = compiled(*inputs(images))
+        evidence = compiled(*inputs(images))
         expected = scorer(*inputs(images))
-        np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(evidence.numpy(), expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_scorer_exports_with_any_number_of_images(scorer: Scorer) -> None:
     images = {0: torch.export.Dim("images", min=1, max=1024)}
     program = torch.export.export(scorer, inputs(5), dynamic_shapes=(images, images))
     for count in (1, 5, 64):
-        found = program.module()(*inputs(count))
+        evidence = program.module()(*inputs(count))
         expected = scorer(*inputs(count))
-        np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(evidence.numpy(), expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_scorer_needs_no_values(scorer: Scorer) -> None:
@@ -74,9 +74,9 @@ def test_a_scorer_needs_no_values(scorer: Scorer) -> None:
     assert moved.coverage(neurons, classes).shape == (9, len(LAYOUT.sizes))
     assert [end.shape for end in moved.span(classes)] == [neurons.shape] * 2
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        found = scorer(*(fake.from_tensor(part) for part in inputs(9)))
-    assert found.shape == shape
-    assert found.dtype == torch.float64
+        evidence = scorer(*(fake.from_tensor(part) for part in inputs(9)))
+    assert evidence.shape == shape
+    assert evidence.dtype == torch.float64
 
 
 @pytest.mark.parametrize("spec", ["src", "mrc", "mrc?sections=3&cost=share"])
@@ -101,7 +101,7 @@ def test_a_value_that_is_no_number_lies_outside(spec: str) -> None:
     broken = neurons.clone()
     broken[:, :6] = torch.nan
     for read in (type(scorer).forward, CostScorer.forward):
-        found, whole = read(scorer, broken, classes), read(scorer, neurons, classes)
-        assert bool(found.isfinite().all())
-        assert bool((found[:, 0] >= whole[:, 0]).all())
-        assert torch.equal(found[:, 1:], whole[:, 1:])
+        partial, whole = read(scorer, broken, classes), read(scorer, neurons, classes)
+        assert bool(partial.isfinite().all())
+        assert bool((partial[:, 0] >= whole[:, 0]).all())
+        assert torch.equal(partial[:, 1:], whole[:, 1:])

@@ -76,16 +76,16 @@ def test_points_of_any_torchvision_classifier_are_found(name: str, channels: int
 
 def test_pooling_takes_mean_and_maximum_over_positions() -> None:
     x = torch.randn(4, 5, 3, 2)
-    found = pool(x, 1, "channel")
+    pooled = pool(x, 1, "channel")
     for b in range(4):
         for c in range(5):
             values = x[b, c].flatten().tolist()
-            assert found[b, c].item() == pytest.approx(sum(values) / 6, abs=1e-6)
-            assert found[b, 5 + c].item() == max(values)
+            assert pooled[b, c].item() == pytest.approx(sum(values) / 6, abs=1e-6)
+            assert pooled[b, 5 + c].item() == max(values)
     units = pool(x, 1, "unit")
     for b, i, j in itertools.product(range(4), range(3), range(2)):
         assert torch.equal(units[b, 5 * (2 * i + j) :][:5], x[b, :, i, j])
-    assert torch.equal(pool(x.permute(0, 2, 3, 1), -1, "channel"), found)
+    assert torch.equal(pool(x.permute(0, 2, 3, 1), -1, "channel"), pooled)
     assert torch.equal(pool(x[:, :, 0, 0], 1, "channel"), x[:, :, 0, 0])
 
 
@@ -98,11 +98,11 @@ def test_pooling_of_other_precisions_sums_in_float32_at_least(
     x = (100 + torch.rand(3, 7, 33, 33, generator=generator)).to(dtype, memory_format=layout)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for tracked in (x, x.clone().requires_grad_()):
-        found = pool(tracked, 1, "channel").detach()
-        assert found.dtype == pool(x, 1, "unit").dtype == wide
+        pooled = pool(tracked, 1, "channel").detach()
+        assert pooled.dtype == pool(x, 1, "unit").dtype == wide
         exact = x.double().numpy()
-        np.testing.assert_allclose(found[:, :7].numpy(), exact.mean((2, 3)), rtol=1e-6)
-        np.testing.assert_array_equal(found[:, 7:].numpy(), exact.max((2, 3)))
+        np.testing.assert_allclose(pooled[:, :7].numpy(), exact.mean((2, 3)), rtol=1e-6)
+        np.testing.assert_array_equal(pooled[:, 7:].numpy(), exact.max((2, 3)))
     np.testing.assert_array_equal(
         pool(x, 1, "unit").numpy(), exact.transpose(0, 2, 3, 1).reshape(3, -1)
     )
@@ -141,9 +141,9 @@ def test_reused_memory_shows_the_last_batch_alone() -> None:
             images = torch.randn(size, 1, 8, 8)
             outputs = [pool(network[:n](images), 1, "unit") for n in (2, 4)]
             recorder.reuse(spare)
-            found = recorder.take(network(images))
-            assert torch.equal(found, torch.cat(outputs, 1))
-            assert (found.data_ptr() == spare.data_ptr()) == (size == 5)
+            neurons = recorder.take(network(images))
+            assert torch.equal(neurons, torch.cat(outputs, 1))
+            assert (neurons.data_ptr() == spare.data_ptr()) == (size == 5)
         assert torch.equal(kept, recorder.take(network(torch.ones(5, 1, 8, 8))))
 
 
@@ -204,16 +204,16 @@ def test_coverage_layers_come_before_activations_and_a_network_without_either_is
 
 
 def test_a_bare_half_precision_state_dict_finds_its_layout(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    made = architectures.build(spec("vgg11", 10))
+    original = architectures.build(spec("vgg11", 10))
     path = tmp_path / "w.pt"
     torch.save({k: v.half() if v.is_floating_point() else v
-                for k, v in made.network.state_dict().items()}, path)  # fmt: skip
-    found = load(path, "vgg11")
-    assert found.model.spec == made.spec
-    assert found.bare
-    weight = made.network.state_dict()["classifier.0.weight"]
+                for k, v in original.network.state_dict().items()}, path)  # fmt: skip
+    loaded = load(path, "vgg11")
+    assert loaded.model.spec == original.spec
+    assert loaded.bare
+    weight = original.network.state_dict()["classifier.0.weight"]
     assert torch.equal(
-        found.model.network.state_dict()["classifier.0.weight"], weight.half().float()
+        loaded.model.network.state_dict()["classifier.0.weight"], weight.half().float()
     )
     whole = tmp_path / "imagenet.pt"
     torch.save(vgg19_bn(num_classes=3).state_dict(), whole)

@@ -109,26 +109,26 @@ def test_a_named_output_is_trained_recorded_and_monitored(tmp_path: Path) -> Non
     with pytest.raises(CovcliError, match="could be the logits: 1, 2"):
         train(told, Silent())
     result = train(tiny_config(tmp_path, model="several", epochs=4, logits="2"), Silent())
-    found = checkpoint.load(result.checkpoint).model
-    assert found.spec.logits == "2"
+    loaded = checkpoint.load(result.checkpoint).model
+    assert loaded.spec.logits == "2"
     assert result.epochs[-1].held_out_accuracy > 0.5
     signed = build_signature(SignatureConfig(result.checkpoint, method="src"), Silent())
     monitor = Monitor.load(result.checkpoint, signed.path)
     images = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
-        expected = found.network((images - found.mean) / found.deviation)[2]
+        expected = loaded.network((images - loaded.mean) / loaded.deviation)[2]
     torch.testing.assert_close(monitor(images).logits, expected)
 
 
 def test_weights_trained_elsewhere_keep_the_named_output(tmp_path: Path) -> None:
     network = Several(4)
     torch.save(network.state_dict(), tmp_path / "w.pt")
-    found = checkpoint.load(tmp_path / "w.pt", Foreign("several", logits="1")).model
+    loaded = checkpoint.load(tmp_path / "w.pt", Foreign("several", logits="1")).model
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        expected = network((images - found.mean) / found.deviation)[1]
-        assert torch.equal(found(images), expected)
-    again = ModelSpec.from_dict(found.spec.as_dict(), "x")
+        expected = network((images - loaded.mean) / loaded.deviation)[1]
+        assert torch.equal(loaded(images), expected)
+    again = ModelSpec.from_dict(loaded.spec.as_dict(), "x")
     assert torch.equal(Classifier(again, network)(images), expected)
 
 

@@ -151,8 +151,8 @@ def test_functions_are_told_apart_by_the_module_that_calls_them() -> None:
         assert torch.equal(recorded(network, images), pooled(expected))
     some = [points[3], points[5]]  # of some points alone, each keeps its place
     with torch.no_grad(), Recorder(network, some, "channel") as recorder:
-        found = recorder.take(network(images))
-    assert torch.equal(found, pooled([expected[3], expected[5]]))
+        neurons = recorder.take(network(images))
+    assert torch.equal(neurons, pooled([expected[3], expected[5]]))
 
 
 def test_gradients_contributions_and_copies_of_functions() -> None:
@@ -161,7 +161,7 @@ def test_gradients_contributions_and_copies_of_functions() -> None:
     points = find_points(network, images, "contribution")
     with Recorder(network, points, "contribution") as recorder:
         logits = network(images.requires_grad_())
-        found = recorder.take(logits)
+        neurons = recorder.take(logits)
     outputs = network.by_hand(images)
     outputs[2] = network.head[1](network.head[0](outputs[1].mean((2, 3))))
     logits = network.head[2](outputs[2])
@@ -169,7 +169,7 @@ def test_gradients_contributions_and_copies_of_functions() -> None:
     gradients = torch.autograd.grad(certainty, outputs)
     sums = [[pool(t, 1, "contribution") for t in ts] for ts in (outputs, gradients)]
     expected = [o * g for o, g in zip(*sums, strict=True)]
-    torch.testing.assert_close(found, torch.cat(expected, 1).detach())
+    torch.testing.assert_close(neurons, torch.cat(expected, 1).detach())
     units = find_points(network, images, "unit")
     with Recorder(network, units, "unit") as recorder:
         assert recorder.take(network(images)).requires_grad
@@ -213,10 +213,10 @@ def test_threads_record_functions_each_for_itself() -> None:
 
     with ThreadPoolExecutor(6) as pool_of_threads:
         others = [pool_of_threads.submit(plain, images) for images in batches]
-        found = list(pool_of_threads.map(record, batches))
+        recordings = list(pool_of_threads.map(record, batches))
         [other.result() for other in others]
     recorder.leave()
-    for images, neurons in zip(batches, found, strict=True):
+    for images, neurons in zip(batches, recordings, strict=True):
         torch.testing.assert_close(neurons, pooled(network.by_hand(images)).detach())
 
 
@@ -257,9 +257,9 @@ def test_transformers_are_watched_by_token_wise_channels(batch_first: bool) -> N
     assert [p.name for p in points] == ["blocks.0.mlp.1", "blocks.0", "blocks.1.mlp.1", "blocks.1"]
     assert {p.batch for p in points} == {"first" if batch_first else "second"}
     assert [p.neurons for p in points] == [24, 16, 24, 16]
-    found = recorded(network, images)
+    neurons = recorded(network, images)
     one = torch.cat([recorded(network, image[None]) for image in images])
-    torch.testing.assert_close(found, one, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(neurons, one, atol=1e-5, rtol=1e-5)
     kept = network.blocks[1].kept
     assert kept is not None  # of the last image
     tokens = kept if batch_first else kept.transpose(0, 1)
@@ -291,11 +291,11 @@ def test_attention_written_by_hand_is_found(kind: str) -> None:
             tokens = self.patches(x).flatten(2).permute(0, 2, 1)
             return self.head(self.attention(tokens).mean(1))
 
-    found = look(Whole(), torch.zeros(1, 3, 8, 8), "channel").choose()
-    assert [(c.point.name, c.kind) for c in found] == [
+    chosen = look(Whole(), torch.zeros(1, 3, 8, 8), "channel").choose()
+    assert [(c.point.name, c.kind) for c in chosen] == [
         ("attention", "attention"), ("head.1", "activation"),
     ]  # fmt: skip
-    assert (found[0].shape, found[0].point.neurons) == ((4, 8), 16)
+    assert (chosen[0].shape, chosen[0].point.neurons) == ((4, 8), 16)
 
 
 class Windows(nn.Module):
@@ -330,14 +330,14 @@ def test_windows_in_the_batch_belong_to_their_images(
     (point,) = find_points(network, images, granularity)  # type: ignore[arg-type]
     assert point.batch == ("interleaved" if interleaved else "folded")
     with torch.no_grad(), Recorder(network, [point], granularity) as recorder:  # type: ignore[arg-type]
-        found = recorder.take(network(images))
+        neurons = recorder.take(network(images))
         ones = [recorder.take(network(image[None])) for image in images]
-    torch.testing.assert_close(found, torch.cat(ones))
+    torch.testing.assert_close(neurons, torch.cat(ones))
     if granularity == "channel":
         weight = network.mix.weight.view(6, 3)
         values = torch.relu(torch.einsum("bchw,oc->bohw", images, weight)
                             + network.mix.bias[:, None, None]).detach()  # fmt: skip
-        torch.testing.assert_close(found, pooled([values]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(neurons, pooled([values]), atol=1e-5, rtol=1e-5)
 
 
 def test_what_does_not_depend_on_the_image_is_not_watched() -> None:
@@ -446,10 +446,10 @@ def test_a_watched_network_with_functions_can_be_exported() -> None:
 
 
 def test_points_are_listed_with_shapes(tmp_path: Path) -> None:
-    found = list_points(None, Foreign("torchvision:densenet121", preprocess="crop=64"), classes=7)
-    assert (found.watched, len(found.points)) == (121, 121)
-    assert found.neurons == sum(point.neurons for point in found.points)
-    first, last = found.points[0], found.points[-1]
+    listed = list_points(None, Foreign("torchvision:densenet121", preprocess="crop=64"), classes=7)
+    assert (listed.watched, len(listed.points)) == (121, 121)
+    assert listed.neurons == sum(point.neurons for point in listed.points)
+    first, last = listed.points[0], listed.points[-1]
     assert (first.name, first.shape, first.neurons) == ("features.relu0", (64, 32, 32), 128)
     assert (last.name, last.what) == ("forward:relu", "relu")  # a function, in densenet's forward
     network = torchvision.models.densenet121(num_classes=7)

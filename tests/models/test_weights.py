@@ -128,10 +128,10 @@ LAYOUTS: dict[str, Callable[[State], Mapping[str, Any]]] = {
 
 def assert_alike(path: Path, network: nn.Module, name: str = "norms") -> None:
     mean, deviation = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    found = checkpoint.load(path, Foreign(name, (mean, deviation))).model
+    loaded = checkpoint.load(path, Foreign(name, (mean, deviation))).model
     means, deviations = (torch.tensor(s).view(1, 3, 1, 1) for s in (mean, deviation))
     with torch.no_grad():
-        assert torch.equal(found(IMAGES), network((IMAGES - means) / deviations))
+        assert torch.equal(loaded(IMAGES), network((IMAGES - means) / deviations))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -165,8 +165,8 @@ def test_weights_of_half_precision_keep_their_values(saved: Norms, tmp_path: Pat
     path = tmp_path / "bf16.pt"
     half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in saved.state_dict().items()}
     torch.save(half, path)
-    found = checkpoint.load(path, "norms").model.network.state_dict()
-    assert all(torch.equal(found[k], v.to(found[k].dtype)) for k, v in half.items())
+    loaded = checkpoint.load(path, "norms").model.network.state_dict()
+    assert all(torch.equal(loaded[k], v.to(loaded[k].dtype)) for k, v in half.items())
 
 
 def test_weights_that_torch_converts_are_converted(tmp_path: Path) -> None:
@@ -176,9 +176,9 @@ def test_weights_that_torch_converts_are_converted(tmp_path: Path) -> None:
     torch.save(old.state_dict(), tmp_path / "w.pt")
     assert {"conv.weight_g", "conv.weight_v"} <= old.state_dict().keys()
     mean, deviation = (0.5,) * 3, (0.5,) * 3
-    found = checkpoint.load(tmp_path / "w.pt", Foreign("normed", (mean, deviation))).model
+    loaded = checkpoint.load(tmp_path / "w.pt", Foreign("normed", (mean, deviation))).model
     with torch.no_grad():
-        torch.testing.assert_close(found(IMAGES), old((IMAGES - 0.5) / 0.5))
+        torch.testing.assert_close(loaded(IMAGES), old((IMAGES - 0.5) / 0.5))
 
 
 @pytest.mark.parametrize(
@@ -274,23 +274,23 @@ def test_the_classes_of_any_network_are_counted_in_any_order(
     network = torchvision.models.get_model(name, num_classes=classes)
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file({k: v.contiguous() for k, v in network.state_dict().items()}, path)
-    found = checkpoint.load(path, f"torchvision:{name}").model
-    assert found.spec.classes == classes
-    loaded = found.network.state_dict()
-    assert all(torch.equal(loaded[k], v) for k, v in network.state_dict().items())
+    loaded = checkpoint.load(path, f"torchvision:{name}").model
+    assert loaded.spec.classes == classes
+    weights = loaded.network.state_dict()
+    assert all(torch.equal(weights[k], v) for k, v in network.state_dict().items())
 
 
 def test_googlenets_auxiliary_heads_are_left_out(tmp_path: Path) -> None:
     network = torchvision.models.googlenet(num_classes=3, init_weights=False, aux_logits=True)
     torch.save(network.state_dict(), tmp_path / "w.pt")
-    found = checkpoint.load(tmp_path / "w.pt", "torchvision:googlenet").model
+    loaded = checkpoint.load(tmp_path / "w.pt", "torchvision:googlenet").model
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         network.eval().transform_input = True  # as torchvision loads its own weights
         mean, deviation = (torch.tensor(s).view(1, 3, 1, 1) for s in
                            ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))  # fmt: skip
         expected = network((images - mean) / deviation)
-    torch.testing.assert_close(found.eval()(images), expected)
+    torch.testing.assert_close(loaded.eval()(images), expected)
 
 
 class Whole(nn.Linear):

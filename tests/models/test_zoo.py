@@ -37,23 +37,23 @@ def test_timm_gives_size_and_normalisation(
     name: str, size: int, resize: int, interpolation: str, mean: float
 ) -> None:
     pytest.importorskip("timm")
-    made = architecture(f"timm:{name}")
-    assert made.shape == (3, size, size)
-    assert made.shape.preprocess.resize == resize
-    assert made.shape.preprocess.interpolation == interpolation
-    assert made.statistics[0][0] == mean
+    entry = architecture(f"timm:{name}")
+    assert entry.shape == (3, size, size)
+    assert entry.shape.preprocess.resize == resize
+    assert entry.shape.preprocess.interpolation == interpolation
+    assert entry.statistics[0][0] == mean
 
 
 def test_a_timm_network_is_built_and_found_again() -> None:
     timm = pytest.importorskip("timm")
-    made = architecture("timm:test_resnet")
-    spec = ModelSpec("timm:test_resnet", 5, made.shape, *made.statistics, False,
-                     made.shape.preprocess)  # fmt: skip
+    entry = architecture("timm:test_resnet")
+    spec = ModelSpec("timm:test_resnet", 5, entry.shape, *entry.statistics, False,
+                     entry.shape.preprocess)  # fmt: skip
     model = architectures.build(spec)
     again = architectures.from_state(spec, model.state_dict(), "x")
     theirs = timm.create_model("test_resnet", num_classes=5).eval()
     theirs.load_state_dict(model.network.state_dict())
-    images = torch.rand(2, *made.shape)
+    images = torch.rand(2, *entry.shape)
     with torch.no_grad():
         assert torch.equal(again.eval()(images), theirs((images - model.mean) / model.deviation))
 
@@ -90,9 +90,9 @@ def test_published_weights_of_timm_fill_all_but_the_head(monkeypatch: pytest.Mon
         return source if pretrained else create(name, pretrained=False, **more)
 
     monkeypatch.setattr(timm, "create_model", without_download)
-    made = architecture("timm:test_resnet")
+    entry = architecture("timm:test_resnet")
     model = architectures.build(
-        ModelSpec("timm:test_resnet", 4, made.shape, *made.statistics, True)
+        ModelSpec("timm:test_resnet", 4, entry.shape, *entry.statistics, True)
     )
     head = model.network.state_dict()["fc.weight"].clone()
     architectures.load_pretrained(model)
@@ -102,10 +102,10 @@ def test_published_weights_of_timm_fill_all_but_the_head(monkeypatch: pytest.Mon
 
 
 def test_a_size_that_the_network_refuses_is_said() -> None:
-    made = architecture("torchvision:vit_b_32")
-    shape = made.shape.changed("resize=200,crop=192")
+    entry = architecture("torchvision:vit_b_32")
+    shape = entry.shape.changed("resize=200,crop=192")
     model = architectures.build(
-        ModelSpec("torchvision:vit_b_32", 3, shape, *made.statistics, False, shape.preprocess)
+        ModelSpec("torchvision:vit_b_32", 3, shape, *entry.statistics, False, shape.preprocess)
     )
     with pytest.raises(CovcliError, match=r"refuses images of shape \(3, 192, 192\).*--preprocess"):
         model.points("channel")

@@ -14,13 +14,13 @@ NAMES = st.text(st.sampled_from("ab1 ,.:/\\\\`*_{}[]()<>#+-=!|~$&;\"'\n\x1b"), m
 
 def shown(text: str) -> list[str]:
     """Return the text of each block as a reader sees it; any markup in it is a failure."""
-    found = []
+    rows = []
     for token in PARSER.parse(text):
         assert token.type not in ("html_block", "heading_open", "hr", "fence", "code_block")
         if token.type == "inline":
             assert {child.type for child in token.children or []} <= {"text", "text_special"}
-            found.append("".join(child.content for child in token.children or []))
-    return found
+            rows.append("".join(child.content for child in token.children or []))
+    return rows
 
 
 @given(NAMES)

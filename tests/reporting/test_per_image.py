@@ -49,10 +49,10 @@ def test_scores_come_back_by_set(
     path = tmp_path_factory.mktemp("scores") / "scores.csv.gz"
     sets = {name: image_scores(i, 3 + i, labelled, ["knn"]) for i, name in enumerate(names)}
     path.write_bytes(pack_scores(sets))
-    found = read_scores(path)
-    assert list(found) == names
+    stored = read_scores(path)
+    assert list(stored) == names
     for name, of in sets.items():
-        again = found[name]
+        again = stored[name]
         assert (again.label is None) == (of.label is None)
         for field in (
             "predicted",
@@ -127,13 +127,13 @@ def test_samples_come_back_under_their_names(tmp_path: Path) -> None:
             "explained_0", "explained_0_map", "explained_1", "0_passed", "0_passed_rows",
             "1_flagged", "1_flagged_rows",
         }  # fmt: skip
-    found = read_samples(path, 2, 2)
+    samples = read_samples(path, 2, 2)
     for mine, theirs in zip(
-        [*SAMPLES.flagged, *SAMPLES.passed], [*found.flagged, *found.passed], strict=True
+        [*SAMPLES.flagged, *SAMPLES.passed], [*samples.flagged, *samples.passed], strict=True
     ):
         np.testing.assert_array_equal(mine.rows, theirs.rows)
         assert mine.images.tobytes() == theirs.images.tobytes()
-    for mine, theirs in zip(SAMPLES.explained, found.explained, strict=True):
+    for mine, theirs in zip(SAMPLES.explained, samples.explained, strict=True):
         np.testing.assert_array_equal(mine.image, theirs.image)
         assert (mine.fires is None) == (theirs.fires is None)
 

@@ -79,9 +79,9 @@ def test_a_class_with_few_confident_images_takes_all_correct_ones() -> None:
     predicted[[0, 12]] = 2  # one mistake in each of the first two classes
     confidence = torch.full((27,), 0.95)
     confidence[14:24] = 0.5
-    found = choose_trusted(labels, predicted, confidence, 0.9, 4)
-    assert found.counts == [11, 11, 3, 0]
-    assert found.relaxed == [1]
+    chosen = choose_trusted(labels, predicted, confidence, 0.9, 4)
+    assert chosen.counts == [11, 11, 3, 0]
+    assert chosen.relaxed == [1]
 
 
 def test_images_that_calibrate_do_not_build(trained: TrainResult, tmp_path: Path) -> None:
@@ -147,8 +147,8 @@ def test_softmax_calibration_is_of_the_ranked_images(trained: TrainResult, run: 
     _, logits, _ = neurons_of(trained.checkpoint, held_out)
     expected = softmax_score(torch.from_numpy(logits))[~calibration.fitting]
     assert int(calibration.fitting.sum()) == -(-len(held_out) // 4)
-    found, classes = calibration.softmax.sort().values, calibration.predicted
-    np.testing.assert_allclose(found, expected.sort().values, rtol=1e-3, atol=1e-7)
+    softmax, classes = calibration.softmax.sort().values, calibration.predicted
+    np.testing.assert_allclose(softmax, expected.sort().values, rtol=1e-3, atol=1e-7)
     ranked = logits.argmax(1)[~calibration.fitting.numpy()]
     np.testing.assert_array_equal(classes.bincount(), np.bincount(ranked, minlength=10))
 

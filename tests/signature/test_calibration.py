@@ -41,9 +41,9 @@ def test_p_values_follow_the_definition(scores: list[float], new: list[float]) -
         torch.tensor(scores, dtype=torch.float64), torch.zeros(len(scores)).long(), 1, ANY
     )
     only = torch.zeros(len(tested), dtype=torch.int64)
-    found = rule.p_value(torch.tensor(tested, dtype=torch.float64), only)
+    p_values = rule.p_value(torch.tensor(tested, dtype=torch.float64), only)
     expected = [(1 + sum(s >= t for s in scores)) / (len(scores) + 1) for t in tested]
-    np.testing.assert_array_equal(found.numpy(), expected)
+    np.testing.assert_array_equal(p_values.numpy(), expected)
 
 
 @settings(deadline=None)
@@ -55,12 +55,12 @@ def test_threshold_p_value_and_confidence_agree(
         with pytest.raises(CovcliError, match="too few"):
             marginal(scores, alpha)
         return
-    made = marginal(scores, alpha)
+    rule = marginal(scores, alpha)
     tested = torch.tensor(new + scores, dtype=torch.float64)
     only = torch.zeros(len(tested), dtype=torch.int64)
-    flagged = made.untrusted(tested, only)
-    assert torch.equal(flagged, made.p_value(tested, only) <= alpha + 1e-12)
-    confidence = made.confidence(tested, only)
+    flagged = rule.untrusted(tested, only)
+    assert torch.equal(flagged, rule.p_value(tested, only) <= alpha + 1e-12)
+    confidence = rule.confidence(tested, only)
     assert torch.equal(flagged, confidence < 0.5)
     assert bool(((confidence >= 0) & (confidence <= 1)).all())
     order = tested.argsort()
@@ -117,16 +117,22 @@ def test_scores_follow_the_formula_and_the_fit_sees_its_images_alone() -> None:
     fitting = fits(41, seed=5).numpy()
     assert int(fitting.sum()) == 11
     observed = Observed(torch.from_numpy(costs), softmax, predicted, wrong)
-    made = calibrate(observed, torch.from_numpy(fitting))
+    calibration = calibrate(observed, torch.from_numpy(fitting))
     expected = naive_score(costs, costs[fitting])
-    np.testing.assert_allclose(made.score(torch.from_numpy(costs)).numpy(), expected, rtol=1e-9)
-    np.testing.assert_allclose(made.scores.numpy(), np.sort(expected[~fitting]), rtol=1e-9)
+    np.testing.assert_allclose(
+        calibration.score(torch.from_numpy(costs)).numpy(), expected, rtol=1e-9
+    )
+    np.testing.assert_allclose(calibration.scores.numpy(), np.sort(expected[~fitting]), rtol=1e-9)
     order = np.argsort(expected[~fitting], kind="stable")
-    np.testing.assert_array_equal(made.softmax.numpy(), softmax.numpy()[~fitting][order])
-    np.testing.assert_array_equal(made.predicted.numpy(), predicted.numpy()[~fitting][order])
-    np.testing.assert_array_equal(made.wrong.numpy(), wrong.numpy()[~fitting][order])
+    np.testing.assert_array_equal(calibration.softmax.numpy(), softmax.numpy()[~fitting][order])
+    np.testing.assert_array_equal(calibration.predicted.numpy(), predicted.numpy()[~fitting][order])
+    np.testing.assert_array_equal(calibration.wrong.numpy(), wrong.numpy()[~fitting][order])
     noisy = costs + np.array([0, 0, 1.0])
-    assert bool((made.score(torch.from_numpy(noisy)) > made.score(torch.from_numpy(costs))).all())
+    assert bool(
+        (
+            calibration.score(torch.from_numpy(noisy)) > calibration.score(torch.from_numpy(costs))
+        ).all()
+    )
 
 
 def test_an_expert_is_the_optimum_of_its_loss() -> None:
@@ -153,32 +159,34 @@ def test_an_expert_is_the_optimum_of_its_loss() -> None:
         pull = (trusted.T @ wrong) / len(trusted) - (outliers.T @ missed) / len(outliers)
         return 0.5 * pull + 2 * RIDGE * weights
 
-    found = slope(w)
+    gradient = slope(w)
     assert bool((w >= 0).all())
     assert w[2] == 0  # evidence that falls for outliers is not held against trust
-    np.testing.assert_allclose(found[w > 0], 0, atol=1e-4)
-    assert bool((found[w == 0] > -1e-4).all())
+    np.testing.assert_allclose(gradient[w > 0], 0, atol=1e-4)
+    assert bool((gradient[w == 0] > -1e-4).all())
 
 
 def test_voices_are_combined_as_stated() -> None:
     generator = np.random.default_rng(2)
     fitted = generator.normal(size=(60, 3))
     outliers = [generator.normal(size=(40, 3)) + shift for shift in ([3, 0, 0], [0, 0, 2])]
-    made = fit_combination(torch.from_numpy(fitted), [torch.from_numpy(o) for o in outliers])
+    combination = fit_combination(torch.from_numpy(fitted), [torch.from_numpy(o) for o in outliers])
     rows = np.concatenate([fitted, *outliers])
 
     def voices(values: np.ndarray) -> np.ndarray:
         z = (values - fitted.mean(0)) / fitted.std(0, ddof=1)
         general = COLUMNS * np.log(np.exp(z / COLUMNS).mean(1))
-        return np.column_stack([general, z @ made.weights.numpy().T])
+        return np.column_stack([general, z @ combination.weights.numpy().T])
 
     heard = voices(fitted)
     v = (voices(rows) - heard.mean(0)) / heard.std(0, ddof=1)
     expected = VOICES * np.log(np.exp(v / VOICES).mean(1))
     expected -= expected[:60].min()
-    np.testing.assert_allclose(made.score(torch.from_numpy(rows)).numpy(), expected, atol=1e-9)
-    assert made.weights[0].argmax() == 0
-    assert made.weights[1].argmax() == 2
+    np.testing.assert_allclose(
+        combination.score(torch.from_numpy(rows)).numpy(), expected, atol=1e-9
+    )
+    assert combination.weights[0].argmax() == 0
+    assert combination.weights[1].argmax() == 2
 
 
 def test_too_few_calibration_images_are_refused() -> None:
@@ -189,9 +197,9 @@ def test_too_few_calibration_images_are_refused() -> None:
 
 def test_softmax_scores_of_saturated_logits_stay_apart() -> None:
     logits = torch.tensor([[40.0, 0.0], [60.0, 0.0], [0.0, 0.0]])
-    found = softmax_score(logits).numpy()
+    scores = softmax_score(logits).numpy()
     expected = [math.exp(-40) / (1 + math.exp(-40)), math.exp(-60) / (1 + math.exp(-60)), 0.5]
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(scores, expected, rtol=1e-12)
 
 
 def test_the_split_is_random_by_seed_and_a_quarter_rounded_up() -> None:

@@ -64,12 +64,12 @@ def images_for(judge: Judge, count: int) -> Tensor:
     )
 
 
-def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def check(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
+        assert actual[name].dtype == tensor.dtype, name
         np.testing.assert_allclose(
-            found[name].detach().numpy(), tensor.numpy(), rtol=1e-5, atol=1e-5, err_msg=name
+            actual[name].detach().numpy(), tensor.numpy(), rtol=1e-5, atol=1e-5, err_msg=name
         )
 
 
@@ -97,14 +97,14 @@ def test_what_is_no_number_is_untrusted() -> None:
     whole_chain = Chain(judge)
     with torch.no_grad():
         for read in (whole_chain, exported("vgg11", "ensemble").module()):
-            found, others = read(broken), read(whole)
-            check({k: v[::2] for k, v in found.items()}, {k: v[::2] for k, v in others.items()})
-            assert bool(found["untrusted"][1])
-            assert float(found["score"][1]) == torch.inf
-            assert float(found["confidence"][1]) == 0
+            partial, others = read(broken), read(whole)
+            check({k: v[::2] for k, v in partial.items()}, {k: v[::2] for k, v in others.items()})
+            assert bool(partial["untrusted"][1])
+            assert float(partial["score"][1]) == torch.inf
+            assert float(partial["confidence"][1]) == 0
             fewest = 1 / (1 + len(judge.calibration.scores))
-            assert float(found["p_value"][1]) == pytest.approx(fewest)
-            assert not bool(found["unsure"][1])
+            assert float(partial["p_value"][1]) == pytest.approx(fewest)
+            assert not bool(partial["unsure"][1])
 
 
 def test_a_saved_program_needs_no_covcli(tmp_path: Path) -> None:

@@ -37,8 +37,8 @@ def test_the_threshold_is_that_of_a_naive_walk(grain: int) -> None:
         doubt = generator.random(200)
         doubt = np.floor(doubt * grain) / grain if grain else doubt
         wrong = generator.random(200) < 0.3 * doubt
-        found = doubt_threshold(torch.from_numpy(doubt), torch.from_numpy(wrong), share)
-        assert found == naive(doubt, wrong, share, starts)
+        threshold = doubt_threshold(torch.from_numpy(doubt), torch.from_numpy(wrong), share)
+        assert threshold == naive(doubt, wrong, share, starts)
 
 
 def test_at_most_five_of_a_hundred_draws_let_too_many_errors_pass() -> None:

@@ -160,11 +160,11 @@ def test_certified_rates_exceed_alpha_in_five_of_a_hundred_calibrations_at_most(
 
 def test_a_marginal_rate_is_alpha_in_the_mean_and_no_class_is_promised_it() -> None:
     generator = np.random.default_rng(8)
-    found = []
+    drawn = []
     for _ in range(DRAWS):
         rule = make_rule(*draw(generator, 0.0), 3, Guarantee(0.05))
-        found.append(rates(rule.thresholds.numpy(), 0.0))
-    mean = np.mean(found, 0)
+        drawn.append(rates(rule.thresholds.numpy(), 0.0))
+    mean = np.mean(drawn, 0)
     k = rank_marginal(N, 0.05)
     deviation = beta(k, N + 1 - k).std() / math.sqrt(DRAWS)
     assert mean[3] == pytest.approx(k / (N + 1), abs=4 * deviation)
@@ -173,15 +173,15 @@ def test_a_marginal_rate_is_alpha_in_the_mean_and_no_class_is_promised_it() -> N
 
 def test_by_class_the_rate_of_each_class_is_alpha_in_the_mean() -> None:
     generator = np.random.default_rng(10)
-    found, values, expected = [], np.zeros(3), []
+    drawn, values, expected = [], np.zeros(3), []
     for _ in range(DRAWS):
         rule = make_rule(*draw(generator, 0.0), 3, Guarantee(0.05, "by-class"))
-        found.append(rates(rule.thresholds.numpy(), 0.0)[:3])
+        drawn.append(rates(rule.thresholds.numpy(), 0.0)[:3])
         expected.append([rank_marginal(int(n), 0.05) / (int(n) + 1) for n in rule.counts])
         new = torch.from_numpy(generator.exponential(SCALES))
         values += rule.p_value(new, torch.arange(3)).numpy() <= 0.05
-    mean = np.mean(found, 0)
-    deviation = np.std(np.subtract(found, expected), 0) / math.sqrt(DRAWS)
+    mean = np.mean(drawn, 0)
+    deviation = np.std(np.subtract(drawn, expected), 0) / math.sqrt(DRAWS)
     assert (np.abs(mean - np.mean(expected, 0)) < 4 * deviation).all()
     assert (values <= binom.ppf(0.999, DRAWS, 0.05)).all()
     assert (values >= binom.ppf(0.001, DRAWS, 0.04)).all()
@@ -291,8 +291,8 @@ def test_verdicts_and_confidences_agree_class_by_class(mode: str) -> None:
         assert bool(((confidence >= 0) & (confidence <= 1)).all())
     tau = make_rule(scores, predicted, 3, Guarantee(0.05, mode)).thresholds  # type: ignore[arg-type]
     rule = make_rule(scores, predicted, 3, Guarantee(0.05, mode))  # type: ignore[arg-type]
-    found = rule.confidence(0.5 * tau, torch.arange(3))
-    np.testing.assert_allclose(found, 2**-0.5)
+    confidences = rule.confidence(0.5 * tau, torch.arange(3))
+    np.testing.assert_allclose(confidences, 2**-0.5)
 
 
 @pytest.mark.parametrize(("alarms", "images"), [(0, 20), (3, 50), (50, 50)])
@@ -365,10 +365,10 @@ def test_the_stored_guarantee_is_used_by_evaluation_and_monitor_alike(
     assert int(marginal.untrusted.sum()) == sum(
         c.alarms for c in other.trusted.false_alarms_by_class
     )
-    for found in (result, other):
-        show_evaluation(found)
+    for evaluation in (result, other):
+        show_evaluation(evaluation)
         shown = " ".join(capsys.readouterr().out.split())
-        assert found.guarantee.statement in shown
+        assert evaluation.guarantee.statement in shown
         assert "no longer exchangeable with the calibration images" in shown
     page = report(tmp_path / "a").markdown.read_text()
     assert result.guarantee.statement in page

@@ -46,17 +46,17 @@ def test_merged_parts_are_close_to_the_whole(name: str) -> None:
     method = METHODS.get(name)()
     neurons, labels = neurons_and_labels(0)
     whole = complete(method, neurons, labels)
-    found = merged(method, [complete(method, neurons[r::3], labels[r::3]) for r in range(3)])
-    assert found.reductions == whole.reductions
+    sum_of_parts = merged(method, [complete(method, neurons[r::3], labels[r::3]) for r in range(3)])
+    assert sum_of_parts.reductions == whole.reductions
     for key, tensor in whole.tensors.items():
         if key == "sections":  # no image is lost, and each is near where it was
-            assert torch.equal(found[key].sum(2), tensor.sum(2))
-            apart = (found[key].cumsum(2) - tensor.cumsum(2)).abs()
+            assert torch.equal(sum_of_parts[key].sum(2), tensor.sum(2))
+            apart = (sum_of_parts[key].cumsum(2) - tensor.cumsum(2)).abs()
             assert bool((apart <= tensor + tensor.roll(-1, 2) + 2).all())
         elif tensor.dtype == torch.int64 and key not in ("count", "noisy_count"):
-            np.testing.assert_allclose(found[key], tensor, atol=2 * len(labels), rtol=1e-5)
+            np.testing.assert_allclose(sum_of_parts[key], tensor, atol=2 * len(labels), rtol=1e-5)
         else:
-            assert torch.equal(found[key], tensor), key
+            assert torch.equal(sum_of_parts[key], tensor), key
     parts = [complete(method, neurons[r], labels[r]) for r in torch.arange(200).split(90)]
     again, backwards = merged(method, parts), merged(method, parts[::-1])
     for key in again.tensors:
@@ -72,9 +72,9 @@ def test_parts_with_equal_ranges_merge_to_the_same_sections() -> None:
     ]
     method = MultiRange()
     whole = complete(method, *(torch.cat(column) for column in zip(*parts, strict=True)))
-    found = merged(method, [complete(method, *part) for part in parts])
+    sum_of_parts = merged(method, [complete(method, *part) for part in parts])
     for key, tensor in whole.tensors.items():
-        assert torch.equal(found[key], tensor), key
+        assert torch.equal(sum_of_parts[key], tensor), key
 
 
 def test_sections_are_counted_where_their_centres_lie() -> None:
@@ -82,10 +82,10 @@ def test_sections_are_counted_where_their_centres_lie() -> None:
     labels = torch.zeros(4, dtype=torch.int64)
     narrow = torch.tensor([0.0, 1.0, 2.5, 4.0])[:, None].expand(-1, 5).contiguous()
     wide = torch.tensor([0.0, 8.0, 8.0, 8.0])[:, None].expand(-1, 5).contiguous()
-    found = merged(method, [complete(method, v, labels) for v in (narrow, wide)])
+    sum_of_parts = merged(method, [complete(method, v, labels) for v in (narrow, wide)])
     # Sections of the narrow part have centres 0.5, 1.5, 2.5, 3.5; those of the union are 2 wide.
-    assert found["sections"][0, 0].tolist() == [2 + 1, 2, 0, 3]
-    assert found["sections"][1:].sum() == 0
+    assert sum_of_parts["sections"][0, 0].tolist() == [2 + 1, 2, 0, 3]
+    assert sum_of_parts["sections"][1:].sum() == 0
 
 
 def built(trained: TrainResult, folder: Path, name: str, **changes: object) -> Path:
@@ -104,10 +104,10 @@ def test_merged_signatures_are_calibrated_like_the_whole(
     whole = built(trained, tmp_path, "whole")
     output = tmp_path / "merged.safetensors"
     result = merge_signatures(MergeConfig(tuple(halves), output, trained.checkpoint), Silent())
-    expected, found = load_file(whole), load_file(result.path)
-    assert expected.keys() == found.keys()
+    expected, actual = load_file(whole), load_file(result.path)
+    assert expected.keys() == actual.keys()
     for key, tensor in expected.items():
-        assert torch.equal(found[key], tensor), key
+        assert torch.equal(actual[key], tensor), key
     assert sum(result.trusted.values()) == int(expected["state.count"].sum())
     with pytest.raises(CovcliError, match="exists"):
         merge_signatures(MergeConfig(tuple(halves), output, trained.checkpoint), Silent())
@@ -141,14 +141,14 @@ def test_parts_of_different_networks_are_refused(trained: TrainResult, tmp_path:
     weights = {k.removeprefix("network."): v + 0.01 for k, v in content["state"].items()
                if k.startswith("network.")}  # fmt: skip
     torch.save(weights, tmp_path / "other.pt")
-    made = build_signature(
+    other = build_signature(
         SignatureConfig(
             tmp_path / "other.pt", "src", trusted="digits?offset=700", model="tiny",
             calibration="digits?split=test", output=tmp_path / "other.safetensors",
         ),
         Silent(),
     )  # fmt: skip
-    config = MergeConfig((one, made.path), tmp_path / "merged.safetensors", trained.checkpoint)
+    config = MergeConfig((one, other.path), tmp_path / "merged.safetensors", trained.checkpoint)
     with pytest.raises(CovcliError, match="another model"):
         merge_signatures(config, Silent())
-    assert make_method(made.method) == make_method("src")
+    assert make_method(other.method) == make_method("src")

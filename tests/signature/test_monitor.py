@@ -41,9 +41,9 @@ def test_the_monitor_takes_bytes_of_any_size_and_floats_of_its_own(run: Path) ->
     verdicts = [monitor(small), monitor(adapted), monitor(adapted.float() / 255)]
     for other in verdicts[1:]:
         assert torch.equal(verdicts[0].score, other.score)
-    found = verdicts[0]
-    assert torch.equal(found.untrusted, found.p_value <= 0.1)
-    assert torch.equal(found.untrusted, found.confidence < 0.5)
+    first = verdicts[0]
+    assert torch.equal(first.untrusted, first.p_value <= 0.1)
+    assert torch.equal(first.untrusted, first.confidence < 0.5)
     with pytest.raises(CovcliError, match="too few"):
         Monitor.load(run / "checkpoint.pt", run / "signature-mrc.safetensors", alpha=0.001)
 

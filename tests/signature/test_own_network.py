@@ -46,14 +46,14 @@ def colours(n: int, seed: int) -> TensorDataset:
 @pytest.fixture(scope="module")
 def network() -> Net:
     torch.manual_seed(0)
-    made = Net()
+    net = Net()
     images, labels = colours(300, 1).tensors
-    optimizer = torch.optim.Adam(made.parameters(), 0.02)
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
     for _ in range(40):
         optimizer.zero_grad()
-        F.cross_entropy(made(images), labels).backward()
+        F.cross_entropy(net(images), labels).backward()
         optimizer.step()
-    return made
+    return net
 
 
 def test_a_monitor_is_the_same_from_tensors_a_dataset_and_a_loader(network: Net) -> None:
@@ -62,10 +62,10 @@ def test_a_monitor_is_the_same_from_tensors_a_dataset_and_a_loader(network: Net)
         (trusted.tensors, held_out.tensors), (trusted, held_out.tensors[0]),
         (DataLoader(trusted, 32, shuffle=True), DataLoader(held_out, 50)),
     ]  # fmt: skip
-    found = [Monitor.build(network, *pair)(images) for pair in forms]
-    assert all(torch.equal(v.score, found[0].score) for v in found[1:])
+    verdicts = [Monitor.build(network, *pair)(images) for pair in forms]
+    assert all(torch.equal(v.score, verdicts[0].score) for v in verdicts[1:])
     with torch.no_grad():
-        torch.testing.assert_close(found[0].logits, network(images))
+        torch.testing.assert_close(verdicts[0].logits, network(images))
 
 
 def test_it_is_saved_and_loaded_with_exactly_its_network(network: Net, tmp_path: Path) -> None:

@@ -17,32 +17,32 @@ def images(shape: tuple[int, int, int], count: int = 6) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 5, 7)])
 def test_every_distortion_is_of_the_image_alone(kind: str, shape: tuple[int, int, int]) -> None:
     originals = in_memory("random", images(shape), np.arange(6))
-    made = distorted(originals, kind)
-    whole = made.batch(torch.arange(6), shape)
+    distortions = distorted(originals, kind)
+    whole = distortions.batch(torch.arange(6), shape)
     assert whole.dtype == torch.uint8
     assert whole.shape == (6, *shape)
     assert not torch.equal(whole, originals.batch(torch.arange(6), shape))
-    alone = [made.batch(torch.tensor([row]), shape) for row in (5, 0, 3)]
+    alone = [distortions.batch(torch.tensor([row]), shape) for row in (5, 0, 3)]
     assert torch.equal(torch.cat(alone), whole[[5, 0, 3]])
-    assert torch.equal(made.known_labels(), originals.known_labels())
-    assert made.source.fingerprint != originals.source.fingerprint
+    assert torch.equal(distortions.known_labels(), originals.known_labels())
+    assert distortions.source.fingerprint != originals.source.fingerprint
 
 
 def test_distortions_do_what_they_say() -> None:
     shape = (3, 32, 32)
     original = images(shape, 40)
-    made = {
+    distortions = {
         kind: distorted(in_memory("random", original, None), kind).batch(torch.arange(40), shape)
         for kind in DISTORTIONS
     }
-    added = made["noise"].double() - original.double()
+    added = distortions["noise"].double() - original.double()
     assert float(added.std()) == pytest.approx(8, rel=0.02)
     assert float(added.mean()) == pytest.approx(0, abs=0.1)
-    assert torch.equal(made["inversion"], 255 - original)
-    assert float(made["blur"].double().std()) < 0.4 * float(original.double().std())
+    assert torch.equal(distortions["inversion"], 255 - original)
+    assert float(distortions["blur"].double().std()) < 0.4 * float(original.double().std())
     for kind in ("tiles-4", "tiles-8"):
         side = 32 // int(kind[-1])
-        for before, after in zip(original, made[kind], strict=True):
+        for before, after in zip(original, distortions[kind], strict=True):
             tiles = [
                 sorted(
                     tuple(picture[:, y : y + side, x : x + side].flatten().tolist())

@@ -26,9 +26,9 @@ def trusted() -> tuple[torch.Tensor, torch.Tensor]:
 
 def state(neurons: torch.Tensor, labels: torch.Tensor, classes: int = CLASSES) -> State:
     layout = Layout(classes, (neurons.shape[1],), (neurons.shape[1],))
-    made = fold(RUNNING, layout, lambda: [(neurons, labels)])
-    tensors = {k: v.double() if v.is_floating_point() else v for k, v in made.tensors.items()}
-    return State(tensors, made.reductions)
+    folded = fold(RUNNING, layout, lambda: [(neurons, labels)])
+    tensors = {k: v.double() if v.is_floating_point() else v for k, v in folded.tensors.items()}
+    return State(tensors, folded.reductions)
 
 
 def random_neurons(n: int = 6) -> torch.Tensor:
@@ -47,8 +47,8 @@ def test_the_central_range_leaves_out_a_tenth_at_each_end_and_no_more(
 ) -> None:
     values = torch.tensor([*spread, *repeated])
     n = len(values)
-    made = state(values[:, None], torch.zeros(n, dtype=torch.int64), 1)
-    low, high = (end.item() for end in central_range(made))
+    complete = state(values[:, None], torch.zeros(n, dtype=torch.int64), 1)
+    low, high = (end.item() for end in central_range(complete))
     x = np.sort(values.double().numpy())
     section = (x[-1] - x[0]) / RUNNING.sections
     slack = 1e-9 * (1 + abs(x).max())
@@ -72,8 +72,8 @@ def test_the_gradient_is_real() -> None:
 
 
 def test_the_penalty_is_the_distance_in_widths_and_zero_inside() -> None:
-    made = state(*trusted())
-    low, high = (end[:KNOWN].numpy() for end in central_range(made))
+    complete = state(*trusted())
+    low, high = (end[:KNOWN].numpy() for end in central_range(complete))
     neurons, labels = random_neurons(), np.array([0, 1, 0, 1, 1, 0])
     x = neurons.numpy()
     distance = np.maximum(low[labels] - x, 0) + np.maximum(x - high[labels], 0)
@@ -82,7 +82,7 @@ def test_the_penalty_is_the_distance_in_widths_and_zero_inside() -> None:
         width = (high - low)[:, columns]
         width = np.maximum(width, LEAST_WIDTH * width.mean())
         points.append(np.minimum(distance[:, columns] / width[labels], MOST).mean())
-    loss = ConfidenceLoss(made, SIZES)
+    loss = ConfidenceLoss(complete, SIZES)
     assert loss(neurons, torch.from_numpy(labels)).item() == pytest.approx(np.mean(points))
     inside = np.where(distance > 0, (low + high)[labels] / 2, x)
     assert loss(torch.from_numpy(inside), torch.from_numpy(labels)).item() == 0

@@ -105,10 +105,10 @@ def test_the_penalty_is_that_of_the_pass_just_made() -> None:
         network(images[:3])  # a pass in between, of something else
     logits = network(images)
     neurons = torch.cat([pool(output, 1, "channel") for output in network.seen], 1)
-    found = loss.step(labels)
+    penalty = loss.step(labels)
     assert loss._loss is not None
-    assert torch.equal(found, 0.5 * loss._loss(neurons, labels))
-    (F.cross_entropy(logits, labels) + found).backward()
+    assert torch.equal(penalty, 0.5 * loss._loss(neurons, labels))
+    (F.cross_entropy(logits, labels) + penalty).backward()
     gradient = network.a.weight.grad
     assert gradient is not None
     assert float(gradient.abs().sum()) > 0

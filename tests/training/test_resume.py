@@ -37,9 +37,9 @@ class StopAt(Silent):
 @pytest.fixture
 def interrupts() -> Interrupts:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    made = Interrupts()
-    made.install()
-    yield made
+    installed = Interrupts()
+    installed.install()
+    yield installed
     for number, handler in before.items():
         signal.signal(number, handler)
 

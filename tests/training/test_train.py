@@ -56,7 +56,7 @@ def test_the_calibration_split_is_apart_whole_and_seeded() -> None:
 
 
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
-    made = []
+    weights = []
     for name in ("a", "b"):
         runtime.configure(3, 0)
         config = tiny_config(
@@ -64,8 +64,8 @@ def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
         )
         result = train(config, Silent())
         signed = build_signature(SignatureConfig(result.checkpoint), Silent())
-        made.append((checkpoints.load(result.checkpoint), signatures.load(signed.path)))
-    (first, signed_first), (second, signed_second) = made
+        weights.append((checkpoints.load(result.checkpoint), signatures.load(signed.path)))
+    (first, signed_first), (second, signed_second) = weights
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[name]), name
     for name, tensor in signed_first[0].state.tensors.items():
