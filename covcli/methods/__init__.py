@@ -1,4 +1,4 @@
-"""The methods: each summarises trusted activations and scores a new input against them."""
+"""The coverage methods: each summarises trusted activations and scores new inputs."""
 
 from covcli.methods.base import METHODS, Method, Scorer, make_method
 from covcli.methods.contributions import ActivationCoverage

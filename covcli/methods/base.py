@@ -1,4 +1,4 @@
-"""The frame of every method: a state folded over batches, and costs read from it."""
+"""The base classes of methods: a state accumulated over batches, and a scorer computed from it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,32 +13,66 @@ from covcli.core.specs import Registry, fraction, parse, up_to
 from covcli.methods.layout import Layout
 from covcli.methods.state import Expected, Granularity, State
 
-# So many neurons of each image are read at once, or one point's if that has more.
+# At most this many neurons of each image are scored at once, or those of one point if it has more.
 PIECE = 1 << 16
-# Some rows, as numbers, int64; or all of them.
+# Row numbers, int64; or a slice of all rows.
 Rows: TypeAlias = Tensor | slice
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """One way to summarise trusted activations and to score a new input against them.
+    """A method that summarises trusted activations and scores new inputs against the summary.
 
-    A subclass is a frozen dataclass; its fields are the method's parameters, written in a
-    specification as `name?field=value`. It states its equations for a batch of neurons; folding,
-    merging, saving, standardising and calibration are written once, elsewhere. Larger means less
-    trusted, always.
+    A subclass is a frozen dataclass, registered by `@METHODS.add(NAME)`. Its fields are the
+    parameters, written in a specification as `name?field=value`. It implements the equations for a
+    batch of neurons; accumulation, merging, files, standardisation and calibration are generic. A
+    larger score always means less trusted.
 
     Attributes
     ----------
     name
         The name in the registry.
     contributions
-        Whether its neurons are what activations contribute to the network's certainty, which
-        takes gradients, rather than the activations.
+        Whether its neurons are contributions to the network's certainty (activations times
+        gradients) instead of activations.
     experts
-        Whether its calibration learns from surrogate outliers which columns of the evidence tell.
+        Whether its calibration learns weights of the evidence columns from surrogate outliers.
     plain
-        Whether its score is the mean of its columns as they are, without standardising them.
+        Whether its score is the mean of its columns, without standardisation.
+
+    Examples
+    --------
+    A method whose evidence is the distance from the mean of all trusted images:
+
+    >>> from covcli.signature.fit import fold
+    >>> class DistanceScorer(Scorer):
+    ...     def forward(self, neurons, classes):
+    ...         return self.layout.means(self.costs(neurons, classes))
+    ...     def costs(self, neurons, classes):
+    ...         return (neurons - self.mean).abs()
+    ...     def inside(self, neurons, classes):
+    ...         return self.costs(neurons, classes) < 1
+    ...     def span(self, classes):
+    ...         mean = self.mean.expand(len(classes), -1)
+    ...         return mean - 1, mean + 1
+    >>> @METHODS.add("distance")
+    ... @dataclass(frozen=True)
+    ... class Distance(Method):
+    ...     name = "distance"
+    ...     def begin(self, layout):
+    ...         return State.of_sums(self.expected(layout))
+    ...     def observe(self, state, layout, neurons, labels):
+    ...         state["total"] += (neurons.double() * 1024).round().long().sum(0)
+    ...         state["count"] += len(neurons)
+    ...     def prepare(self, state, layout):
+    ...         return DistanceScorer(layout, {"mean": state["total"] / 1024 / state["count"]})
+    ...     def expected(self, layout):
+    ...         return {"total": (torch.int64, (layout.neurons,)), "count": (torch.int64, ())}
+    >>> layout = Layout(classes=2, sizes=(3,), values=(3,))
+    >>> batch = torch.ones(4, 3), torch.tensor([0, 1, 0, 1])
+    >>> scorer = Distance().prepare(fold(Distance(), layout, lambda: [batch]), layout)
+    >>> scorer(torch.full((1, 3), 4.0), torch.tensor([0])).tolist()
+    [[3.0]]
     """
 
     name: ClassVar[str]
@@ -47,12 +81,12 @@ class Method(ABC):
     plain: ClassVar[bool] = False
 
     def reads(self, granularity: Granularity) -> Granularity:
-        """Return what the method's neurons are where a user asks for this granularity.
+        """Return the granularity of the method's neurons for a requested granularity.
 
         Raises
         ------
         CovcliError
-            If the method knows no such neurons.
+            If the method does not support the requested granularity.
         """
         if not self.contributions:
             return granularity
@@ -62,18 +96,18 @@ class Method(ABC):
 
     @abstractmethod
     def begin(self, layout: Layout) -> State:
-        """Return the empty state of the first pass over the trusted data."""
+        """Return the initial state of the first pass over the trusted images."""
 
     @abstractmethod
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
-        """Fold one batch into the state.
+        """Accumulate one batch into the state.
 
         Parameters
         ----------
         state
-            What `begin` or `proceed` returned; changed in place.
+            The state from `begin` or `proceed`; changed in place.
         layout
-            Which neurons belong to which point.
+            The assignment of neurons to coverage points.
         neurons
             float32 of shape (B, N), finite.
         labels
@@ -81,60 +115,60 @@ class Method(ABC):
         """
 
     def proceed(self, state: State, layout: Layout) -> State | None:
-        """Return the empty state of the next pass after a complete one; None if it was the last."""
+        """Return the initial state of the next pass; None if the completed pass was the last."""
         return None
 
     def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
-        """Return complete states, made from other images each, in a form in which they merge.
+        """Return complete states of disjoint images, converted so that they can be merged.
 
-        By default as they are. A method that settles something in an earlier pass, on which its
-        parts differ, brings them to common ground and says what that costs.
+        The default returns them unchanged. A method whose first pass fixes values that differ
+        between the parts, such as ranges, converts the parts to common values here.
         """
         return list(parts)
 
     def begin_noisy(self, state: State, layout: Layout) -> State | None:
-        """Return the empty state of a pass over noisy copies; None for a method that needs none.
+        """Return the initial state of a pass over noisy copies; None if the method needs none.
 
-        The copies are of some of the trusted images that made the complete `state`, which takes up
-        the tensors of this one in the end.
+        The copies are made from some of the trusted images. The tensors of the pass are added to
+        the complete `state` afterwards.
         """
         return None
 
     def observe_noisy(self, noisy: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
-        """Fold a batch of noisy copies into what `begin_noisy` returned."""
+        """Accumulate a batch of noisy copies into the state from `begin_noisy`."""
         raise NotImplementedError
 
     @abstractmethod
     def prepare(self, state: State, layout: Layout) -> "Scorer":
-        """Return what scores new neurons against the complete state, on the state's device."""
+        """Return the scorer of a complete state, on the state's device."""
 
     def columns(self, layout: Layout) -> int:
-        """Return how many columns the evidence has: one a point, or several blocks of those."""
+        """Return the number of evidence columns: one per point, or several blocks of that."""
         return len(layout.sizes)
 
     @abstractmethod
     def expected(self, layout: Layout) -> Expected:
-        """Return each complete tensor's type and shape, to check files against."""
+        """Return the type and shape of each tensor of a complete state, to check files."""
 
     def spec(self) -> str:
-        """Return the specification that makes this method again."""
+        """Return the specification from which `make_method` recreates this method."""
         parameters = "&".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
         return f"{self.name}?{parameters}" if parameters else self.name
 
 
 class Scorer(nn.Module, ABC):
-    """What a method prepares to score new neurons: buffers, bound to the layout of the neurons.
+    """Scores neurons against a complete state: a module with buffers and a fixed layout.
 
-    All of it is plain tensor operations: Python's control flow depends on the layout alone, never
-    on values or on how many images there are, and nothing waits for a GPU. So `torch.export` and
-    `torch.compile` accept it, with any number of images.
+    It uses only tensor operations. Python's control flow depends only on the layout, not on values
+    or the batch size, and nothing synchronises with a GPU. So `torch.export` and `torch.compile`
+    accept it, with a dynamic batch size.
 
     Parameters
     ----------
     layout
-        Which neurons belong to which point.
+        The assignment of neurons to coverage points.
     buffers
-        What the neurons are measured against, by the name of the attribute.
+        The tensors that neurons are compared with, by attribute name.
     """
 
     def __init__(self, layout: Layout, buffers: Mapping[str, Tensor]) -> None:
@@ -145,49 +179,49 @@ class Scorer(nn.Module, ABC):
 
     @property
     def columns(self) -> int:
-        """How many columns the evidence has: one a point, or several blocks of such columns."""
+        """The number of evidence columns: one per point, or several blocks of that."""
         return len(self.layout.sizes)
 
     @abstractmethod
     def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the evidence: what speaks against trust, in columns to standardise.
+        """Return the evidence against trust, before standardisation.
 
         Parameters
         ----------
         neurons
             Shape (B, N).
         classes
-            The class that each image is measured against, int64 of shape (B,).
+            The class that each image is compared with, int64 of shape (B,).
 
         Returns
         -------
         Tensor
-            float64 of shape (B, columns); larger is less trusted.
+            float64 of shape (B, columns); larger means less trusted.
         """
 
     def soft(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return a stand-in of the evidence with a gradient in the neurons, for attacks.
+        """Return a differentiable approximation of the evidence, for attacks.
 
-        By default the evidence itself. A method that compares or counts overrides this. The
-        parameters and the shape are those of `forward`.
+        The default is the evidence itself. A method with comparisons or counts overrides this.
+        Parameters and shape are those of `forward`.
         """
         return self(neurons, classes)  # type: ignore[no-any-return]
 
     @abstractmethod
     def costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return each neuron's cost against the class of its image, (B, N), at least 0."""
+        """Return each neuron's cost for the class of its image, shape (B, N), at least 0."""
 
     @abstractmethod
     def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return which neurons lie inside the class's trusted pattern, bool of shape (B, N)."""
+        """Return which neurons are inside the class's trusted pattern, bool of shape (B, N)."""
 
     def coverage(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the share of each point's neurons inside, float64 of shape (B, L)."""
+        """Return the share of each point's neurons that are inside, float64 of shape (B, L)."""
         return self.layout.means(self.inside(neurons, classes))
 
     @abstractmethod
     def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ends of the trusted pattern that `inside` tests, to explain a verdict.
+        """Return the bounds of the trusted pattern that `inside` tests, to explain a verdict.
 
         Parameters
         ----------
@@ -197,16 +231,16 @@ class Scorer(nn.Module, ABC):
         Returns
         -------
         tuple of Tensor
-            The lowest and the highest trusted value of each neuron, shape (B, N) each; infinite
-            where the pattern has no end on that side.
+            The lowest and the highest trusted value of each neuron, each of shape (B, N); infinite
+            if the pattern has no bound on that side.
         """
 
 
 class CostScorer(Scorer):
-    """A scorer whose evidence is the log of each point's mean cost.
+    """A scorer whose evidence is the logarithm of each point's mean cost.
 
-    One more neuron's worth is added to the mean, so that 0 has a log. Points are read in pieces:
-    what a piece takes of memory and cache does not grow with the network.
+    1/neurons is added to the mean, so that the logarithm of 0 is finite. Points are scored in
+    pieces, so that memory does not grow with the network.
     """
 
     widths: Tensor
@@ -218,14 +252,14 @@ class CostScorer(Scorer):
 
     @abstractmethod
     def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the costs of the neurons of some neighbouring points, shape (B, width)."""
+        """Return the costs of the neurons of some consecutive points, shape (B, width)."""
 
     def soft_costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return a stand-in of `costs` with a gradient in the neurons; by default the costs."""
+        """Return a differentiable approximation of `costs`; by default the costs."""
         return self.costs(neurons, classes)
 
     def costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return each neuron's cost against the class of its image, (B, N), at least 0."""
+        """Return each neuron's cost for the class of its image, shape (B, N), at least 0."""
         return self.costs_at(self.layout, neurons, classes)
 
     def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
@@ -237,7 +271,7 @@ class CostScorer(Scorer):
         return self.of_sums(torch.cat(sums, 1))
 
     def soft(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the same from the soft costs, with a gradient in the neurons."""
+        """Return the evidence of the soft costs, which is differentiable."""
         return self.of_sums(self.layout.sums(self.soft_costs(neurons, classes)))
 
     def of_sums(self, sums: Tensor) -> Tensor:
@@ -246,14 +280,16 @@ class CostScorer(Scorer):
 
 
 def cell_index(cells: Tensor, classes: Tensor, count: int) -> Tensor:
-    """Return where counts of shape (classes, N, count), flattened, hold each neuron's cell.
+    """Return the index of each neuron's cell in flattened counts of shape (classes, N, count).
 
     Parameters
     ----------
     cells
         Each neuron's cell, 0 to count − 1, int64 of shape (B, N).
     classes
-        The class that each image is measured against, int64 of shape (B,).
+        The class that each image is compared with, int64 of shape (B,).
+    count
+        The number of cells of a neuron.
     """
     width = cells.shape[1]
     rows = classes[:, None] * width + torch.arange(width, device=cells.device)
@@ -261,7 +297,7 @@ def cell_index(cells: Tensor, classes: Tensor, count: int) -> Tensor:
 
 
 def by_class(classes: Tensor) -> Iterator[tuple[int, Rows, int]]:
-    """Yield each class that occurs, which rows are of it, and how many."""
+    """Yield each class that occurs, its rows, and their number."""
     rows: dict[int, list[int]] = {}
     for row, k in enumerate(classes.tolist()):
         rows.setdefault(k, []).append(row)
@@ -271,7 +307,7 @@ def by_class(classes: Tensor) -> Iterator[tuple[int, Rows, int]]:
 
 
 def picked(values: Tensor, rows: Rows) -> Tensor:
-    """Return those rows; a view if it is all of them."""
+    """Return some rows; a view for all rows."""
     return values if isinstance(rows, slice) else values.index_select(0, rows)
 
 
@@ -282,12 +318,17 @@ READERS: Mapping[type, Callable[[str], Any]] = {int: up_to(MOST), float: fractio
 
 
 def make_method(text: str) -> Method:
-    """Make a method from `name` or `name?field=value&…`.
+    """Create a method from `name` or `name?field=value&…`.
 
     Raises
     ------
     CovcliError
-        If the name, a field or a value is unknown.
+        If the name or a field is unknown, or a value is invalid.
+
+    Examples
+    --------
+    >>> make_method("mrc?sections=20").sections
+    20
     """
     spec = parse(text)
     kind = METHODS.get(spec.name)

@@ -1,4 +1,4 @@
-"""The ensemble: ranges, distances and a direction that noise takes, told apart by experts."""
+"""The ensemble: ranges, distances and the direction of noise, combined by trained experts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,10 +33,10 @@ class Ensemble(Method):
 
     - `src`: the share of neurons outside their range.
     - `gauss`: the distance to the predicted class.
-    - How far a point has gone from its class in the direction d in which slight noise moves
-      trusted images: (x − μ_k)ᵀ Σ⁻¹ d / √(dᵀ Σ⁻¹ d), Fisher's linear discriminant between trusted
-      images and their noisy copies, in trusted deviations. A small perturbation of every pixel,
-      an adversarial one included, hides in distances of all directions, but not in this one.
+    - The displacement of a point from its class in the direction d in which slight noise moves
+      trusted images: (x − μ_k)ᵀ Σ⁻¹ d / √(dᵀ Σ⁻¹ d). This is Fisher's linear discriminant between
+      trusted images and their noisy copies, in units of the trusted deviation. A small perturbation
+      of every pixel, such as an adversarial one, hardly changes the distance but is visible here.
 
     The calibration combines the 3·L columns with experts (see `covcli.signature.combination`).
 
@@ -44,6 +44,11 @@ class Ensemble(Method):
     ----------
     shrinkage
         As for `gauss`.
+
+    Examples
+    --------
+    >>> Ensemble(shrinkage=0.1).spec()
+    'ensemble?shrinkage=0.1'
     """
 
     name: ClassVar[str] = "ensemble"
@@ -56,11 +61,11 @@ class Ensemble(Method):
 
     @property
     def gauss(self) -> Gauss:
-        """The member that measures distances."""
+        """The member that computes distances."""
         return Gauss(self.shrinkage)
 
     def begin(self, layout: Layout) -> State:
-        """Return the empty ranges of `src`: the first pass finds them, as in `gauss` the peaks."""
+        """Return the empty ranges of `src`; they also bound the values, as the peaks of `gauss`."""
         refuse_wide(layout, self.name)
         state, ranges = State(), RANGES.begin(layout)
         for key in RANGE_TENSORS:
@@ -68,14 +73,14 @@ class Ensemble(Method):
         return state
 
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
-        """Find the ranges in the first pass; add to the sums of `gauss` in the second."""
+        """Widen the ranges in the first pass; add to the sums of `gauss` in the second."""
         if "unit" in state.tensors:
             self.gauss.add(state, layout, neurons, labels)
         else:
             RANGES.widen(state, neurons, labels)
 
     def proceed(self, state: State, layout: Layout) -> State | None:
-        """Settle ranges and units after the first pass, and sum in a second."""
+        """Fix ranges and units after the first pass; the second pass computes sums."""
         if "unit" in state.tensors:
             return None
         ends = torch.cat([state[key] for key in RANGE_TENSORS]).abs()
@@ -86,7 +91,7 @@ class Ensemble(Method):
         return summing
 
     def begin_noisy(self, state: State, layout: Layout) -> State:
-        """Return sums of 0, in the units of the others."""
+        """Return sums of 0, in the units of the other sums."""
         noisy = State.of_sums(noisy_sums(layout)).to(state["unit"].device)
         noisy.declare("unit", state["unit"], "same")
         return noisy
@@ -98,7 +103,7 @@ class Ensemble(Method):
         noisy["noisy_count"].add_(torch.bincount(labels, minlength=layout.classes))
 
     def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
-        """Return the parts in the larger unit, with the range that holds all of their ranges."""
+        """Return the parts in the largest unit, with the union of their ranges."""
         low, high = united(parts)
         aligned = self.gauss.align(parts, layout)
         for part, given in zip(aligned, parts, strict=True):
@@ -108,7 +113,7 @@ class Ensemble(Method):
         return aligned
 
     def prepare(self, state: State, layout: Layout) -> "EnsembleScorer":
-        """Return the members' scorers side by side; see `Gauss.prepare`."""
+        """Return the scorer of all members; see `Gauss.prepare`."""
         whitening = whiten(state, layout, self.shrinkage, self.spec())
         return EnsembleScorer(
             RANGES.prepare(state, layout),
@@ -116,24 +121,24 @@ class Ensemble(Method):
         )
 
     def columns(self, layout: Layout) -> int:
-        """Return how many columns the evidence has: 3·L."""
+        """Return the number of evidence columns: 3·L."""
         return 3 * len(layout.sizes)
 
     def expected(self, layout: Layout) -> Expected:
-        """Return what a complete state holds."""
+        """Return the tensors of a complete state."""
         ranges = {key: RANGES.expected(layout)[key] for key in RANGE_TENSORS}
         return {**self.gauss.expected(layout), **ranges, **noisy_sums(layout)}
 
 
 class EnsembleScorer(Scorer):
-    """The members' evidence side by side, see `Ensemble`; `src` explains it.
+    """The evidence of all members, see `Ensemble`; costs, inside and span are those of `src`.
 
     Parameters
     ----------
     ranges
         The scorer of `src`.
     gauss
-        The scorer of `gauss`, which looks in one direction beside.
+        The scorer of `gauss`, with one direction per point.
     """
 
     def __init__(self, ranges: RangeScorer, gauss: GaussScorer) -> None:
@@ -143,7 +148,7 @@ class EnsembleScorer(Scorer):
 
     @property
     def columns(self) -> int:
-        """How many columns the evidence has: 3·L."""
+        """The number of evidence columns: 3·L."""
         return 3 * len(self.layout.sizes)
 
     def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
@@ -167,7 +172,7 @@ class EnsembleScorer(Scorer):
         return self.ranges.costs(neurons, classes)
 
     def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return which neurons lie in the range of their class."""
+        """Return which neurons are in the range of their class."""
         return self.ranges.inside(neurons, classes)
 
     def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Layout: which of the neurons, which stand side by side, belong to which coverage point."""
+"""Layout: the assignment of neurons to coverage points."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,19 +11,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Which neurons belong to which coverage point; they stand side by side.
+    """The assignment of neurons (columns) to coverage points; a point's neurons are consecutive.
 
     Attributes
     ----------
     classes
-        How many classes the network tells apart.
+        The number of classes of the network.
     sizes
-        How many neurons each point has.
+        The number of neurons of each point.
     values
-        How many of them, the first ones, are a channel's mean or a unit's value; the others are
-        maxima of the same channels.
+        How many neurons of each point are a channel's mean or a unit's value. They come first; the
+        others are maxima of the same channels.
     start
-        Where the neurons begin among those of all points, of which these may be a part.
+        The first column, if the points are a part of all points.
+
+    Examples
+    --------
+    >>> layout = Layout(classes=10, sizes=(4, 2), values=(2, 2))  # two means, two maxima; two units
+    >>> layout.neurons, layout.value_columns.tolist()
+    (6, [0, 1, 4, 5])
+    >>> layout.means(torch.tensor([[1.0, 1.0, 3.0, 3.0, 5.0, 5.0]])).tolist()
+    [[2.0, 5.0]]
     """
 
     classes: int
@@ -33,28 +41,28 @@ class Layout:
 
     @property
     def neurons(self) -> int:
-        """How many neurons there are in all."""
+        """The number of neurons of all points."""
         return sum(self.sizes)
 
     @property
     def span(self) -> slice:
-        """Where the neurons stand among those of all points."""
+        """The columns of these neurons among those of all points."""
         return slice(self.start, self.start + self.neurons)
 
     @cached_property
     def value_columns(self) -> Tensor:
-        """Where the means and values stand among all neurons, int64 of shape (V,)."""
+        """The columns of the means and values, int64 of shape (V,)."""
         begins = zip(_places(self.sizes), self.values, strict=True)
         return torch.cat([torch.arange(begin, begin + n) for (begin, _), n in begins])
 
     def values_of(self, neurons: Tensor) -> Tensor:
-        """Return the means and values among neurons (B, N), shape (B, V)."""
+        """Return the means and values of neurons (B, N), shape (B, V)."""
         return neurons.index_select(1, self.value_columns.to(neurons.device))
 
     def sums(self, values: Tensor) -> Tensor:
         """Return the sum over each point's neurons of values (B, N), shape (B, L).
 
-        float64, or int32 of truth values, which counting is faster.
+        float64; int32 for bool, because counting is faster.
         """
         kind = torch.int32 if values.dtype == torch.bool else torch.float64
         return torch.cat([block.sum(2, dtype=kind) for block in blocks(values, self.sizes)], 1)
@@ -65,7 +73,7 @@ class Layout:
         return sums / torch.tensor(self.sizes, dtype=torch.float64, device=sums.device)
 
     def pieces(self, most: int) -> Iterator["Layout"]:
-        """Yield runs of whole points, each of at most so many neurons or one point."""
+        """Yield runs of consecutive points, each of at most `most` neurons or a single point."""
         first, start = 0, 0
         for number, (begin, size) in enumerate(_places(self.sizes)):
             end = begin + size
@@ -80,14 +88,14 @@ class Layout:
 
 
 def blocks(values: Tensor, widths: Sequence[int]) -> Iterator[Tensor]:
-    """Yield what neighbouring points of equal width hold, as one tensor for all of them.
+    """Yield one tensor for each run of consecutive points of equal width.
 
     Parameters
     ----------
     values
-        The points side by side, shape (B, sum of widths).
+        The values of all points, shape (B, sum of widths).
     widths
-        How much of it belongs to each point.
+        The number of values of each point.
 
     Yields
     ------
@@ -101,5 +109,5 @@ def blocks(values: Tensor, widths: Sequence[int]) -> Iterator[Tensor]:
 
 
 def _places(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield where each point begins, and its size."""
+    """Yield each point's first column, and its size."""
     return zip(accumulate(sizes, initial=0), sizes, strict=False)

@@ -1,4 +1,4 @@
-"""Continuous counterparts, with a gradient, of comparisons and counts."""
+"""Differentiable approximations of comparisons and counts."""
 
 import torch
 from torch import Tensor
@@ -7,22 +7,28 @@ from torch import Tensor
 def hinge(values: Tensor, low: Tensor, high: Tensor, width: Tensor) -> Tensor:
     """Return the distance outside the range [low, high] in units of `width`, 0 inside.
 
-    The tensors broadcast together; `width` is above 0.
+    The tensors are broadcast; `width` is positive.
+
+    Examples
+    --------
+    >>> low, high, width = torch.tensor(0.0), torch.tensor(1.0), torch.tensor(2.0)
+    >>> hinge(torch.tensor([0.5, 3.0]), low, high, width).tolist()
+    [0.0, 1.0]
     """
     return (torch.relu(low - values) + torch.relu(values - high)) / width
 
 
 def interpolated(table: Tensor, classes: Tensor, place: Tensor) -> Tensor:
-    """Read a table of costs at fractional places, linearly between its entries.
+    """Interpolate a table of costs linearly at fractional positions.
 
     Parameters
     ----------
     table
         Cost of each class, neuron and entry, shape (classes, N, Q).
     classes
-        The class that each image is measured against, int64 of shape (B,).
+        The class that each image is compared with, int64 of shape (B,).
     place
-        Where to read, shape (B, N); 0 is the first entry. Constant before it and after the last.
+        The positions, shape (B, N); 0 is the first entry. Outside the table, the cost is constant.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""State: named tensors folded over batches, each with the reduction that merges two parts of it."""
+"""State: named tensors accumulated over batches, each with the reduction that merges two parts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,12 +17,28 @@ GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
 @dataclass
 class State:
-    """Named tensors, each with the reduction that merges two parts of it.
+    """Named tensors, each with the reduction that merges two parts.
 
-    "same" marks what was settled by an earlier pass: parts must agree on it. The other
+    "same" marks a tensor that an earlier pass determined; it must be equal in all parts. The other
     reductions are exact and commutative for integers and extremes, so that a state does not depend
-    on the size, the order or the grouping of batches. Sums of floating-point numbers would, in
-    their last bits: no method here has any.
+    on the size, the order or the grouping of batches. Sums of floating-point numbers would depend
+    on it, in the last bits; no method here uses them.
+
+    Attributes
+    ----------
+    tensors
+        The tensors, by name.
+    reductions
+        The reduction of each tensor: "sum", "min", "max" or "same".
+
+    Examples
+    --------
+    >>> part, other = State(), State()
+    >>> part.declare("count", torch.tensor([3]), "sum")
+    >>> other.declare("count", torch.tensor([4]), "sum")
+    >>> part.merge(other)
+    >>> part["count"].item()
+    7
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -30,14 +46,14 @@ class State:
 
     @classmethod
     def of_sums(cls, expected: Expected) -> "State":
-        """Return tensors of 0 of those types and shapes, to be summed."""
+        """Return a state of zeros with those types and shapes, and the reduction "sum"."""
         state = cls()
         for name, (dtype, shape) in expected.items():
             state.declare(name, torch.zeros(shape, dtype=dtype), "sum")
         return state
 
     def declare(self, name: str, initial: Tensor, reduction: Reduction) -> None:
-        """Add a tensor, filled with the neutral element of its reduction."""
+        """Add a tensor; `initial` is filled with the neutral element of its reduction."""
         self.tensors[name] = initial
         self.reductions[name] = reduction
 
@@ -45,12 +61,12 @@ class State:
         return self.tensors[name]
 
     def merge(self, other: "State") -> None:
-        """Fold another part into this one.
+        """Merge another part into this one, in place.
 
         Raises
         ------
         ValueError
-            If the parts have other tensors, or differ in what must be the same.
+            If the parts have different tensors, or a "same" tensor differs.
         """
         if self.reductions != other.reductions:
             raise ValueError("the parts are states of different methods or passes")
@@ -69,10 +85,10 @@ class State:
                 torch.maximum(mine, theirs, out=mine)
 
     def include(self, other: "State") -> None:
-        """Take up the tensors of another state beside the own ones."""
+        """Add the tensors of another state to this one."""
         self.tensors |= other.tensors
         self.reductions |= other.reductions
 
     def to(self, device: torch.device) -> "State":
-        """Return the state on a device."""
+        """Return a copy of the state on a device."""
         return State({k: v.to(device) for k, v in self.tensors.items()}, dict(self.reductions))

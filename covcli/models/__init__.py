@@ -1,4 +1,4 @@
-"""Networks: architectures, checkpoints, coverage points, and the sweep over a set of images."""
+"""Networks: architectures, checkpoints, coverage points, and inference over an image set."""
 
 from covcli.models.architectures import MODELS, model
 

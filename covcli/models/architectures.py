@@ -1,4 +1,4 @@
-"""Architectures by name, and the Classifier: a network with its normalisation."""
+"""Architectures by name, and the Classifier, a network with its normalisation."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -34,29 +34,36 @@ __all__ = [
     "pixel_statistics", "precision",
 ]  # fmt: skip
 log = logging.getLogger(__name__)
-# What a network raises on images that it was not made for.
+# The errors that a network raises on images of an unsuitable shape.
 FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError)
 
 
 class Classifier(nn.Module):
-    """A network behind its normalisation.
+    """A network that normalises its input.
 
     Parameters
     ----------
     spec
-        What it was built from.
+        The specification that it was built from.
     network
-        Maps normalised images (B, C, H, W) to logits (B, classes), or to a nest of tensors that
-        holds them.
+        Maps normalised images (B, C, H, W) to logits (B, classes), or to nested tensors that
+        contain them.
 
     Attributes
     ----------
     precision
-        "bfloat16" computes what can be so in bfloat16 (torch.autocast); the weights stay float32.
+        "bfloat16" uses torch.autocast; the weights stay float32.
     watched
-        Which coverage points are chosen, by patterns of their names; none for the default ones.
+        Patterns of names that choose the coverage points; empty for the default points.
     pairs
-        Whether a single image is run twice, side by side, for a network that cannot take it alone.
+        Whether a single image is run as a batch of two copies, for a network that cannot process
+        one image.
+
+    Examples
+    --------
+    >>> spec = ModelSpec("vgg11", 10, (3, 32, 32), *CIFAR10)
+    >>> build(spec)(torch.rand(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
     """
 
     mean: Tensor
@@ -83,7 +90,7 @@ class Classifier(nn.Module):
         return self.classify((images - self.mean) / self.deviation)
 
     def classify(self, normalised: Tensor) -> Tensor:
-        """Return the logits of images that were normalised already; errors as of `forward`."""
+        """Return the logits of normalised images; raises as `forward` does."""
         low = self.precision == "bfloat16"
         alone = self.pairs and normalised.shape[0] == 1
         images = normalised.repeat(2, 1, 1, 1) if alone else normalised
@@ -94,24 +101,24 @@ class Classifier(nn.Module):
         return logits[:1] if alone else logits
 
     def pixels(self, normalised: Tensor) -> Tensor:
-        """Return normalised images as pixels in [0, 1]."""
+        """Convert normalised images to pixels in [0, 1]."""
         return normalised * self.deviation + self.mean
 
     def on(self, device: torch.device) -> "Classifier":
-        """Return the network on a device, in the memory layout that convolutions like best."""
+        """Move the network to a device, in channels-last layout, which is fast for convolutions."""
         return self.to(device).to(memory_format=torch.channels_last)
 
     def points(self, granularity: Granularity) -> list[Point]:
-        """Return the coverage points, named as in the network; errors as of `survey`."""
+        """Return the coverage points; raises as `survey` does."""
         return [each.point for each in self.survey(granularity).choose(self.watched)]
 
     def survey(self, granularity: Granularity) -> Survey:
-        """Watch the network, and learn how it takes single images.
+        """Run the network on noise, and find its possible coverage points.
 
         Raises
         ------
         CovcliError
-            If the network refuses images of its shape, or returns no logits.
+            If the network fails on images of its shape, or returns no logits.
         """
         example = self._example()
         try:
@@ -122,7 +129,7 @@ class Classifier(nn.Module):
                 f"the network refuses images of shape {tuple(self.spec.shape)} "
                 f"({type(error).__name__}: {error})",
                 where=f"model {self.spec.name!r}",
-                fix="name the size that it takes, as --preprocess crop=224",
+                fix="set its input size, for example --preprocess crop=224",
             ) from error
         few, more = (
             find_logits(output, images, self.spec.classes, self.spec.logits)
@@ -132,13 +139,13 @@ class Classifier(nn.Module):
             log.warning("the network's answer depends on the other images of the batch")
         if seen.unwatchable:
             log.warning(
-                "%d activations are not watched, for they hold no part for each image: %s",
+                "%d activations are not watched: their outputs cannot be divided by image: %s",
                 len(seen.unwatchable), ", ".join(seen.unwatchable[:3]),
             )  # fmt: skip
         return seen
 
     def shows(self, points: Sequence[Point], granularity: Granularity) -> bool:
-        """Return whether the network has these points, with so many neurons each."""
+        """Return whether the network has these points with the same numbers of neurons."""
         neurons: dict[str, int] = {}
 
         def see(point: Point, output: Tensor) -> None:
@@ -154,12 +161,12 @@ class Classifier(nn.Module):
         return False
 
     def _example(self) -> Tensor:
-        """Return one normalised black image."""
+        """Return one black image, normalised."""
         black = torch.zeros(1, *self.spec.shape, device=self.mean.device)
         return (black - self.mean) / self.deviation
 
     def _try_single(self, example: Tensor) -> None:
-        """Find out whether the network takes a single image, or drops a dimension of size 1."""
+        """Set `pairs` if the network cannot process a single image."""
         self.pairs = False
         try:
             with torch.no_grad():
@@ -169,16 +176,28 @@ class Classifier(nn.Module):
 
 
 def model(name: str, *, size: int = 32, weights: str | None = None) -> Callable[[Build], Build]:
-    """Register a function of (classes, pretrained) that returns a network, under a name.
+    """Return a decorator that registers a function of (classes, pretrained) under a model name.
+
+    The function returns a network with random weights, which maps normalised images to logits.
 
     Parameters
     ----------
     name
-        What `--model` calls it.
+        The name for `--model`.
     size
-        Height and width of its input.
+        Height and width of its input in pixels.
     weights
-        torchvision's name of ImageNet weights that fit the layout `pretrained`, if any do.
+        torchvision's name of ImageNet weights that fit the layout `pretrained`; None if there are
+        none.
+
+    Examples
+    --------
+    >>> @model("linear", size=8)
+    ... def linear(classes, pretrained):
+    ...     hidden = nn.Linear(3 * 8 * 8, 16)
+    ...     return nn.Sequential(nn.Flatten(), hidden, nn.ReLU(), nn.Linear(16, classes))
+    >>> tuple(input_shape("linear", pretrained=False))
+    (3, 8, 8)
     """
 
     def decorate(build: Build) -> Build:
@@ -192,7 +211,7 @@ def model(name: str, *, size: int = 32, weights: str | None = None) -> Callable[
 
 
 class Vgg(nn.Module):
-    """A VGG's convolutions (Simonyan and Zisserman, 2015), global average pooling, a small head."""
+    """A VGG (Simonyan and Zisserman, 2015) with global average pooling and a small head."""
 
     def __init__(self, features: nn.Module, classes: int) -> None:
         super().__init__()
@@ -243,6 +262,11 @@ def architecture(name: str) -> Architecture:
     ------
     CovcliError
         If the name is unknown, or its library is not installed.
+
+    Examples
+    --------
+    >>> tuple(architecture("torchvision:densenet121").shape)
+    (3, 224, 224)
     """
     if name.startswith(OWN):
         raise CovcliError(
@@ -257,23 +281,23 @@ def architecture(name: str) -> Architecture:
 
 
 def input_shape(name: str, pretrained: bool) -> InputShape:
-    """Return the channels, height and width that a model takes, and how images become such."""
+    """Return channels, height and width of a model's input, with the preprocessing."""
     shape, _ = architecture(name).expects(pretrained)
     return shape
 
 
 def build(spec: ModelSpec) -> Classifier:
-    """Build a network with fresh weights drawn from torch's global generator."""
+    """Build a network, in evaluation mode, with random weights from torch's global generator."""
     return Classifier(spec, architecture(spec.name).build(spec.classes, spec.pretrained)).eval()
 
 
 def load_pretrained(model: Classifier) -> None:
-    """Fill a network with published ImageNet weights, all but a head of another size.
+    """Load published ImageNet weights into a network, except a head of another size.
 
     Raises
     ------
     CovcliError
-        If there are none for this model, or they cannot be downloaded.
+        If this model has no published weights, or they cannot be downloaded.
     """
     published = architecture(model.spec.name).published
     if published is None:
@@ -294,13 +318,14 @@ def load_pretrained(model: Classifier) -> None:
 
 
 def from_state(spec: ModelSpec, state: Mapping[str, Tensor], where: object) -> Classifier:
-    """Build a network with the weights of a checkpoint; others than its own are a CovcliError.
+    """Build a network with the weights of a checkpoint; raise a CovcliError if they do not fit.
 
-    They are compared first: a small file cannot ask for the memory of a large network.
+    The shapes are compared first, so that a small file cannot allocate a large network.
     """
     own = architecture(spec.name).shapes(spec.classes, spec.pretrained)
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if own != {n.removeprefix("network."): s for n, s in found.items() if n.startswith("network.")}:
+    prefix = "network."
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if own != {n.removeprefix(prefix): s for n, s in given.items() if n.startswith(prefix)}:
         raise CovcliError(f"the weights do not fit model {spec.name!r}", where=where)
     model = build(spec)
     check_kinds(model.state_dict(), state, where)
@@ -322,7 +347,7 @@ def check_kinds(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: o
 
 
 def pixel_statistics(images: ImageSet, shape: Shape) -> Normalisation:
-    """Return each channel's mean and deviation in [0, 1] over at most 5,000 to 10,000 images."""
+    """Return each channel's mean and deviation in [0, 1], over at most 10,000 images."""
     rows = torch.arange(0, len(images), max(1, len(images) // 5000))
     total = torch.zeros(shape[0], dtype=torch.float64)
     squares = torch.zeros(shape[0], dtype=torch.float64)

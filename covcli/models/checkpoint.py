@@ -1,4 +1,4 @@
-"""Checkpoints: a network's weights, and all that rebuilds it and its data."""
+"""Checkpoints: a network's weights, with its specification and the record of its data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,24 +27,24 @@ CHECKPOINT = Format(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network, and where it comes from.
+    """A network and its origin.
 
     Attributes
     ----------
     path
-        The file it was read from.
+        The file that it was read from.
     model
         The network, in evaluation mode, on the CPU.
     classes
         Class names.
     trusted
-        The data it was trained on; None for weights trained elsewhere.
+        The data that it was trained on; None for weights trained elsewhere.
     calibration_rows
-        Which images of `trusted` were held out from training, int64 of shape (n,).
+        The rows of `trusted` that were held out from training, int64 of shape (n,).
     training
-        The settings of the training, empty for weights trained elsewhere.
+        The settings of the training; empty for weights trained elsewhere.
     bare
-        Whether the file held weights alone.
+        Whether the file held only weights.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class Checkpoint:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint.
+    """Write a checkpoint atomically.
 
     Examples
     --------
@@ -87,13 +87,13 @@ def load(path: Path, foreign: Foreign | ModelSpec | str | None = None) -> Checkp
     path
         The file.
     foreign
-        For weights without a checkpoint: the model's name, what else is known of them, or the
-        whole specification of the network.
+        For weights without a checkpoint: the model's name, further settings, or the complete
+        specification of the network.
 
     Raises
     ------
     CovcliError
-        If the file cannot be read, is of another kind, or its weights fit no such model.
+        If the file cannot be read, is of another kind, or its weights do not fit the model.
 
     Examples
     --------
@@ -115,30 +115,30 @@ def load(path: Path, foreign: Foreign | ModelSpec | str | None = None) -> Checkp
         record = DataRecord.read(trusted) if trusted else None
         if record:
             record = recorded.verified(record, lambda: fingerprint(model.state_dict()))
-        whole = rows.dtype == torch.int64 and rows.ndim == 1 and len(classes) == spec.classes
+        consistent = rows.dtype == torch.int64 and rows.ndim == 1 and len(classes) == spec.classes
         training = dict(content["training"])
         if training:
             make_method(training["method"])
-            whole &= 0 <= training["confidence_threshold"] <= 1
-            whole &= all(isinstance(pattern, str) for pattern in training.get("points", ()))
+            consistent &= 0 <= training["confidence_threshold"] <= 1
+            consistent &= all(isinstance(pattern, str) for pattern in training.get("points", ()))
     except (TypeError, AttributeError, KeyError, ValueError) as error:
-        raise CovcliError(f"does not hold together ({error})", where=path) from None
-    if not whole:
-        raise CovcliError("does not hold together (classes or calibration rows)", where=path)
+        raise CovcliError(f"is inconsistent ({error})", where=path) from None
+    if not consistent:
+        raise CovcliError("is inconsistent (classes or calibration rows)", where=path)
     names = tuple(str(name) for name in classes)
     return Checkpoint(path, model, names, record, rows, training)
 
 
-def _refuse_contradiction(spec: ModelSpec, told: Foreign, path: Path) -> None:
-    """Raise a CovcliError if a caller says otherwise than the checkpoint of what it records."""
-    if told.model not in (None, spec.name):
+def _refuse_contradiction(spec: ModelSpec, foreign: Foreign, path: Path) -> None:
+    """Raise a CovcliError if the caller's settings contradict the checkpoint's record."""
+    if foreign.model not in (None, spec.name):
         raise CovcliError(f"is a checkpoint of {spec.name!r}", where=f"{path}: --model")
-    options = {"--mean, --std": told.statistics, "--preprocess": told.preprocess,
-               "--logits": told.logits}  # fmt: skip
+    options = {"--mean, --std": foreign.statistics, "--preprocess": foreign.preprocess,
+               "--logits": foreign.logits}  # fmt: skip
     for option, value in options.items():
         if value:
             raise CovcliError(
-                f"{option} is for weights without a checkpoint, and this one records its own",
+                f"{option} is only for weights without a checkpoint; this file records its own",
                 where=path,
             )
 
@@ -149,19 +149,19 @@ def _bare(
     if isinstance(foreign, ModelSpec):
         model = from_spec(document, foreign, path)
     else:
-        told = foreign if isinstance(foreign, Foreign) else Foreign(foreign)
-        model = from_foreign(document, told, path)
+        settings = foreign if isinstance(foreign, Foreign) else Foreign(foreign)
+        model = from_foreign(document, settings, path)
     classes = tuple(str(k) for k in range(model.spec.classes))
     return Checkpoint(path, model, classes, None, torch.empty(0, dtype=torch.int64), {}, True)
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint: `content` has the keys of CHECKPOINT, of plain types."""
+    """Write a checkpoint; `content` has the keys of CHECKPOINT and plain values."""
     CHECKPOINT.save(path, content)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, without unpickling objects.
+    """Read a file that `save_checkpoint` wrote, without unpickling objects.
 
     Raises
     ------

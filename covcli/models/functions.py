@@ -1,7 +1,7 @@
-"""Activations and attention that a network calls as functions, and which module calls them.
+"""Observation of activations and attention that a network calls as functions, not as modules.
 
-A hook sees what a module returns; `F.relu(x)` in a module's `forward` is no module. torch shows
-every call of its functions to a `TorchFunctionMode`, which belongs to a thread.
+A forward hook receives only the output of a module; `F.relu(x)` in a `forward` is not a module.
+torch passes every call of its functions to a `TorchFunctionMode`, which is local to a thread.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,12 +40,12 @@ CLAMPS = {
     torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_, torch.clamp_min, torch.clamp_min_,
     Tensor.clamp_min, Tensor.clamp_min_, torch.clip, Tensor.clip,
 }  # fmt: skip
-# Attention as one function, or as a softmax that weighs a matrix product.
+# Attention is one function, or a softmax whose result is multiplied with a matrix.
 ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
 SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 DROPOUT = {F.dropout, torch.dropout}
 PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
-# Functions after which the channels come last, and first after the batch.
+# Functions whose output has its channels last, and functions whose output has them second.
 CHANNELS_LAST = {F.linear, F.layer_norm}
 CHANNELS_SECOND = {torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d,
                    F.batch_norm, F.group_norm}  # fmt: skip
@@ -54,7 +54,7 @@ CHANNELS_SECOND = {torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d,
 def activation_of(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """Return the name of the activation that a call computes; None for other calls.
 
-    A clamp at 0 from below alone is a ReLU.
+    A clamp with only a lower bound of 0 is a ReLU.
     """
     if function in CLAMPS:
         low = args[1] if len(args) > 1 else kwargs.get("min")
@@ -64,12 +64,12 @@ def activation_of(function: Function, args: Sequence[Any], kwargs: Mapping[str, 
 
 
 class Calls(TorchFunctionMode):
-    """Shows each call of a torch function that it is entered for.
+    """Reports each call of a torch function within a `with` block.
 
     Parameters
     ----------
     see
-        Called with the function, its arguments, and what it returned.
+        Called with the function, its arguments and its result.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Calls(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Call the function, and show it."""
+        """Call the function, and report it."""
         output = func(*args, **(kwargs or {}))
         self._see(func, args, kwargs or {}, output)
         return output

@@ -1,4 +1,4 @@
-"""list_points: the places of a network where covcli looks, and where it could."""
+"""list_points: the coverage points of a network, and other places that could be."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +16,22 @@ from covcli.reporting.tables import Table
 
 @dataclass(frozen=True)
 class ListedPoint:
-    """A place of a network.
+    """A place in a network that could be a coverage point.
 
     Attributes
     ----------
     name
-        What `--points` calls it.
+        The name for `--points`.
     kind
         "marked", "activation", "attention", "normalisation", "layer" or "module".
     what
         The class of the module, or the function that is called.
     shape
-        Of its output for one image.
+        The shape of its output for one image.
     channel_dim
-        Which of its dimensions counts channels, counted without the batch.
+        The dimension of the channels in `shape`.
     neurons
-        How many neurons it has.
+        The number of its neurons.
     watched
         Whether it is a coverage point.
     """
@@ -54,13 +54,13 @@ class PointList:
     model, classes
         The network.
     input
-        Shape of its input, and how images become such.
+        The shape of its input, and the preprocessing.
     granularity
         What the neurons are.
     watched, neurons
-        How many coverage points there are, and neurons in all of them.
+        The number of coverage points, and of all their neurons.
     unwatchable
-        Activations that hold no part for each image, and cannot be watched.
+        Activations that cannot be recorded, because their outputs cannot be divided by image.
     points
         The coverage points, or all places, in the order of a forward pass.
     """
@@ -77,38 +77,46 @@ class PointList:
 
 def list_points(
     checkpoint: Path | None,
-    told: Foreign,
+    foreign: Foreign,
     classes: int = 10,
     granularity: Granularity = "channel",
     patterns: tuple[str, ...] = (),
     every: bool = False,
 ) -> PointList:
-    """Watch a network of a checkpoint, or one of random weights, and list its coverage points.
+    """List the coverage points of a checkpoint's network, or of a network with random weights.
 
     Parameters
     ----------
     checkpoint
-        A checkpoint or weights; None for random weights of the model that is told.
-    told
-        What the caller says of weights without a checkpoint, and of random ones.
+        A checkpoint or weights; None for random weights.
+    foreign
+        The model and its settings, for random weights or weights without a checkpoint.
     classes
-        Of a network of random weights.
+        The number of classes of a network with random weights.
+    granularity
+        What the neurons are.
     patterns
-        Which points are chosen; none for those that the checkpoint was trained with, or the default
-        ones.
+        Patterns of names that choose the coverage points. Empty: those of the checkpoint's
+        training, or the default points.
     every
-        Whether to list every place, not the coverage points alone.
+        Whether to list all places, not only the coverage points.
 
     Raises
     ------
     CovcliError
-        If there is no such network, or a pattern matches nothing.
+        If there is no such network, or a pattern matches no place.
+
+    Examples
+    --------
+    >>> vgg = list_points(None, Foreign("vgg11"))
+    >>> vgg.watched, vgg.points[0].name, vgg.points[0].shape
+    (10, 'features.2', (64, 32, 32))
     """
     if checkpoint is not None:
-        source = checkpoints.load(checkpoint, told)
+        source = checkpoints.load(checkpoint, foreign)
         model, trained = source.model, tuple(source.training.get("points", ()))
     else:
-        model, trained = _random(told, classes), ()
+        model, trained = _random(foreign, classes), ()
     survey = model.survey(granularity)
     chosen = survey.choose(patterns or trained)
     names = {each.point.name for each in chosen}
@@ -137,34 +145,34 @@ def list_points(
     )
 
 
-def _random(told: Foreign, classes: int) -> Classifier:
-    if told.model is None:
+def _random(foreign: Foreign, classes: int) -> Classifier:
+    if foreign.model is None:
         raise CovcliError("name a checkpoint, or a --model")
-    made = architectures.architecture(told.model)
-    shape = made.shape.changed(told.preprocess)
-    mean, deviation = told.statistics or made.statistics
+    entry = architectures.architecture(foreign.model)
+    shape = entry.shape.changed(foreign.preprocess)
+    mean, deviation = foreign.statistics or entry.statistics
     spec = ModelSpec(
-        told.model, classes, shape, mean, deviation, False, shape.preprocess, told.logits
+        foreign.model, classes, shape, mean, deviation, False, shape.preprocess, foreign.logits
     )
     with torch.random.fork_rng(devices=[]):
         return architectures.build(spec)
 
 
-def as_table(found: PointList) -> Table:
+def as_table(listed: PointList) -> Table:
     """Return the points as a table."""
     rows = [
         [
             point.name, f"{point.kind}: {point.what}", "×".join(map(str, point.shape)),
             str(point.shape[point.channel_dim]), str(point.neurons),
-            *(["yes" if point.watched else "–"] if len(found.points) != found.watched else []),
+            *(["yes" if point.watched else "–"] if len(listed.points) != listed.watched else []),
         ]
-        for point in found.points
+        for point in listed.points
     ]  # fmt: skip
     head = ["name", "what", "shape", "channels", "neurons"]
-    if len(found.points) != found.watched:
+    if len(listed.points) != listed.watched:
         head.append("watched")
     title = (
-        f"{found.model}: {found.watched} coverage points, {found.neurons} neurons; "
-        f"input {found.input}"
+        f"{listed.model}: {listed.watched} coverage points, {listed.neurons} neurons; "
+        f"input {listed.input}"
     )
     return Table(title, head, rows)

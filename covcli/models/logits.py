@@ -1,4 +1,4 @@
-"""Logits: which part of what a network returns tells its classes apart."""
+"""Identification of the logits among a network's outputs."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,21 +8,26 @@ from torch import Tensor
 from covcli.core.errors import CovcliError
 
 MOST_NAMED = 6
-DEPTH = 4  # of a nest
+DEPTH = 4  # the maximum nesting
 
 
 def find_logits(output: Any, images: int, classes: int, wanted: str = "") -> Tensor:
-    """Return the logits, of shape (images, classes), among what a network returned.
+    """Return the logits among a network's outputs.
 
     Parameters
     ----------
     output
-        A tensor, or tensors in tuples, lists, mappings and objects, nested in any way.
+        A tensor, or tensors nested in tuples, lists, mappings and objects.
     images, classes
-        The shape of logits.
+        The shape of the logits.
     wanted
-        The name of the logits in a nest, as `named_tensors` gives it; "" finds them: the one
-        tensor of the right shape, or among several the one that is named `logits`.
+        The name of the logits, as `named_tensors` yields it. "" chooses the only tensor of the
+        right shape, or the one named `logits` if there are several.
+
+    Returns
+    -------
+    Tensor
+        Shape (images, classes).
 
     Raises
     ------
@@ -67,7 +72,7 @@ def find_logits(output: Any, images: int, classes: int, wanted: str = "") -> Ten
 
 
 def _alone(output: Tensor, images: int, classes: int) -> Tensor:
-    """Return the only tensor that a network returned; positions of size 1 are dropped."""
+    """Return the network's only output as logits; spatial dimensions of size 1 are removed."""
     if output.ndim > 2 and output.shape[1:].numel() == classes == output.shape[1]:
         output = output.flatten(1)
     if output.ndim != 2 or output.shape[1] != classes:
@@ -80,7 +85,7 @@ def _alone(output: Tensor, images: int, classes: int) -> Tensor:
 
 
 def named_tensors(output: Any, name: str = "", depth: int = DEPTH) -> Iterator[tuple[str, Tensor]]:
-    """Yield each tensor of a nest under a name such as `0`, `logits` or `heads.1`."""
+    """Yield each tensor of a nested output with a name such as `0`, `logits` or `heads.1`."""
     if isinstance(output, Tensor):
         yield name, output
         return

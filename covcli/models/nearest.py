@@ -1,4 +1,4 @@
-"""Which architecture weights come from, by the shapes of their tensors."""
+"""Identification of the architecture of weights, by the shapes of their tensors."""
 
 import math
 from collections import Counter
@@ -9,21 +9,21 @@ from torch import Tensor
 from covcli.models import zoo
 from covcli.models.registry import MODELS
 
-# How many of torchvision's classifiers, those of the nearest number of parameters, are built.
+# The number of torchvision's classifiers, nearest in number of parameters, that are compared.
 TRIED = 12
 LEAST = 0.5
 CLASSES = 10
 
 
 def nearest_architecture(states: Sequence[Mapping[str, Tensor]]) -> str:
-    """Word which architecture has the most tensors of the same shapes, or return "".
+    """Return advice naming the architecture with the most tensors of the same shapes, or "".
 
-    Looks among the registered models and torchvision's classifiers (timm has too many).
+    The registered models and torchvision's classifiers are compared (timm has too many).
 
     Parameters
     ----------
     states
-        The state dicts of a file; the one of the most tensors counts.
+        The state dicts of a file; the one with the most tensors is used.
     """
     largest = max(states, key=len)
     wanted = Counter(tuple(tensor.shape) for tensor in largest.values())
@@ -39,7 +39,7 @@ def nearest_architecture(states: Sequence[Mapping[str, Tensor]]) -> str:
 
 
 def _known(parameters: int) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
-    """Yield names, with the shapes of their weights and buffers."""
+    """Yield names of architectures, with the shapes of their weights and buffers."""
 
     def distance(name: str) -> float:
         return abs(math.log(zoo.torchvision_parameters(name) / max(1, parameters)))
@@ -47,6 +47,6 @@ def _known(parameters: int) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
     near = sorted(zoo.torchvision_names(), key=distance)[:TRIED]
     entries = [(name, MODELS.get(name)) for name in MODELS]
     entries += [(f"torchvision:{n}", zoo.torchvision_architecture(n)) for n in near]
-    for name, made in entries:
-        for pretrained in made.layouts:
-            yield name, list(made.shapes(CLASSES, pretrained).values())
+    for name, entry in entries:
+        for pretrained in entry.layouts:
+            yield name, list(entry.shapes(CLASSES, pretrained).values())

@@ -1,4 +1,4 @@
-"""Coverage points: where activations are recorded, and how they become neurons."""
+"""Coverage points: the places where activations are recorded and reduced to neurons."""
 
 import threading
 from collections import Counter
@@ -16,10 +16,10 @@ from covcli.methods.state import Granularity
 from covcli.models.functions import Calls, Function, activation_of
 from covcli.models.pooling import pool, statistics
 
-# Where an output holds the images of a batch: in its first or second dimension, or in the first
-# together with parts of each image (windows), image by image or part by part.
+# The dimension of the images of a batch in an output: the first, the second, or the first together
+# with parts of each image (windows), ordered by image ("folded") or by part ("interleaved").
 BatchPlace: TypeAlias = Literal["first", "second", "folded", "interleaved"]
-# An activation's module calls a function itself, which is no point of its own.
+# These modules call an activation function themselves; that call is not a separate point.
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU,
     nn.Mish, nn.Hardswish, nn.Hardtanh, nn.Softplus, nn.Threshold, nn.Tanh,
@@ -27,13 +27,19 @@ ACTIVATIONS = (
 
 
 class CoverageLayer(nn.Module):
-    """The identity; marks a place in a custom network where covcli records activations.
+    """The identity; marks a place in a network where covcli records activations.
 
     Parameters
     ----------
     channel_dim
-        The dimension of the input that counts channels: 1 for (B, C, H, W) and (B, C), -1 for
-        tokens of shape (B, T, C).
+        The dimension of the channels: 1 for (B, C, H, W) and (B, C), -1 for tokens of shape
+        (B, T, C).
+
+    Examples
+    --------
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), CoverageLayer(), nn.Linear(6, 2))
+    >>> network(torch.rand(4, 3, 2, 2)).shape
+    torch.Size([4, 2])
     """
 
     def __init__(self, channel_dim: int = 1) -> None:
@@ -47,27 +53,27 @@ class CoverageLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Point:
-    """One coverage point: what a module returns, or a function that is called in its `forward`.
+    """One coverage point: the output of a module, or of a function called in its `forward`.
 
     Attributes
     ----------
     name
-        The module's name in the network, and the function's after a colon; `#2` and so on follow
-        where it is called repeatedly.
+        The module's name in the network, then the function's name after a colon; `#2` and so on
+        number repeated calls.
     module
-        The module's name alone.
+        The module's name.
     call
-        Which call of the module, or of the function in it, within one forward pass, from 0 on.
+        The number of the call within one forward pass, counted from 0.
     channel_dim
-        Which dimension of its output counts channels, after `arrange`.
+        The dimension of the channels in its output, after `arrange`.
     neurons
-        How many neurons it has at the granularity asked for.
+        The number of its neurons.
     values
-        How many of them, the first ones, are means or values; the others are maxima.
+        How many of the neurons are means or values; they come first, the maxima follow.
     function
-        The function's name, as "relu"; "" for what the module returns.
+        The function's name, such as "relu"; "" for the output of the module.
     batch
-        Where its output holds the images of a batch.
+        The dimension of the images in its output.
     """
 
     name: str
@@ -80,18 +86,29 @@ class Point:
     batch: BatchPlace = "first"
 
     def __post_init__(self) -> None:
-        """Check what was read of a file."""
+        """Check a value that may come from a file."""
         if self.batch not in get_args(BatchPlace):
             raise ValueError(f"batch {self.batch!r}")
 
     def arrange(self, output: Tensor, images: int) -> Tensor:
-        """Return an output with the images of the batch in its first dimension, one each."""
+        """Return an output with one entry per image in its first dimension."""
         return arrange(output, self.batch, images)
 
 
 def arrange(output: Tensor, batch: BatchPlace, images: int) -> Tensor:
-    """Return an output with the images of a batch in its first dimension, one each.
+    """Return an output with one entry per image in its first dimension.
 
+    Parameters
+    ----------
+    output
+        The output.
+    batch
+        The dimension of the images in it.
+    images
+        The number of images.
+
+    Examples
+    --------
     >>> windows = torch.zeros(6, 49, 32)  # three of each of two images
     >>> arrange(windows, "folded", 2).shape
     torch.Size([2, 3, 49, 32])
@@ -108,7 +125,7 @@ def arrange(output: Tensor, batch: BatchPlace, images: int) -> Tensor:
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """Return what a module returned if it is a tensor, or the first of a tuple (attention)."""
+    """Return the output of a module if it is a tensor, or the first of a tuple, or None."""
     if isinstance(output, tuple | list) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None
@@ -118,12 +135,12 @@ T = TypeVar("T")
 
 
 class _PerThread(threading.local, Generic[T]):
-    """State of the forward pass that runs in this thread; a copy begins anew.
+    """Thread-local state of a forward pass; a copy starts with fresh state.
 
     Parameters
     ----------
     begin
-        Returns the state that a thread begins with.
+        Returns a thread's initial state.
     """
 
     def __init__(self, begin: Callable[[], T]) -> None:  # called in each thread
@@ -136,7 +153,7 @@ class _PerThread(threading.local, Generic[T]):
 
 @dataclass
 class _Pass:
-    """What a pass has shown so far, if it is recorded, and memory for the units of the next."""
+    """The recorded outputs of the current pass, and memory for the units of the next pass."""
 
     listening: bool = False
     parts: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -144,14 +161,14 @@ class _Pass:
     spare: Tensor | None = None
 
     def clear(self) -> None:
-        """Forget the pass."""
+        """Discard the recorded outputs."""
         self.parts.clear()
         self.units = None
 
 
 @dataclass
 class _Place:
-    """Where the forward pass of a thread is: how many images, in which modules, what was called."""
+    """The progress of a thread's forward pass: images, modules entered and calls counted."""
 
     running: bool = False
     images: int = 0
@@ -161,10 +178,10 @@ class _Place:
 
 
 class Outputs:
-    """Shows every point's whole output during a `with` block; the hooks are always removed.
+    """Reports every point's full output during a `with` block; the hooks are always removed.
 
-    Passes in several threads are counted apart, each by itself. Where a point is a function, hooks
-    on all modules follow which one calls it, and torch shows its functions during each pass.
+    Passes in several threads are tracked separately. If a point is a function, hooks on all modules
+    track which module is running, and torch reports its function calls during each pass.
 
     Parameters
     ----------
@@ -175,9 +192,9 @@ class Outputs:
     see
         Called with a point and its output, arranged by image.
     raw
-        Whether outputs are shown as they are instead, for gradients.
+        Whether outputs are reported without `arrange`, to take gradients.
     when
-        Asked at the beginning of each pass whether to show it; None shows every pass.
+        Called at the start of each pass; returns whether to report it. None reports every pass.
     """
 
     def __init__(
@@ -207,11 +224,11 @@ class Outputs:
 
     @property
     def images(self) -> int:
-        """How many images this thread's last pass had."""
+        """The number of images of this thread's last pass."""
         return self._places.state.images
 
     def attach(self) -> None:
-        """Put the hooks on the network."""
+        """Register the hooks on the network."""
         self._handles = [self._model.register_forward_pre_hook(self._begin)]
         for name, module in self._model.named_modules() if self._functions else ():
             before = module.register_forward_pre_hook(partial(self._enter, name))
@@ -221,7 +238,7 @@ class Outputs:
         self._handles.append(self._model.register_forward_hook(self._finish, always_call=True))
 
     def detach(self) -> None:
-        """Take the hooks off again."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -244,7 +261,7 @@ class Outputs:
             state.calls = None
 
     def _enter(self, name: str, module: nn.Module, _inputs: Any) -> None:
-        # What an activation's module calls is no function of a point.
+        # A function that an activation module calls is not a separate point.
         self._places.state.inside.append(
             name if not isinstance(module, ACTIVATIONS) else f"{name}:"
         )
@@ -284,13 +301,13 @@ class Outputs:
 
 
 class Recorder:
-    """What the last forward pass showed at the points; records during a `with` block.
+    """Records the neurons of the last forward pass during a `with` block.
 
-    Pooling happens inside the hooks, so a later in-place operation cannot change what was seen
-    and no full activation is kept, except for contributions. Gradients flow through it.
+    Outputs are pooled inside the hooks, so that later in-place operations cannot change them and
+    full activations are not kept (except for contributions). Gradients are preserved.
 
-    It records the passes of the thread that the block runs in, and no others: several threads can
-    record at once, each its own passes, while others call the network unrecorded.
+    Only passes in the thread of the block are recorded. Several threads can record at the same
+    time, each its own passes.
 
     Parameters
     ----------
@@ -299,7 +316,17 @@ class Recorder:
     points
         Its coverage points.
     granularity
-        What the neurons are.
+        What the neurons are, see `pool`.
+
+    Examples
+    --------
+    >>> from covcli.models.survey import find_points
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> images = torch.rand(4, 3, 2, 2)
+    >>> with Recorder(network, find_points(network, images, "channel"), "channel") as recorder:
+    ...     neurons = recorder.take(network(images))
+    >>> neurons.shape
+    torch.Size([4, 6])
     """
 
     def __init__(self, model: nn.Module, points: Sequence[Point], granularity: Granularity) -> None:
@@ -312,12 +339,12 @@ class Recorder:
         self._stays = False
 
     def stay(self) -> None:
-        """Leave the hooks on the network until `leave`; outside `with` blocks they do nothing."""
+        """Keep the hooks registered until `leave`; outside `with` blocks they do nothing."""
         self._stays = True
         self._outputs.attach()
 
     def leave(self) -> None:
-        """Take the hooks off again."""
+        """Remove the hooks."""
         self._stays = False
         self._outputs.detach()
 
@@ -337,14 +364,14 @@ class Recorder:
             self._outputs.detach()
 
     def reuse(self, neurons: Tensor | None) -> None:
-        """Let this thread's next pass write its units over these, which nobody reads any more."""
+        """Let this thread's next pass reuse the memory of these units, which are not used again."""
         self._passes.state.spare = neurons
 
     def _listens(self) -> bool:
         return self._passes.state.listening
 
     def _note(self, point: Point, output: Tensor) -> None:
-        """Keep what a hook saw: neurons, or for contributions the activations until `take`."""
+        """Store a hook's output: neurons, or for contributions the activations until `take`."""
         seen = self._passes.state
         if self.granularity == "contribution":
             seen.parts[point.name] = [output]
@@ -354,17 +381,17 @@ class Recorder:
             seen.parts[point.name] = statistics(output, point.channel_dim, self.granularity)
 
     def _keep(self, seen: _Pass, point: Point, output: Tensor) -> Tensor:
-        """Copy a point's units to their place among all neurons, which saves copying them twice."""
+        """Copy a point's units to their columns of the result, so that they are copied once."""
         sizes = [each.neurons for each in self.points]
         if seen.units is None:
-            seen.units = self._room(seen, output, sum(sizes))
+            seen.units = self._memory(seen, output, sum(sizes))
         place: Tensor = seen.units.split(sizes, 1)[self.points.index(point)]
         last = output.movedim(point.channel_dim, -1)
         place.unflatten(1, last.shape[1:]).copy_(last)
         return place
 
-    def _room(self, seen: _Pass, output: Tensor, neurons: int) -> Tensor:
-        """Return memory for a batch's units; touching fresh memory costs more than the copying."""
+    def _memory(self, seen: _Pass, output: Tensor, neurons: int) -> Tensor:
+        """Return memory for a batch's units; reusing it is faster than allocating new memory."""
         shape, dtype = (output.shape[0], neurons), torch.promote_types(output.dtype, torch.float32)
         spare, seen.spare = seen.spare, None
         wanted = (shape, dtype, output.device)
@@ -373,12 +400,12 @@ class Recorder:
         return output.new_empty(shape, dtype=dtype)
 
     def take(self, logits: Tensor) -> Tensor:
-        """Return the neurons of all points side by side, shape (B, N), and start anew.
+        """Return the neurons of all points, shape (B, N), and clear the record.
 
         Parameters
         ----------
         logits
-            What the pass returned, shape (B, classes): contributions are of their certainty.
+            The logits of the pass, shape (B, classes); contributions are computed from them.
 
         Raises
         ------
@@ -410,16 +437,16 @@ class Recorder:
 
 
 def certainty_gradients(logits: Tensor, activations: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the derivative of the network's certainty by each activation, of its shape.
+    """Return the derivative of the network's certainty with respect to each activation.
 
-    Certainty is the Kullback-Leibler divergence of the softmax from the uniform distribution, but
-    for a constant the mean of −log p (Liu et al., "Neuron Activation Coverage", ICLR 2024,
+    Certainty is the Kullback-Leibler divergence of the softmax from the uniform distribution. Up to
+    a constant, that is the mean of −log p (Liu et al., "Neuron Activation Coverage", ICLR 2024,
     section 3.1).
 
     Parameters
     ----------
     logits
-        Shape (B, classes), with a graph that reaches the activations.
+        Shape (B, classes), computed from the activations, with a gradient.
     activations
         Of any shapes (B, ...).
     """

@@ -1,4 +1,4 @@
-"""From a layer's output to neurons, and back to what a neuron stands for."""
+"""Pooling of a layer's output to neurons, and the meaning of each neuron."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -9,36 +9,42 @@ from torch import Tensor, nn
 
 from covcli.methods.state import Granularity
 
-STATISTICS = ("mean", "maximum")  # of a channel over its positions, in `pool`'s order
+STATISTICS = ("mean", "maximum")  # of a channel over its positions, in the order of `pool`
 
 
 def pool(output: Tensor, channel_dim: int, granularity: Granularity) -> Tensor:
-    """Turn a layer's output into neurons.
+    """Reduce a layer's output to neurons.
 
     Parameters
     ----------
     output
         Shape (B, C, ...) or (B, ..., C).
     channel_dim
-        The dimension that counts the channels.
+        The dimension of the channels.
     granularity
         "channel": each channel's mean and maximum over its positions, or its value in a fully
-        connected layer. "unit": every value, those of a position side by side, which is how
-        networks hold them in memory. "contribution": each channel's sum over its positions (of
+        connected layer. "unit": every value, with the channels of a position side by side, as in
+        the networks' memory layout. "contribution": each channel's sum over its positions (of
         activations and of derivatives, see `Recorder`).
 
     Returns
     -------
     Tensor
         Shape (B, 2C), the means first; (B, C) for a fully connected layer and for contributions;
-        (B, positions·C) for units. float32 (float64 of an output in float64), and means are
-        summed in that precision, whatever a network under autocast computes in.
+        (B, positions·C) for units. float32, or float64 for an output in float64. Means are summed
+        in that precision, even under autocast.
+
+    Examples
+    --------
+    >>> output = torch.tensor([[[[1.0, 3.0]], [[0.0, 4.0]]]])  # one image, two channels
+    >>> pool(output, 1, "channel").tolist()
+    [[2.0, 2.0, 3.0, 4.0]]
     """
     return torch.cat(statistics(output, channel_dim, granularity), 1)
 
 
 def statistics(output: Tensor, channel_dim: int, granularity: Granularity) -> list[Tensor]:
-    """Return what `pool` puts side by side; no views: a later in-place layer would change them."""
+    """Return the parts that `pool` concatenates: copies, since in-place layers change views."""
     if output.ndim == 2 or granularity == "unit":
         dtype = torch.promote_types(output.dtype, torch.float32)
         last = output.movedim(channel_dim, -1)
@@ -53,24 +59,24 @@ def statistics(output: Tensor, channel_dim: int, granularity: Granularity) -> li
 
 @cache
 def _positions(dimensions: int, channel_dim: int) -> tuple[int, ...]:
-    """Return the dimensions that are neither the batch nor the channels."""
+    """Return all dimensions but the batch and the channels."""
     return tuple(d for d in range(1, dimensions) if d != channel_dim % dimensions)
 
 
 def _means(output: Tensor, positions: tuple[int, ...]) -> Tensor:
-    """Return each channel's mean, summed in float32 at least."""
+    """Return each channel's mean, summed in at least float32."""
     if (
         output.dtype is torch.float32
         and positions == (2, 3)
         and not output.requires_grad
         and output.is_contiguous(memory_format=torch.channels_last)
-    ):  # the faster way there
+    ):  # faster in this case
         return nn.functional.avg_pool2d(output, output.shape[2:]).flatten(1)
     return output.mean(positions, dtype=torch.promote_types(output.dtype, torch.float32))
 
 
 def _largest(output: Tensor, channel_dim: int, positions: tuple[int, ...]) -> Tensor:
-    """Return each channel's maximum; amax is the faster way forward, and the slower one back."""
+    """Return each channel's maximum. amax is faster in the forward pass, but slower backward."""
     if output.requires_grad:
         return output.movedim(channel_dim, -1).flatten(1, -2).max(1).values
     return output.amax(positions)
@@ -79,22 +85,27 @@ def _largest(output: Tensor, channel_dim: int, positions: tuple[int, ...]) -> Te
 def locate(
     neuron: int, shape: Sequence[int], channel_dim: int, granularity: Granularity
 ) -> tuple[int, str]:
-    """Say what a neuron of `pool` stands for.
+    """Return the channel of a neuron of `pool`, and a label for it.
 
     Parameters
     ----------
     neuron
-        Its number within the coverage point, from 0 on.
+        Its number within the coverage point, counted from 0.
     shape
-        The layer's output shape without the batch, as (C, H, W).
+        The layer's output shape without the batch, such as (C, H, W).
     channel_dim, granularity
-        As in `pool`; the dimension is counted with the batch.
+        As for `pool`; the dimension is counted with the batch.
 
     Returns
     -------
     tuple
         The channel's number, and a label such as "channel 37, maximum", "channel 3 at (4, 7)" (row
         and column) or, in a fully connected layer, "unit 12".
+
+    Examples
+    --------
+    >>> locate(3, (2, 8, 8), 1, "channel")
+    (1, 'channel 1, maximum')
     """
     if len(shape) == 1:
         return neuron, f"unit {neuron}"

@@ -1,4 +1,4 @@
-"""MODELS: architectures by name, and what is known of each."""
+"""MODELS: the registry of architectures, with their input shapes and normalisation."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ Build: TypeAlias = Callable[[int, bool], nn.Module]
 
 @dataclass(frozen=True)
 class Published:
-    """Weights that somebody trained on ImageNet, and what they expect of images.
+    """Published ImageNet weights, and the preprocessing that they expect.
 
     Attributes
     ----------
     name
-        What they are called.
+        The name of the weights.
     shape
-        The input that they were trained for, and how images become such.
+        The input shape that they were trained with, and its preprocessing.
     statistics
-        Mean and deviation of the pixels.
+        Mean and deviation of the pixels in [0, 1], per channel.
     state
-        Reads, or downloads, their state dict.
+        Reads or downloads their state dict.
     """
 
     name: str
@@ -43,16 +43,25 @@ class Architecture:
     Attributes
     ----------
     build
-        Takes the number of classes and whether the layout is that of the published weights.
+        Takes the number of classes, and whether to use the layout of the published weights. Returns
+        a network with random weights.
     shape
-        Channels, height and width of its input, and how images become such.
+        Channels, height and width of its input, and the preprocessing of images.
     statistics
-        Mean and deviation assumed for weights that come without a checkpoint.
+        Mean and deviation of the pixels in [0, 1], assumed for weights without a checkpoint.
     published
-        The weights that `--pretrained` starts from, or None where there are none.
+        The weights that `--pretrained` starts from, or None.
     layouts
-        Whether it has a layout of its own, (False,), and another for published weights, (False,
-        True).
+        (False,) if there is one layout; (False, True) if the published weights have their own.
+
+    Examples
+    --------
+    >>> import covcli.models
+    >>> vgg = MODELS.get("vgg11")
+    >>> tuple(vgg.shape), vgg.layouts
+    ((3, 32, 32), (False, True))
+    >>> vgg.shapes(classes=10, pretrained=False)["classifier.6.weight"]
+    (10, 512)
     """
 
     build: Build
@@ -62,7 +71,7 @@ class Architecture:
     layouts: tuple[bool, ...] = (False,)
 
     def expects(self, pretrained: bool) -> tuple[InputShape, Normalisation]:
-        """Return the input's shape, and the pixels' mean and deviation, of one of the layouts."""
+        """Return the input shape, and the pixels' mean and deviation, of a layout."""
         if pretrained and self.published is not None:
             return self.published.shape, self.published.statistics
         return self.shape, self.statistics
@@ -70,13 +79,13 @@ class Architecture:
     def shapes(self, classes: int, pretrained: bool) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a network's weights and buffers, by name.
 
-        Where the network can be built without, no memory is taken for the weights.
+        No memory is allocated for the weights, if the network can be built that way.
         """
         try:
             with torch.device("meta"):
                 network = self.build(classes, pretrained)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
-            network = self.build(classes, pretrained)  # it computes with its first weights
+            network = self.build(classes, pretrained)  # it computes with its initial weights
         state = network.state_dict().items()
         return {name: tuple(value.shape) for name, value in state if isinstance(value, Tensor)}
 

@@ -1,4 +1,4 @@
-"""ModelSpec: all that rebuilds a network without its weights."""
+"""ModelSpec: the description from which a network is rebuilt, without its weights."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -17,26 +17,32 @@ CIFAR10: Normalisation = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All that rebuilds a network without its weights.
+    """The description from which a network is rebuilt, without its weights.
 
     Attributes
     ----------
     name
-        A name in MODELS, `torchvision:NAME` or `timm:NAME`; `python:CLASS` for a network that a
-        program holds, and prepares the images of.
+        A name in MODELS, `torchvision:NAME` or `timm:NAME`; `python:CLASS` for a network of a
+        program, which also prepares its images.
     classes
-        How many classes it tells apart.
+        The number of classes.
     shape
-        Channels, height and width of its input; an `InputShape` of `preprocess`, so that images
-        that are read in this shape are prepared in the network's way.
+        Channels, height and width of its input. It becomes an `InputShape` with `preprocess`, so
+        that images read in this shape are preprocessed for the network.
     mean, deviation
         Per channel, of pixels in [0, 1]; subtracted and divided by inside the network.
     pretrained
         Whether it has the layout of torchvision's ImageNet weights.
     preprocess
-        How images become inputs.
+        How images are resized.
     logits
-        Which part of what the network returns tells the classes apart; "" where that is plain.
+        The name of the logits among the network's outputs; "" if they are unambiguous.
+
+    Examples
+    --------
+    >>> spec = ModelSpec("vgg11", 10, (3, 32, 32), *CIFAR10)
+    >>> ModelSpec.from_dict(spec.as_dict(), "example") == spec
+    True
     """
 
     name: str
@@ -49,18 +55,18 @@ class ModelSpec:
     logits: str = ""
 
     def __post_init__(self) -> None:
-        """Bind the way in which images are prepared to the shape."""
+        """Attach the preprocessing to the shape."""
         object.__setattr__(self, "shape", InputShape(self.shape, self.preprocess))
 
     @classmethod
     def own(cls, network: object, classes: int, shape: Shape, logits: str = "") -> "ModelSpec":
-        """Describe a network that a program holds: what it is given is prepared already."""
+        """Return the specification of a program's own network, which needs no preprocessing."""
         zeros, ones = (0.0,) * shape[0], (1.0,) * shape[0]
         return cls(f"{OWN}{type(network).__name__}", classes, shape, zeros, ones, logits=logits)
 
     @property
     def is_own(self) -> bool:
-        """Whether a program holds the network, and prepares its images."""
+        """Whether it is a program's own network, whose images the program prepares."""
         return self.name.startswith(OWN)
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,9 +77,9 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, document: Any, where: object) -> "ModelSpec":
-        """Rebuild a specification that was read from a file; a malformed one is a CovcliError.
+        """Rebuild a specification from a file's document; raise a CovcliError if malformed.
 
-        Files of earlier versions name neither preprocessing nor logits: both are the default.
+        Files of earlier versions lack preprocessing and logits; the defaults are used.
         """
         try:
             channels, height, width = (int(side) for side in document["shape"])
@@ -104,7 +110,7 @@ class ModelSpec:
 
 
 def precision(text: str) -> Precision:
-    """Return the precision of that name; another is a ValueError."""
+    """Return the precision of a name; raise a ValueError for an unknown name."""
     for known in get_args(Precision):
         if text == known:
             return text  # type: ignore[return-value]

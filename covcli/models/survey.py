@@ -1,7 +1,7 @@
-"""The places of a network where activations could be recorded, and which of them are.
+"""Discovery of the places in a network where activations can be recorded, and the default choice.
 
-Found by watching two forward passes of two and three images: what changes in an output's shape is
-where it holds the images.
+Two forward passes are observed, of two and of three images. The dimension of an output that changes
+is the dimension of the images.
 """
 
 import logging
@@ -34,12 +34,12 @@ log = logging.getLogger(__name__)
 Kind: TypeAlias = Literal["marked", "activation", "attention", "normalisation", "layer", "module"]
 Key: TypeAlias = tuple[str, str, int, Kind]
 NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
-# What is watched by default: the first of these that the network has.
+# The default coverage points: the first of these kinds that the network has.
 DEFAULTS: tuple[tuple[Kind, ...], ...] = (
     ("marked",), ("activation", "attention"), ("normalisation",), ("layer",)
 )  # fmt: skip
 IMAGES = (2, 3)
-# How far the same image's outputs in two batches may lie apart, as a share of the largest value.
+# The largest difference of an image's outputs in two batches, as a share of the largest value.
 ALIKE = 1e-3
 SHOWN = 20  # names in an error
 
@@ -51,15 +51,15 @@ class Candidate:
     Attributes
     ----------
     point
-        What it would be as a point.
+        The coverage point that it would be.
     kind
-        "marked" by a CoverageLayer, "activation", "attention" (a block of attention and what
-        follows it, or attention alone), "normalisation", "layer" (a convolution or linear layer) or
-        another "module".
+        "marked" by a CoverageLayer, "activation", "attention" (a block with attention, or attention
+        without a block), "normalisation", "layer" (a convolution or linear layer) or another
+        "module".
     what
         The class of the module, or the function.
     shape
-        Of its output for one image.
+        The shape of its output for one image.
     """
 
     point: Point
@@ -70,16 +70,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Survey:
-    """What two forward passes showed.
+    """The result of observing two forward passes.
 
     Attributes
     ----------
     candidates
-        In the order of the pass.
+        The possible coverage points, in the order of the pass.
     unwatchable
-        Names of activations that do not hold one part for each image.
+        Names of activations whose outputs cannot be divided by image.
     outputs
-        What the network returned for two images, and for these and a third.
+        The network's outputs for two images, and for the same two and a third.
     """
 
     candidates: Sequence[Candidate]
@@ -89,14 +89,14 @@ class Survey:
     def choose(self, patterns: Sequence[str] = ()) -> list[Candidate]:
         """Return the coverage points.
 
-        By default CoverageLayer modules where the network has any; else its activations and the
-        outputs of its attention blocks; else its normalisation layers; else its convolutions and
-        linear layers but the last.
+        The default is the first of these that the network has: CoverageLayer modules; activations
+        and the outputs of attention blocks; normalisation layers; convolutions and linear layers
+        except the last.
 
         Parameters
         ----------
         patterns
-            Names with `*` and `?`. Each chooses among the default points, or, where none of them
+            Names with `*` and `?`. Each chooses among the default points or, if none of them
             matches, among all modules.
 
         Raises
@@ -126,11 +126,11 @@ class Survey:
 
     def _usual(self) -> list[Candidate]:
         for kinds in DEFAULTS:
-            found = [each for each in self.candidates if each.kind in kinds]
+            matching = [each for each in self.candidates if each.kind in kinds]
             if kinds == DEFAULTS[-1]:
-                found = found[:-1]
-            if found:
-                return found
+                matching = matching[:-1]
+            if matching:
+                return matching
         return []
 
 
@@ -144,7 +144,7 @@ def find_points(
     granularity: Granularity,
     patterns: Sequence[str] = (),
 ) -> list[Point]:
-    """Choose a network's coverage points by watching it; see `Survey.choose`.
+    """Choose a network's coverage points by running it on noise; see `Survey.choose`.
 
     Parameters
     ----------
@@ -153,15 +153,21 @@ def find_points(
     example
         Images of the network's size and type, shape (B, C, H, W); the values do not matter.
     granularity
-        Decides how many neurons a point has.
+        What the neurons are, see `pool`.
     patterns
-        Which points; none for the default ones.
+        Patterns of names; empty for the default points.
+
+    Examples
+    --------
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
+    >>> [(p.name, p.neurons) for p in find_points(network, torch.rand(1, 3, 8, 8), "channel")]
+    [('1', 16)]
     """
     return [each.point for each in look(model, example, granularity).choose(patterns)]
 
 
 def look(model: nn.Module, example: Tensor, granularity: Granularity) -> Survey:
-    """Watch a network, in evaluation mode, on noise of an example's shape."""
+    """Observe a network, in evaluation mode, on noise of an example's shape."""
     training = [module for module in model.modules() if module.training]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((IMAGES[1], *example.shape[1:]), generator=generator)
@@ -187,16 +193,16 @@ def look(model: nn.Module, example: Tensor, granularity: Granularity) -> Survey:
 
 @dataclass(frozen=True)
 class _Event:
-    """A place of a pass, and what came out.
+    """The output at one place in a forward pass.
 
     Attributes
     ----------
     what
         The module's class, or the function.
     output
-        What came out, as a shape without values where these do not matter.
+        The output; a tensor on the meta device if only its shape is needed.
     dim
-        Which dimension seems to count channels.
+        The likely dimension of the channels.
     """
 
     what: str
@@ -205,7 +211,7 @@ class _Event:
 
 
 class _Watcher:
-    """Watches one forward pass of a network."""
+    """Observes one forward pass of a network."""
 
     def __init__(self, model: nn.Module) -> None:
         self.events: dict[Key, _Event] = {}
@@ -220,7 +226,7 @@ class _Watcher:
         self._weights: set[int] = set()  # of attention
 
     def watch(self, images: Tensor) -> Any:
-        """Run the network and return what it returns."""
+        """Run the network, and return its output."""
         self._images = len(images)
         handles = []
         for name, module in self._model.named_modules():
@@ -249,7 +255,7 @@ class _Watcher:
             self._note((name, "", call, kind), type(module).__name__, given, tensor, module)
 
     def _claim_attention(self) -> None:
-        """Let modules that attend outside any block stand for themselves."""
+        """Mark modules with attention outside any block as attention."""
         for key in [key for key in self.events if key[0] in self._attending and not key[1]]:
             self.events = {
                 (*old[:3], "attention") if old == key else old: event
@@ -268,7 +274,7 @@ class _Watcher:
         return "layer" if isinstance(module, nn.Conv2d | nn.Linear) else "module"
 
     def _ends_block(self, name: str) -> bool:
-        """Return whether a module is the innermost with one attention, and an activation."""
+        """Return whether a module is an attention block: the innermost with an activation too."""
 
         def within(inner: str) -> bool:
             return inner == name or inner.startswith(f"{name}.")
@@ -334,14 +340,14 @@ class _Watcher:
             dim = _attention_dim(module, output)
         if dim not in (None, usual):
             self._remember(output, dim)
-        # Values tell apart what belongs to which image where there are more parts than images.
+        # With more parts than images, the values are needed to assign parts to images.
         parts = output.shape[0] != self._images and output.shape[0] % self._images == 0
         kept = output.clone() if parts else output.to("meta")
         self.events[key] = _Event(what, kept, usual if dim is None else dim)
 
 
 def _attention_dim(module: nn.Module, output: Tensor) -> int | None:
-    """Return where attention has its channels, by the layer that its projection is."""
+    """Return the dimension of the channels of attention, by the kind of its projection layer."""
     if any(
         isinstance(m, nn.Conv2d) and m.out_channels == output.shape[1] for m in module.modules()
     ):
@@ -351,7 +357,7 @@ def _attention_dim(module: nn.Module, output: Tensor) -> int | None:
 
 
 def _batch(few: _Event, more: _Event | None) -> BatchPlace | None:
-    """Return where an output holds the images; None if it does not hold one part for each."""
+    """Return the dimension of the images in an output; None if it cannot be divided by image."""
     if more is None or few.output.ndim != more.output.ndim:
         return None
     one, two = few.output.shape, more.output.shape
@@ -367,13 +373,13 @@ def _batch(few: _Event, more: _Event | None) -> BatchPlace | None:
 
 
 def _alike(few: Tensor, more: Tensor, batch: BatchPlace) -> bool:
-    """Return whether the same images have the same outputs in a larger batch."""
+    """Return whether the images have the same outputs in a larger batch."""
     one, two = arrange(few, batch, IMAGES[0]), arrange(more, batch, IMAGES[1])[: IMAGES[0]]
     return alike(one, two)
 
 
 def alike(one: Tensor, two: Tensor) -> bool:
-    """Return whether two tensors differ by rounding alone."""
+    """Return whether two tensors differ only by rounding."""
     apart = (one - two).abs().max() if one.numel() else torch.zeros(())
     return bool(apart <= ALIKE * one.abs().max().clamp_min(1e-12))
 
@@ -388,7 +394,7 @@ def _candidate(key: Key, event: _Event, batch: BatchPlace, granularity: Granular
     module, function, call, kind = key
     output, dim = arrange(event.output, batch, IMAGES[0]), event.dim
     if output.ndim > event.output.ndim and dim > 0:
-        dim += 1  # parts of an image stand before its channels
+        dim += 1  # the parts of an image come before its channels
     neurons = pool(output, dim, granularity).shape[1]
     halves = 2 if granularity == "channel" and output.ndim > 2 else 1
     name = _name(key)

@@ -1,4 +1,4 @@
-"""The only two loops over batches: an epoch, with gradients, and a sweep, without."""
+"""Inference over an image set, in batches: logits, neurons and inputs of each image."""
 
 import math
 import time
@@ -18,8 +18,8 @@ from covcli.methods.state import Granularity
 from covcli.models.architectures import Classifier, Precision
 from covcli.models.points import Point, Recorder
 
-# A sweep's batch: at most so many images, positions of an image, and neurons in all. Which images
-# make a batch depends on the set alone, so that ranks compute the same bits as one process.
+# Limits of a batch: images, spatial positions, and neurons. The division into batches depends only
+# on the set, so that several ranks compute the same bits as one process.
 SWEEP_IMAGES = 64
 SWEEP_POSITIONS = 1 << 21
 SWEEP_NEURONS = 1 << 26
@@ -33,13 +33,13 @@ class Swept:
     Attributes
     ----------
     rows
-        Which images of the set, shape (B,).
+        Positions of the images in the set, int64 of shape (B,).
     logits
-        Shape (B, classes).
+        float32 of shape (B, classes), on the network's device.
     neurons
-        Shape (B, N), on the network's device like the logits.
+        float32 of shape (B, N), on the network's device.
     inputs
-        What the network was given: pixels in [0, 1] of shape (B, C, H, W), on its device.
+        The network's inputs: pixels in [0, 1] of shape (B, C, H, W), on its device.
     """
 
     rows: Tensor
@@ -49,25 +49,44 @@ class Swept:
 
 
 def to_network(images: Tensor, device: torch.device) -> Tensor:
-    """Turn uint8 images (B, C, H, W) to floats in [0, 1] on a device, in the fast memory layout.
+    """Convert uint8 images (B, C, H, W) to floats in [0, 1] on a device, in channels-last layout.
 
-    Floats are what a network takes already.
+    Floating-point images are only moved.
     """
     moved = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     return moved if images.is_floating_point() else moved.float().div_(255)
 
 
 def sweep_batch(shape: Shape) -> int:
-    """Return how many images of a shape to run at once without gradients."""
+    """Return the number of images of a shape in a batch without gradients."""
     return max(1, min(SWEEP_IMAGES, SWEEP_POSITIONS // (shape[1] * shape[2])))
 
 
 def forward(
     network: Callable[[Tensor], Tensor], recorder: Recorder, images: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run a network; return logits and neurons, or a CovcliError where they are not finite.
+    """Run a network on a batch, and return its logits and neurons.
 
-    Contributions take a backward pass, whatever the caller's mode, and keep no graph.
+    Contributions need a backward pass, also in the caller's inference mode; no graph is kept.
+
+    Parameters
+    ----------
+    network
+        Maps images to logits.
+    recorder
+        Records the network's coverage points; its `with` block is entered.
+    images
+        Shape (B, C, H, W).
+
+    Returns
+    -------
+    tuple of Tensor
+        Logits (B, classes) and neurons (B, N).
+
+    Raises
+    ------
+    CovcliError
+        If a logit or a neuron is NaN or infinite.
     """
     if recorder.granularity == "contribution":
         with torch.inference_mode(False), torch.enable_grad():
@@ -79,7 +98,8 @@ def forward(
         neurons = recorder.take(logits)
     if neurons.shape[0] > logits.shape[0]:  # an image was run twice
         neurons = neurons[: logits.shape[0]]
-    # Sums pass NaN and infinity on; those of large numbers can overflow, so then each is looked at.
+    # A sum is not finite if a value is not. Sums of large numbers can overflow too, so then each
+    # value is checked.
     if not math.isfinite(float((neurons.sum() + logits.sum()).detach())):
         _refuse_not_finite(recorder.points, neurons, logits)
     return logits, neurons
@@ -101,9 +121,25 @@ def sweep(
     progress: Progress,
     title: str,
 ) -> Iterator[Swept]:
-    """Run a network over a set in its order, and yield logits and neurons batch by batch.
+    """Run a network over a set in order, and yield logits and neurons batch by batch.
 
-    Under torchrun each rank gets the batches of its share.
+    Under torchrun, each rank processes its share of the batches.
+
+    Parameters
+    ----------
+    model
+        The network; it is put into evaluation mode.
+    images
+        The set.
+    points, granularity
+        The coverage points, and what their neurons are.
+    progress, title
+        Receives the progress under that title.
+
+    Yields
+    ------
+    Swept
+        One batch.
 
     Raises
     ------
@@ -128,12 +164,16 @@ def sweep(
 def choose_precision(
     amp: AmpMode, model: Classifier, work: Callable[[Tensor], object]
 ) -> Precision:
-    """Return the precision asked for; for "auto" the one in which the network works faster.
+    """Return the requested precision; for "auto", the one that measures faster.
 
     Parameters
     ----------
+    amp
+        "off", "bf16" or "auto".
+    model
+        The network.
     work
-        Does the work on images (B, C, H, W), with the network in the precision that it is in.
+        Runs the work on images (B, C, H, W), in the network's current precision.
     """
     if amp != "auto":
         return "bfloat16" if amp == "bf16" else "float32"
@@ -144,7 +184,7 @@ def _faster(model: Classifier, work: Callable[[Tensor], object]) -> Precision:
     images = torch.zeros(16, *model.spec.shape, device=model.mean.device)
     images = images.to(memory_format=torch.channels_last)
     chosen, times = model.precision, dict[Precision, float]()
-    for precision in [*MEASURED, *MEASURED]:  # the second time counts: warm
+    for precision in [*MEASURED, *MEASURED]:  # the first round is a warm-up
         model.precision = precision
         began = time.perf_counter()
         work(images)

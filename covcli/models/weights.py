@@ -1,8 +1,8 @@
-"""Weights that were trained elsewhere: found in what a file holds, and fitted to an architecture.
+"""Weights that were trained elsewhere: located in a file, and matched to an architecture.
 
-A file may hold them alone or beside an optimiser, under prefixes that wrappers add, and with parts
-that only training uses. They fit if every weight and buffer of the network is there by its name and
-in its shape. What is chosen among several, and what is left out, is said.
+A file may hold only weights, or also an optimiser's state. Wrappers may have added prefixes, and
+some weights may be used only in training. Weights fit if every weight and buffer of the network is
+present with its name and shape. A warning reports ambiguous choices and ignored weights.
 """
 
 import logging
@@ -24,26 +24,26 @@ from covcli.models.spec import ModelSpec, Normalisation
 log = logging.getLogger(__name__)
 Sides: TypeAlias = tuple[int, ...]
 
-# Modules that wrap others and put their name into the names of the weights, wherever they stand.
+# Wrapper modules that add their name to the names of the weights, at any level.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 AVERAGED = re.compile(r"(^|[._])(ema|avg|averaged?|swa)([._]|$)", re.IGNORECASE)
-# Names under which the network's own weights usually lie.
+# The usual keys of a network's weights in a file.
 USUAL = {
     "", "state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights",
     "params", "backbone", "student",
 }  # fmt: skip
 NOT_WEIGHTS = re.compile(r"optim|sched|scaler|callback|loops|hyper_param|history", re.IGNORECASE)
-# Parts of a file's network that only training uses, by the name of its outermost module.
+# Modules that are used only in training, by the first part of the name.
 ONLY_TRAINING = re.compile(
     r"(aux.*|AuxLogits|criterion.*|loss.*|.*_loss|.*metrics?|(train|val|valid|test)_.*|teacher.*"
     r"|ema.*|.*_ema|n_averaged)"
 )
-# Buffers that networks compute by themselves, or that profilers leave behind, wherever they stand.
+# Buffers that networks compute themselves, or that profilers add, at any level.
 COMPUTED = {
     "n_averaged", "total_ops", "total_params", "relative_position_index", "attn_mask",
     "position_ids",
 }  # fmt: skip
-# What BatchNorm counts since torch 0.4.1, and reads nowhere in evaluation.
+# BatchNorm's counter since torch 0.4.1, which is not used in evaluation.
 COUNTED = "num_batches_tracked"
 DEPTH = 4
 SHOWN = 3
@@ -52,18 +52,18 @@ FEW, MORE = 3, 5
 
 @dataclass(frozen=True)
 class Foreign:
-    """What a caller says of weights that come without a checkpoint.
+    """The caller's settings for weights without a checkpoint.
 
     Attributes
     ----------
     model
-        The architecture's name, or None where it was not said.
+        The architecture's name, or None.
     statistics
-        Mean and deviation of the pixels; None for what the architecture expects.
+        Mean and deviation of the pixels in [0, 1], per channel; None for those of the architecture.
     preprocess
-        What `--preprocess` says, or None.
+        The text of `--preprocess`, or None.
     logits
-        Which of the network's outputs are the logits; "" where that is plain.
+        The name of the logits among the network's outputs; "" if they are unambiguous.
     """
 
     model: str | None = None
@@ -74,9 +74,14 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Place:
-    """A state dict in a file: where it stands there ("" for the file itself), and its tensors.
+    """A state dict in a file.
 
-    The names of the tensors are those without wrappers.
+    Attributes
+    ----------
+    name
+        The keys that lead to it, joined by dots; "" for the file's top level.
+    tensors
+        Its tensors, by names without wrappers.
     """
 
     name: str
@@ -85,17 +90,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """Names and shapes of a network's weights and buffers, whatever the number of classes.
+    """Names and shapes of a network's weights and buffers, for any number of classes.
 
     Attributes
     ----------
     names
-        The network's names, by the same names without wrappers.
+        The network's names, by names without wrappers.
     shapes
         The shapes in a network of `FEW` classes, by names without wrappers.
     growth
-        Of each name that depends on the number of classes the dimension, and by how much it grows
-        with a class.
+        For each name that depends on the number of classes: the dimension, and its growth per
+        class.
     """
 
     names: Mapping[str, str]
@@ -103,9 +108,9 @@ class Skeleton:
     growth: Mapping[str, tuple[int, int]]
 
     @classmethod
-    def of(cls, made: Architecture, pretrained: bool) -> "Skeleton":
-        """Build a network for two numbers of classes, without memory for weights, and compare."""
-        few, more = (made.shapes(classes, pretrained) for classes in (FEW, MORE))
+    def of(cls, entry: Architecture, pretrained: bool) -> "Skeleton":
+        """Compare the shapes of a network with two numbers of classes; allocates no weights."""
+        few, more = (entry.shapes(classes, pretrained) for classes in (FEW, MORE))
         growth = {}
         for name, shape in few.items():
             for dim, (one, two) in enumerate(zip(shape, more.get(name, shape), strict=False)):
@@ -117,18 +122,18 @@ class Skeleton:
             growth,
         )
 
-    def classes(self, found: Mapping[str, Sides]) -> int | None:
-        """Return how many classes most of these weights tell apart; None if none depends on it."""
+    def classes(self, given: Mapping[str, Sides]) -> int | None:
+        """Return the number of classes that most shapes imply; None if no shape depends on it."""
         counts: Counter[int] = Counter()
         for name, (dim, step) in self.growth.items():
-            if len(found.get(name, ())) == len(self.shapes[name]):
-                more, rest = divmod(found[name][dim] - self.shapes[name][dim], step)
+            if len(given.get(name, ())) == len(self.shapes[name]):
+                more, rest = divmod(given[name][dim] - self.shapes[name][dim], step)
                 if rest == 0 and FEW + more > 0:
                     counts[FEW + more] += 1
         return counts.most_common(1)[0][0] if counts else None
 
     def shape(self, name: str, classes: int) -> Sides:
-        """Return the shape of a weight in a network of so many classes."""
+        """Return the shape of a weight in a network of that many classes."""
         shape = list(self.shapes[name])
         if name in self.growth:
             dim, step = self.growth[name]
@@ -138,20 +143,20 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class Match:
-    """How the weights of a place, under a prefix, fit a network.
+    """The comparison of a network with the weights at a place, under a prefix.
 
     Attributes
     ----------
     place, prefix
-        Which weights.
+        The weights.
     classes
-        How many classes they tell apart; None if that cannot be seen.
+        The number of classes by their shapes; None if it cannot be determined.
     missing, unexpected
-        The network's names that are not there, and other names than the network's.
+        Names that only the network has, and names that only the weights have.
     reshaped
-        Names of another shape than in the network, with both shapes.
+        Names whose shape differs, with both shapes.
     ignored
-        Names that are left out.
+        Names that are ignored.
     """
 
     place: Place
@@ -164,17 +169,17 @@ class Match:
 
     @property
     def wrong(self) -> int:
-        """How many names do not fit."""
+        """The number of names that do not fit."""
         return len(self.missing) + len(self.unexpected) + len(self.reshaped)
 
     @property
     def fits(self) -> bool:
-        """Whether all of the network is there, and nothing else."""
+        """Whether all weights of the network are present, and no others."""
         return self.wrong == 0 and self.classes is not None
 
     @property
     def only_named_otherwise(self) -> bool:
-        """Whether what is missing could be there under other names."""
+        """Whether the missing weights could be present under other names."""
         return not self.reshaped and 0 < len(self.missing) <= 2 * len(self.unexpected)
 
     @property
@@ -189,7 +194,7 @@ class Match:
 
     @property
     def unusual(self) -> int:
-        """How many parts of its name are none under which a network's own weights usually lie."""
+        """The number of parts of its name that are not usual keys of a network's weights."""
         return sum(part not in USUAL for part in self.where.split("."))
 
     def tensors(self, skeleton: Skeleton) -> dict[str, Tensor]:
@@ -202,7 +207,7 @@ class Match:
         }
 
     def describe(self) -> str:
-        """Word what does not fit, three names of each kind."""
+        """Return a description of what does not fit, with at most three names of each kind."""
         reshaped = [f"{name} {here} instead of {wanted}" for name, here, wanted in self.reshaped]
         kinds = {"missing": self.missing, "unexpected": self.unexpected,
                  "of another shape": reshaped}  # fmt: skip
@@ -210,54 +215,54 @@ class Match:
         return "; ".join(parts) or "no layer grows with the number of classes"
 
 
-def from_foreign(document: Mapping[Any, Any], told: Foreign, where: object) -> Classifier:
+def from_foreign(document: Mapping[Any, Any], foreign: Foreign, where: object) -> Classifier:
     """Build a network around weights that were trained elsewhere.
 
     Parameters
     ----------
     document
-        What the file holds: a state dict, or state dicts in dictionaries.
-    told
-        The architecture, and what else the caller knows.
+        The file's content: a state dict, or nested dictionaries with state dicts.
+    foreign
+        The architecture, and the caller's other settings.
     where
-        Names the file in an error.
+        The file, for errors.
 
     Raises
     ------
     CovcliError
         If no architecture is named, or the weights do not fit it.
     """
-    found = places(document, where)
-    if told.model is None:
-        hint = nearest_architecture([place.tensors for place in found])
+    candidates = places(document, where)
+    if foreign.model is None:
+        hint = nearest_architecture([place.tensors for place in candidates])
         raise CovcliError("is a bare state dict", where=where, fix=f"name its --model{hint}")
-    made = architecture(told.model)
+    entry = architecture(foreign.model)
     tried: list[Match] = []
-    for pretrained in made.layouts:
-        skeleton = Skeleton.of(made, pretrained)
-        matches = [match for place in found for match in _matches(skeleton, place)]
+    for pretrained in entry.layouts:
+        skeleton = Skeleton.of(entry, pretrained)
+        matches = [match for place in candidates for match in _matches(skeleton, place)]
         tried += matches
         chosen = _chosen([match for match in matches if match.fits], where)
         older = [match for match in matches if match.classes and match.only_named_otherwise]
         for match in [chosen] if chosen else sorted(older, key=lambda match: match.wrong)[:1]:
-            model = build(_spec(told, made, pretrained, match.classes or FEW))
+            model = build(_spec(foreign, entry, pretrained, match.classes or FEW))
             if chosen or _converted(model, match):
                 return _filled(model, match, skeleton, where)
-    raise _misfit(told.model, tried, found, where)
+    raise _misfit(foreign.model, tried, candidates, where)
 
 
-def _spec(told: Foreign, made: Architecture, pretrained: bool, classes: int) -> ModelSpec:
-    assert told.model is not None
-    shape, statistics = made.expects(pretrained)
-    shape = shape.changed(told.preprocess)
-    mean, deviation = told.statistics or statistics
+def _spec(foreign: Foreign, entry: Architecture, pretrained: bool, classes: int) -> ModelSpec:
+    assert foreign.model is not None
+    shape, statistics = entry.expects(pretrained)
+    shape = shape.changed(foreign.preprocess)
+    mean, deviation = foreign.statistics or statistics
     return ModelSpec(
-        told.model, classes, shape, mean, deviation, pretrained, shape.preprocess, told.logits
+        foreign.model, classes, shape, mean, deviation, pretrained, shape.preprocess, foreign.logits
     )
 
 
 def _converted(model: Classifier, match: Match) -> bool:
-    """Let torch load weights of an older layout, which modules convert; return whether all fit."""
+    """Load weights of an older layout, which torch's modules convert; return whether all fit."""
     tensors = {
         name.removeprefix(match.prefix): tensor
         for name, tensor in match.place.tensors.items()
@@ -279,22 +284,22 @@ def from_spec(document: Mapping[Any, Any], spec: ModelSpec, where: object) -> Cl
     CovcliError
         If the weights do not fit it.
     """
-    found = places(document, where)
+    candidates = places(document, where)
     skeleton = Skeleton.of(architecture(spec.name), spec.pretrained)
-    matches = [match for place in found for match in _matches(skeleton, place)]
+    matches = [match for place in candidates for match in _matches(skeleton, place)]
     fitting = [match for match in matches if match.fits and match.classes == spec.classes]
     chosen = _chosen(fitting, where)
     if chosen is None:
-        raise _misfit(spec.name, matches, found, where)
+        raise _misfit(spec.name, matches, candidates, where)
     return _filled(build(spec), chosen, skeleton, where)
 
 
 def places(document: Mapping[Any, Any], where: object) -> list[Place]:
-    """Return every state dict that a file holds; a file without any is a CovcliError."""
-    found = [Place(name, tensors) for name, tensors in _walk(document, "", DEPTH)]
-    if not found:
+    """Return every state dict in a file; raise a CovcliError if there is none."""
+    state_dicts = [Place(name, tensors) for name, tensors in _walk(document, "", DEPTH)]
+    if not state_dicts:
         raise CovcliError("is neither a checkpoint nor a state dict", where=where)
-    return found
+    return state_dicts
 
 
 def _walk(
@@ -314,7 +319,7 @@ def _plain(name: str) -> str:
 
 
 def _matches(skeleton: Skeleton, place: Place) -> list[Match]:
-    """Compare a state dict with a network, under every prefix that its names suggest."""
+    """Compare a state dict with a network, for every prefix that its names suggest."""
     names = list(skeleton.names)
     prefixes = {""} | {
         name.removesuffix(anchor)
@@ -353,7 +358,7 @@ def _only_training(name: str) -> bool:
 
 
 def _chosen(fitting: Sequence[Match], where: object) -> Match | None:
-    """Return the averaged weights, or those in the most usual place; a tie is a CovcliError."""
+    """Return the averaged weights, or those at the most usual place; raise on a tie."""
     if not fitting:
         return None
     ranked = sorted(fitting, key=lambda match: (not match.averaged, match.unusual))
@@ -364,14 +369,14 @@ def _chosen(fitting: Sequence[Match], where: object) -> Match | None:
             raise CovcliError(
                 f"holds several sets of weights that fit: {best.where}, {other.where}",
                 where=where,
-                fix="save the one that counts alone, by torch.save",
+                fix="save only the right one by torch.save",
             )
     unlike = [other.where or "the file's top" for other in others if not _equal(best, other)]
     if unlike:
         kind = "averaged weights" if best.averaged else "weights"
-        log.warning("%s: takes the %s %s, not %s", where, kind, best.where, ", ".join(unlike))
+        log.warning("%s: uses the %s %s, not %s", where, kind, best.where, ", ".join(unlike))
     elif best.averaged:
-        log.warning("%s: takes averaged weights (%s)", where, best.where or "n_averaged")
+        log.warning("%s: uses averaged weights (%s)", where, best.where or "n_averaged")
     return best
 
 
@@ -388,7 +393,7 @@ def _equal(one: Match, other: Match) -> bool:
 
 
 def _filled(model: Classifier, chosen: Match, skeleton: Skeleton, where: object) -> Classifier:
-    """Fill a network with weights that fit it, and say what is left out."""
+    """Load fitting weights into a network, and warn about ignored weights."""
     own = model.network.state_dict()
     tensors = chosen.tensors(skeleton)
     check_kinds(own, tensors, where)
@@ -400,16 +405,16 @@ def _filled(model: Classifier, chosen: Match, skeleton: Skeleton, where: object)
     model.network.load_state_dict(own)
     parts = sorted({name.split(".")[0] for name in chosen.ignored})
     if parts:
-        log.warning("%s: leaves out what the network does not have: %s", where, _first(parts))
+        log.warning("%s: ignores weights that the network does not have: %s", where, _first(parts))
     return model
 
 
 def _misfit(
-    name: str, tried: Sequence[Match], found: Sequence[Place], where: object
+    name: str, tried: Sequence[Match], candidates: Sequence[Place], where: object
 ) -> CovcliError:
-    """Word what does not fit in the weights that come nearest, and which architecture does."""
+    """Return the error for the best match, with the architecture that fits better."""
     best = min(tried, key=lambda match: match.wrong)
-    hint = nearest_architecture([place.tensors for place in found])
+    hint = nearest_architecture([place.tensors for place in candidates])
     return CovcliError(
         f"the weights do not fit model {name!r}: {best.describe()}",
         where=where,

@@ -1,8 +1,7 @@
 """Architectures of other libraries: `torchvision:NAME` and `timm:NAME`.
 
-Input size, resizing and normalisation are those that the library's own configuration gives for its
-weights. They hold for a network that starts from these weights, and are what its users expect of
-any other; `--preprocess`, `--mean` and `--std` say otherwise.
+Input size, resizing and normalisation come from the library's configuration of its weights. They
+are also the defaults for other weights; `--preprocess`, `--mean` and `--std` change them.
 """
 
 import math
@@ -20,16 +19,16 @@ from covcli.data.preprocessing import INTERPOLATIONS, InputShape, Interpolation,
 from covcli.models.registry import Architecture, Published
 from covcli.models.spec import Normalisation
 
-# Both normalise their input a second time where torchvision's own weights are loaded
-# (`transform_input`); together that is a mean and a deviation of one half.
+# With torchvision's own weights, both networks normalise their input a second time
+# (`transform_input`). The two normalisations together have mean and deviation 0.5.
 HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 STATISTICS = {"googlenet": HALF, "inception_v3": HALF}
-# What only training uses of them is left out.
+# Their auxiliary heads, which only training uses, are omitted.
 WITHOUT_AUXILIARY = {"aux_logits": False, "init_weights": True}
 
 
 def torchvision_published(name: str) -> Published:
-    """Return torchvision's newest weights of one of its classifiers."""
+    """Return torchvision's default weights of one of its classifiers."""
     weights = torchvision.models.get_model_weights(name).DEFAULT
     preset = weights.transforms()
     height, width = (2 * preset.crop_size)[:2]
@@ -50,7 +49,7 @@ def _torchvision_state(name: str) -> Mapping[str, Tensor]:
 
 
 def torchvision_architecture(name: str) -> Architecture:
-    """Return one of torchvision's classifiers; an unknown name is a CovcliError."""
+    """Return one of torchvision's classifiers; raise a CovcliError for an unknown name."""
     known = torchvision_names()
     if name not in known:
         raise CovcliError(f"unknown torchvision model {name!r}", fix=suggestion(name, known))
@@ -70,7 +69,7 @@ def torchvision_names() -> list[str]:
 
 
 def torchvision_parameters(name: str) -> int:
-    """Return how many parameters torchvision's published weights of a classifier have."""
+    """Return the number of parameters of torchvision's weights of a classifier."""
     return int(torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"])
 
 
@@ -80,7 +79,8 @@ def timm_architecture(name: str) -> Architecture:
     Raises
     ------
     CovcliError
-        If timm is not installed, does not know the name, or pads images where others cut them.
+        If timm is not installed, does not know the name, or preprocesses images for this model in
+        an unsupported way (padding instead of cropping).
     """
     timm = _timm()
     plain = name.partition(".")[0]
@@ -111,10 +111,10 @@ def _timm_shape(data: Mapping[str, Any], name: str) -> InputShape:
     channels, height, width = data["input_size"]
     if data["crop_mode"] == "border" or height != width:
         raise CovcliError(
-            f"timm prepares its images in a way that covcli does not know "
+            f"timm prepares its images in a way that covcli does not support "
             f"(crop mode {data['crop_mode']!r}, {height}×{width})",
             where=f"timm:{name}",
-            fix="register the network under a name of its own by --plugin",
+            fix="register the network under another name by --plugin",
         )
     side = math.floor(height / data["crop_pct"])  # timm's own rounding
     resize = (side, side) if data["crop_mode"] == "squash" else side
@@ -142,7 +142,7 @@ def _interpolation(name: str) -> Interpolation:
     for known in INTERPOLATIONS:
         if name == known:
             return known
-    return "bicubic"  # lanczos and the like, which no tensor operation has
+    return "bicubic"  # instead of Lanczos and others, which torch cannot compute
 
 
 FAMILIES: Mapping[Literal["torchvision", "timm"] | str, Callable[[str], Architecture]] = {

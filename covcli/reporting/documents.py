@@ -632,4 +632,4 @@ def _read(kind: type[Document], path: Path, called: str, schema: int) -> Documen
     try:
         return settings.read(kind, document)
     except ValueError as error:
-        raise CovcliError(f"does not hold together ({error})", where=path) from None
+        raise CovcliError(f"is inconsistent ({error})", where=path) from None

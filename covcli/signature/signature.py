@@ -169,7 +169,7 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
     Raises
     ------
     CovcliError
-        If the file is missing, damaged, of another kind, or does not hold together.
+        If the file is missing, damaged, of another kind, or is inconsistent.
 
     Examples
     --------

@@ -62,4 +62,4 @@ def restored_config(
         moved = {"runs": run.parent, "name": run.name, "data_dir": folder}
         return settings.read(TrainConfig, told | moved)
     except (LookupError, TypeError, ValueError) as error:
-        raise CovcliError(f"does not hold together ({error})", where=run / PAUSED_FILE) from None
+        raise CovcliError(f"is inconsistent ({error})", where=run / PAUSED_FILE) from None

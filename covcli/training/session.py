@@ -211,7 +211,7 @@ class Session:
         Raises
         ------
         CovcliError
-            If the data is not what it was, or the file does not hold together.
+            If the data is not what it was, or the file is inconsistent.
         """
         if content.get("trusted") != DataRecord.of(self.images).images:
             raise CovcliError(

@@ -231,7 +231,7 @@ def test_what_is_left_out_is_said_and_what_could_matter_is_refused(
     torch.save({**state, "aux1.weight": torch.ones(2)}, tmp_path / "w.pt")
     with caplog.at_level(logging.WARNING):
         assert_alike(tmp_path / "w.pt", saved)
-    assert "leaves out what the network does not have: aux1" in caplog.text
+    assert "ignores weights that the network does not have: aux1" in caplog.text
     torch.save({**state, "body.5.weight": torch.ones(2)}, tmp_path / "w.pt")  # one more layer
     with pytest.raises(CovcliError, match=r"unexpected: body\.5\.weight"):
         checkpoint.load(tmp_path / "w.pt", "norms")

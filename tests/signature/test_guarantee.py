@@ -398,7 +398,7 @@ def test_a_crafted_guarantee_is_refused(run: Path, entry: object) -> None:
     whole = {"alpha": 0.05, "mode": "marginal", "max_error": None}
     crafted = whole | entry if isinstance(entry, dict) else entry
     save_signature(path, tensors, {**metadata, "guarantee": crafted})
-    with pytest.raises(CovcliError, match="does not hold together"):
+    with pytest.raises(CovcliError, match="is inconsistent"):
         signatures.load(path)
 
 

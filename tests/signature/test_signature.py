@@ -27,7 +27,7 @@ def test_a_signature_comes_back_whole(signed: SignatureResult, tmp_path: Path) -
     ]
     for wrong in broken:
         signatures.save(tmp_path / "wrong", wrong, calibration, record)
-        with pytest.raises(CovcliError, match="does not hold together"):
+        with pytest.raises(CovcliError, match="is inconsistent"):
             signatures.load(tmp_path / "wrong")
     combination = calibration.combination
     for changes in (
@@ -42,7 +42,7 @@ def test_a_signature_comes_back_whole(signed: SignatureResult, tmp_path: Path) -
     ):  # fmt: skip
         other = dataclasses.replace(calibration, **changes)
         signatures.save(tmp_path / "wrong", signature, other, record)
-        with pytest.raises(CovcliError, match="does not hold together"):
+        with pytest.raises(CovcliError, match="is inconsistent"):
             signatures.load(tmp_path / "wrong")
 
 
@@ -60,7 +60,7 @@ def test_a_crafted_signature_or_checkpoint_is_refused(run: Path) -> None:
     ):  # fmt: skip
         document = {**metadata, "record": {**record.as_dict(), **changes}}
         signatures.save_signature(path, tensors, document)
-        with pytest.raises(CovcliError, match="does not hold together") as caught:
+        with pytest.raises(CovcliError, match="is inconsistent") as caught:
             signatures.load(path)
         assert "pydantic" not in str(caught.value)
     for key, value in (("floor", 10**400), ("floor", "x"), ("granularity", 3), ("precision", {})):
