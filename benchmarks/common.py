@@ -35,7 +35,7 @@ from covcli.models import architectures
 from covcli.models import checkpoint as checkpoints
 from covcli.models.architectures import Classifier, ModelSpec
 from covcli.models.sweep import sweep, sweep_batch, to_network
-from covcli.signature.fit import fit_judge, fit_signature
+from covcli.signature.fit import How, fit_judge, fit_signature
 from covcli.signature.monitor import Monitor
 from covcli.signature.signature import Signature
 from covcli.training.epoch import Trainer
@@ -178,10 +178,7 @@ def signature(
     model: Classifier, images: ImageSet, method: str, granularity: Granularity = "channel"
 ) -> Signature:
     """Build a signature in memory, from every image that the network gets right."""
-    classes = tuple(str(k) for k in range(model.spec.classes))
-    return fit_signature(
-        model, images, classes, make_method(method), granularity, 0.0, Silent()
-    )[0]  # fmt: skip
+    return fit_signature(model, images, How(make_method(method), granularity, 0.0), Silent())[0]
 
 
 def monitor(

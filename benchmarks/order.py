@@ -32,7 +32,7 @@ from covcli.data.images import ImageSet, Source
 from covcli.data.preprocessing import Shape
 from covcli.methods import make_method
 from covcli.models import checkpoint as checkpoints
-from covcli.signature.fit import fit_judge, fit_signature
+from covcli.signature.fit import How, fit_judge, fit_signature
 from covcli.signature.guarantee import Guarantee
 from covcli.signature.judge import Judge
 from covcli.training.train import TrainConfig, train
@@ -112,10 +112,9 @@ def prepared(args: argparse.Namespace, folder: Path) -> tuple[Judge, ImageSet]:
     model = checkpoints.load(train(config, Silent()).checkpoint).model
     digits = datasets.load("digits?split=train", "train")
     trusted = digits.select(torch.arange(TRAINED))
-    method, every = make_method(args.method), torch.arange(TRAINED, len(digits))
-    signature, _, _ = fit_signature(
-        model, trusted, digits.classes, method, "channel", 0.5, Silent()
-    )
+    every = torch.arange(TRAINED, len(digits))
+    how = How(make_method(args.method), threshold=0.5)
+    signature, _, _ = fit_signature(model, trusted, how, Silent())
     rows = (CAMERAS * every[:, None] + torch.arange(CAMERAS)).flatten()
     pool = ImageSet("cameras", Cameras(digits.source), rows, None, digits.classes)
     return fit_judge(model, signature, pool.select(torch.arange(200)), Silent()), pool

@@ -1,4 +1,4 @@
-"""Attacks: adversarial images made from trusted ones."""
+"""Attacks: adversarial images computed from trusted images."""
 
 from covcli.attacks.attacks import ATTACKS
 

@@ -1,4 +1,4 @@
-"""An attack that knows the monitor: it lowers the coverage score while it deceives the network.
+"""An adaptive attack: it deceives the network and lowers the coverage score at the same time.
 
 Carlini and Wagner, "Adversarial Examples Are Not Easily Detected", 2017; Tramèr et al., "On
 Adaptive Attacks to Adversarial Example Defenses", NeurIPS 2020.
@@ -11,13 +11,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-# From this lead in logits on a wrong class is safe, and only the score is worked on.
+# A lead of the wrong class by this many logits is safe; beyond it, only the score is optimised.
 SAFE_MARGIN = 5.0
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a monitored network says of a batch of images.
+    """The output of a monitored network on a batch of images.
 
     Attributes
     ----------
@@ -26,7 +26,7 @@ class Look:
     score
         The coverage score, float64 of shape (B,).
     soft_score
-        Its stand-in with a gradient, float64 of shape (B,), in units of the threshold.
+        Its differentiable approximation, float64 of shape (B,), in units of the threshold.
     """
 
     logits: Tensor
@@ -34,12 +34,12 @@ class Look:
     soft_score: Tensor
 
 
-# From images, floats in [0, 1] of shape (B, C, H, W).
+# Takes images, floats in [0, 1] of shape (B, C, H, W).
 Monitored: TypeAlias = Callable[[Tensor], Look]
 
 
 def rounded(images: Tensor) -> Tensor:
-    """Return images as 8 bits store them, still floats in [0, 1]."""
+    """Round images, floats in [0, 1], to multiples of 1/255, as 8-bit files store them."""
     return (images * 255).round() / 255
 
 
@@ -52,36 +52,49 @@ def adaptive_pgd(
     step: float,
     weight: float,
 ) -> Tensor:
-    """Look within ±epsilon for images that deceive the network and score low, by signed gradients.
+    """Search within ±epsilon for images that deceive the network and have a low score.
 
-    Ascends the margin m = max_i z_i − z_y, i ≠ y, from a random start, and once the image deceives
-    (m > 0) min(m, 5) − weight·(soft score/threshold): the margin counts no further where it is safe
-    (Carlini and Wagner, 2017), and the score, of the class that the network then predicts, does not
-    hold back an image that does not deceive yet (Bryniarski et al., "Evading Adversarial Example
-    Detection Defenses with Orthogonal Projected Gradient Descent", 2021). Cross-entropy less the
-    score is weaker: it grows without bound, and where it does not the score keeps images from
-    deceiving.
+    The attack starts at a random point and takes signed gradient steps. It ascends the margin
+    m = max_i z_i − z_y, i ≠ y. Once the image deceives (m > 0), it ascends
+    min(m, 5) − weight·(soft score/threshold). The margin is clipped because a larger one is not
+    needed (Carlini and Wagner, 2017). The score of the predicted class counts only for images that
+    deceive already, so that it does not prevent deception (Bryniarski et al., "Evading Adversarial
+    Example Detection Defenses with Orthogonal Projected Gradient Descent", 2021). Cross-entropy
+    minus the score is a weaker objective, because cross-entropy is not bounded.
 
-    Of each image the iterate is kept that deceives with the lowest score, else the last. Iterates
-    are judged as they would be stored, in 8 bits, and by the score itself, not by its stand-in.
+    For each image, the result is the iterate that deceives with the lowest score, or else the last
+    one. Iterates are evaluated after rounding to 8 bits, with the exact score.
 
     Parameters
     ----------
     look
         The network with its coverage score.
     images, labels
-        Shape (B, C, H, W), in [0, 1], and their true classes (B,).
+        Shape (B, C, H, W), in [0, 1], and their true classes, int64 of shape (B,).
     epsilon, step
-        Largest change of a pixel, and change in one step, of pixels in [0, 1].
+        Largest change of a pixel, and change in one step, for pixels in [0, 1].
     steps
-        How many.
+        The number of steps.
     weight
-        The score's weight in the gradient; with 0 it only chooses among the iterates.
+        The score's weight in the gradient; with 0, it only selects among the iterates.
 
     Returns
     -------
     Tensor
         Shape (B, C, H, W), rounded to 8 bits.
+
+    Examples
+    --------
+    A linear network whose score is the brightness:
+
+    >>> def look(images):
+    ...     flat = images.flatten(1)
+    ...     brightness = flat.mean(1).double()
+    ...     return Look(flat @ torch.eye(4)[:, :2], brightness.detach(), brightness)
+    >>> images = torch.tensor([0.5, 0.4, 0.5, 0.5]).view(1, 1, 2, 2)
+    >>> attacked = adaptive_pgd(look, images, torch.tensor([0]), 0.1, 10, 0.05, weight=1.0)
+    >>> look(attacked).logits.argmax(1).item(), bool(look(attacked).score < look(images).score)
+    (1, True)
     """
     moving = (images + torch.empty_like(images).uniform_(-epsilon, epsilon)).clamp(0, 1)
     best = images
@@ -105,7 +118,7 @@ def adaptive_pgd(
 def _better(
     seen: Look, images: Tensor, labels: Tensor, best: Tensor, lowest: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the better of two iterates of each image, with its score; infinity: none deceives."""
+    """Return the better of two iterates of each image and its score, infinite if none deceives."""
     wrong = (seen.logits.argmax(1) != labels).cpu()
     score = torch.where(wrong, seen.score, torch.inf)
     better = score < lowest
@@ -114,7 +127,7 @@ def _better(
 
 
 def _margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return by how much the best wrong class leads, above 0 where the image deceives."""
+    """Return the lead of the best wrong class in logits; positive if the image deceives."""
     true = labels[:, None]
     others = logits.scatter(1, true, -torch.inf).amax(1)
     return others - logits.gather(1, true)[:, 0]

@@ -1,12 +1,13 @@
-"""ATTACKS: adversarial images made from trusted ones, by the library foolbox and by covcli."""
+"""ATTACKS: attacks on the network, by the library foolbox, and on the monitor, by covcli."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import foolbox
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from covcli.attacks.adaptive import Monitored, adaptive_pgd, rounded
 from covcli.core import distributed, runtime
@@ -29,21 +30,21 @@ STRETCHES = (5.0, 3.0, 2.0, 1.5, 1.2, 1.1, 1.05, 1.02, 1.01, 1.0)
 
 @dataclass(frozen=True)
 class Target:
-    """What an attack may look at.
+    """The model under attack.
 
     Attributes
     ----------
     model
-        The network, as foolbox takes it.
+        The network, wrapped for foolbox.
     monitored
-        The network with its coverage score; None where there is no signature.
+        The network with its coverage score; None without a signature.
     """
 
     model: foolbox.PyTorchModel
     monitored: Monitored | None
 
 
-# From the target, images (floats in [0, 1] of shape (B, C, H, W)) and their true classes (B,).
+# Takes the target, images (floats in [0, 1] of shape (B, C, H, W)) and their true classes (B,).
 Perturb: TypeAlias = Callable[[Target, Tensor, Tensor], Tensor]
 
 
@@ -51,14 +52,30 @@ Perturb: TypeAlias = Callable[[Target, Tensor, Tensor], Tensor]
 class Attack:
     """One attack with its parameters.
 
+    A plugin registers a function that takes the parsed specification and returns an Attack, by
+    `@ATTACKS.add(NAME)`. `run_attack` applies `offset`, `limit` and `seed`.
+
     Attributes
     ----------
     perturb
-        Returns the attacked images, floats in [0, 1].
+        Takes a `Target`, images (floats in [0, 1] of shape (B, C, H, W)) and their true classes
+        (B,). Returns the attacked images, floats in [0, 1].
     images
-        How many images to attack unless the specification has a `limit`: fewer for a dear attack.
+        The number of images to attack if the specification has no `limit`; fewer for an expensive
+        attack.
     needs_signature
         Whether it attacks the signature too.
+
+    Examples
+    --------
+    >>> @ATTACKS.add("darken")
+    ... def darken(spec):
+    ...     spec.only([*PARTS, "seed", "by"])
+    ...     by = spec.take("by", fraction, 0.1)
+    ...     return Attack(lambda target, images, labels: (images - by).clamp(0, 1))
+    >>> attack = make_attack(parse("attack:darken?by=0.25"))
+    >>> attack.perturb(None, torch.ones(1, 1, 1, 1), None).item()
+    0.75
     """
 
     perturb: Perturb
@@ -76,12 +93,18 @@ def is_attack(spec: Spec) -> bool:
 
 
 def make_attack(spec: Spec) -> Attack:
-    """Make the attack of `attack:NAME?…`; an unknown name or parameter is a CovcliError."""
+    """Create the attack of `attack:NAME?…`.
+
+    Raises
+    ------
+    CovcliError
+        If the name or a parameter is unknown, or a value is invalid.
+    """
     return ATTACKS.get(spec.argument)(spec)
 
 
 def check_without_signature(text: str) -> None:
-    """Raise a CovcliError unless `text` names an attack that needs no signature."""
+    """Raise a CovcliError if the attack that `text` names needs a signature."""
     if make_attack(parse(text)).needs_signature:
         raise CovcliError(
             "attacks a signature, and there is none here", where=text, fix="use it in `evaluate`"
@@ -89,7 +112,7 @@ def check_without_signature(text: str) -> None:
 
 
 def _within(attack: Any, epsilon: float) -> Perturb:
-    """Run a foolbox attack that stays within a distance of the image."""
+    """Run a foolbox attack that keeps within a distance of the image."""
 
     def perturb(target: Target, images: Tensor, labels: Tensor) -> Tensor:
         _, clipped, _ = attack(target.model, images, labels, epsilons=epsilon)
@@ -100,7 +123,7 @@ def _within(attack: Any, epsilon: float) -> Perturb:
 
 
 def _nearest(attack: Any) -> Perturb:
-    """Run a foolbox attack that looks for the nearest image that deceives."""
+    """Run a foolbox attack that searches for the nearest image that deceives."""
 
     def perturb(target: Target, images: Tensor, labels: Tensor) -> Tensor:
         _, nearest, _ = attack(target.model, images, labels, epsilons=None)
@@ -114,12 +137,12 @@ def _nearest(attack: Any) -> Perturb:
 def _as_stored(
     model: foolbox.PyTorchModel, images: Tensor, attacked: Tensor, labels: Tensor
 ) -> Tensor:
-    """Stretch perturbations as little as makes the images deceive when they are stored in 8 bits.
+    """Stretch each perturbation just enough that the image deceives after rounding to 8 bits.
 
-    An image that no stretch makes deceive is returned as it was.
+    An image that does not deceive with any factor is returned without a perturbation.
     """
     result = images
-    for factor in STRETCHES:  # from the largest on: the smallest that deceives has the last word
+    for factor in STRETCHES:  # descending, so that the smallest factor that deceives is kept
         stored = rounded((images + factor * (attacked - images)).clamp(0, 1))
         result = torch.where(_per_image(model(stored).argmax(1) != labels), stored, result)
     return result
@@ -141,7 +164,7 @@ def fgsm(spec: Spec) -> Attack:
 def pgd(spec: Spec) -> Attack:
     """PGD (Madry et al., 2018) in L∞ from a random start: `eps` (8/255), `steps` (10), `step`.
 
-    A step is a quarter of eps unless said otherwise.
+    The default step is eps/4.
     """
     spec.only([*PARTS, "seed", "eps", "steps", "step"])
     epsilon = spec.take("eps", fraction, 8 / 255)
@@ -156,9 +179,9 @@ def pgd(spec: Spec) -> Attack:
 def pgd_l2(spec: Spec) -> Attack:
     """PGD (Madry et al., 2018) in L2 from a random start: `eps` (0.5), `steps` (20), `step`.
 
-    eps is the length of the whole perturbation of pixels in [0, 1]; 0.5 is RobustBench's for
-    images of 32×32 (Croce et al., 2021), and larger images ask for more. A step is 2.5·eps/steps
-    unless said otherwise. Rounding to 8 bits adds at most √(C·H·W)/510 to the length.
+    eps is the L2 norm of the whole perturbation, for pixels in [0, 1]. 0.5 is the value of
+    RobustBench for 32×32 images (Croce et al., 2021); larger images need more. The default step is
+    2.5·eps/steps. Rounding to 8 bits adds at most √(C·H·W)/510 to the norm.
     """
     spec.only([*PARTS, "seed", "eps", "steps", "step"])
     epsilon = spec.take("eps", fraction, 0.5)
@@ -171,8 +194,7 @@ def pgd_l2(spec: Spec) -> Attack:
 def deepfool(spec: Spec) -> Attack:
     """DeepFool (Moosavi-Dezfooli et al., 2016) in L2: `steps` (50), `overshoot` (0.02).
 
-    Has no eps: it looks for the nearest image that deceives. 200 images unless `limit` says
-    otherwise.
+    It has no eps: it searches for the nearest image that deceives. The default is 200 images.
     """
     spec.only([*PARTS, "seed", "steps", "overshoot"])
     attack = foolbox.attacks.L2DeepFoolAttack(
@@ -184,11 +206,11 @@ def deepfool(spec: Spec) -> Attack:
 
 @ATTACKS.add("cw")
 def carlini_wagner(spec: Spec) -> Attack:
-    """Attack as Carlini and Wagner (2017) do in L2, with fewer steps than foolbox's 90,000.
+    """L2 attack of Carlini and Wagner (2017), with fewer steps than foolbox's default of 90,000.
 
     `steps` (40) of Adam with `stepsize` (0.05) in each of `binary_search_steps` (5) for the
-    constant, from `initial_const` (1) on; `confidence` (0) is the lead in logits of the wrong
-    class. Has no eps. 100 images unless `limit` says otherwise.
+    constant, starting at `initial_const` (1). `confidence` (0) is the lead of the wrong class in
+    logits. It has no eps. The default is 100 images.
     """
     names = ["steps", "confidence", "stepsize", "initial_const", "binary_search_steps"]
     spec.only([*PARTS, "seed", *names])
@@ -204,12 +226,12 @@ def carlini_wagner(spec: Spec) -> Attack:
 
 @ATTACKS.add("boundary")
 def boundary(spec: Spec) -> Attack:
-    """Boundary attack (Brendel et al., 2018) in L2: sees the predicted class alone; `steps` (500).
+    """Boundary attack (Brendel et al., 2018) in L2, a black-box attack with `steps` (500).
 
-    Starts from the nearest image, of the batch or of uniform noise, that the network puts in
-    another class; an image without such a start is returned as it was. Its steps are larger, and
-    adapted more often, than foolbox's, which are meant for 25,000. Has no eps. About 2·steps looks
-    at the network an image: 50 images unless `limit` says otherwise.
+    It uses only the predicted class. It starts from the nearest image, in the batch or of uniform
+    noise, with another predicted class; an image without such a start is not changed. The steps are
+    larger and adapted more often than foolbox's, which are designed for 25,000 steps. It has no
+    eps. It runs the network about 2·steps times per image, so the default is 50 images.
     """
     spec.only([*PARTS, "seed", "steps"])
     attack = foolbox.attacks.BoundaryAttack(
@@ -232,9 +254,9 @@ def boundary(spec: Spec) -> Attack:
 
 
 def _starts(model: foolbox.PyTorchModel, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a start for each image, and the rows of those that have one and are right so far.
+    """Return a start for each image, and the rows of correct images that have a start.
 
-    The start lies at the boundary, on the way to the nearest image that is put in another class.
+    The start is at the decision boundary, on the line to the nearest image of another class.
     """
     noise = torch.rand(NOISE_STARTS, *images.shape[1:]).to(images)
     pool = torch.cat([images, noise])
@@ -255,10 +277,10 @@ def _starts(model: foolbox.PyTorchModel, images: Tensor, labels: Tensor) -> tupl
 
 @ATTACKS.add("adaptive-pgd")
 def adaptive(spec: Spec) -> Attack:
-    """PGD in L∞ that knows the signature: `eps` (8/255), `steps` (20), `step`, `weight` (5).
+    """Adaptive PGD in L∞ against the monitor: `eps` (8/255), `steps` (20), `step`, `weight` (5).
 
-    See `covcli.adaptive.adaptive_pgd`. A step is 2.5·eps/steps unless said otherwise. 200 images
-    unless `limit` says otherwise. Only where there is a signature: in `evaluate`.
+    See `covcli.attacks.adaptive.adaptive_pgd`. The default step is 2.5·eps/steps. The default is
+    200 images. It needs a signature, so it works only in `evaluate`.
     """
     spec.only([*PARTS, "seed", "eps", "steps", "step", "weight"])
     epsilon = spec.take("eps", fraction, 8 / 255)
@@ -274,9 +296,9 @@ def adaptive(spec: Spec) -> Attack:
 
 
 def attacked_rows(spec: Spec, trusted: ImageSet) -> Tensor:
-    """Return which trusted images an attack's `offset` and `limit` choose, as of any set.
+    """Return the positions of the trusted images that an attack's specification selects.
 
-    The limit is the attack's own unless the specification has one: 1,000, or fewer if it is dear.
+    The default limit is the attack's own: 1,000, or fewer for an expensive attack.
     """
     return selection.selected_rows(trusted, spec, make_attack(spec).images)
 
@@ -291,20 +313,22 @@ def run_attack(
 ) -> ImageSet:
     """Attack trusted images.
 
-    The result is rounded to 8 bits, as a stored image is; in L∞ within ±eps when eps is a multiple
-    of 1/255. Every draw is from `seed` (0) and the place of the batch in the set, so that a
-    specification names the same images every time. Each rank attacks its share.
+    The result is rounded to 8 bits, as in a stored image. An L∞ attack still keeps within ±eps if
+    eps is a multiple of 1/255. Random numbers depend only on `seed` (0) and the position of the
+    batch, so a specification always gives the same images. Each rank attacks its share.
 
     Parameters
     ----------
     spec
-        `attack:NAME?…`.
+        The parsed `attack:NAME?…`.
     model
         The network to deceive.
     trusted
         The images to start from.
     labels
-        Their true classes, shape (N,).
+        Their true classes, int64 of shape (N,).
+    progress
+        Receives the progress.
     monitored
         The network with its coverage score, for an attack that needs it.
 
@@ -317,6 +341,18 @@ def run_attack(
     ------
     CovcliError
         If the attack or a parameter is unknown, or the attack needs a signature and has none.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from covcli.core.progress import Silent
+    >>> from covcli.data import datasets
+    >>> from covcli.models import checkpoint
+    >>> model = checkpoint.load(Path("runs/latest/checkpoint.pt")).model
+    >>> digits = datasets.load("digits?limit=8", "test")
+    >>> attacked = run_attack(parse("attack:fgsm"), model, digits, digits.labels, Silent())
+    >>> len(attacked), attacked.name
+    (8, 'attack:fgsm')
     """
     attack = make_attack(spec)
     if monitored is None:
@@ -324,20 +360,27 @@ def run_attack(
     seed = spec.take("seed", count, 0)
     device = model.mean.device
     target = Target(foolbox.PyTorchModel(model.eval(), bounds=(0, 1), device=device), monitored)
-    wanted = [parameter.requires_grad for parameter in model.parameters()]
     attacked = []
     parts = distributed.share(torch.arange(len(trusted)).split(sweep_batch(model.spec.shape)))
     progress.start(f"making {spec.text}", sum(map(len, parts)))
-    model.requires_grad_(False)  # gradients of the weights would be computed for nothing
-    try:
+    with _frozen(model):
         for rows in parts:
             pixels = to_network(trusted.batch(rows, model.spec.shape), device)
             with runtime.seeded((seed * 1_000_003 + int(rows[0])) % 2**63):
                 result = attack.perturb(target, pixels, labels[rows].to(device))
             attacked.append((rows, (result * 255).round().to(torch.uint8)))
             progress.advance(len(rows))
-    finally:
-        for parameter, needs in zip(model.parameters(), wanted, strict=True):
-            parameter.requires_grad_(needs)
     pixels = distributed.collect(attacked)[0]
     return in_memory(spec.text, pixels, labels, trusted.classes, ready=True)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Switch off the gradients of the weights during the block, which attacks do not need."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)

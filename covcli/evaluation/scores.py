@@ -90,7 +90,7 @@ def measure(judge: Judge, images: ImageSet, progress: Progress) -> Measured:
     parts = []
     for batch in judge.sweep(images, progress, f"reading {images.name}"):
         v = judge(batch.logits, batch.neurons)
-        inside = judge.signature.coverage(batch.neurons, v.predicted)
+        inside = judge.signature.scorer.coverage(batch.neurons, v.predicted)
         softmax = softmax_score(batch.logits.cpu())
         verdicts = (v.predicted, v.score, v.p_value, v.confidence, v.untrusted, v.unsure)
         parts.append((batch.rows, *verdicts, inside, softmax))

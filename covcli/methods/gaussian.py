@@ -1,8 +1,8 @@
-"""Gaussian coverage: how far a layer lies from its class, in the metric of trusted deviations.
+"""Gaussian coverage: the Mahalanobis distance of each layer's channel means from the class.
 
 Lee, Lee, Lee and Shin, "A Simple Unified Framework for Detecting Out-of-Distribution Samples and
 Adversarial Attacks", NeurIPS 2018, section 2: class means and one covariance for all classes. Here
-at every coverage point, towards the predicted class, and with a shrunk covariance.
+the distance to the predicted class is computed at every coverage point, with a shrunk covariance.
 """
 
 import math
@@ -20,13 +20,13 @@ from covcli.methods.base import METHODS, Method, Scorer
 from covcli.methods.layout import Layout, blocks
 from covcli.methods.state import Expected, State
 
-# A neuron that hardly varies counts as deviating this share of its point's root mean square
-# deviation, or one that never fired on trusted images would outweigh all others.
+# The smallest deviation of a neuron, as a share of its point's root mean square deviation. Without
+# it, a neuron that never fired on trusted images would outweigh all others.
 LEAST_DEVIATION = 0.01
 MOST_VALUES = 4096
 SPAN = 3.0
-# Values are summed as whole numbers of at most so many bits: products of two, and sums of a batch
-# of them, are exact in double precision, and sums over 8 million images in 64-bit integers.
+# Values are rounded to integers of at most this many bits. Products of two integers, and their sums
+# over a batch, are then exact in float64; sums over 8 million images are exact in int64.
 BITS = 20
 STRIP = 128
 
@@ -39,12 +39,17 @@ class Gauss(Method):
     With μ_k the mean of class k's trusted images and Σ the covariance around these means, shared
     by the classes, a point of V channel means x costs d²/V, where d² = (x − μ_k)ᵀ Σ⁻¹ (x − μ_k):
     about 1 for trusted images. Σ is shrunk towards its diagonal (Ledoit and Wolf, 2004, with a
-    fixed intensity). Maxima are not looked at.
+    fixed intensity). Maxima are not used.
 
     Parameters
     ----------
     shrinkage
         Intensity in (0, 1]: 1 keeps only the diagonal.
+
+    Examples
+    --------
+    >>> Gauss(shrinkage=0.1).spec()
+    'gauss?shrinkage=0.1'
     """
 
     name: ClassVar[str] = "gauss"
@@ -56,12 +61,12 @@ class Gauss(Method):
             raise ValueError(f"shrinkage={self.shrinkage} does not lie in (0, 1]")
 
     def begin(self, layout: Layout) -> State:
-        """Return peaks of 0: the first pass finds how large each value gets.
+        """Return peaks of 0: the first pass determines the largest magnitude of each value.
 
         Raises
         ------
         CovcliError
-            If a point has more than 4,096 values: their covariance would not fit.
+            If a point has more than 4,096 values: their covariance would be too large.
         """
         refuse_wide(layout, self.name)
         state = State()
@@ -71,7 +76,7 @@ class Gauss(Method):
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
         """Find the largest values in the first pass; sum values and their products in the second.
 
-        The sums are of whole numbers of a unit, so no order or grouping of images changes a bit.
+        Integers are summed, so the result does not depend on the order or grouping of images.
         """
         if "unit" in state.tensors:
             self.add(state, layout, neurons, labels)
@@ -89,25 +94,25 @@ class Gauss(Method):
             _add_products(products, part)
 
     def proceed(self, state: State, layout: Layout) -> State | None:
-        """Choose each value's unit after the first pass: a power of two, 2^20 to its peak."""
+        """Choose each value's unit after the first pass: a power of two, about peak/2^20."""
         if "unit" in state.tensors:
             return None
         return self.summing(state["peak"], layout)
 
     def summing(self, peaks: Tensor, layout: Layout) -> State:
-        """Return sums of 0, in units that suit values of at most these peaks, shape (V,)."""
+        """Return sums of 0, with units for values of at most these peaks, shape (V,)."""
         units = [math.ldexp(1.0, math.frexp(peak)[1] - BITS) for peak in peaks.tolist()]
         summing = State.of_sums(self.sums(layout)).to(peaks.device)
         summing.declare("unit", peaks.new_tensor(units, dtype=torch.float64), "same")
         return summing
 
     def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
-        """Return the parts in the larger one of their units, which rounds each sum once."""
+        """Return the parts in the largest of their units; each sum is rounded once."""
         unit = torch.stack([part["unit"] for part in parts]).amax(0)
         return [self._scaled(part, part["unit"] / unit, unit, layout) for part in parts]
 
     def _scaled(self, part: State, ratio: Tensor, unit: Tensor, layout: Layout) -> State:
-        """Return a part in another unit; the ratio is that of the old one to the new one."""
+        """Return a part in another unit; `ratio` is the old unit divided by the new one."""
         pairs = torch.cat([_pack(r[:, None] * r) for r in ratio.split(layout.values)])
         scaled = {
             "unit": unit,
@@ -117,7 +122,7 @@ class Gauss(Method):
         return State(part.tensors | scaled, dict(part.reductions))
 
     def prepare(self, state: State, layout: Layout) -> "GaussScorer":
-        """Return what measures the distance of new neurons.
+        """Return the scorer that computes distances.
 
         Raises
         ------
@@ -136,12 +141,12 @@ class Gauss(Method):
         }
 
     def expected(self, layout: Layout) -> Expected:
-        """Return what a complete state holds."""
+        """Return the tensors of a complete state."""
         return {**self.sums(layout), "unit": (torch.float64, (sum(layout.values),))}
 
 
 def refuse_wide(layout: Layout, method: str) -> None:
-    """Raise a CovcliError if a point has more values than a covariance is kept of."""
+    """Raise a CovcliError if a point has too many values for a covariance."""
     if max(layout.values) > MOST_VALUES:
         raise CovcliError(
             f"{method} cannot hold the covariance of {max(layout.values)} neurons",
@@ -151,16 +156,16 @@ def refuse_wide(layout: Layout, method: str) -> None:
 
 @dataclass(frozen=True)
 class Whitening:
-    """What trusted values look like, all float64.
+    """The mean and covariance of trusted values, in float64.
 
     Attributes
     ----------
     mean
-        Of each class, shape (classes, V).
+        The mean of each class, shape (classes, V).
     deviation
-        Around the class means, shape (V,).
+        The deviation around the class means, shape (V,).
     matrices
-        Of each point a W of shape (V, V) with WᵀW = Σ⁻¹, lower triangular.
+        For each point, a lower triangular W of shape (V, V) with WᵀW = Σ⁻¹.
     """
 
     mean: Tensor
@@ -178,7 +183,7 @@ def whiten(state: State, layout: Layout, shrinkage: float, where: str) -> Whiten
     layout, shrinkage
         See `Gauss`.
     where
-        Names the method in an error.
+        The method's name, for errors.
 
     Raises
     ------
@@ -210,13 +215,13 @@ def whiten(state: State, layout: Layout, shrinkage: float, where: str) -> Whiten
 
 
 def _factor(covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor | None]:
-    """Return the deviations and the whitening matrix of a covariance; no matrix of a singular."""
+    """Return the deviations and the whitening matrix of a covariance; None if it is singular."""
     deviation = covariance.diagonal().clamp_min(0).sqrt()
     typical = float(deviation.square().mean().sqrt())
     deviation = deviation.clamp_min(LEAST_DEVIATION * typical if typical > 0 else 1.0)
     correlation = covariance / deviation / deviation[:, None]
     shrunk = (1 - shrinkage) * correlation
-    shrunk.diagonal().copy_(torch.ones_like(deviation))  # both ends have the same diagonal
+    shrunk.diagonal().copy_(torch.ones_like(deviation))  # shrinkage does not change the diagonal
     factor, failed = torch.linalg.cholesky_ex(shrunk)
     if bool(failed):
         return deviation, None
@@ -225,17 +230,17 @@ def _factor(covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor | None
 
 
 class GaussScorer(Scorer):
-    """Measures distances, see `Gauss`, and how far values lie in some directions.
+    """Computes distances, see `Gauss`, and displacements along given directions.
 
     Parameters
     ----------
     layout
-        Which neurons belong to which point.
+        The assignment of neurons to coverage points.
     whitening
-        What trusted values look like.
+        The mean and covariance of trusted values.
     directions
-        Of each point further vectors to multiply its values by, shape (directions, V): done
-        together with the whitening this costs next to nothing.
+        For each point, further vectors to multiply with its values, shape (directions, V). They are
+        multiplied together with the whitening matrix, which costs little.
     """
 
     mean: Tensor
@@ -263,22 +268,22 @@ class GaussScorer(Scorer):
         return self.distances(self.products(neurons, classes))
 
     def products(self, neurons: Tensor, classes: Tensor) -> list[Tensor]:
-        """Return the products of points' matrices with their values less the class's means.
+        """Return the product of each point's matrix with its values minus the class means.
 
         Returns
         -------
         list of Tensor
-            Of neighbouring points of equal width V in one, shape (points, V + directions, B).
+            One tensor per run of points of equal width V, of shape (points, V + directions, B).
         """
-        found = []
+        products = []
         for number, block in enumerate(blocks(self._away(neurons, classes), self.layout.values)):
             upper, lower = (self.get_buffer(f"{half}_{number}") for half in ("upper", "lower"))
             values = block.permute(1, 2, 0)
-            found.append(torch.cat([upper @ values[:, : upper.shape[2]], lower @ values], 1))
-        return found
+            products.append(torch.cat([upper @ values[:, : upper.shape[2]], lower @ values], 1))
+        return products
 
     def distances(self, products: list[Tensor]) -> Tensor:
-        """Return log(d²/V), finite, float64 of shape (B, L)."""
+        """Return log(d²/V), made finite, float64 of shape (B, L)."""
         widths = [width for width, _ in groupby(self.layout.values)]
         squares = [
             part[:, :width].square().sum(1, dtype=torch.float64)
@@ -289,17 +294,17 @@ class GaussScorer(Scorer):
         return torch.log(costs.clamp(limits.tiny, limits.max))
 
     def costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return each value's squared distance in its own deviations; 0 for maxima."""
+        """Return each value's squared distance in units of its deviation; 0 for maxima."""
         apart = self._away(neurons, classes) / self.deviation
         return torch.zeros_like(neurons).index_copy(1, self.places, apart.square())
 
     def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return which values lie within three deviations of their class; maxima always do."""
+        """Return which values are within three deviations of their class; maxima always are."""
         low, high = self.span(classes)
         return (neurons >= low) & (neurons <= high)
 
     def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the class's mean less and plus three deviations; no ends for maxima."""
+        """Return the class mean ± three deviations; infinite bounds for maxima."""
         mean, reach = self.mean.index_select(0, classes), SPAN * self.deviation
         free = mean.new_full((classes.shape[0], self.layout.neurons), torch.inf)
         low, high = mean - reach, mean + reach
@@ -310,9 +315,9 @@ class GaussScorer(Scorer):
 
 
 def _halves(matrices: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return lower triangular matrices in halves, the upper ones without their right quarters.
+    """Split lower triangular matrices into upper and lower halves; zero quarters are omitted.
 
-    Neighbouring matrices of equal width are one tensor, float32 of shape (points, rows, columns).
+    Consecutive matrices of equal width become one tensor, float32 of shape (points, rows, columns).
     """
     halves = {}
     runs = groupby(matrices, lambda matrix: matrix.shape[1])
@@ -324,7 +329,7 @@ def _halves(matrices: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def class_means(state: State) -> Tensor:
-    """Return each class's mean (K, V), float64; the mean of all for a class without images."""
+    """Return each class's mean (K, V), float64; the overall mean for a class without images."""
     count = state["count"].to(torch.float64)[:, None]
     total = state["total"] * state["unit"]
     overall = total.sum(0) / count.sum().clamp_min(1)
@@ -332,24 +337,24 @@ def class_means(state: State) -> Tensor:
 
 
 def rescaled(sums: Tensor, ratio: Tensor) -> Tensor:
-    """Return integer sums times a power of two, rounded; untouched where that is 1."""
+    """Return integer sums times a power of two, rounded; unchanged where the factor is 1."""
     return torch.where(ratio == 1, sums, (sums * ratio).round().long())
 
 
 def whole_numbers(state: State, values: Tensor) -> Tensor:
-    """Return values (B, V) in their units, rounded, as float64."""
+    """Return values (B, V) as integer multiples of their units, in float64."""
     return values.double().div_(state["unit"]).round_()
 
 
 def sums_by_class(whole: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Return the sums of whole numbers (B, V) by class, int64 of shape (classes, V)."""
+    """Return the sums of integers (B, V) by class, int64 of shape (classes, V)."""
     members: Tensor = torch.nn.functional.one_hot(labels, classes).to(whole.dtype)
     sums: Tensor = members.T @ whole
     return sums.long()
 
 
 def _add_products(products: Tensor, part: Tensor) -> None:
-    """Add partᵀ·part to its packed lower triangle, in strips that leave out most of the upper."""
+    """Add partᵀ·part to a packed lower triangle, in strips that skip most of the upper half."""
     width = part.shape[1]
     for begin in range(0, width, STRIP):
         end = min(begin + STRIP, width)
@@ -361,7 +366,7 @@ def _add_products(products: Tensor, part: Tensor) -> None:
 
 @cache
 def _lower(begin: int, end: int) -> Tensor:
-    """Return where the lower triangle stands in its flattened rows `begin` to `end`, row by row."""
+    """Return the indices of the lower triangle in its flattened rows `begin` to `end`."""
     rows, columns = torch.tril_indices(end - begin, end, begin)
     places: Tensor = rows * end + columns
     return places

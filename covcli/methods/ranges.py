@@ -1,4 +1,4 @@
-"""Range coverage: which neurons left the values that trusted images of the class gave them.
+"""Range coverage: which neurons leave the range of values on trusted images of the class.
 
 Rossolini, Biondi and Buttazzo, "Increasing the Confidence of Deep Neural Networks by Coverage
 Analysis", IEEE TSE 2022 (arXiv 2101.12100), section IV: single-range and multi-range coverage.
@@ -19,13 +19,13 @@ from covcli.methods.layout import Layout
 from covcli.methods.soft import hinge, interpolated
 from covcli.methods.state import Expected, State
 
-# In soft costs a range narrower than this share of its neuron's mean width counts as that wide.
+# In soft costs, the smallest width of a range, as a share of its neuron's mean width.
 LEAST_WIDTH = 0.05
-# So many neurons are counted at once: what that takes stays in the cache.
+# The number of neurons counted at once; their memory fits into the CPU's cache.
 COUNTED_AT_ONCE = 1 << 20
-# So many neurons of a class's images fit the cache of a CPU.
+# The number of neurons of a class's images that fit into the CPU's cache.
 CLASS_PIECE = 1 << 18
-# So many neurons of a point make a bag.
+# The number of neurons of a point in one bag of `embedding_bag`.
 BAG = 512
 
 
@@ -34,8 +34,17 @@ BAG = 512
 class SingleRange(Method):
     """Single-range coverage: the cost is 1 where a neuron is outside its class's range, else 0.
 
-    The range of class k and neuron j is [min, max] of its activation over the trusted images of
-    class k. Ends belong to it. A class without trusted images has an empty range.
+    The range of class k and neuron j is the closed interval [min, max] of its activation over the
+    trusted images of class k. A class without trusted images has an empty range.
+
+    Examples
+    --------
+    >>> from covcli.signature.fit import fold
+    >>> layout = Layout(classes=1, sizes=(2,), values=(2,))
+    >>> trusted = torch.tensor([[0.0, 5.0], [1.0, 6.0]]), torch.tensor([0, 0])
+    >>> scorer = SingleRange().prepare(fold(SingleRange(), layout, lambda: [trusted]), layout)
+    >>> scorer.costs(torch.tensor([[0.5, 7.0]]), torch.tensor([0])).tolist()
+    [[0.0, 1.0]]
     """
 
     name: ClassVar[str] = "src"
@@ -50,19 +59,19 @@ class SingleRange(Method):
         return state
 
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
-        """Widen the ranges to what the batch shows, and count its images."""
+        """Widen the ranges to include the batch, and count its images."""
         self.widen(state, neurons, labels)
         state["count"].add_(torch.bincount(labels, minlength=layout.classes))
 
     def widen(self, state: State, neurons: Tensor, labels: Tensor) -> None:
-        """Widen the ranges to what the batch shows."""
+        """Widen the ranges to include the batch."""
         for k, rows, _ in by_class(labels):
             mine = picked(neurons, rows)
             torch.minimum(state["low"][k], mine.amin(0), out=state["low"][k])
             torch.maximum(state["high"][k], mine.amax(0), out=state["high"][k])
 
     def prepare(self, state: State, layout: Layout) -> "RangeScorer":
-        """Return what compares new neurons with the ranges."""
+        """Return the scorer that compares neurons with the ranges."""
         return RangeScorer(layout, {"low": state["low"], "high": state["high"]})
 
     def expected(self, layout: Layout) -> Expected:
@@ -78,22 +87,27 @@ class SingleRange(Method):
 @METHODS.add("mrc")
 @dataclass(frozen=True)
 class MultiRange(SingleRange):
-    """Multi-range coverage: the range is cut into sections, and rare sections cost more.
+    """Multi-range coverage: the range is divided into sections, and rare sections cost more.
 
-    With c the number of trusted images of the class (n in all) whose activation lies in the same
-    one of Q equal sections, the cost is
+    Let n be the number of trusted images of the class, and c the number of those whose activation
+    is in the same one of Q equal sections. The cost is
 
-    - "share", the paper's (all of the paper's method is `mrc-paper`): 1 − c/n inside the range, 1
-      outside;
-    - "surprisal": −log((c + ½)/(n + Q/2)), with c = 0 outside; the Krichevsky-Trofimov estimate,
-      which tells apart what the paper's cost lumps together near 1.
+    - "share", as in the paper: 1 − c/n inside the range, 1 outside (`mrc-paper` also uses the
+      paper's score);
+    - "surprisal": −log((c + ½)/(n + Q/2)), with c = 0 outside. This is the Krichevsky-Trofimov
+      estimate. It distinguishes rare sections, whose costs in the paper are all close to 1.
 
     Parameters
     ----------
     sections
-        Q.
+        Q, the number of sections, at least 1.
     cost
         "surprisal" or "share".
+
+    Examples
+    --------
+    >>> MultiRange(sections=4, cost="share").spec()
+    'mrc?sections=4&cost=share'
     """
 
     name: ClassVar[str] = "mrc"
@@ -106,7 +120,7 @@ class MultiRange(SingleRange):
             raise ValueError(f"cost={self.cost!r} is unknown; known: surprisal, share")
 
     def proceed(self, state: State, layout: Layout) -> State | None:
-        """Settle the ranges after the first pass, and count sections in a second."""
+        """Fix the ranges after the first pass; the second pass counts sections."""
         if "sections" in state.tensors:
             return None
         classes, neurons = state["low"].shape
@@ -141,16 +155,16 @@ class MultiRange(SingleRange):
         counts.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
 
     def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
-        """Return the parts counted in sections of the range that holds all of their ranges.
+        """Return the parts with counts in sections of the union of their ranges.
 
-        A section is counted where its centre lies, so no image moves by more than one section of
-        its part. Parts with equal ranges stay as they are.
+        The count of a section goes to the new section that contains its centre, so no image moves
+        by more than one section of its part. Parts with equal ranges are unchanged.
         """
         low, high = united(parts)
         return [self._recounted(part, low, high) for part in parts]
 
     def _recounted(self, part: State, low: Tensor, high: Tensor) -> State:
-        known = (part["count"] > 0)[:, None]  # without images there is nothing to count
+        known = (part["count"] > 0)[:, None]  # a class without images has no counts
         begin = torch.where(known, part["low"] - low, 0.0)
         width = torch.where(known, part["high"] - part["low"], 0.0)
         scale = self.scale(low, high)
@@ -163,14 +177,14 @@ class MultiRange(SingleRange):
         return State(tensors, dict(part.reductions))
 
     def prepare(self, state: State, layout: Layout) -> "SectionScorer":
-        """Return what looks up the costs of new neurons."""
+        """Return the scorer that looks up the costs of sections."""
         return SectionScorer(layout, state, self)
 
     def table(self, state: State) -> Tensor:
         """Return the costs, float32 of shape (classes, Q + 2, N).
 
-        Of each section, of the last one again, for the upper end, and outside. Neighbouring neurons
-        often lie in the same section, and then are neighbours in it.
+        The rows are the Q sections, the last section again (for the upper bound), and outside.
+        Consecutive neurons are often in the same section, so the neurons are the last dimension.
         """
         sections, count = state["sections"], state["count"].float()
         classes, neurons, _ = sections.shape
@@ -181,26 +195,26 @@ class MultiRange(SingleRange):
             mine[-1] = self._cost(torch.zeros_like(n), n)
         return table
 
-    def _cost(self, found: Tensor, n: Tensor) -> Tensor:
-        """Return the cost of sections that hold `found` of n images."""
+    def _cost(self, counted: Tensor, n: Tensor) -> Tensor:
+        """Return the cost of sections that hold `counted` of n images."""
         if self.cost == "share":
-            return 1 - found / n.clamp_min(1)
-        return -torch.log((found + 0.5) / (n + self.sections / 2))
+            return 1 - counted / n.clamp_min(1)
+        return -torch.log((counted + 0.5) / (n + self.sections / 2))
 
     def section(self, above: Tensor, scale: Tensor) -> Tensor:
-        """Return each neuron's section, 0 to Q−1, int64; parameters as of `place`."""
+        """Return each neuron's section, 0 to Q−1, int64; the parameters are those of `place`."""
         return self.place(above, scale).long().clamp_max_(self.sections - 1)
 
     def place(self, above: Tensor, scale: Tensor) -> Tensor:
-        """Return how many sections each neuron lies above the lower end, 0 to Q, float32.
+        """Return each neuron's position in units of sections, 0 to Q, float32.
 
-        Counting and scoring both take it from here: rounding may move an edge between sections,
-        but the same for both.
+        Counting and scoring both use this function, so that rounding at the edges of sections is
+        the same for both.
 
         Parameters
         ----------
         above
-            How far neurons inside their range lie above its lower end; changed in place.
+            The distance of each neuron from the lower bound of its range; changed in place.
         scale
             Sections per unit of activation, see `scale`.
         """
@@ -224,9 +238,9 @@ class PaperMultiRange(MultiRange):
     """Multi-range coverage with the paper's cost, score and confidence.
 
     A neuron costs 1 − c/n inside the range and 1 outside (see `MultiRange`). The score is the
-    coverage η itself, (1/L) Σ_l of the mean cost of each of the L points: no logarithm, no
-    standardisation and no soft maximum. So the confidence is the paper's too,
-    c = exp(−η·ln 2/τ), with the threshold τ that the calibration gives.
+    coverage η itself: the mean over the L points of each point's mean cost, without logarithm,
+    standardisation or soft maximum. So the confidence is the paper's too, c = exp(−η·ln 2/τ), with
+    the calibrated threshold τ.
 
     Parameters
     ----------
@@ -246,12 +260,12 @@ class PaperMultiRange(MultiRange):
             raise ValueError(f"cost={self.cost!r} is not the paper's; take mrc for it")
 
     def prepare(self, state: State, layout: Layout) -> "SectionScorer":
-        """Return what looks up the costs of new neurons."""
+        """Return the scorer that looks up the costs of sections."""
         return PlainSectionScorer(layout, state, self)
 
 
 def held(tensor: Tensor, part: Layout, classes: Tensor | int) -> Tensor:
-    """Return what a tensor (classes, N) holds of some points for one class, or each image's."""
+    """Return the columns of some points of a tensor (classes, N), for one or each image's class."""
     if isinstance(classes, int):
         return tensor[classes, part.span]
     return tensor[:, part.span].index_select(0, classes)
@@ -259,7 +273,7 @@ def held(tensor: Tensor, part: Layout, classes: Tensor | int) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def bag_starts(sizes: tuple[int, ...], images: int, dtype: torch.dtype) -> Tensor:
-    """Return where each bag starts among the neurons of so many images, flattened."""
+    """Return the first index of each bag in the flattened neurons of a batch of images."""
     begins = zip(accumulate(sizes, initial=0), sizes, strict=False)
     starts = [start for begin, size in begins for start in range(begin, begin + size, BAG)]
     every = torch.arange(images)[:, None] * sum(sizes) + torch.tensor(starts)
@@ -267,7 +281,7 @@ def bag_starts(sizes: tuple[int, ...], images: int, dtype: torch.dtype) -> Tenso
 
 
 def united(parts: Sequence[State]) -> tuple[Tensor, Tensor]:
-    """Return the ends of the ranges that hold the ranges of all parts."""
+    """Return the bounds of the union of the ranges of all parts."""
     low = torch.stack([part["low"] for part in parts]).amin(0)
     return low, torch.stack([part["high"] for part in parts]).amax(0)
 
@@ -279,7 +293,7 @@ class RangeScorer(CostScorer):
     high: Tensor
 
     def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:
-        """Return 1 outside the range, 0 inside; `classes` may be the class of all images."""
+        """Return 1 outside the range, 0 inside; `classes` may be one class for all images."""
         return self._nearest(part, neurons, classes).ne_(neurons)  # NaN is outside
 
     def _nearest(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:
@@ -288,7 +302,7 @@ class RangeScorer(CostScorer):
 
     def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return log(mean cost + 1/neurons) of each point, float64 of shape (B, L)."""
-        # Tensors of a subclass are being traced.
+        # Tensors of a subclass are traced.
         if type(neurons) is Tensor and neurons.is_cpu and not torch.compiler.is_compiling():
             return self.of_sums(self._sums_by_class(neurons, classes))
         return super().forward(neurons, classes)
@@ -296,8 +310,8 @@ class RangeScorer(CostScorer):
     def _sums_by_class(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the sums of each point's costs on a CPU, float64 of shape (B, L).
 
-        What a class compares its images with is read from memory once for all of them, in pieces
-        that fit the cache.
+        The ranges of a class are read from memory once for all of its images, in pieces that fit
+        into the cache.
         """
         sums = neurons.new_empty((len(neurons), len(self.layout.sizes)), dtype=torch.float64)
         for k, rows, count in by_class(classes):
@@ -313,7 +327,7 @@ class RangeScorer(CostScorer):
         return part.sums(self.costs_at(part, neurons, k))
 
     def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return which neurons lie in the closed range of their class."""
+        """Return which neurons are in the closed range of their class."""
         low, high = self.span(classes)
         return (neurons >= low) & (neurons <= high)
 
@@ -322,12 +336,12 @@ class RangeScorer(CostScorer):
         return self.low.index_select(0, classes), self.high.index_select(0, classes)
 
     def soft_costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the distance outside the range in widths of the range, 0 inside."""
+        """Return the distance outside the range in units of its width, 0 inside."""
         low, high, width = (part[classes] for part in self._finite(neurons.dtype))
         return hinge(neurons, low, high, width)
 
     def _finite(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the ends and a positive width of each class's ranges, each (classes, N)."""
+        """Return finite bounds and a positive width of each class's ranges, each (classes, N)."""
         known = self.low <= self.high  # a class without images has an empty range
         low = torch.where(known, self.low, 0.0).to(dtype)
         high = torch.where(known, self.high, 0.0).to(dtype)
@@ -343,11 +357,11 @@ class SectionScorer(RangeScorer):
     Parameters
     ----------
     layout
-        Which neurons belong to which point.
+        The assignment of neurons to coverage points.
     state
         The method's complete state.
     method
-        Says where the sections are.
+        Defines the sections and their costs.
     """
 
     scale: Tensor
@@ -356,25 +370,25 @@ class SectionScorer(RangeScorer):
 
     def __init__(self, layout: Layout, state: State, method: MultiRange) -> None:
         ends = {"low": state["low"], "high": state["high"]}
-        # The ends of an empty range are infinite, and 0 times infinity is not a number.
+        # The bounds of an empty range are infinite, and 0 times infinity is NaN.
         empty = ends["low"] > ends["high"]
         scale = torch.where(empty, 1.0, method.scale(ends["low"], ends["high"]))
         table = method.table(state)
-        small = table.numel() < 1 << 31  # and the smaller type is faster
+        small = table.numel() < 1 << 31  # int32 is faster
         numbers = torch.arange(layout.neurons, dtype=torch.int32 if small else torch.int64)
         places = {"table": table, "numbers": numbers.to(table.device)}
         super().__init__(layout, {**ends, "scale": scale, **places})
         self.method = method
 
     def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:
-        """Return the cost of the section that each neuron lies in."""
+        """Return the cost of each neuron's section."""
         cells = self._cells(part, neurons, classes)
         return self.table.view(-1).index_select(0, cells.view(-1)).view_as(cells)
 
     def class_sums(self, part: Layout, neurons: Tensor, k: int) -> Tensor:
         """Return the sums of some points' costs for images of one class, looked up in one step.
 
-        What of a bag of neurons is summed in float32 loses little.
+        A bag of neurons is summed in float32, which loses little precision.
         """
         cells = self._cells(part, neurons, k)
         bags = tuple(-(-size // BAG) for size in part.sizes)
@@ -383,7 +397,7 @@ class SectionScorer(RangeScorer):
         return Layout(part.classes, bags, bags).sums(sums.view(len(neurons), sum(bags)))
 
     def _cells(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:
-        """Return where the flattened table holds each neuron's cost."""
+        """Return the index of each neuron's cost in the flattened table."""
         nearest = self._nearest(part, neurons, classes)
         outside = nearest.ne(neurons)
         above = nearest.sub_(held(self.low, part, classes))
@@ -398,8 +412,8 @@ class SectionScorer(RangeScorer):
     def soft_costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the cost interpolated between section centres, plus the distance outside.
 
-        Half a section beyond the range the cost is that of a neuron outside; from there on only
-        the distance, in widths of the range, has a gradient.
+        From half a section beyond the range, the cost is that of a neuron outside. Farther away,
+        only the distance in units of the width has a gradient.
         """
         low, high, width = (part[classes] for part in self._finite(neurons.dtype))
         sections = self.method.sections
@@ -408,12 +422,12 @@ class SectionScorer(RangeScorer):
         distance = hinge(neurons, low, high, width)
         span = torch.where(high > low, high - low, 1.0)
         place = (neurons - low) / span * sections + 0.5  # 0 is the centre left of the range
-        place = torch.where(high > low, place, 1 - distance)  # one section, fading on both sides
+        place = torch.where(high > low, place, 1 - distance)  # a range of zero width
         return interpolated(table, classes, place) + distance
 
 
 class PlainSectionScorer(SectionScorer):
-    """Looks up the costs of sections, and leaves their means as they are."""
+    """Looks up the costs of sections; the evidence is their plain mean, without logarithm."""
 
     def of_sums(self, sums: Tensor) -> Tensor:
         """Return each point's mean cost, float64 of shape (B, L)."""

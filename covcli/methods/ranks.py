@@ -1,7 +1,7 @@
-"""Neuron rank coverage: whether the neurons that fire most are those that do for the class.
+"""Neuron rank coverage: are the most active neurons those that are most active for the class.
 
-The third method of Rossolini, Biondi and Buttazzo (arXiv 2101.12100) in spirit: it is described
-to us in words only, so the exact formulas are ours. The paper's direction is `signature`.
+After the third method of Rossolini, Biondi and Buttazzo (arXiv 2101.12100). The paper describes it
+in words, so the exact formulas are ours. The paper's direction is `signature`.
 """
 
 from dataclasses import dataclass
@@ -21,22 +21,27 @@ from covcli.methods.state import Expected, State
 class NeuronRank(Method):
     """Neuron rank coverage, on channel means and values.
 
-    Of the V values of a point, m = ⌈share·V⌉ are its top. An input's top are its m largest values,
-    those of class k the m neurons that are most often in the top of the class's trusted images:
-    neuron j in a share f_kj of them. A neuron of rank r = 0 … m−1 weighs w_r = 1 − r/m, so that
-    the foremost weigh most; of equal values the first neuron ranks higher. An input predicted as k
-    costs, depending on the direction,
+    The top of a point with V values has m = ⌈share·V⌉ neurons. The top of an input are the neurons
+    with the m largest values. The top of class k are the m neurons that are most often in the top
+    of its trusted images; neuron j is in the top of a share f_kj of them. A neuron of rank
+    r = 0 … m−1 has the weight w_r = 1 − r/m. Of equal values, the first neuron ranks higher. The
+    cost of an input predicted as k depends on the direction:
 
-    - "signature", as the paper has it: Σ_r w_r·[j(r) is not in the input's top] / Σ_r w_r over the
-      neurons j(r) of the class's top. Ranks and weights are those of the signature, found once.
+    - "signature", as in the paper: Σ_r w_r·[j(r) is not in the input's top] / Σ_r w_r over the
+      neurons j(r) of the class's top. Ranks and weights are fixed by the signature.
     - "input": Σ_r w_r·(1 − f_k,j(r)) / Σ_r w_r over the neurons j(r) of the input's own top.
 
     Parameters
     ----------
     share
-        How much of a point is its top, in (0, 1].
+        The share of a point's values in its top, in (0, 1].
     direction
         "signature" or "input".
+
+    Examples
+    --------
+    >>> NeuronRank(share=0.2).spec()
+    'nrc?share=0.2&direction=signature'
     """
 
     name: ClassVar[str] = "nrc"
@@ -56,13 +61,13 @@ class NeuronRank(Method):
         return State.of_sums(self.expected(layout))
 
     def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
-        """Count whose top each neuron belongs to."""
+        """Count in how many images each neuron is in the top, by class."""
         top = rank_weights(layout, neurons, self.share) > 0
         state["top"].index_add_(0, labels, top.int())
         state["count"].add_(torch.bincount(labels, minlength=layout.classes))
 
     def prepare(self, state: State, layout: Layout) -> "RankScorer":
-        """Return what scores new neurons against how often each was in the top."""
+        """Return the scorer, which compares with how often each neuron was in the top."""
         often = state["top"] / state["count"].clamp_min(1)[:, None]
         return DIRECTIONS[self.direction](layout, often, self.share)
 
@@ -80,12 +85,12 @@ class RankScorer(CostScorer):
     Parameters
     ----------
     layout
-        Which neurons belong to which point.
+        The assignment of neurons to coverage points.
     often
-        In what share of a class's trusted images each neuron is in the top, float32 of shape
+        The share of a class's trusted images in which each neuron is in the top, float32 of shape
         (classes, N).
     share
-        How much of a point is its top.
+        The share of a point's values in its top.
     """
 
     often: Tensor
@@ -95,17 +100,17 @@ class RankScorer(CostScorer):
         self.share = share
 
     def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return each top neuron's part of the cost, times the neurons of its point."""
+        """Return each top neuron's part of the cost, times the number of neurons of its point."""
         weights = scaled(part, rank_weights(part, neurons, self.share))
         return weights * (1 - held(self.often, part, classes))
 
     def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return which neurons are not in the top, or have been for a trusted image too."""
+        """Return which neurons are not in the top, or were in the top of a trusted image."""
         weights = rank_weights(self.layout, neurons, self.share)
         return (weights == 0) | (self.often.index_select(0, classes) > 0)
 
     def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return no ends: a rank depends on the other neurons, not on a value alone."""
+        """Return infinite bounds: a rank depends on other neurons too, not only on the value."""
         shape = (classes.shape[0], self.layout.neurons)
         high = torch.full(shape, torch.inf, device=classes.device)
         return -high, high
@@ -121,12 +126,12 @@ class SignatureRankScorer(RankScorer):
         self.register_buffer("weights", scaled(layout, rank_weights(layout, often, share)))
 
     def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the part of each neuron of the class's top that the input's top lacks."""
+        """Return the weight of each neuron of the class's top that is not in the input's top."""
         missing = rank_weights(part, neurons, self.share) == 0
         return held(self.weights, part, classes) * missing
 
     def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return which neurons the class's top does not have, or the input's has too."""
+        """Return which neurons are not in the class's top, or also in the input's top."""
         return self.costs(neurons, classes) == 0
 
 
@@ -134,7 +139,7 @@ DIRECTIONS: dict[str, type[RankScorer]] = {"signature": SignatureRankScorer, "in
 
 
 def scaled(layout: Layout, weights: Tensor) -> Tensor:
-    """Return weights (B, N) that sum to the number of neurons of each point."""
+    """Scale weights (B, N) so that they sum to the number of neurons of each point."""
     return torch.cat(
         [
             (block / block.sum(2, keepdim=True) * block.shape[2]).flatten(1)
@@ -145,7 +150,7 @@ def scaled(layout: Layout, weights: Tensor) -> Tensor:
 
 
 def rank_weights(layout: Layout, neurons: Tensor, share: float) -> Tensor:
-    """Return 1 − r/m for the neurons of the top, 0 for others and for maxima; (B, N)."""
+    """Return 1 − r/m for neurons in the top, 0 for others and for maxima, shape (B, N)."""
     parts = []
     for part, values in zip(neurons.split(layout.sizes, 1), layout.values, strict=True):
         m = -int(-share * values // 1)

@@ -1,1 +1,1 @@
-"""Signatures: built, calibrated, merged, and put to work by a monitor."""
+"""Signatures: building, calibration, merging, and the monitor that uses them."""

@@ -1,4 +1,4 @@
-"""build_signature: fold a method's state over trusted images and calibrate its scores."""
+"""build_signature: compute a method's state over trusted images, and calibrate its scores."""
 
 import logging
 from contextlib import nullcontext
@@ -14,7 +14,6 @@ from covcli.core.progress import Progress, Silent
 from covcli.data import datasets, image_files, labels
 from covcli.data.images import DataRecord, ImageSet
 from covcli.methods import Method, make_method
-from covcli.methods.state import Granularity
 from covcli.models import checkpoint as checkpoints
 from covcli.models.architectures import Classifier
 from covcli.models.checkpoint import Checkpoint
@@ -24,8 +23,8 @@ from covcli.reporting.terminal import say
 from covcli.signature import signature as signatures
 from covcli.signature.calibration import check_images
 from covcli.signature.config import SignatureConfig
-from covcli.signature.fit import MINIMUM_TRUSTED, Trusted, fit_judge, fit_signature
-from covcli.signature.guarantee import DEFAULT_GUARANTEE, Guarantee
+from covcli.signature.fit import MINIMUM_TRUSTED, How, Trusted, fit_judge, fit_signature
+from covcli.signature.guarantee import Guarantee
 from covcli.signature.judge import Judge
 from covcli.signature.record import Record, less
 
@@ -35,7 +34,7 @@ DEFAULT_METHOD = "ensemble"
 
 @dataclass(frozen=True)
 class SignatureResult:
-    """What `build-signature` did.
+    """The result of `build-signature` or `merge-signatures`.
 
     Attributes
     ----------
@@ -44,31 +43,31 @@ class SignatureResult:
     method
         The method's specification.
     images
-        How many images were read to build it.
+        The number of images read to build it.
     accuracy
-        The network's accuracy on them.
+        The network's accuracy on them, in [0, 1].
     trusted
-        How many of them, by class name, define the signature.
+        The number of them that define the signature, by class name.
     relaxed
-        Names of classes where confident images were too few, so that all correct ones count.
+        Names of classes with too few confident images, where all correct ones were used.
     calibration_images
-        How many images were held out to calibrate; three in four of them rank scores.
+        The number of held-out calibration images; three in four of them rank scores.
     unreadable_images
-        How many files were left out because they cannot be read.
+        The number of files skipped because they cannot be read.
     guarantee
-        The false-alarm rate and the mode that the signature stores.
+        The guarantee that the signature stores.
     points, neurons
-        Coverage points, and neurons in all of them.
+        The number of coverage points, and of all their neurons.
     precision
-        How the network computed: "float32" or "bfloat16".
+        The precision of the network's computation: "float32" or "bfloat16".
     bytes
-        The file's size.
+        The file's size in bytes.
     checkpoint_fingerprint, signature_fingerprint
         The fingerprint of the weights, and the digest of the signature's file.
     data, calibration_data
-        Specification and fingerprints of the images that built and that calibrated.
+        The records of the trusted images and of the calibration images.
     provenance
-        Versions, command line, device, threads, seed, time.
+        Versions, command line, device, threads, seed and time.
     """
 
     path: Path
@@ -94,10 +93,17 @@ class SignatureResult:
 def build_signature(config: SignatureConfig, progress: Progress = Silent()) -> SignatureResult:
     """Build, calibrate and write the signature of a checkpoint.
 
+    Parameters
+    ----------
+    config
+        The settings.
+    progress
+        Receives the progress; by default it is not shown.
+
     Raises
     ------
     CovcliError
-        If a file, a name or the data is bad, a class has no correctly classified image, the
+        If a file, a name or the data is invalid, a class has no correctly classified image, the
         calibration images are too few for the guarantee, or the output exists already or is being
         written.
 
@@ -108,8 +114,8 @@ def build_signature(config: SignatureConfig, progress: Progress = Silent()) -> S
     >>> result.path, result.points
     (PosixPath('runs/demo/signature-src.safetensors'), 3)
     """
-    told = Foreign(config.model, config.statistics, config.preprocess, config.logits)
-    source = checkpoints.load(config.checkpoint, told)
+    foreign = Foreign(config.model, config.statistics, config.preprocess, config.logits)
+    source = checkpoints.load(config.checkpoint, foreign)
     method = make_method(config.method or str(source.training.get("method", DEFAULT_METHOD)))
     path = distributed.agree(config.output or _default_path(config, source, method))
     with run_folders.writing(path, config.force) if distributed.is_first() else nullcontext():
@@ -137,40 +143,30 @@ def _build(
         _import(path.parent, source, images.classes)
     result = save(path, judge, record.sealed(judge.signature.fingerprint))
     listed = path.with_name("unreadable-build-signature.txt")
-    left_out = image_files.list_unreadable(listed, [images, held_out])
-    result = replace(result, unreadable_images=left_out)
+    skipped = image_files.list_unreadable(listed, [images, held_out])
+    result = replace(result, unreadable_images=skipped)
     if imported:
         run_folders.mark_latest(path.parent)
     return result
 
 
-@dataclass(frozen=True)
-class How:
-    """How a signature is made of a network and images.
-
-    Attributes
-    ----------
-    method, granularity
-        What is recorded.
-    threshold
-        The softmax confidence from which on a correct image is trusted.
-    guarantee
-        What the calibration keeps.
-    seed
-        Of the calibration's draws.
-    """
-
-    method: Method
-    granularity: Granularity = "channel"
-    threshold: float = 0.9
-    guarantee: Guarantee = DEFAULT_GUARANTEE
-    seed: int = 0
-
-
 def sign(
     model: Classifier, images: ImageSet, held_out: ImageSet, how: How, progress: Progress
 ) -> tuple[Judge, Record]:
-    """Build a signature of trusted images, under their class names, and calibrate it on others.
+    """Build a signature from trusted images, and calibrate it on held-out images.
+
+    Parameters
+    ----------
+    model
+        The network.
+    images
+        The trusted images; their class names become those of the signature.
+    held_out
+        The calibration images.
+    how
+        The method and its settings.
+    progress
+        Receives the progress.
 
     Raises
     ------
@@ -180,9 +176,7 @@ def sign(
     """
     classes = images.classes
     check_images(len(held_out), how.guarantee, len(classes))
-    signature, trusted, accuracy = fit_signature(
-        model, images, classes, how.method, how.granularity, how.threshold, progress
-    )
+    signature, trusted, accuracy = fit_signature(model, images, how, progress)
     _check_trusted(trusted, images, classes, how.threshold)
     judge = fit_judge(model, signature, held_out, progress, how.guarantee, how.seed)
     provenance = runtime.provenance(model.mean.device, how.seed)
@@ -202,7 +196,7 @@ def sign(
 
 
 def save(path: Path, judge: Judge, record: Record) -> SignatureResult:
-    """Write a judge's signature; the first rank does. Return what its record says."""
+    """Write a judge's signature on the first rank, and return the result on all ranks."""
     signature, written = judge.signature, None
     if distributed.is_first():
         signatures.save(path, signature, judge.calibration, record)
@@ -232,7 +226,7 @@ def save(path: Path, judge: Judge, record: Record) -> SignatureResult:
 def _check_trusted(
     trusted: Trusted, images: ImageSet, classes: tuple[str, ...], threshold: float
 ) -> None:
-    """Raise a CovcliError if a class has no trusted image; warn of those that were relaxed."""
+    """Raise a CovcliError if a class has no trusted image; warn about relaxed classes."""
     for k, n in enumerate(trusted.counts):
         if n == 0:
             raise CovcliError(
@@ -242,13 +236,13 @@ def _check_trusted(
             )
     for k in trusted.relaxed:
         log.warning(
-            "class %s has fewer than %d images of confidence %g: all correct ones are trusted",
+            "class %s has fewer than %d images of confidence %g or more: all correct ones are used",
             classes[k], MINIMUM_TRUSTED, threshold,
         )  # fmt: skip
 
 
 def _images(config: SignatureConfig, source: Checkpoint) -> tuple[ImageSet, ImageSet]:
-    """Load the images that build the signature and those that calibrate it, with none in both."""
+    """Load the images for building and for calibration; the two sets are disjoint."""
     if config.trusted is not None:
         images = datasets.load(config.trusted, "train", config.data_dir)
     elif source.trusted is not None:
@@ -276,7 +270,7 @@ def _images(config: SignatureConfig, source: Checkpoint) -> tuple[ImageSet, Imag
         )
     images = less(images, held_out.source.fingerprint, held_out.rows)
     if len(images) == 0:
-        raise CovcliError("leaves no image that does not calibrate", where=images.name)
+        raise CovcliError("holds only images that are used for calibration", where=images.name)
     count = source.model.spec.classes
     classes = labels.adopted(images, count) if source.bare else source.classes
     if held_out.labels is not None:
@@ -285,7 +279,7 @@ def _images(config: SignatureConfig, source: Checkpoint) -> tuple[ImageSet, Imag
 
 
 def _default_path(config: SignatureConfig, source: Checkpoint, method: Method) -> Path:
-    """Beside the checkpoint; for weights trained elsewhere, in a run folder of their own."""
+    """Return a path beside the checkpoint; for weights trained elsewhere, in a new run folder."""
     name = f"signature-{method.name}.safetensors"
     if not source.bare:
         return run_folders.short(source.path.parent) / name
@@ -293,7 +287,7 @@ def _default_path(config: SignatureConfig, source: Checkpoint, method: Method) -
 
 
 def _import(folder: Path, source: Checkpoint, classes: tuple[str, ...]) -> None:
-    """Write a checkpoint of weights trained elsewhere, so that their run folder is whole."""
+    """Write a checkpoint of weights trained elsewhere, so that their run folder is complete."""
     checkpoint = Checkpoint(
         folder / "checkpoint.pt", source.model, classes, None, source.calibration_rows, {}
     )
@@ -301,7 +295,7 @@ def _import(folder: Path, source: Checkpoint, classes: tuple[str, ...]) -> None:
 
 
 def describe_signature(result: "SignatureResult") -> None:
-    """Tell a person on stderr what build-signature did; the path alone goes to stdout."""
+    """Print a summary of build-signature on stderr; stdout receives only the path."""
     say(
         f"{result.method}: {sum(result.trusted.values())} trusted of {result.images} images "
         f"(accuracy {result.accuracy:.1%}), {result.points} coverage points, {result.neurons} "

@@ -1,9 +1,8 @@
-"""From evidence to one score, a p-value, a confidence and a verdict.
+"""Calibration: the combination of evidence to a score, and the scores of trusted images.
 
-Everything here is measured on calibration images: trusted ones that trained neither the network
-nor the signature. One in four of them, drawn at random, fits how the evidence is combined. The
-others rank new scores, so that a new image and those are scored by a rule that has seen none of
-them.
+Calibration uses trusted images that trained neither the network nor the signature. One in four of
+them, drawn at random, fits the combination of the evidence. The others rank new scores. So a new
+image and the ranking images are scored by a rule that was fitted on neither.
 """
 
 import math
@@ -24,18 +23,18 @@ MINIMUM_IMAGES = 8
 
 @dataclass(frozen=True)
 class Observed:
-    """What the network shows of the calibration images, in the order in which they were read.
+    """The network's results on the calibration images, in the order in which they were read.
 
     Attributes
     ----------
     evidence
-        What speaks against trust, float64 of shape (n, P).
+        The evidence against trust, float64 of shape (n, P).
     softmax
         Softmax scores, see `softmax_score`, float64 of shape (n,).
     predicted
         Predicted classes, int64 of shape (n,).
     wrong
-        Which predictions are wrong, bool of shape (n,); None where no labels are known.
+        Which predictions are wrong, bool of shape (n,); None without labels.
     """
 
     evidence: Tensor
@@ -46,25 +45,25 @@ class Observed:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the calibration images say of the scores.
+    """The combination of evidence to a score, and the scores of the calibration images.
 
     Attributes
     ----------
     combination
-        How evidence becomes a score.
+        Combines evidence to a score.
     fitting
         Which of the calibration images it was fitted on, bool of shape (N,); see `fits`.
     scores
         Scores of the other calibration images, ascending, float64 of shape (n,).
     softmax
-        The same images' softmax scores (one minus the highest probability), in the order of
-        `scores`: the baseline gets thresholds by the same rule.
+        The softmax scores of the same images (one minus the highest probability), in the order of
+        `scores`. The softmax baseline gets its thresholds from them by the same rule.
     predicted
-        The same images' predicted classes, in the order of `scores`, int64 of shape (n,).
+        The predicted classes of the same images, in the order of `scores`, int64 of shape (n,).
     wrong
-        Which of these predictions are wrong, bool of shape (n,); None where no labels are known.
+        Which of these predictions are wrong, bool of shape (n,); None without labels.
     guarantee
-        What is kept unless an evaluation or a monitor is told otherwise.
+        The default guarantee of evaluations and monitors.
     """
 
     combination: Combination
@@ -80,21 +79,21 @@ class Calibration:
         return self.combination.score(evidence)
 
     def rule(self, guarantee: Guarantee, classes: tuple[str, ...]) -> Rule:
-        """Return the thresholds that keep a guarantee.
+        """Return the rule with the thresholds that keep a guarantee.
 
         Parameters
         ----------
         guarantee
-            What to keep.
+            The guarantee.
         classes
             Class names.
 
         Raises
         ------
         CovcliError
-            If there are too few calibration scores, of one predicted class where the guarantee
-            speaks of each; it says how many images are needed. If the share of wrong answers
-            that the guarantee allows cannot be shown of any of them.
+            If there are too few calibration scores (of a predicted class, if the guarantee holds
+            for each class); the message says how many images are needed. Also if no answers can be
+            shown to keep the error rate of the guarantee.
         """
         self._refuse_too_few(guarantee, classes)
         rule = make_rule(self.scores, self.predicted, len(classes), guarantee)
@@ -103,7 +102,7 @@ class Calibration:
         return replace(rule, doubts=self._doubts(rule, guarantee.max_error))
 
     def _doubts(self, rule: Rule, max_error: float) -> Tensor:
-        """Return below which softmax score an answer passes, by predicted class; see `Rule`."""
+        """Return the softmax score below which an answer passes, by predicted class; see `Rule`."""
         if self.wrong is None:
             raise CovcliError(
                 "needs calibration images with labels", where=f"max-error {max_error:g}"
@@ -121,20 +120,23 @@ class Calibration:
             )
         if bool((doubts == -math.inf).all()):
             wrong = int(self.wrong[familiar].sum())
-            raise self._no_answer_passes(familiar, wrong, max_error, failure, by_class)
+            raise self._no_answer_passes(rule.guarantee, int(familiar.sum()), wrong, failure)
         return doubts
 
     def _no_answer_passes(
-        self, familiar: Tensor, wrong: int, max_error: float, failure: float, by_class: bool
+        self, guarantee: Guarantee, known: int, wrong: int, failure: float
     ) -> CovcliError:
-        least, known = least_answers(max_error, failure), int(familiar.sum())
+        """Return the error that no answer can pass, of `known` answers below the threshold."""
+        max_error, by_class = guarantee.max_error, guarantee.mode == "by-class"
+        assert max_error is not None
+        least = least_answers(max_error, failure)
         each = " of each predicted class" if by_class else ""
         if known < least * (len(self.predicted.unique()) if by_class else 1):
             return CovcliError(
                 f"{known} calibration answers are too few to show an error rate of at most "
                 f"{max_error:g}",
-                fix=f"at least {images_for(math.ceil(least / (1 - self.guarantee.alpha)))} "
-                f"calibration images{each} are needed, and more where answers are wrong",
+                fix=f"at least {images_for(math.ceil(least / (1 - guarantee.alpha)))} "
+                f"calibration images{each} are needed, and more if answers are wrong",
             )
         return CovcliError(
             f"no share of the answers can be shown to be wrong at most {max_error:g} of the time: "
@@ -143,7 +145,7 @@ class Calibration:
         )
 
     def softmax_rule(self, guarantee: Guarantee, classes: tuple[str, ...]) -> Rule:
-        """Return the baseline's thresholds, the same way as `rule`; it has no error bound."""
+        """Return the rule of the softmax baseline, with thresholds as in `rule`, no error bound."""
         self._refuse_too_few(guarantee, classes)
         plain = replace(guarantee, max_error=None)
         return make_rule(self.softmax, self.predicted, len(classes), plain)
@@ -169,8 +171,13 @@ def softmax_score(logits: Tensor) -> Tensor:
     """Return one minus the highest softmax probability of logits (B, C), float64 of shape (B,).
 
     Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples
-    in Neural Networks", ICLR 2017; summed over the other classes, so that saturated images, whose
-    highest probability rounds to 1, still differ.
+    in Neural Networks", ICLR 2017. The probabilities of the other classes are summed, so that
+    images whose highest probability rounds to 1 still have different scores.
+
+    Examples
+    --------
+    >>> [f"{score:.2g}" for score in softmax_score(torch.tensor([[0.0, 0.0], [50.0, 0.0]]))]
+    ['0.5', '1.9e-22']
     """
     exact = logits.double()
     others = exact.scatter(1, exact.argmax(1, keepdim=True), -torch.inf)
@@ -178,10 +185,10 @@ def softmax_score(logits: Tensor) -> Tensor:
 
 
 def fits(images: int, seed: int) -> Tensor:
-    """Return which of so many calibration images fit the combination; the others rank new scores.
+    """Return which of the calibration images fit the combination; the others rank new scores.
 
-    One in four, drawn at random by a seed: never by the place in a file, since files are often
-    sorted, or interleaved from several sources.
+    One in four is drawn at random, with a seed. The choice does not depend on the position in a
+    file, since files are often sorted or interleaved from several sources.
 
     Returns
     -------
@@ -200,12 +207,12 @@ def fits(images: int, seed: int) -> Tensor:
 
 
 def images_for(scores: int) -> int:
-    """Return how many calibration images give so many scores: one in four fits the combination."""
+    """Return the number of calibration images for that many scores; one in four gives none."""
     return math.ceil(scores * FIT_EVERY / (FIT_EVERY - 1))
 
 
 def too_few(given: str, guarantee: Guarantee, images: int) -> CovcliError:
-    """Word the refusal of a guarantee that needs more calibration images."""
+    """Return the error for a guarantee that needs more calibration images."""
     least = guarantee.minimum()
     each = " of each predicted class" if guarantee.each_class else ""
     return CovcliError(
@@ -216,10 +223,10 @@ def too_few(given: str, guarantee: Guarantee, images: int) -> CovcliError:
 
 
 def check_images(images: int, guarantee: Guarantee, classes: int) -> None:
-    """Raise a CovcliError if so few calibration images cannot keep a guarantee, however they score.
+    """Raise a CovcliError if the calibration images are too few for a guarantee in any case.
 
-    Whether each class is predicted often enough is known only after the network has run:
-    `Calibration.rule`.
+    Whether each class is predicted often enough is checked later by `Calibration.rule`, after the
+    network has run.
     """
     groups = classes if guarantee.each_class else 1
     if images < images_for(groups * guarantee.minimum()):
@@ -234,13 +241,13 @@ def calibrate(
     Parameters
     ----------
     observed
-        The calibration images.
+        The network's results on the calibration images.
     fitting
         Which of them fit the combination, bool of shape (n,); see `fits`.
     outliers
-        For each expert the evidence of surrogate outliers, float64 of shapes (m, P); made from
-        the images that the combination is fitted on, so that the others stay exchangeable with
-        new trusted images.
+        For each expert, the evidence of surrogate outliers, float64 of shape (m, P). They are
+        computed from the fitting images, so that the others stay exchangeable with new trusted
+        images.
     plain
         Whether the score is the mean of the columns, and nothing is fitted.
 

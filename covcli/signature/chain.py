@@ -1,4 +1,4 @@
-"""The chain: from images to verdicts, in one module that can be exported."""
+"""The chain from images to verdicts, in one module that can be exported."""
 
 import math
 
@@ -11,17 +11,17 @@ from covcli.signature.judge import Judge
 
 
 class Chain(nn.Module):
-    """A network and its judge in one graph, which `torch.export.export` takes.
+    """A network and its judge in one module, which `torch.export.export` accepts.
 
     Parameters
     ----------
     judge
-        The network, and all that decides whether its answers are trusted.
+        The network, its signature, its calibration and the rule for verdicts.
 
     Raises
     ------
     CovcliError
-        If the method takes gradients: an exported graph has none.
+        If the method needs gradients, which an exported graph does not have.
 
     Examples
     --------
@@ -44,11 +44,11 @@ class Chain(nn.Module):
         signature = judge.signature
         if signature.method.contributions:
             raise CovcliError(
-                f"the score of {signature.method.name} takes gradients: a graph has none",
-                fix="take a signature of another method",
+                f"the score of {signature.method.name} needs gradients: a graph has none",
+                fix="use a signature of another method",
             )
         self.judge = judge
-        # The network and the scorer are modules: their tensors are this module's too.
+        # Registered as submodules, so that their tensors belong to this module.
         self.model = judge.model
         self.scorer = signature.scorer
         self._recorder = Recorder(judge.model.network, signature.points, signature.granularity)
@@ -57,13 +57,13 @@ class Chain(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Classify images and judge each.
 
-        An image at which the network computes a NaN or an infinity, which a monitor refuses, has
-        an infinite score and evidence: it is untrusted.
+        If the network computes NaN or infinity for an image, its score and evidence are infinite,
+        and it is untrusted. (A monitor raises an error instead.)
 
         Parameters
         ----------
         images
-            Pixels in [0, 1], float32 of the network's own shape, (B, C, H, W), on its device.
+            Pixels in [0, 1], float32 of the network's input shape, (B, C, H, W), on its device.
 
         Returns
         -------

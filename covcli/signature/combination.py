@@ -1,4 +1,4 @@
-"""From the columns of evidence to one score: standardise, let experts weigh, take the loudest."""
+"""Combination of evidence columns to one score: standardisation, experts and a soft maximum."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from torch import Tensor
 # Temperatures of the soft maximum, over the columns and over the voices.
 COLUMNS = 2.0
 VOICES = 0.4
-# Weight of an expert's squared weights beside its mean logistic loss.
+# The factor of an expert's squared weights, added to its mean logistic loss.
 RIDGE = 0.003
-# What an expert is trained on is cut off at so many deviations: beyond, nothing is left to learn.
+# Standardised columns are clipped to ± this many deviations for the training of experts.
 LOUDEST = 8.0
 # No standardised voice reaches this level.
 NEVER = 1e6
@@ -24,25 +24,25 @@ NEVER = 1e6
 
 @dataclass(frozen=True)
 class Combination:
-    """How the columns of evidence become one score.
+    """Combines the evidence columns to one score.
 
-    Each column is standardised by trusted images. The generalist is the soft maximum
-    T·log(mean(exp(z/T))) of all columns with T = 2: between the mean, which a single loud column
-    cannot move, and the maximum, which hears it. Each expert is a weighted sum, its weights at
-    least 0 and fitted to tell trusted images from one kind of surrogate outliers. The voices of
-    the generalist and the experts are standardised too, and the score is their soft maximum with
-    T = 0.4, as good as the loudest.
+    Each column is standardised with trusted images. The generalist is the soft maximum
+    T·log(mean(exp(z/T))) of all columns with T = 2. It is between the mean, on which a single large
+    column has little effect, and the maximum. Each expert is a weighted sum with weights of at
+    least 0, fitted to separate trusted images from one kind of surrogate outliers. The outputs of
+    the generalist and the experts are called voices. They are standardised too, and the score is
+    their soft maximum with T = 0.4, close to the maximum.
 
     Attributes
     ----------
     center, scale
         Mean and deviation of each column, float64 of shape (P,).
     weights
-        The experts, float64 of shape (E, P); E is 0 for a method without any.
+        The experts' weights, float64 of shape (E, P); E is 0 for a method without experts.
     level, spread
         Mean and deviation of each voice, the generalist's first, float64 of shape (1 + E,).
     floor
-        The lowest score of the images that all this was fitted on.
+        The lowest score of the fitting images; it is subtracted.
     """
 
     center: Tensor
@@ -53,7 +53,7 @@ class Combination:
     floor: float
 
     def shares(self, evidence: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how much each column adds to `score`.
+        """Return the contribution of each column to `score`.
 
         Parameters
         ----------
@@ -64,23 +64,23 @@ class Combination:
         -------
         tuple of Tensor
             The standardised columns z, and each column's share of the score, both float64 of
-            shape (B, P); an image's shares sum to 1. A voice's part is the derivative of the soft
-            maximum by it; the generalist's is shared out in the same way, an expert's by what its
-            columns add to its sum.
+            shape (B, P). An image's shares sum to 1. The share of a voice is the derivative of the
+            soft maximum with respect to it. The generalist's share is divided among the columns in
+            the same way, an expert's in proportion to the terms of its sum.
         """
         z = (evidence - self.center) / self.scale
         voices = (_voices(z, self.weights) - self.level) / self.spread
-        heard = torch.softmax(voices / VOICES, 1)
-        shares = heard[:, :1] * torch.softmax(z / COLUMNS, 1)
+        of_voice = torch.softmax(voices / VOICES, 1)
+        shares = of_voice[:, :1] * torch.softmax(z / COLUMNS, 1)
         if len(self.weights):
-            added = (self.weights * z[:, None]).clamp_min(0) + torch.finfo(z.dtype).tiny
-            shares = shares + (heard[:, 1:, None] * added / added.sum(2, keepdim=True)).sum(1)
+            terms = (self.weights * z[:, None]).clamp_min(0) + torch.finfo(z.dtype).tiny
+            shares = shares + (of_voice[:, 1:, None] * terms / terms.sum(2, keepdim=True)).sum(1)
         return z, shares
 
     def score(self, evidence: Tensor) -> Tensor:
         """Return the score of evidence (B, P), float64 of shape (B,); larger is less trusted.
 
-        0 is the lowest score seen in fitting.
+        The lowest score of the fitting images is 0.
         """
         offset, slope, experts, gain, shift, last = self._folded
         z = torch.addcmul(offset, evidence, slope)
@@ -89,10 +89,10 @@ class Combination:
 
     @cached_property
     def _folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
-        """The constants of `score`, folded into few: single images are scored in many small steps.
+        """The constants of `score`, combined so that scoring a single image takes few operations.
 
-        z/COLUMNS is evidence times a slope plus an offset; of each voice over VOICES the factor is
-        in `gain` and `experts`, and what is subtracted in `shift`.
+        z/COLUMNS is evidence times a slope plus an offset. `gain` and `experts` contain the factors
+        of each voice divided by VOICES, and `shift` its subtracted constant.
         """
         slope = 1 / (COLUMNS * self.scale)
         size = 1 / (self.spread * VOICES)
@@ -104,10 +104,10 @@ class Combination:
 
 
 def plain_mean(columns: int) -> Combination:
-    """Return the combination whose score is the mean of so many columns as they are.
+    """Return the combination whose score is the plain mean of the columns.
 
-    A single expert weighs all columns alike, and a generalist of a level that is never reached is
-    not heard beside it.
+    A single expert weights all columns equally. The generalist's level is so high that the
+    generalist does not affect the score.
     """
     ones = torch.ones(columns, dtype=torch.float64)
     return Combination(
@@ -116,7 +116,7 @@ def plain_mean(columns: int) -> Combination:
         weights=ones[None] / columns,
         level=ones.new_tensor([NEVER, 0.0]),
         spread=ones.new_ones(2),
-        floor=-VOICES * math.log(2),  # what the soft maximum of a voice and of silence lacks
+        floor=-VOICES * math.log(2),  # corrects the soft maximum's mean over two voices
     )
 
 
@@ -126,13 +126,13 @@ def fit_combination(evidence: Tensor, outliers: Sequence[Tensor]) -> Combination
     Parameters
     ----------
     evidence
-        Of trusted images, float64 of shape (n, P), n at least 2.
+        Evidence of trusted images, float64 of shape (n, P), n at least 2.
     outliers
         Evidence of surrogate outliers, float64 of shapes (m, P).
     """
     center = evidence.mean(0)
-    # A column silent on all n images, of a range method, leaves its range with a chance of about
-    # 1/(n + 2), then by log 2: the least deviation to believe.
+    # A column of a range method that is constant on all n images changes with a probability of
+    # about 1/(n + 2), and then by log 2. This gives the smallest plausible deviation.
     least = math.log(2) / math.sqrt(len(evidence) + 2)
     scale = evidence.std(0).clamp_min(least)
     z = (evidence - center) / scale
@@ -141,18 +141,18 @@ def fit_combination(evidence: Tensor, outliers: Sequence[Tensor]) -> Combination
     level, spread = z.new_zeros(1 + len(weights)), z.new_ones(1 + len(weights))
     if experts:
         voices = _voices(z, weights)
-        # An expert that found nothing to weigh is silent: its voice is 0 everywhere.
+        # An expert whose weights are all 0 has a constant voice, 0.
         level, spread = voices.mean(0), torch.where(voices.std(0) > 0, voices.std(0), 1.0)
     combination = Combination(center, scale, weights, level, spread, 0.0)
     return replace(combination, floor=float(combination.score(evidence).min()))
 
 
 def fit_expert(trusted: Tensor, outliers: Tensor) -> Tensor:
-    """Return weights of at least 0 that tell outliers from trusted images.
+    """Return weights of at least 0 that separate outliers from trusted images.
 
-    Logistic regression with both sides weighed equally and a slight ridge; the intercept is
-    dropped, since voices are standardised. No weight is negative: evidence never speaks for trust,
-    or an outlier of another kind could buy itself free.
+    Logistic regression with equal weight of both classes and a small ridge penalty. The intercept
+    is dropped, since voices are standardised. Weights are not negative: otherwise large evidence in
+    one column could make an outlier of another kind look trusted.
 
     Parameters
     ----------
@@ -178,7 +178,7 @@ def fit_expert(trusted: Tensor, outliers: Tensor) -> Tensor:
     columns = x.shape[1]
     bounds = [(0, None)] * columns + [(None, None)]
     start = np.append(np.full(columns, 0.01), 0.0)
-    with threadpool_limits(1):  # sums over more threads would round otherwise
+    with threadpool_limits(1):  # the rounding of sums depends on the number of threads
         fit = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
     return torch.from_numpy(fit.x[:-1].copy())
 

@@ -1,4 +1,4 @@
-"""What `build-signature` and `merge-signatures` are told."""
+"""The settings of `build-signature` and `merge-signatures`."""
 
 import math
 from dataclasses import dataclass
@@ -11,53 +11,57 @@ from covcli.core.choices import AmpMode, GranularityChoice, Mode, Seed
 from covcli.core.errors import CovcliError
 from covcli.core.settings import settle
 
-PixelStatistics: TypeAlias = tuple[float, ...]  # a number a channel
+PixelStatistics: TypeAlias = tuple[float, ...]  # one number per channel
 
 
 @dataclass(frozen=True)
 class SignatureConfig:
-    """What `build-signature` is told; `None` takes the checkpoint's own.
+    """The settings of `build-signature`.
 
     Attributes
     ----------
     checkpoint
         The network: a checkpoint, or a bare state dict.
     method
-        A specification of a method, such as `mrc?sections=4`; by default the trained one, or
-        `ensemble`.
+        The specification of a method, such as `mrc?sections=4`. None: the method of the training,
+        or `ensemble`.
     granularity
-        How activations become neurons.
+        How activations become neurons: "channel" or "unit".
     trusted
-        The images to build from; by default those that trained the network.
+        The images to build from. None: those that trained the network.
     calibration
-        Held-out trusted images; by default the split that training held out.
+        Held-out trusted images. None: the split that training held out.
     confidence_threshold
-        Softmax confidence from which on a correct image is trusted; by default the trained one, or
-        0.9.
+        A correctly classified image is trusted if its softmax confidence is at least this, in
+        [0, 1]. None: the value of the training, or 0.9.
     alpha, guarantee, max_error
         See `covcli.signature.guarantee.Guarantee`.
     model, statistics
-        Of a bare state dict: its model, and mean and deviation of the pixels that it was trained
-        with.
+        For a bare state dict: its model, and mean and deviation of the pixels that it was trained
+        with, in [0, 1].
     preprocess
-        Of a bare state dict: how images are prepared for its model.
+        For a bare state dict: the preprocessing of images, as in `--preprocess`.
     logits
-        Of a bare state dict, where the model returns several tensors: the logits' name.
+        For a bare state dict whose model returns several tensors: the name of the logits.
     points
-        Patterns that choose coverage points; by default those of the training.
+        Patterns that choose coverage points; empty: those of the training.
     runs, output
-        The folder of run folders, and the signature's file; by default it stands beside the
-        checkpoint.
+        The folder of run folders, and the signature's file. None: a file beside the checkpoint.
     data_dir
-        The folder that downloaded sets live in; by default the user's cache.
+        The folder of downloaded sets; None: the user's cache.
     force
-        Whether to overwrite an earlier signature.
+        Whether to overwrite an existing signature.
     device
-        Where to compute: cpu, cuda, cuda:1 or auto.
+        The device: cpu, cuda, cuda:1 or auto.
     amp
-        Whether to compute in bfloat16.
+        Whether to compute in bfloat16: "off", "bf16" or "auto".
     seed
-        Of every random choice.
+        The seed of all random choices, from 0 to 2³¹ − 1.
+
+    Raises
+    ------
+    CovcliError
+        If a value has the wrong type or is out of bounds.
 
     Examples
     --------
@@ -94,21 +98,26 @@ class SignatureConfig:
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """What `merge-signatures` is told.
+    """The settings of `merge-signatures`.
 
     Attributes
     ----------
     parts
-        The signatures to merge.
+        The signatures to merge, at least two.
     output
         The merged signature's file.
     checkpoint
-        Their network; by default checkpoint.pt beside the first of them.
+        Their network. None: checkpoint.pt beside the first signature.
     calibration
-        The calibration images that they share; by default as the first of them records, which may
-        name a path only if the same user has built it.
+        The calibration images that they share. None: those that the first signature records, which
+        may name a path only if the same user built it.
     data_dir, force, device, seed
         As in `SignatureConfig`.
+
+    Examples
+    --------
+    >>> MergeConfig(["a.safetensors", "b.safetensors"], "whole.safetensors").parts[0]
+    PosixPath('a.safetensors')
     """
 
     parts: tuple[Path, ...]
@@ -127,7 +136,7 @@ class MergeConfig:
 def read_statistics(
     mean: str | None, deviation: str | None
 ) -> tuple[PixelStatistics, PixelStatistics] | None:
-    """Read `--mean` and `--std`, three numbers each with commas between; both or neither.
+    """Parse `--mean` and `--std`: three numbers each, separated by commas; both or neither.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""How doubtful an answer may be, so that few of those that pass are wrong.
+"""The threshold on the doubt of an answer that bounds the error rate of the answers that pass.
 
 Selective classification with guaranteed risk (Geifman and El-Yaniv, "Selective Classification for
 Deep Neural Networks", NeurIPS 2017), with fixed-sequence testing in place of their binary search
@@ -17,32 +17,32 @@ CONFIDENCE = 0.95
 def doubt_threshold(
     doubt: Tensor, wrong: Tensor, max_error: float, failure: float = 1 - CONFIDENCE
 ) -> float:
-    """Return below which doubt answers pass, so that at most a share of those is wrong.
+    """Return the doubt below which answers pass, so that at most `max_error` of them are wrong.
 
     Let t be the (j + 1)-th smallest doubt. Given t, the j answers below it are independent draws
-    from those with a doubt below t, so that the number of wrong ones among them is binomial with
-    n = j and p = R(t), the error rate of what passes. "R(t) exceeds the share" is rejected where
-    so few wrong ones have a probability of at most `failure`. From each of a few fixed j upwards
-    ranks are tested one after another, until one is not rejected; the starts share `failure`
-    between them. So some R(t) above the share is ever accepted with a probability of at most
-    `failure`, over the draw of the answers.
+    from the answers with a doubt below t. So the number of wrong ones among them is binomial with
+    n = j and p = R(t), the error rate of the answers that pass. The hypothesis R(t) > `max_error`
+    is rejected if the probability of so few wrong answers is at most `failure`. Starting from each
+    of a few fixed j, ranks are tested in ascending order until one is not rejected; the starts
+    divide `failure` among them. So the probability that any R(t) > `max_error` is accepted is at
+    most `failure`, over the draw of the answers.
 
     Parameters
     ----------
     doubt
-        How doubtful each answer is, float64 of shape (n,): independent of each other, and drawn
-        as later ones are.
+        The doubt of each answer, float64 of shape (n,); independent, and drawn from the same
+        distribution as later answers.
     wrong
-        Whether it is wrong, bool of shape (n,).
+        Which answers are wrong, bool of shape (n,).
     max_error
-        The share of wrong answers among those that pass, in (0, 1).
+        The largest share of wrong answers among those that pass, in (0, 1).
     failure
-        With which probability it may be exceeded after all.
+        The probability that the share is exceeded, in (0, 1).
 
     Returns
     -------
     float
-        Answers with a smaller doubt pass: infinity if all may, minus infinity if none.
+        Answers with a smaller doubt pass. Infinity: all pass; minus infinity: none.
 
     Examples
     --------
@@ -60,7 +60,7 @@ def doubt_threshold(
     errors = wrong[order].long().cumsum(0)
     chance = torch.from_numpy(binom.cdf(errors.numpy(), ranks.numpy(), max_error))
     following = torch.cat([ordered[1:], ordered.new_full((1,), math.inf)])
-    tested = ordered < following  # answers of equal doubt pass together or not at all
+    tested = ordered < following  # answers of equal doubt pass together
     refused = tested & (chance > failure / len(starts))
     threshold = -math.inf
     for start in starts:
@@ -73,8 +73,10 @@ def doubt_threshold(
 
 
 def least_answers(max_error: float, failure: float = 1 - CONFIDENCE) -> int:
-    """Return the fewest answers, all of them right, that show an error rate to be small enough.
+    """Return the smallest number of answers, all correct, that shows the error rate.
 
+    Examples
+    --------
     >>> least_answers(0.02), least_answers(0.05)
     (149, 59)
     """
@@ -82,9 +84,10 @@ def least_answers(max_error: float, failure: float = 1 - CONFIDENCE) -> int:
 
 
 def _starts(count: int, max_error: float, failure: float) -> list[int]:
-    """Return the ranks at which testing starts: they depend on no doubt and on no answer.
+    """Return the ranks at which testing starts; they do not depend on the doubts or the answers.
 
-    The first could just be rejected with no wrong answer, each further one is twice as large.
+    The first is the smallest that can be rejected without a wrong answer; each next is twice as
+    large.
     """
     for number in range(8, 0, -1):
         first = least_answers(max_error, failure / number)

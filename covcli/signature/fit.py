@@ -1,4 +1,4 @@
-"""From a network and trusted images to a signature and its calibration, in memory."""
+"""Computation of a signature and its calibration from a network and trusted images, in memory."""
 
 import logging
 import shutil
@@ -16,6 +16,7 @@ from covcli.core import distributed, files
 from covcli.core.progress import Progress
 from covcli.data import datasets
 from covcli.data.images import ImageSet
+from covcli.data.labels import numbered
 from covcli.methods import Layout, Method, State
 from covcli.methods.state import Granularity
 from covcli.models.architectures import Classifier
@@ -30,22 +31,52 @@ from covcli.signature.surrogates import DISTORTIONS, EXPERTS, OTHER_CLASS, Drawn
 log = logging.getLogger(__name__)
 MINIMUM_TRUSTED = 10
 SPILL_BYTES = 8 << 30
-# How much of the spilled neurons is read at once: more than a batch of the network, so that what a
-# method does once a group weighs little.
+# The amount of stored neurons read at once. It is more than a batch of the network, so that a
+# method's cost per group matters little.
 GROUP_BYTES = 16 << 20
 MOST_ROWS = 1024
-# How many trusted images are copied with noise, and how many surrogates of each kind are made.
+# The number of trusted images copied with noise, and of surrogates of each kind.
 NOISY_IMAGES = 128
 SURROGATE_IMAGES = 48
-# From so many fitting images on experts pay: with fewer they scatter more than they find.
+# The smallest number of fitting images for experts; with fewer, experts add more variance than
+# they improve detection.
 LEAST_EXPERT_IMAGES = 20
 
 
-class Recording(AbstractContextManager["Recording"]):
-    """A set's predictions, and its neurons to go over as often as a method asks.
+@dataclass(frozen=True)
+class How:
+    """The method of a signature, and the settings of its computation.
 
-    The network runs once; the neurons spill into a nameless temporary file, so that memory stays
-    flat. Where they would take more than 8 GiB or half of the free disk (units of large images),
+    Attributes
+    ----------
+    method, granularity
+        The method, and how activations become neurons.
+    threshold
+        A correctly classified image is trusted if its softmax confidence is at least this.
+    guarantee
+        The guarantee of the calibration.
+    seed
+        The seed of the calibration's random choices.
+
+    Examples
+    --------
+    >>> from covcli.methods import make_method
+    >>> How(make_method("src")).threshold
+    0.9
+    """
+
+    method: Method
+    granularity: Granularity = "channel"
+    threshold: float = 0.9
+    guarantee: Guarantee = DEFAULT_GUARANTEE
+    seed: int = 0
+
+
+class Recording(AbstractContextManager["Recording"]):
+    """A set's predictions and neurons, for as many passes as a method needs.
+
+    The network runs once, and the neurons are stored in an anonymous temporary file, so that memory
+    does not grow. If they need more than 8 GiB or half of the free disk (units of large images),
     every pass runs the network again.
     """
 
@@ -66,8 +97,8 @@ class Recording(AbstractContextManager["Recording"]):
         fits = wanted <= min(SPILL_BYTES, free // 2)
         self._file = tempfile.TemporaryFile() if fits else None  # noqa: SIM115
         self._rows: list[Tensor] = []
-        # Written to their place: small tensors kept between large ones that come and go would
-        # keep the memory of those from being used again.
+        # Allocated once: small tensors allocated between large temporary ones would fragment the
+        # memory.
         predicted = torch.empty(len(images), dtype=torch.int64)
         confidence = torch.empty(len(images))
         for batch in self._sweep("reading trusted images"):
@@ -91,7 +122,7 @@ class Recording(AbstractContextManager["Recording"]):
     def passes(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield rows of the set with their neurons, group by group, of this rank's share.
 
-        The neurons of a group are gone once the next one is asked for.
+        The neurons of a group are overwritten by the next group.
         """
         if self._file is None:
             for batch in self._sweep("reading trusted images again"):
@@ -118,14 +149,29 @@ def fold(
     passes: Callable[[], Iterable[tuple[Tensor, Tensor]]],
     device: torch.device | None = None,
 ) -> State:
-    """Go over the trusted data as often as the method asks, and return its complete state.
+    """Run all passes of a method over the trusted images, and return its complete state.
 
-    Each rank goes over its own share; the state is that of all of them.
+    Each rank processes its share; the state is reduced over all ranks.
 
     Parameters
     ----------
+    method
+        The method.
+    layout
+        The assignment of neurons to coverage points.
     passes
-        Starts one pass, which yields neurons (B, N) and labels (B,).
+        Starts a pass, which yields neurons (B, N) and labels (B,).
+    device
+        The device of the state; None: the CPU.
+
+    Examples
+    --------
+    >>> from covcli.methods import SingleRange
+    >>> layout = Layout(classes=1, sizes=(2,), values=(2,))
+    >>> trusted = torch.tensor([[0.0, 5.0], [1.0, 6.0]]), torch.tensor([0, 0])
+    >>> state = fold(SingleRange(), layout, lambda: [trusted])
+    >>> state["low"].tolist(), state["high"].tolist()
+    ([[0.0, 5.0]], [[1.0, 6.0]])
     """
     state: State | None = method.begin(layout).to(device or torch.device("cpu"))
     while state is not None:
@@ -139,16 +185,16 @@ def fold(
 
 @dataclass(frozen=True)
 class Trusted:
-    """Which images define the signature.
+    """The images that define the signature.
 
     Attributes
     ----------
     chosen
-        bool of shape (N,).
+        Which images, bool of shape (N,).
     counts
-        How many of each class.
+        The number of images of each class.
     relaxed
-        Classes with fewer than 10 confident images, for which all correct ones were taken.
+        Classes with fewer than 10 confident images, where all correct ones were used.
     """
 
     chosen: Tensor
@@ -159,7 +205,21 @@ class Trusted:
 def choose_trusted(
     labels: Tensor, predicted: Tensor, confidence: Tensor, threshold: float, classes: int
 ) -> Trusted:
-    """Choose the images that are classified correctly with a confidence of at least a threshold."""
+    """Choose the images that are classified correctly with at least the threshold's confidence.
+
+    For a class with fewer than 10 such images, all correctly classified images are chosen.
+
+    Parameters
+    ----------
+    labels, predicted
+        True and predicted classes, int64 of shape (N,).
+    confidence
+        The highest softmax probability, shape (N,).
+    threshold
+        The smallest confidence, in [0, 1].
+    classes
+        The number of classes.
+    """
     correct = predicted == labels
     chosen = correct & (confidence >= threshold)
     relaxed = []
@@ -173,28 +233,53 @@ def choose_trusted(
 
 
 def fit_signature(
-    model: Classifier,
-    images: ImageSet,
-    classes: tuple[str, ...],
-    method: Method,
-    granularity: Granularity,
-    threshold: float,
-    progress: Progress,
+    model: Classifier, images: ImageSet, how: How, progress: Progress
 ) -> tuple[Signature, Trusted, float]:
-    """Build a signature in memory; return it, what it was built from, and the accuracy there.
+    """Build a signature in memory.
+
+    Parameters
+    ----------
+    model
+        The network.
+    images
+        Labelled images. Their class names become those of the signature if there are as many as the
+        network has classes; otherwise classes are named by numbers.
+    how
+        The method and its settings; guarantee and seed are not used.
+    progress
+        Receives the progress.
+
+    Returns
+    -------
+    tuple
+        The signature, the images that define it, and the accuracy on all images.
 
     Raises
     ------
     CovcliError
         If labels are missing or out of range, or an activation is not finite.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from covcli.core.progress import Silent
+    >>> from covcli.methods import make_method
+    >>> from covcli.models import checkpoint
+    >>> model = checkpoint.load(Path("runs/latest/checkpoint.pt")).model
+    >>> digits = datasets.load("digits?limit=200", "train")
+    >>> signature, trusted, _ = fit_signature(model, digits, How(make_method("src")), Silent())
+    >>> sum(trusted.counts) <= len(digits), signature.scorer.columns
+    (True, 3)
     """
     labels = datasets.check_labels(images, model.spec.classes)
-    granularity = method.reads(granularity)
+    named = len(images.classes) == model.spec.classes
+    classes = images.classes if named else numbered(model.spec.classes)
+    method, granularity = how.method, how.method.reads(how.granularity)
     points = model.points(granularity)
     device = model.mean.device
     with Recording(model, images, points, granularity, progress) as recording:
         trusted = choose_trusted(
-            labels, recording.predicted, recording.confidence, threshold, len(classes)
+            labels, recording.predicted, recording.confidence, how.threshold, len(classes)
         )
 
         def passes() -> Iterator[tuple[Tensor, Tensor]]:
@@ -206,24 +291,32 @@ def fit_signature(
         layout = layout_of(points, len(classes))
         state = fold(method, layout, passes, device)
         accuracy = float((recording.predicted == labels).double().mean())
-    noisy = method.begin_noisy(state, layout)
-    if noisy is not None:
-        copied = images.select(trusted.chosen.nonzero()[:, 0])
-        if len(copied):
-            copies = distorted(copied.spread(NOISY_IMAGES), "noise")
-            known = copies.known_labels()
-            for batch in sweep(
-                model, copies, points, granularity, progress, "reading noisy copies"
-            ):
-                mine = known[batch.rows].to(device)
-                method.observe_noisy(noisy, layout, batch.neurons, mine)
-        distributed.reduce(noisy.tensors, noisy.reductions)
-        state.include(noisy)
     signature = Signature(
         method, granularity, tuple(points), state, model.spec,
         files.fingerprint(model.state_dict()), classes, model.precision,
     )  # fmt: skip
+    _observe_noisy(model, signature, images.select(trusted.chosen.nonzero()[:, 0]), progress)
     return signature, trusted, accuracy
+
+
+def _observe_noisy(
+    model: Classifier, signature: Signature, images: ImageSet, progress: Progress
+) -> None:
+    """Add the tensors of a pass over noisy copies to a signature's state, if its method has one."""
+    method, state, layout = signature.method, signature.state, signature.layout
+    noisy = method.begin_noisy(state, layout)
+    if noisy is None:
+        return
+    if len(images):
+        copies = distorted(images.spread(NOISY_IMAGES), "noise")
+        labels = copies.known_labels()
+        points, granularity = signature.points, signature.granularity
+        title = "reading noisy copies"
+        for batch in sweep(model, copies, points, granularity, progress, title):
+            mine = labels[batch.rows].to(batch.neurons.device)
+            method.observe_noisy(noisy, layout, batch.neurons, mine)
+    distributed.reduce(noisy.tensors, noisy.reductions)
+    state.include(noisy)
 
 
 def fit_judge(
@@ -234,13 +327,23 @@ def fit_judge(
     guarantee: Guarantee = DEFAULT_GUARANTEE,
     seed: int = 0,
 ) -> Judge:
-    """Calibrate a signature on images, measured against their predicted classes.
+    """Calibrate a signature on images that did not build it.
 
     Parameters
     ----------
+    model
+        The network.
+    signature
+        The network's signature.
+    images
+        Trusted images that trained neither the network nor the signature; labels may be missing.
+    progress
+        Receives the progress.
+    guarantee
+        The guarantee of the judge.
     seed
-        Draws which images fit the combination, which of those become surrogate outliers, and the
-        class that each of those is measured against.
+        The seed of random choices: which images fit the combination, which of those become
+        surrogate outliers, and the class that each of those is compared with.
 
     Raises
     ------
@@ -263,13 +366,13 @@ def fit_judge(
 
 
 def _surrogates(method: Method, fitting: Tensor) -> int:
-    """Return how many surrogates of each kind to make: none without experts to teach."""
+    """Return the number of surrogates of each kind; 0 for a method without experts."""
     if not method.experts:
         return 0
     if (number := int(fitting.sum())) < LEAST_EXPERT_IMAGES:
         log.warning(
-            "%d calibration images fit the combination, too few to teach experts: from %d "
-            "calibration images on detection is better and varies less",
+            "%d calibration images fit the combination, too few to train experts: with %d "
+            "calibration images or more, detection is better and varies less",
             number, FIT_EVERY * LEAST_EXPERT_IMAGES,
         )  # fmt: skip
         return 0
@@ -279,18 +382,18 @@ def _surrogates(method: Method, fitting: Tensor) -> int:
 def _observe(
     model: Classifier, signature: Signature, images: ImageSet, drawn: Drawn, progress: Progress
 ) -> tuple[Observed, Tensor]:
-    """Return what calibration images show, and the evidence of some against another class."""
+    """Return the results on calibration images, and the evidence of some for another class."""
     every, elsewhere = [], []
     title, points = "reading calibration images", signature.points
     for batch in sweep(model, images, points, signature.granularity, progress, title):
         best = batch.logits.argmax(1)
-        evidence = signature.evidence(batch.neurons, best)
+        evidence = signature.scorer(batch.neurons, best)
         every.append((batch.rows, evidence, softmax_score(batch.logits.cpu()), best))
         mine = torch.isin(batch.rows, drawn.rows)
         if bool(mine.any()):
             rows, places = batch.rows[mine], mine.to(best.device)
             others = drawn.other_classes(rows, best[places], len(signature.classes))
-            elsewhere.append((rows, signature.evidence(batch.neurons[places], others)))
+            elsewhere.append((rows, signature.scorer(batch.neurons[places], others)))
     evidence, softmax, predicted = distributed.collect(every)
     wrong = None if images.labels is None else predicted != images.labels
     against = distributed.collect(elsewhere)[0] if len(drawn.rows) else evidence[:0]
@@ -300,8 +403,8 @@ def _observe(
 def _evidence(
     model: Classifier, signature: Signature, images: ImageSet, progress: Progress
 ) -> Tensor:
-    """Return the evidence of a set, measured against the predicted classes."""
+    """Return the evidence of a set for the predicted classes."""
     title, points = "reading surrogate outliers", signature.points
     swept = sweep(model, images, points, signature.granularity, progress, title)
-    parts = [(b.rows, signature.evidence(b.neurons, b.logits.argmax(1))) for b in swept]
+    parts = [(b.rows, signature.scorer(b.neurons, b.logits.argmax(1))) for b in swept]
     return distributed.collect(parts)[0]

@@ -1,4 +1,4 @@
-"""Which calibration scores are thresholds, so that false alarms and wrong answers stay rare.
+"""Guarantees, and the thresholds on scores that keep them.
 
 A verdict is "untrusted" for scores above the k-th largest calibration score. If the calibration
 scores and the new ones are drawn alike and no two are equal, the share of new scores above it is
@@ -29,7 +29,7 @@ from covcli.core.specs import suggestion
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 CONFIDENCE = 0.95
-_DOUBT = 0.05  # 1 − 0.95 is a little more in binary
+_DOUBT = 0.05  # in floating point, 1 − 0.95 is slightly larger
 
 ENDS = (
     "This ends where inputs are no longer exchangeable with the calibration images: another "
@@ -38,15 +38,20 @@ ENDS = (
 
 
 def _exact(alpha: float) -> Fraction:
-    """Return the decimal that was written: 0.29 means 29/100, not the double below it."""
+    """Return a float as the decimal fraction that was written: 0.29 is exactly 29/100."""
     return Fraction(repr(float(alpha)))
 
 
 def rank_marginal(scores: int, alpha: float) -> int:
-    """Return floor(α(n + 1)): so many of n + 1 exchangeable scores may raise the alarm.
+    """Return k = floor(α(n + 1)), the rank of the threshold for a marginal guarantee.
 
     A new score exceeds the k-th largest of n others with a probability of at most k/(n + 1)
     (Vovk et al., "Algorithmic learning in a random world", 2005).
+
+    Examples
+    --------
+    >>> rank_marginal(99, 0.05), rank_marginal(18, 0.05)
+    (5, 0)
     """
     return math.floor(_exact(alpha) * (scores + 1))
 
@@ -54,37 +59,63 @@ def rank_marginal(scores: int, alpha: float) -> int:
 def rank_certified(scores: int, alpha: float) -> int:
     """Return the largest k with P(Beta(k, n + 1 − k) ≤ α) ≥ 0.95, or 0 if there is none.
 
-    The same as P(Binomial(n, α) ≥ k) ≥ 0.95: the upper tolerance limit of Wilks (1941).
+    This is equivalent to P(Binomial(n, α) ≥ k) ≥ 0.95, the upper tolerance limit of Wilks (1941).
+
+    Examples
+    --------
+    >>> rank_certified(59, 0.05), rank_certified(58, 0.05)
+    (1, 0)
     """
     return int(binom.ppf(_DOUBT, scores, alpha))
 
 
 def minimum_marginal(alpha: float) -> int:
-    """Return the fewest scores with a rank of at least 1: 19 for α = 0.05, 99 for 0.01."""
+    """Return the smallest number of scores with a rank ≥ 1: 19 for α = 0.05, 99 for 0.01."""
     return math.ceil(1 / _exact(alpha)) - 1
 
 
 def minimum_certified(alpha: float) -> int:
-    """Return the fewest scores with (1 − α)^n ≤ 0.05: 59 for α = 0.05, 299 for 0.01."""
+    """Return the smallest n with (1 − α)^n ≤ 0.05: 59 for α = 0.05, 299 for 0.01."""
     return math.ceil(math.log(_DOUBT) / math.log1p(-alpha))
 
 
 def alarms_interval(rank: int, scores: int, images: int) -> tuple[float, float]:
-    """Return where the share of alarms among new images lies with 95% probability.
+    """Return the 95% interval of the share of alarms among new images.
 
-    The count of scores above the k-th largest of n is beta-binomial with parameters k and
+    The number of new scores above the k-th largest of n is beta-binomial with parameters k and
     n + 1 − k, over the draw of both the calibration and the new images, if no two are equal.
+
+    Parameters
+    ----------
+    rank
+        k, the rank of the threshold.
+    scores
+        n, the number of calibration scores.
+    images
+        The number of new images.
+
+    Examples
+    --------
+    >>> alarms_interval(rank=5, scores=99, images=1000)
+    (0.016, 0.102)
     """
     law = betabinom(images, rank, scores + 1 - rank)
     return float(law.ppf(0.025)) / images, float(law.ppf(0.975)) / images
 
 
 def total_alarms_interval(groups: Sequence[tuple[int, int, int]]) -> tuple[float, float]:
-    """Return the same for groups with a threshold each: ranks, scores and images of each.
+    """Return the 95% interval for groups with one threshold each.
 
-    Given how many images each group has, the groups' counts are independent, so that the law of
-    their sum is the convolution of their laws.
+    Given the number of images of each group, the groups' counts are independent. So the
+    distribution of their sum is the convolution of their distributions.
 
+    Parameters
+    ----------
+    groups
+        The rank, the number of calibration scores and the number of new images of each group.
+
+    Examples
+    --------
     >>> total_alarms_interval([(5, 99, 100)]) == alarms_interval(5, 99, 100)
     True
     """
@@ -99,7 +130,7 @@ def total_alarms_interval(groups: Sequence[tuple[int, int, int]]) -> tuple[float
 
 
 def alarms_bound(rank: int, scores: int, images: int) -> float:
-    """Return what the share of alarms among new images stays at or below with 95% probability."""
+    """Return the 95% upper bound of the share of alarms among new images."""
     return float(betabinom(images, rank, scores + 1 - rank).ppf(CONFIDENCE)) / images
 
 
@@ -114,49 +145,55 @@ def binomial_interval(alarms: int, images: int) -> tuple[float, float]:
 _STATEMENTS: Mapping[Mode, str] = {
     "marginal": (
         "An image like the calibration images raises a false alarm with a probability of at most "
-        "{alpha}, the draw of those images counted in: the rate of this one calibration may lie "
-        "above, and nothing is promised of a single class."
+        "{alpha}, averaged over the draw of those images: the rate of this one calibration may be "
+        "higher, and nothing is guaranteed for a single class."
     ),
     "by-class": (
-        "Among images like the calibration images that are predicted as any one class, one raises "
-        "a false alarm with a probability of at most {alpha}, the draw of those images counted "
-        "in: the rates of this one calibration may lie above."
+        "Among images like the calibration images that are predicted as any one class, an image "
+        "raises a false alarm with a probability of at most {alpha}, averaged over the draw of "
+        "those images: the rates of this one calibration may be higher."
     ),
     "certified": (
         "With 95% confidence over the draw of the calibration images, this monitor's false-alarm "
-        "rate on images like them is at most {alpha}; and so it is, with 95% confidence each, "
-        "among the images predicted as each one class."
+        "rate on images like them is at most {alpha}. For each class, the same holds with 95% "
+        "confidence among the images predicted as that class."
     ),
     "certified-overall": (
         "With 95% confidence over the draw of the calibration images, this monitor's false-alarm "
-        "rate on images like them is at most {alpha}; nothing is promised of a single class."
+        "rate on images like them is at most {alpha}; nothing is guaranteed for a single class."
     ),
 }
 
 
 @dataclass(frozen=True)
 class Guarantee:
-    """A false-alarm rate, the sense in which it is not exceeded, and a rate of wrong answers.
+    """A bound on the false-alarm rate, its kind, and optionally a bound on the error rate.
 
     Attributes
     ----------
     alpha
-        The false-alarm rate, in (0, 1).
+        The largest false-alarm rate, in (0, 1).
     mode
-        "marginal": a new image raises the alarm with a probability of at most α, the draw of the
-        calibration images counted in. "by-class": the same among the images predicted as each
-        class (Mondrian conformal prediction; Vovk et al., "Algorithmic learning in a random
-        world", 2005, section 4.5). "certified-overall": with 95% confidence over that draw, the
-        rate of the monitor that came of it is at most α. "certified": that, and the same with 95%
-        confidence each among the images predicted as each class.
+        "marginal": a new image raises a false alarm with a probability of at most α, averaged over
+        the draw of the calibration images. "by-class": the same among the images predicted as each
+        class (Mondrian conformal prediction; Vovk et al., "Algorithmic learning in a random world",
+        2005, section 4.5). "certified-overall": with 95% confidence over that draw, the rate of
+        this monitor is at most α. "certified": the same, and also with 95% confidence for each
+        class among the images predicted as it.
     max_error
-        With 95% confidence over that draw, the share of wrong answers among those that pass, in
-        (0, 1); by predicted class in the mode "by-class". None: nothing is said of wrong answers.
+        The largest share of wrong answers among those that pass, in (0, 1), with 95% confidence
+        over that draw; for each predicted class in the mode "by-class". None: no bound.
 
     Raises
     ------
     CovcliError
-        If a rate is not between 0 and 1, or the mode unknown.
+        If a rate is not between 0 and 1, or the mode is unknown.
+
+    Examples
+    --------
+    >>> guarantee = Guarantee(alpha=0.1, mode="certified-overall")
+    >>> guarantee.minimum(), guarantee.rank(scores=100)
+    (29, 5)
     """
 
     alpha: float = 0.05
@@ -175,18 +212,18 @@ class Guarantee:
 
     @property
     def certain(self) -> bool:
-        """Whether it holds with 95% confidence for the monitor at hand, not in the mean."""
+        """Whether it holds with 95% confidence for one monitor, instead of on average."""
         return self.mode in ("certified", "certified-overall")
 
     @property
     def each_class(self) -> bool:
-        """Whether something is promised of the images predicted as each class."""
+        """Whether it holds for the images predicted as each class."""
         return self.mode in ("by-class", "certified")
 
     def changed(
         self, alpha: float | None, mode: Mode | None, max_error: float | None = None
     ) -> "Guarantee":
-        """Return the guarantee with another α, mode or error rate; None keeps this one's."""
+        """Return the guarantee with another α, mode or error rate; None does not change it."""
         return Guarantee(
             self.alpha if alpha is None else alpha,
             mode or self.mode,
@@ -194,17 +231,17 @@ class Guarantee:
         )
 
     def rank(self, scores: int) -> int:
-        """Return which of so many scores, from the largest on, is the threshold; 0: too few."""
+        """Return the threshold's rank among that many scores, 1 for the largest; 0: too few."""
         rank = rank_certified if self.certain else rank_marginal
         return rank(scores, self.alpha)
 
     def minimum(self) -> int:
-        """Return how many scores have a rank."""
+        """Return the smallest number of calibration scores with a threshold."""
         minimum = minimum_certified if self.certain else minimum_marginal
         return minimum(self.alpha)
 
     def statement(self) -> str:
-        """Return what is guaranteed, in words, with where it ends."""
+        """Return the guarantee in words, with its limits."""
         alarms = _STATEMENTS[self.mode].format(alpha=f"{self.alpha:g}")
         return f"{alarms} {self._error_statement()}{ENDS}"
 
@@ -223,25 +260,33 @@ DEFAULT_GUARANTEE = Guarantee()
 
 @dataclass(frozen=True)
 class Rule:
-    """Which scores are untrusted and which answers pass, so that a guarantee is kept.
+    """The thresholds for verdicts that keep a guarantee.
 
     Attributes
     ----------
     guarantee
-        What is kept.
+        The guarantee.
     overall
-        The threshold that the scores of all calibration images give.
+        The threshold computed from the scores of all calibration images.
     thresholds
         The threshold of images predicted as each class, float64 of shape (C,): the overall one;
         for "by-class" the class's own; for "certified" the larger of both.
     counts
-        How many calibration scores are of images predicted as each class, int64 of shape (C,).
+        The number of calibration scores of images predicted as each class, int64 of shape (C,).
     ranked
         The calibration scores, ascending, float64 of shape (1, n); for "by-class" those of each
-        class, shape (C, m), with minus infinity before those of a class that has fewer than m.
+        class, shape (C, m), padded at the front with minus infinity.
     doubts
-        Of images predicted as each class, below which softmax score an answer passes, float64 of
-        shape (C,); infinity where nothing is promised of wrong answers.
+        The softmax score below which an answer passes, for each predicted class, float64 of shape
+        (C,); infinity without a bound on the error rate.
+
+    Examples
+    --------
+    >>> scores, predicted = torch.arange(19.0), torch.zeros(19, dtype=torch.int64)
+    >>> rule = make_rule(scores, predicted, classes=1, guarantee=Guarantee(0.05))
+    >>> new, predicted = torch.tensor([18.0, 18.5]), torch.tensor([0, 0])
+    >>> rule.untrusted(new, predicted).tolist(), rule.p_value(new, predicted).tolist()
+    ([False, True], [0.1, 0.05])
     """
 
     guarantee: Guarantee
@@ -252,7 +297,7 @@ class Rule:
     doubts: Tensor
 
     def untrusted(self, scores: Tensor, predicted: Tensor) -> Tensor:
-        """Return the verdicts: whether each score exceeds its class's threshold.
+        """Return whether each score exceeds the threshold of its predicted class.
 
         Parameters
         ----------
@@ -264,10 +309,9 @@ class Rule:
         return scores > self.thresholds[predicted]
 
     def unsure(self, scores: Tensor, predicted: Tensor, doubt: Tensor) -> Tensor:
-        """Return which answers do not pass though their images are not untrusted.
+        """Return which answers do not pass although their images are not untrusted.
 
-        Where an answer passes, the score lies below the threshold that the error bound was found
-        under (see `error_limits`), and the doubt below the bound.
+        An answer passes if its score is below `error_limits` and its doubt below `doubts`.
 
         Parameters
         ----------
@@ -281,11 +325,11 @@ class Rule:
 
     @cached_property
     def error_limits(self) -> Tensor:
-        """Below which score answers can pass, by predicted class, float64 of shape (C,).
+        """The score below which answers can pass, by predicted class, float64 of shape (C,).
 
-        One order statistic for all of the images that the error bound speaks of: given it, those
-        with smaller scores are still independent draws. The larger of two thresholds, as of
-        "certified", would not leave them so.
+        The limit is one order statistic for all images that the error bound covers. Given it, the
+        images with smaller scores are independent draws. That would not hold for the larger of two
+        thresholds, as in "certified".
         """
         if self.guarantee.mode == "by-class":
             return self.thresholds
@@ -296,9 +340,10 @@ class Rule:
 
         For inputs exchangeable with the calibration images, P(p ≤ α) ≤ α whatever the
         distribution (Vovk et al., 2005; Bates et al., "Testing for outliers with conformal
-        p-values", 2023, section 2). For "by-class" the scores and n are those of the predicted
-        class, and so is the statement. A marginal verdict and one by class is p ≤ α; a certified
-        one flags fewer, and p keeps its marginal meaning. The parameters are those of `untrusted`.
+        p-values", 2023, section 2). For "by-class", the scores, n and the statement are those of
+        the predicted class. In the modes "marginal" and "by-class", an image is untrusted if p ≤ α.
+        The certified modes flag fewer images, and p keeps its marginal meaning. The parameters are
+        those of `untrusted`.
         """
         scores = scores.to(self.ranked).contiguous()
         if len(self.ranked) == 1:
@@ -310,17 +355,16 @@ class Rule:
         return (1 + self.ranked.shape[1] - below).double() / (self.counts[predicted] + 1)
 
     def confidence(self, scores: Tensor, predicted: Tensor) -> Tensor:
-        """Return 2^(−s/τ), 1 for s ≤ 0: below one half exactly where the verdict is "untrusted".
+        """Return 2^(−s/τ), and 1 for s ≤ 0: below 0.5 exactly if the verdict is "untrusted".
 
-        The form is that of the paper's confidence exp(−η·ln 2/τ) (arXiv 2101.12100, section IV),
-        with the calibrated threshold τ of the predicted class. Where the score is not the plain
-        coverage η, of every method but `mrc-paper`, the confidence is ours. The parameters are
-        those of `untrusted`.
+        This is the form of the paper's confidence exp(−η·ln 2/τ) (arXiv 2101.12100, section IV),
+        with the calibrated threshold τ of the predicted class. Only for `mrc-paper` the score s is
+        the paper's coverage η. The parameters are those of `untrusted`.
         """
         tau = self.thresholds[predicted]
         flagged = scores > tau
         shape = torch.exp2(-(scores.clamp_min(0) / tau))
-        if not self._all_positive:  # then nothing lies between trust and none
+        if not self._all_positive:  # for τ ≤ 0, confidence is 1 or 0
             shape = torch.where(tau > 0, shape, (~flagged).double())
         half = math.nextafter(0.5, 0.0)
         return torch.where(flagged, shape.clamp_max(half), shape.clamp_min(0.5))
@@ -331,19 +375,19 @@ class Rule:
 
 
 def make_rule(scores: Tensor, predicted: Tensor, classes: int, guarantee: Guarantee) -> Rule:
-    """Take the thresholds from calibration scores.
+    """Compute the thresholds from calibration scores.
 
     Parameters
     ----------
     scores
-        float64 of shape (n,). Fewer than the guarantee's minimum, of a predicted class where it
-        speaks of each, give a threshold of infinity.
+        float64 of shape (n,). With fewer scores than the guarantee's minimum (of a predicted class,
+        if it holds for each class), a threshold is infinite.
     predicted
-        The same images' predicted classes, int64 of shape (n,).
+        The predicted classes of the same images, int64 of shape (n,).
     classes
-        How many classes there are, C.
+        The number of classes, C.
     guarantee
-        What to keep.
+        The guarantee.
     """
     own = [scores[predicted == k] for k in range(classes)] if guarantee.each_class else [scores]
     of_group = torch.tensor(
@@ -364,12 +408,12 @@ def make_rule(scores: Tensor, predicted: Tensor, classes: int, guarantee: Guaran
 
 
 def _ranked(groups: Sequence[Tensor]) -> Tensor:
-    """Return each group's scores in a row, ascending, filled up with minus infinity before them."""
+    """Return each group's scores in a row, ascending, padded at the front with minus infinity."""
     rows = [scores.double().sort().values for scores in groups]
     most = max(map(len, rows))
     return torch.stack([pad(row, (most - len(row), 0), value=-math.inf) for row in rows])
 
 
 def _largest(scores: Tensor, rank: int) -> float:
-    """Return the score of that rank, 1 being the largest; of rank 0, what no score exceeds."""
+    """Return the score of that rank, 1 for the largest; infinity for rank 0."""
     return float(scores.sort(descending=True).values[rank - 1]) if rank else math.inf

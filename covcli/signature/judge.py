@@ -1,7 +1,7 @@
-"""The judge: from what a network shows of an image to its score, p-value, confidence and verdict.
+"""The judge: from a network's logits and neurons to score, p-value, confidence and verdict.
 
-The chain is written here once; the monitor, `evaluate`, explanations and the attack that knows the
-monitor all ask the judge.
+This is the only implementation of that chain. The monitor, `evaluate`, explanations and the
+adaptive attack use it.
 """
 
 from collections.abc import Iterator
@@ -33,28 +33,28 @@ TRUSTED, UNSURE, UNTRUSTED = "trusted", "unsure", "untrusted"
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What a judge says of each image of a batch.
+    """A judge's results on a batch of images.
 
     Attributes
     ----------
     logits
-        float32 of shape (B, classes).
+        float32 of shape (B, classes), on the network's device.
     predicted
-        The most probable class, int64 of shape (B,), on the network's device like the logits.
+        The most probable class, int64 of shape (B,), on the network's device.
     evidence
-        What speaks against trust in that class, by column, float64 of shape (B, P).
+        The evidence against trust in that class, by column, float64 of shape (B, P).
     score
-        Distance from the trusted pattern of that class, float64 of shape (B,); larger is less
+        Distance from the trusted pattern of that class, float64 of shape (B,); larger means less
         trusted.
     p_value
-        Share of trusted images that would score as high, float64 of shape (B,), in (0, 1].
+        The share of trusted images with a score at least as high, float64 of shape (B,), in (0, 1].
     confidence
-        float64 of shape (B,), in [0, 1]; below one half where `untrusted`.
+        float64 of shape (B,), in [0, 1]; below 0.5 exactly if `untrusted`.
     untrusted
-        The verdict by the judge's `rule`, bool of shape (B,): a foreign or attacked image.
+        Whether the image is foreign or attacked, by the judge's `rule`, bool of shape (B,).
     unsure
-        Where the image is familiar and yet the answer does not pass, bool of shape (B,): nowhere
-        unless the guarantee bounds the share of wrong answers.
+        Whether the image is familiar but the answer unreliable, bool of shape (B,). Always False
+        unless the guarantee bounds the share of wrong answers (`max_error`).
     """
 
     logits: Tensor
@@ -68,7 +68,7 @@ class Verdicts:
 
     @property
     def words(self) -> list[str]:
-        """Each verdict in a word: "trusted", "unsure" or "untrusted"."""
+        """The verdict of each image: "trusted", "unsure" or "untrusted"."""
         flags = zip(self.untrusted.tolist(), self.unsure.tolist(), strict=True)
         return [UNTRUSTED if foreign else UNSURE if doubtful else TRUSTED
                 for foreign, doubtful in flags]  # fmt: skip
@@ -76,7 +76,7 @@ class Verdicts:
 
 @dataclass(frozen=True)
 class Judge:
-    """A network, and all that decides whether its answers are trusted.
+    """A network with everything that determines verdicts on its answers.
 
     Attributes
     ----------
@@ -85,9 +85,19 @@ class Judge:
     signature
         The network's signature.
     calibration
-        How evidence becomes a score, and the scores of trusted images.
+        The combination of evidence to a score, and the scores of calibration images.
     rule
         The guarantee, and the thresholds that keep it.
+
+    Examples
+    --------
+    >>> from covcli.signature import judge
+    >>> run = Path("runs/latest")
+    >>> loaded, _ = judge.load(run / "checkpoint.pt", run / "signature-ensemble.safetensors")
+    >>> logits = torch.zeros(2, len(loaded.signature.classes))
+    >>> neurons = torch.full((2, sum(loaded.signature.sizes)), 1e6)
+    >>> loaded(logits, neurons).untrusted.tolist()
+    [True, True]
     """
 
     model: Classifier
@@ -103,7 +113,7 @@ class Judge:
         calibration: Calibration,
         guarantee: Guarantee | None = None,
     ) -> Self:
-        """Put a judge together; without a guarantee it keeps the calibration's own.
+        """Create a judge; without a guarantee, the calibration's own is used.
 
         Raises
         ------
@@ -120,31 +130,37 @@ class Judge:
         Parameters
         ----------
         logits
-            What the network returned, shape (B, classes).
+            The network's logits, shape (B, classes).
         neurons
-            What its coverage points showed, shape (B, N).
+            The neurons of its coverage points, shape (B, N).
         """
         predicted = logits.argmax(1)
         evidence = self.evidence(predicted, neurons)
         return self.verdicts(logits, predicted, evidence, self.calibration.score(evidence))
 
     def evidence(self, predicted: Tensor, neurons: Tensor) -> Tensor:
-        """Return what speaks against trust in those classes, float64 of shape (B, P), on the CPU.
+        """Return the evidence against trust in the predicted classes, on the CPU.
 
         Parameters
         ----------
         predicted
             Predicted classes, int64 of shape (B,).
         neurons
-            As for a call.
+            The neurons of the coverage points, shape (B, N).
+
+        Returns
+        -------
+        Tensor
+            float64 of shape (B, P).
         """
-        with torch.autocast(neurons.device.type, enabled=False):  # of whoever calls
-            return self.signature.evidence(neurons, predicted).cpu()
+        with torch.autocast(neurons.device.type, enabled=False):  # the caller may have enabled it
+            evidence: Tensor = self.signature.scorer(neurons, predicted)
+            return evidence.cpu()
 
     def verdicts(
         self, logits: Tensor, predicted: Tensor, evidence: Tensor, score: Tensor
     ) -> Verdicts:
-        """Return what follows from scores; the parameters are attributes of `Verdicts`."""
+        """Return the verdicts of scores; the parameters are attributes of `Verdicts`."""
         classes = predicted.cpu()
         return Verdicts(
             logits=logits,
@@ -158,7 +174,7 @@ class Judge:
         )
 
     def warm_up(self) -> None:
-        """Prepare now what the first batch would, as before threads meet there, or a tracer."""
+        """Compute cached values now, before several threads or a tracer use the judge."""
         widths = len(self.signature.classes), sum(self.signature.sizes)
         self(*(torch.zeros(1, width, device=self.model.mean.device) for width in widths))
 
@@ -168,23 +184,24 @@ class Judge:
         return self.rule.unsure(score, classes, softmax_score(logits.cpu()))
 
     def sweep(self, images: ImageSet, progress: Progress, title: str) -> Iterator[Swept]:
-        """Run the network over a set, see `covcli.models.sweep.sweep`."""
+        """Run the network over a set; see `covcli.models.sweep.sweep`."""
         points, granularity = self.signature.points, self.signature.granularity
         return sweep(self.model, images, points, granularity, progress, title)
 
     def monitored(self) -> Monitored:
-        """Return the network with its score, as a function that gradients flow through.
+        """Return the network with its score, as a differentiable function for attacks.
 
-        The unit of the soft score is the threshold.
+        The soft score is in units of the threshold.
 
         Raises
         ------
         CovcliError
-            If the score takes gradients itself.
+            If the score is computed from gradients itself.
         """
         if self.signature.method.contributions:
             raise CovcliError(
-                f"the score of {self.signature.method.name} takes gradients itself and has none",
+                f"the score of {self.signature.method.name} is not differentiable: it is computed "
+                "from gradients",
                 where="attack:adaptive-pgd",
                 fix="evaluate another method",
             )
@@ -196,7 +213,7 @@ class Judge:
             logits, neurons = forward(self.model, recorder, images)
         with torch.no_grad():
             verdicts = self(logits, neurons)
-        soft = self.calibration.score(signature.soft_evidence(neurons, verdicts.predicted).cpu())
+        soft = self.calibration.score(signature.scorer.soft(neurons, verdicts.predicted).cpu())
         unit = self.rule.overall if self.rule.overall > 0 else 1.0
         return Look(logits, verdicts.score, soft / unit)
 
@@ -219,12 +236,13 @@ def load(
     signature_file
         The signature.
     alpha, guarantee
-        The false-alarm rate to stay below, and in which sense, see `Guarantee`; None takes what
-        the signature stores.
+        The largest false-alarm rate, in (0, 1), and its kind, see `Guarantee`. None uses the
+        signature's.
     max_error
-        The share of wrong answers among those that pass; None takes what the signature stores.
+        The largest share of wrong answers among those that pass, in (0, 1). None uses the
+        signature's.
     device
-        Where to compute.
+        The device: "cpu", "cuda", "cuda:1" or "auto".
 
     Raises
     ------

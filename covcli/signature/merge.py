@@ -1,4 +1,4 @@
-"""merge_signatures: one signature from parts that were built from different images."""
+"""merge_signatures: merge signatures that were built from disjoint images into one."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -30,7 +30,7 @@ class _Part:
     record: Record
 
 
-# What parts must have in common, and how it is called in an error.
+# The properties that parts must have in common, by their names in errors.
 COMMON: dict[str, Callable[[_Part], Any]] = {
     "model": lambda part: (part.signature.model, part.signature.fingerprint, part.signature.points),
     "method": lambda part: part.signature.method,
@@ -44,18 +44,25 @@ COMMON: dict[str, Callable[[_Part], Any]] = {
 
 
 def merge_signatures(config: MergeConfig, progress: Progress = Silent()) -> SignatureResult:
-    """Merge the states of signatures of one network, and calibrate and write what they make.
+    """Merge the states of signatures of one network, then calibrate and write the result.
 
-    The network runs over the calibration images again, which all parts must have in common: so
-    none of them is trusted in any part. Merging is exact for src, nrc and nac; for others see
-    `align` of the method.
+    All parts must have the same calibration images, so that no part was built from them. The
+    network runs over these images again. Merging is exact for src, nrc and nac; for other methods
+    see their `align`.
+
+    Parameters
+    ----------
+    config
+        The settings.
+    progress
+        Receives the progress; by default it is not shown.
 
     Raises
     ------
     CovcliError
-        If there are fewer than two parts, they differ in the model, the method or anything else
-        that makes them comparable, two are of the same images, a file or the data is bad, or the
-        output exists already or is being written.
+        If there are fewer than two parts, they differ in the model, the method or another property
+        that must be equal, two were built from the same images, a file or the data is invalid, or
+        the output exists already or is being written.
 
     Examples
     --------
@@ -67,7 +74,7 @@ def merge_signatures(config: MergeConfig, progress: Progress = Silent()) -> Sign
     ...     for half, output in (("digits?limit=700", "a"), ("digits?offset=700", "b"))
     ... ]
     >>> whole = merge_signatures(MergeConfig(parts, "whole", "runs/latest/checkpoint.pt"))
-    >>> whole.images  # of 1,437 less those that calibrate
+    >>> whole.images  # 1,437 without the calibration images
     1078
     """
     if len(config.parts) < 2:
@@ -106,19 +113,21 @@ def _merge(config: MergeConfig, progress: Progress) -> SignatureResult:
 
 
 def check_parts(parts: Sequence[_Part]) -> None:
-    """Raise a CovcliError unless parts are of one network and method, and of other images each."""
+    """Raise a CovcliError unless parts have one network and method, and different images."""
     first = parts[0]
     for i, part in enumerate(parts):
         for what, look in COMMON.items():
             if look(part) != look(first):
-                raise CovcliError(f"has another {what} than {first.path}", where=part.path)
+                raise CovcliError(f"differs in {what} from {first.path}", where=part.path)
         for earlier in parts[:i]:
             if earlier.record.trusted.images == part.record.trusted.images:
-                raise CovcliError(f"is of the same images as {earlier.path}", where=part.path)
+                raise CovcliError(
+                    f"was built from the same images as {earlier.path}", where=part.path
+                )
 
 
 def merged_state(parts: Sequence[Signature]) -> State:
-    """Merge the states of parts that `check_parts` lets pass."""
+    """Merge the states of parts that `check_parts` accepts."""
     first = parts[0]
     aligned = first.method.align([part.state for part in parts], first.layout)
     merged = State({k: v.clone() for k, v in aligned[0].tensors.items()}, aligned[0].reductions)
@@ -128,7 +137,7 @@ def merged_state(parts: Sequence[Signature]) -> State:
 
 
 def merged_record(parts: Sequence[_Part], provenance: dict[str, Any]) -> Record:
-    """Return what a merged signature records of its making; the data's name is the first part's."""
+    """Return the record of a merged signature; its data specification is that of the first part."""
     records = [part.record for part in parts]
     first, images = records[0], sum(record.trusted_images for record in records)
     sources = {record.trusted.source for record in records}

@@ -1,4 +1,4 @@
-"""Monitor: a network that says, beside its answer, whether the answer can be trusted."""
+"""Monitor: a network that also returns, for each answer, whether it can be trusted."""
 
 import math
 import weakref
@@ -22,34 +22,29 @@ from covcli.models.points import Recorder
 from covcli.models.sweep import forward, to_network
 from covcli.signature import judge as judges
 from covcli.signature import signature as signatures
-from covcli.signature.build import DEFAULT_METHOD, How
+from covcli.signature.build import DEFAULT_METHOD
+from covcli.signature.fit import How
 from covcli.signature.guarantee import DEFAULT_GUARANTEE, Guarantee
 from covcli.signature.judge import Judge, Verdicts
 from covcli.signature.own_network import build_own, load_own
 from covcli.signature.record import Record
 
 __all__ = ["Monitor", "Verdicts"]
-ROUNDING = 1e-3  # how far beyond [0, 1] a pixel may lie: half precision rounds by as much
+ROUNDING = 1e-3  # a pixel may lie outside [0, 1] by this much, the rounding of half precision
 
 
 class Monitor:
-    """A network and its signature.
+    """A network with its signature; returns a verdict for each image.
 
-    Several threads may call one monitor at once, and others its network directly: each call keeps
-    what it records to itself. Hooks stay on the network as long as the monitor lives; they do
-    nothing outside its calls.
+    Several threads may call one monitor at the same time, and its network directly. The monitor
+    keeps hooks on the network as long as it exists; they do nothing outside its calls.
 
     Parameters
     ----------
     judge
-        The network with its signature, its calibration and the rule that gives verdicts.
-
-    Attributes
-    ----------
-    judge
-        The same.
+        The network, its signature, its calibration and the rule for verdicts.
     record
-        What the signature was made from; None for a monitor that was put together by hand.
+        The record of the signature's data; None for a monitor that a program composed itself.
 
     Examples
     --------
@@ -97,27 +92,26 @@ class Monitor:
         seed: int = 0,
         progress: Progress = Silent(),
     ) -> Self:
-        """Build the monitor of a network that a program holds; nothing has to be registered.
+        """Build the monitor of a program's own network; nothing has to be registered.
 
-        Preprocessing is the program's: the network sees what the loader yields, and so does the
-        monitor later. The network is not copied; it stays where it is, in evaluation mode.
+        The program prepares the images: the network and the monitor receive the loader's values
+        unchanged. The network is not copied or moved, and is put into evaluation mode.
 
         Parameters
         ----------
         network
-            Maps images (B, C, H, W) to logits (B, classes), or to a nest of tensors that holds
-            them.
+            Maps images (B, C, H, W) to logits (B, classes), or to nested tensors that contain them.
         trusted
             The images that trained it, with labels: a torch Dataset, a DataLoader, or tensors
             (images, labels).
         calibration
-            Images that did not train it, likewise; labels may be missing.
+            Images that did not train it, in the same form; labels may be missing.
         method, granularity, confidence_threshold, alpha, guarantee, max_error, points, logits, seed
-            As of `covcli build-signature`.
+            As for `covcli build-signature`.
         classes
             Class names; by default those of the dataset, or numbers.
         progress
-            Is told of every pass.
+            Receives the progress of every pass.
 
         Raises
         ------
@@ -127,30 +121,41 @@ class Monitor:
 
         Examples
         --------
-        See docs/python-api.md: `Monitor.build(network, train_loader, held_out_loader)`.
+        >>> labels = torch.arange(120) % 2
+        >>> images = labels.view(-1, 1, 1, 1) + torch.rand(120, 3, 8, 8)
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> training = torch.optim.Adam(network.parameters(), 0.01)
+        >>> for _ in range(20):
+        ...     nn.functional.cross_entropy(network(images), labels).backward()
+        ...     training.step()
+        ...     training.zero_grad()
+        >>> monitor = Monitor.build(network, (images[:80], labels[:80]), images[80:], method="src")
+        >>> monitor(torch.full((1, 3, 8, 8), -9.0)).words
+        ['untrusted']
         """
         how = How(
             make_method(method), granularity, confidence_threshold,
             Guarantee(alpha, guarantee, max_error), seed,
         )  # fmt: skip
-        made = build_own(
+        judge, record = build_own(
             network, trusted, calibration, how, progress, classes=classes, logits=logits,
             points=points,
         )  # fmt: skip
-        return cls(*made)
+        return cls(judge, record)
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write the signature, and return its path; `Monitor.load(path, network)` reads it.
 
-        The network's weights are the program's to keep.
+        The network's weights are not written; the program must save them.
 
         Raises
         ------
         CovcliError
-            If the file exists already and is not to be overwritten, or cannot be written.
+            If the file exists and `force` is False, it cannot be written, or the monitor has no
+            record of its data.
         """
         if self.record is None:
-            _refuse("was put together by hand, and has nothing to say of its data")
+            _refuse("has no record of its data")
         with run_folders.writing(Path(path), force):
             judge = self.judge
             signatures.save(Path(path), judge.signature, judge.calibration, self.record)
@@ -173,25 +178,33 @@ class Monitor:
         ----------
         checkpoint, signature_file
             A checkpoint (or the bare weights that a signature was built from) and its signature;
-            or a signature and the network that it was built of.
+            or a signature and the network that it was built from.
         alpha
-            The false-alarm rate to stay below on images like the calibration images, in (0, 1);
-            None takes what the signature stores.
+            The largest false-alarm rate on images like the calibration images, in (0, 1). None
+            uses the signature's.
         guarantee
-            In which sense: "marginal", "by-class", "certified-overall" or "certified"; None
-            takes what the signature stores.
+            The kind of guarantee: "marginal", "by-class", "certified-overall" or "certified". None
+            uses the signature's.
         max_error
-            The share of wrong answers among those that pass, in (0, 1), with 95% confidence: the
-            others are `unsure`. None takes what the signature stores.
+            The largest share of wrong answers among those that pass, in (0, 1), with 95%
+            confidence; other answers are `unsure`. None uses the signature's.
         device
-            "cpu", "cuda", "cuda:1" or "auto"; None takes the CPU, or leaves a network of the
-            program where it is.
+            "cpu", "cuda", "cuda:1" or "auto". None: the CPU, or the device of the program's
+            network.
 
         Raises
         ------
         CovcliError
             If a file is missing, damaged or of another kind, the two do not belong together, or
             the calibration has too few images for the guarantee.
+
+        Examples
+        --------
+        >>> run = "runs/latest"
+        >>> signature = f"{run}/signature-ensemble.safetensors"
+        >>> monitor = Monitor.load(f"{run}/checkpoint.pt", signature, alpha=0.1)
+        >>> monitor.judge.rule.guarantee.alpha
+        0.1
         """
         if isinstance(signature_file, nn.Module):
 
@@ -211,36 +224,50 @@ class Monitor:
         Parameters
         ----------
         images
-            A tensor on any device, or a NumPy array, of shape (B, C, H, W) with at least one
-            image, in any memory layout. Either bytes (uint8, 0 to 255) of any size and 1 to 4
-            channels, which are turned to the network's size and channels; or floats of any
-            precision in [0, 1], of the network's own size and channels.
+            A tensor on any device, or a NumPy array, of shape (B, C, H, W) with B ≥ 1, in any
+            memory layout. Either uint8 (0 to 255) of any size with 1 to 4 channels, which is
+            converted to the network's size and channels; or floats in [0, 1] of any precision, with
+            the network's size and channels. For a program's own network: floats as its loader
+            yields them.
         normalised
-            Whether the images are floats that were normalised already, by the network's own mean
-            and deviation: then its normalisation is skipped.
+            Whether the floats were normalised already with the network's mean and deviation.
+
+        Returns
+        -------
+        Verdicts
+            Logits, predicted classes, scores and verdicts, one entry per image.
 
         Raises
         ------
         CovcliError
-            If the images have another shape, type or range, the network was set to training, or
+            If the images have another shape, type or range, the network is in training mode, or
             activations are not finite.
+
+        Examples
+        --------
+        >>> monitor = Monitor.load(
+        ...     "runs/latest/checkpoint.pt", "runs/latest/signature-ensemble.safetensors"
+        ... )
+        >>> verdicts = monitor(np.zeros((2, 3, 32, 32), np.float32))
+        >>> verdicts.words, bool((verdicts.confidence < 0.5).all())
+        (['untrusted', 'untrusted'], True)
         """
         self._refuse_training()
         inputs = self._inputs(images, normalised)
         network = self.model.classify if normalised else self.model
         with torch.inference_mode(), self._recorder as recorder:
             logits, neurons = forward(network, recorder, inputs)
-        self._refuse_training()  # set by another thread, meanwhile
+        self._refuse_training()  # another thread may have set it meanwhile
         verdicts = self.judge(logits, neurons)
         self._recorder.reuse(neurons)
         return verdicts
 
     def _refuse_training(self) -> None:
         if any(module.training for module in self._modules):
-            _refuse("the network is set to training", "call monitor.model.eval() before")
+            _refuse("the network is in training mode", "call monitor.model.eval() first")
 
     def _inputs(self, given: object, normalised: bool) -> Tensor:
-        """Return what the network takes, on its device; what it does not take is a CovcliError."""
+        """Return the network's input, on its device; raise a CovcliError for unsuitable images."""
         images, shape = _tensor(given), self.model.spec.shape
         if images.ndim != 4 or images.numel() == 0:
             _refuse(
@@ -273,7 +300,7 @@ class Monitor:
             shape = ", ".join(map(str, self.model.spec.shape))
             _refuse(
                 f"got {images.dtype} of shape {tuple(images.shape)}",
-                f"pass floats of shape (B, {shape}), as the loader yielded that built it",
+                f"pass floats of shape (B, {shape}), as the loader yielded them",
             )
         return images.detach().to(self.model.mean.device, torch.float32)
 
@@ -291,7 +318,7 @@ def _tensor(images: object) -> Tensor:
 
 
 def _check_range(pixels: Tensor, normalised: bool) -> None:
-    """Refuse pixels beyond [0, 1]: the network would answer, and its signature would judge."""
+    """Raise a CovcliError for pixels outside [0, 1], for which results would be meaningless."""
     low, high = (float(end) for end in torch.aminmax(pixels))
     if not math.isfinite(high - low):
         _refuse("the images hold NaN or infinity")
@@ -300,13 +327,13 @@ def _check_range(pixels: Tensor, normalised: bool) -> None:
     seen = f"from {low:.3g} to {high:.3g}"
     if normalised:
         _refuse(
-            f"the floats were not normalised as the network does: they stand for pixels {seen}",
+            f"the floats were not normalised as the network does: they mean pixels {seen}",
             "subtract model.mean and divide by model.deviation, or pass pixels in [0, 1]",
         )
     _refuse(
         f"got floats {seen}, not pixels in [0, 1]",
-        "divide bytes by 255, or pass normalised=True if the network's mean and deviation were "
-        "taken off already",
+        "divide bytes by 255, or pass normalised=True if the images were normalised already with "
+        "the network's mean and deviation",
     )
 
 

@@ -1,4 +1,4 @@
-"""Signatures of a network that a Python program holds, of images that the program prepares."""
+"""Signatures of a program's own network, with images that the program prepares."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,8 @@ from covcli.models.architectures import Classifier
 from covcli.models.logits import named_tensors
 from covcli.models.spec import ModelSpec
 from covcli.signature import signature as signatures
-from covcli.signature.build import How, sign
+from covcli.signature.build import sign
+from covcli.signature.fit import How
 from covcli.signature.judge import Judge
 from covcli.signature.record import Record
 
@@ -32,12 +33,12 @@ def own_classifier(
     logits: str = "",
     points: Sequence[str] = (),
 ) -> tuple[Classifier, tuple[str, ...]]:
-    """Return a program's network as a classifier of images that are prepared already.
+    """Wrap a program's network as a classifier of prepared images.
 
     Parameters
     ----------
     network
-        The network; it is not copied, and stays where it is.
+        The network; it is not copied or moved.
     images
         Prepared images.
     classes
@@ -62,13 +63,13 @@ def own_classifier(
 
 
 def place_of(network: nn.Module) -> torch.device:
-    """Return where a network lies."""
+    """Return the device of a network's weights."""
     weights = [*network.parameters(), *network.buffers()]
     return weights[0].device if weights else torch.device("cpu")
 
 
 def _count(network: nn.Module, images: Tensor, labels: Tensor | None, logits: str) -> int:
-    """Return how many classes a network tells apart, by what it returns of two images."""
+    """Return a network's number of classes, from its output on two images."""
     training = [module for module in network.modules() if module.training]
     try:
         with torch.no_grad():
@@ -85,7 +86,7 @@ def _count(network: nn.Module, images: Tensor, labels: Tensor | None, logits: st
     sizes = {t.shape[1] for t in named or rows.values() if t.shape[1] >= least}
     if len(sizes) != 1:
         raise CovcliError(
-            "it cannot be told how many classes the network has", fix="name them by classes="
+            "the number of the network's classes is not clear", fix="name them by classes="
         )
     return sizes.pop()
 
@@ -101,7 +102,7 @@ def build_own(
     logits: str = "",
     points: Sequence[str] = (),
 ) -> tuple[Judge, Record]:
-    """Build and calibrate the signature of a network that a program holds.
+    """Build and calibrate the signature of a program's own network.
 
     Parameters
     ----------
@@ -109,16 +110,18 @@ def build_own(
         Maps prepared images to logits.
     trusted, calibration
         Prepared images, see `covcli.data.prepared.prepared`: those that trained the network, and
-        others, which calibrate.
+        others for calibration.
     how
-        How the signature is made.
+        The method and its settings.
+    progress
+        Receives the progress.
     classes, logits, points
         See `own_classifier`.
 
     Raises
     ------
     CovcliError
-        If the data or the network is of another kind, or as `covcli.build_signature` says.
+        If the data or the network is of another kind, or as in `covcli.build_signature`.
     """
     images, held_out = prepared(trusted, "trusted"), prepared(calibration, "calibration")
     images.known_labels()
@@ -134,19 +137,23 @@ def load_own(
     wanted: Any,
     device: str | None,
 ) -> tuple[Judge, Record]:
-    """Read the signature of a network that a program holds.
+    """Read the signature of a program's own network.
 
     Parameters
     ----------
+    signature_file
+        The signature.
+    network
+        The network that it was built from.
     wanted
-        Maps the signature's guarantee to the one to keep.
+        Maps the signature's guarantee to the requested one.
     device
-        Where to compute; None leaves the network where it is.
+        The device for the computation; None does not move the network.
 
     Raises
     ------
     CovcliError
-        If the file is no signature of exactly this network.
+        If the file is not a signature of exactly this network.
     """
     signature, calibration, record = signatures.load(signature_file)
     place = place_of(network) if device is None else runtime.choose_device(device)
@@ -157,19 +164,19 @@ def load_own(
 
 
 def _without_shared(images: ImageSet, held_out: ImageSet) -> ImageSet:
-    """Leave out trusted images that calibrate too, where both come from one dataset."""
+    """Return the trusted images without those used for calibration, if both share a dataset."""
     calibrating = set(_places(held_out))
     fresh = [row for row, place in enumerate(_places(images)) if place not in calibrating]
     if len(fresh) == len(images):
         return images
     if not fresh:
-        raise CovcliError("every trusted image calibrates too", fix="hold some of them out")
-    log.warning("%d trusted images calibrate too: left out", len(images) - len(fresh))
+        raise CovcliError("every trusted image is a calibration image too", fix="hold some out")
+    log.warning("%d trusted images are calibration images too: ignored", len(images) - len(fresh))
     return images.select(torch.tensor(fresh))
 
 
 def _places(images: ImageSet) -> list[tuple[int, int]]:
-    """Return for each image which dataset it comes from, and its number there."""
+    """Return the identity of each image's dataset, and its index there."""
     assert isinstance(images.source, PreparedSource)
     dataset: Any = images.source.dataset
     rows = images.rows.tolist()

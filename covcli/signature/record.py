@@ -1,4 +1,4 @@
-"""What a signature records of its making: the data that built it, and that calibrated it."""
+"""The record in a signature: the data that built it, and the data that calibrated it."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +21,7 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class MergedPart:
-    """One of the signatures that another was merged from.
+    """One of the parts of a merged signature.
 
     Attributes
     ----------
@@ -38,32 +38,32 @@ class MergedPart:
 
 @dataclass(frozen=True)
 class Record:
-    """What a signature was made from.
+    """The data and settings that a signature was built from.
 
     Attributes
     ----------
     trusted
-        The images that built it.
+        The record of the trusted images.
     trusted_images
-        How many of them were read.
+        The number of images read.
     trusted_counts
-        How many of each class define the signature.
+        The number of images of each class that define the signature.
     relaxed_classes
-        Classes where confident images were too few, so that all correct ones count.
+        Classes with too few confident images, where all correct ones were used.
     confidence_threshold
-        The softmax confidence from which on a correct image counts.
+        The smallest softmax confidence of a trusted image, in [0, 1].
     accuracy
-        The network's accuracy on the images read.
+        The network's accuracy on the images read, in [0, 1].
     calibration
-        The images that calibrated it.
+        The record of the calibration images.
     calibration_images
-        How many there are.
+        The number of calibration images.
     calibration_rows
-        Which rows of their source they are, in the order in which they were read.
+        Their rows in the source, in the order in which they were read.
     provenance
-        Versions, command line, device, threads, seed, time.
+        Versions, command line, device, threads, seed and time.
     parts
-        The signatures that it was merged from, in order; empty for one that was built.
+        The parts of a merged signature, in order; empty for a signature that was built.
 
     Examples
     --------
@@ -89,7 +89,7 @@ class Record:
     parts: tuple[MergedPart, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the record as plain values, as the signature's file holds it."""
+        """Return the record as plain values, as in the signature's file."""
         document = asdict(self)
         if not self.parts:
             del document["parts"]
@@ -97,12 +97,12 @@ class Record:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], classes: int) -> "Record":
-        """Rebuild a record of a signature with so many classes.
+        """Rebuild the record of a signature with that many classes.
 
         Raises
         ------
         ValueError
-            If the document is not one that `as_dict` writes.
+            If the document does not have the form of `as_dict`.
         """
         record = settings.read(cls, document)
         if len(record.trusted_counts) != classes or any(
@@ -114,7 +114,7 @@ class Record:
         return record
 
     def known_to(self, network: str) -> "Record":
-        """Return the record as read from a file, with the seals that hold for a network."""
+        """Return a record that was read from a file, with only the seals valid for a network."""
         return replace(
             self,
             trusted=recorded.verified(self.trusted, lambda: network),
@@ -122,7 +122,7 @@ class Record:
         )
 
     def sealed(self, network: str) -> "Record":
-        """Return the record to be written, of data that the user may read again unasked."""
+        """Return the record with seals, so that this user may read its data again unasked."""
         return replace(
             self,
             trusted=recorded.sealed(self.trusted, network),
@@ -136,24 +136,25 @@ class Record:
         otherwise: str,
         named: Collection[str | None] = (),
     ) -> ImageSet:
-        """Load the images that built the signature, less those that calibrated it.
+        """Load the images that built the signature, without the calibration images.
 
         Parameters
         ----------
         classes
             The network's class names.
         data_dir
-            The folder that downloaded sets live in.
+            The folder of downloaded sets.
         otherwise
-            What the user can do without the images, as "leave --baseline out".
+            Advice for the error: what the user can do without the images, such as "leave --baseline
+            out".
         named
-            Specifications that the user has named, and so allows to read.
+            Specifications that the user named, and so allows to read.
 
         Raises
         ------
         CovcliError
-            If the images are no longer there or may not be read, or the signature was merged from
-            parts.
+            If the images are no longer available or may not be read, or the signature was merged
+            from parts.
         """
         recorded.allow(self.trusted, otherwise, named)
         if self.parts:
@@ -164,19 +165,19 @@ class Record:
             raise _gone(self.trusted.spec, otherwise, str(error)) from None
         images = self.less_calibration(images)
         if images.fingerprint != self.trusted.images:
-            raise _gone(self.trusted.spec, otherwise, "its fingerprint is another")
+            raise _gone(self.trusted.spec, otherwise, "its fingerprint differs")
         return labels.matched(images, classes).images
 
     def calibration_set(
         self, data_dir: Path | None, otherwise: str, named: Collection[str | None] = ()
     ) -> ImageSet:
-        """Load the images that calibrated the signature, in the order in which they were read.
+        """Load the calibration images, in the order in which they were read.
 
         Parameters and errors are those of `trusted_set`.
         """
         recorded.allow(self.calibration, otherwise, named)
-        entry, reason = self.calibration, "its fingerprint is another"
-        for split in ("test", "train"):  # the record does not say which one it was
+        entry, reason = self.calibration, "its fingerprint differs"
+        for split in ("test", "train"):  # the record does not contain the split
             try:
                 images = datasets.reload(entry, split, data_dir, otherwise, named)
             except CovcliError as error:
@@ -190,15 +191,15 @@ class Record:
         raise _gone(entry.spec, otherwise, reason)
 
     def less_calibration(self, images: ImageSet) -> ImageSet:
-        """Return a set less the images that calibrated the signature."""
+        """Return a set without the calibration images."""
         return less(images, self.calibration.source, torch.tensor(self.calibration_rows))
 
 
 def less(images: ImageSet, source: str, rows: Tensor) -> ImageSet:
-    """Return a set less some images, given by the fingerprint of their source and their rows.
+    """Return a set without some images, given by the fingerprint of their source and their rows.
 
-    Images that calibrate must neither build a signature nor be scored by it: each scored the
-    better for having been there.
+    Calibration images must neither build a signature nor be evaluated with it, because their scores
+    would be too good.
 
     Examples
     --------
@@ -213,7 +214,7 @@ def less(images: ImageSet, source: str, rows: Tensor) -> ImageSet:
 
 def _gone(spec: str, otherwise: str, reason: str) -> CovcliError:
     return CovcliError(
-        f"is not there as the signature read it ({reason})",
+        f"is not available as it was when the signature was built ({reason})",
         where=spec,
         fix=f"restore it, or {otherwise}",
     )

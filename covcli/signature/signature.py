@@ -1,4 +1,4 @@
-"""The signature: what a network's neurons do on trusted data, with its calibration, in one file."""
+"""The signature: a summary of a network's neurons on trusted images, and its file."""
 
 import hashlib
 import json
@@ -29,21 +29,21 @@ from covcli.signature.record import Record
 COMBINATION = ("center", "scale", "weights", "level", "spread")
 RANKING = ("fitting", "scores", "softmax", "predicted")
 
-SIGNATURE_SCHEMA = 3  # until 2 every fourth calibration image fitted, whatever their order
+SIGNATURE_SCHEMA = 3  # up to 2, every fourth calibration image fitted, in the order of the file
 
 
 @dataclass(frozen=True)
 class Signature:
-    """A method's state folded over trusted data.
+    """A method's complete state over trusted images, for one network.
 
     Attributes
     ----------
     method
-        How the state is read.
+        The method.
     granularity
         How activations became neurons.
     points
-        The coverage points; their neurons stand side by side in this order.
+        The coverage points; their neurons are concatenated in this order.
     state
         The method's complete state.
     model
@@ -53,7 +53,13 @@ class Signature:
     classes
         Class names.
     precision
-        How the network computed the activations; scoring computes them in the same way.
+        The precision in which the network computed the activations; scoring uses the same.
+
+    Examples
+    --------
+    >>> signature, *_ = load(Path("runs/latest/signature-ensemble.safetensors"))
+    >>> signature.sizes, signature.layout.classes, signature.scorer.columns
+    ([16, 32, 32], 10, 9)
     """
 
     method: Method
@@ -67,49 +73,23 @@ class Signature:
 
     @property
     def sizes(self) -> list[int]:
-        """Neurons of each coverage point."""
+        """The number of neurons of each coverage point."""
         return [point.neurons for point in self.points]
 
     @cached_property
     def layout(self) -> Layout:
-        """Which neurons belong to which point."""
+        """The assignment of neurons to coverage points."""
         return layout_of(self.points, len(self.classes))
 
     @cached_property
     def scorer(self) -> Scorer:
-        """What scores new neurons."""
-        # First needed in a sweep, it serves gradients too.
+        """The scorer of the state, created on first use."""
+        # It may be created in inference mode, but must allow gradients later.
         with torch.inference_mode(False), runtime.one_thread():
             return self.method.prepare(self.state, self.layout)
 
-    def evidence(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return what speaks against trust, float64 of shape (B, columns); see `Scorer`.
-
-        Parameters
-        ----------
-        neurons
-            Shape (B, N).
-        classes
-            The class that each image is measured against, shape (B,).
-        """
-        evidence: Tensor = self.scorer(neurons, classes)
-        return evidence
-
-    @property
-    def columns(self) -> int:
-        """How many columns of evidence there are."""
-        return self.method.columns(self.layout)
-
-    def soft_evidence(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return a stand-in of `evidence` with a gradient in the neurons; of the same shape."""
-        return self.scorer.soft(neurons, classes)
-
-    def coverage(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the share of each point's neurons inside their range, float64 of shape (B, L)."""
-        return self.scorer.coverage(neurons, classes)
-
     def to(self, device: torch.device) -> "Signature":
-        """Return the signature with its state on a device."""
+        """Return a copy of the signature with its state on a device."""
         return replace(self, state=self.state.to(device))
 
     def check_model(self, model: Classifier, where: object) -> None:
@@ -125,13 +105,18 @@ class Signature:
 
 
 def layout_of(points: Sequence[Point], classes: int) -> Layout:
-    """Return which neurons belong to which of the points."""
+    """Return the layout of coverage points."""
     sizes, values = [p.neurons for p in points], [p.values for p in points]
     return Layout(classes, tuple(sizes), tuple(values))
 
 
 def save(path: Path, signature: Signature, calibration: Calibration, record: Record) -> None:
-    """Write a signature with its calibration, and a record of its making.
+    """Write a signature with its calibration and its record, atomically.
+
+    Raises
+    ------
+    CovcliError
+        If the file cannot be written.
 
     Examples
     --------
@@ -164,12 +149,12 @@ def save(path: Path, signature: Signature, calibration: Calibration, record: Rec
 
 
 def load(path: Path) -> tuple[Signature, Calibration, Record]:
-    """Read what `save` wrote.
+    """Read a file that `save` wrote.
 
     Raises
     ------
     CovcliError
-        If the file is missing, damaged, of another kind, or is inconsistent.
+        If the file is missing, damaged, of another kind, or inconsistent.
 
     Examples
     --------
@@ -208,7 +193,7 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
 
 
 def _read_guarantee(entry: dict[str, Any]) -> Guarantee:
-    """Raise a KeyError, TypeError or ValueError unless the entry is one that `save` writes."""
+    """Return a guarantee from a file; raise a KeyError, TypeError or ValueError if malformed."""
     alpha, mode, max_error = entry["alpha"], entry["mode"], entry["max_error"]
     rates = [alpha] if max_error is None else [alpha, max_error]
     if not all(isinstance(rate, float) and 0 < rate < 1 for rate in rates) or len(entry) != 3:
@@ -219,7 +204,7 @@ def _read_guarantee(entry: dict[str, Any]) -> Guarantee:
 
 
 def _check(signature: Signature, calibration: Calibration) -> None:
-    """Raise a ValueError unless every part has the shape, type and values that it must have."""
+    """Raise a ValueError unless every part has a valid shape, type and values."""
     if signature.granularity not in GRANULARITIES:
         raise ValueError(f"granularity {signature.granularity!r}")
     if not signature.points or any(not 1 <= p.values <= p.neurons for p in signature.points):
@@ -227,7 +212,7 @@ def _check(signature: Signature, calibration: Calibration) -> None:
     expected = signature.method.expected(signature.layout)
     tensors = {k: (v.dtype, tuple(v.shape)) for k, v in signature.state.tensors.items()}
     if tensors != dict(expected) or len(signature.classes) != signature.model.classes:
-        raise ValueError("tensors of other shapes than the points and classes ask for")
+        raise ValueError("tensors of other shapes than the points and classes require")
     combination = calibration.combination
     numbers = [getattr(combination, name) for name in COMBINATION]
     numbers += [calibration.scores, calibration.softmax]
@@ -255,7 +240,7 @@ def _check(signature: Signature, calibration: Calibration) -> None:
     if bool((combination.scale <= 0).any() | (combination.spread <= 0).any()):
         raise ValueError("a calibration without scale")
     if not math.isfinite(combination.floor) or bool((combination.weights < 0).any()):
-        raise ValueError("a combination that cannot be")
+        raise ValueError("an invalid combination")
     if any(
         bool(t.isnan().any()) for t in signature.state.tensors.values() if t.is_floating_point()
     ):
@@ -263,7 +248,7 @@ def _check(signature: Signature, calibration: Calibration) -> None:
 
 
 def save_signature(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a signature: named tensors and a JSON document about them, with a checksum."""
+    """Write named tensors and a JSON document as a signature file, with a checksum."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     document = {"schema": SIGNATURE_SCHEMA, **metadata}
     document["checksum"] = _checksum(stored, document)
@@ -292,7 +277,7 @@ def load_signature(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _checksum(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:
-    """Return a digest of a signature's tensors and of its document but the digest itself."""
+    """Return the digest of a signature's tensors and of its document without the digest."""
     rest = {key: value for key, value in document.items() if key != "checksum"}
     text = json.dumps(rest, sort_keys=True) + fingerprint(tensors)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""Surrogate outliers: images made from trusted ones that a network should not trust.
+"""Surrogate outliers: distorted trusted images, which should not be trusted.
 
-They teach the experts of a calibration what to look at. Nothing untrusted is needed for them.
+They are used to train the experts of a calibration, so that no untrusted images are needed.
 """
 
 import hashlib
@@ -20,18 +20,18 @@ from covcli.data.preprocessing import Shape
 
 Distort: TypeAlias = Callable[[Tensor, np.random.Generator], Tensor]
 SEED = 0
-NOISE = 8.0  # deviation, of 255
-BLUR = 1.5 / 32  # deviation, of the image's side
+NOISE = 8.0  # deviation of pixel values from 0 to 255
+BLUR = 1.5 / 32  # deviation as a share of the image's side
 
 
 def noise(image: Tensor, generator: np.random.Generator) -> Tensor:
-    """Add normal noise with a deviation of 8/255 to an image (C, H, W)."""
+    """Add normal noise with a deviation of 8/255 to an image, uint8 of shape (C, H, W)."""
     added = generator.standard_normal(tuple(image.shape), np.float32)
     return (image + NOISE * torch.from_numpy(added)).round().clamp(0, 255).to(torch.uint8)
 
 
 def blur(image: Tensor, generator: np.random.Generator) -> Tensor:
-    """Blur an image by a Gaussian whose deviation is 1.5/32 of its side, and at least 0.75."""
+    """Blur an image with a Gaussian of deviation 1.5/32 of its side, at least 0.75 pixels."""
     deviation = max(0.75, BLUR * min(image.shape[1:]))
     reach = min(round(3 * deviation), min(image.shape[1:]) - 1)
     blurred: Tensor = F.gaussian_blur(image, [2 * reach + 1] * 2, [deviation] * 2)
@@ -39,12 +39,20 @@ def blur(image: Tensor, generator: np.random.Generator) -> Tensor:
 
 
 def inversion(image: Tensor, generator: np.random.Generator) -> Tensor:
-    """Turn an image into its negative."""
+    """Return the negative of an image."""
     return 255 - image
 
 
 def tiles(across: int) -> Distort:
-    """Return what shuffles the tiles of an image, so many across and down."""
+    """Return a function that shuffles the `across` × `across` tiles of an image.
+
+    Examples
+    --------
+    >>> image = torch.arange(16, dtype=torch.uint8).view(1, 4, 4)
+    >>> shuffled = tiles(2)(image, np.random.default_rng(0))
+    >>> shuffled.shape, torch.equal(shuffled.sort().values.sum(), image.sum())
+    (torch.Size([1, 4, 4]), True)
+    """
 
     def shuffle(image: Tensor, generator: np.random.Generator) -> Tensor:
         high, wide = (max(1, side // across) for side in image.shape[1:])
@@ -62,10 +70,10 @@ def tiles(across: int) -> Distort:
 DISTORTIONS: Mapping[str, Distort] = {
     "noise": noise, "blur": blur, "inversion": inversion, "tiles-4": tiles(4), "tiles-8": tiles(8),
 }  # fmt: skip
-# A trusted image measured against a class that it does not belong to: inner layers that speak for
-# another class than the prediction, as under an attack.
+# A trusted image compared with a class that it does not belong to: its inner layers do not fit the
+# prediction, as under an attack.
 OTHER_CLASS = "other-class"
-# What each expert of a calibration learns to tell from trusted images.
+# The surrogate outliers that each expert of a calibration is trained on.
 EXPERTS: Mapping[str, tuple[str, ...]] = {
     "noise": ("noise",),
     "blur": ("blur",),
@@ -77,15 +85,15 @@ EXPERTS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class DistortedSource:
-    """The images of another source, each distorted in the same way whatever the batch."""
+    """The distorted images of another source; an image is distorted equally in any batch."""
 
     source: Source
     kind: str
 
     def read(self, rows: Tensor, shape: Shape) -> Tensor:
-        """Read the rows and distort each with a generator of its own."""
+        """Read the rows, and distort each with its own generator."""
         images = self.source.read(rows, shape)
-        # Prepared images are distorted as the pixels that they stand for.
+        # Prepared images are converted to pixels and back.
         scale: Scale | None = getattr(self.source, "scale", None)
         images = images if scale is None else scale.to_pixels(images)
         distort = DISTORTIONS[self.kind]
@@ -98,45 +106,45 @@ class DistortedSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest what determines the pixels."""
+        """The digest of everything that determines the pixels."""
         return hashlib.sha256(f"{self.kind} {SEED} {self.source.fingerprint}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Which calibration images become surrogate outliers.
+    """The calibration images that become surrogate outliers.
 
     Attributes
     ----------
     rows
-        Their places among the calibration images, ascending, int64 of shape (m,).
+        Their positions among the calibration images, ascending, int64 of shape (m,).
     shifts
-        How far the class that each is measured against lies from the predicted one, counted in a
-        circle, int64 of shape (m,): 1 to classes − 1.
+        The difference, modulo the number of classes, between the class that each is compared with
+        and the predicted class: 1 to classes − 1, int64 of shape (m,).
     """
 
     rows: Tensor
     shifts: Tensor
 
     def other_classes(self, rows: Tensor, predicted: Tensor, classes: int) -> Tensor:
-        """Return a class that is not the predicted one, for images at those of the places."""
+        """Return a class other than the predicted one, for the drawn images `rows`."""
         mine = torch.searchsorted(self.rows, rows)
         return (predicted + self.shifts[mine].to(predicted.device)) % classes
 
 
 def draw(fitting: Tensor, most: int, classes: int, seed: int) -> Drawn:
-    """Draw at most so many of the images that fit a combination, and another class for each.
+    """Draw at most `most` of the images that fit a combination, and another class for each.
 
     Parameters
     ----------
     fitting
         Which calibration images fit the combination, bool of shape (n,).
     most
-        How many to draw.
+        The largest number to draw.
     classes
-        How many classes there are.
+        The number of classes.
     seed
-        Of the draw, which depends on nothing else: not on the order of files or on batches.
+        The seed; the draw does not depend on the order of files or on batches.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = fitting.nonzero()[:, 0]
@@ -146,6 +154,21 @@ def draw(fitting: Tensor, most: int, classes: int, seed: int) -> Drawn:
 
 
 def distorted(images: ImageSet, kind: str) -> ImageSet:
-    """Return the set with every image distorted, under the labels of the originals."""
+    """Return the set with every image distorted; the labels are unchanged.
+
+    Parameters
+    ----------
+    images
+        The set.
+    kind
+        A key of DISTORTIONS: "noise", "blur", "inversion", "tiles-4" or "tiles-8".
+
+    Examples
+    --------
+    >>> from covcli.data import datasets
+    >>> digits = datasets.load("digits?limit=4", "test")
+    >>> len(distorted(digits, "blur")), distorted(digits, "blur").name
+    (4, 'digits?limit=4 (blur)')
+    """
     source = DistortedSource(images.source, kind)
     return ImageSet(f"{images.name} ({kind})", source, images.rows, images.labels, images.classes)

@@ -16,7 +16,7 @@ from covcli.core.progress import Silent
 from covcli.data.prepared import prepared
 from covcli.methods import MultiRange, State
 from covcli.models.points import Recorder
-from covcli.signature.fit import fit_signature
+from covcli.signature.fit import How, fit_signature
 from covcli.signature.own_network import own_classifier
 
 # The running signature: fine enough to tell where the outermost tenths of a class begin.
@@ -185,12 +185,9 @@ class AttachedLoss:
     def _fit(self, trusted: Any) -> None:
         images = prepared(trusted, "trusted").spread(SIGNATURE_IMAGES)
         images.known_labels()
-        model, names = own_classifier(
-            self.network, images, logits=self._logits, points=self._patterns
-        )
-        signature, _, _ = fit_signature(
-            model, images, names, RUNNING, "channel", self._threshold, Silent()
-        )
+        model, _ = own_classifier(self.network, images, logits=self._logits, points=self._patterns)
+        how = How(RUNNING, threshold=self._threshold)
+        signature, _, _ = fit_signature(model, images, how, Silent())
         self._loss = ConfidenceLoss(signature.state, signature.sizes).to(model.mean.device)
         self._recorder = Recorder(self.network, signature.points, "channel")
         self._recorder.__enter__()

@@ -164,10 +164,9 @@ class Session:
 
     def _refresh_penalty(self) -> None:
         """Build the running signature that the next epochs are trained towards."""
-        signature, _, _ = fit_signature(
-            self.trainer.model, self.training.spread(SIGNATURE_IMAGES), self.classes, RUNNING,
-            "channel", self.config.confidence_threshold, Silent(),
-        )  # fmt: skip
+        images = self.training.spread(SIGNATURE_IMAGES)
+        how = How(RUNNING, threshold=self.config.confidence_threshold)
+        signature, _, _ = fit_signature(self.trainer.model, images, how, Silent())
         self._train_towards(signature.state)
 
     def _train_towards(self, state: State) -> None:

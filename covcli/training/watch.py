@@ -11,7 +11,7 @@ from covcli.methods import Method
 from covcli.models.architectures import Classifier
 from covcli.models.sweep import sweep
 from covcli.reporting.documents import Watch, WatchedSet
-from covcli.signature.fit import fit_signature
+from covcli.signature.fit import How, fit_signature
 from covcli.signature.signature import Signature
 
 
@@ -39,8 +39,7 @@ def watch(
     threshold
         The softmax confidence from which a training image is trusted.
     """
-    names = tuple(str(k) for k in range(model.spec.classes))
-    signature, _, _ = fit_signature(model, training, names, method, "channel", threshold, Silent())
+    signature, _, _ = fit_signature(model, training, How(method, threshold=threshold), Silent())
     sets = [_look(model, signature, "trusted", held_out.spread(most))]
     for text, named in untrusted.items():
         if named is None:
@@ -57,7 +56,7 @@ def _look(model: Classifier, signature: Signature, name: str, images: ImageSet) 
     parts = []
     for batch in sweep(model, images, signature.points, signature.granularity, Silent(), ""):
         sure, predicted = batch.logits.softmax(1).max(1)
-        parts.append((batch.rows, sure, signature.coverage(batch.neurons, predicted)))
+        parts.append((batch.rows, sure, signature.scorer.coverage(batch.neurons, predicted)))
     confidence, coverage = distributed.collect(parts)
     shares = coverage.mean(0).tolist()
     return WatchedSet(

@@ -24,7 +24,7 @@ from covcli.evaluation.scores import measure
 from covcli.methods import METHODS
 from covcli.models import architectures, sweep
 from covcli.models.architectures import Classifier, ModelSpec
-from covcli.signature.fit import fit_judge, fit_signature
+from covcli.signature.fit import How, fit_judge, fit_signature
 from covcli.training.train import resume, train
 
 SIZES = (1, 2, 97, 101)
@@ -50,10 +50,8 @@ def signatures(model: Classifier) -> dict[str, str]:
     for size in SIZES:
         images = all_right(model, datasets.load(f"digits?limit={size}", "train"))
         for name in METHODS:
-            method = METHODS.get(name)()
-            signature, trusted, accuracy = fit_signature(
-                model, images, tuple("0123456789"), method, "channel", 0.0, Silent()
-            )
+            how = How(METHODS.get(name)(), threshold=0.0)
+            signature, trusted, accuracy = fit_signature(model, images, how, Silent())
             assert (sum(trusted.counts), accuracy) == (size, 1.0)
             digests[f"signature {name} {size}"] = files.fingerprint(signature.state.tensors)
     return digests
@@ -62,9 +60,8 @@ def signatures(model: Classifier) -> dict[str, str]:
 def scores(model: Classifier) -> dict[str, str]:
     """Return digests of the scores of sets of every size, by the default method."""
     images = all_right(model, datasets.load("digits?limit=600", "train"))
-    signature, _, _ = fit_signature(
-        model, images, tuple("0123456789"), METHODS.get("ensemble")(), "channel", 0.0, Silent()
-    )
+    how = How(METHODS.get("ensemble")(), threshold=0.0)
+    signature, _, _ = fit_signature(model, images, how, Silent())
     judge = fit_judge(model, signature, datasets.load("digits?limit=101", "test"), Silent())
     calibration = judge.calibration
     digests = {"calibration": files.digest([vars(calibration.combination), calibration.scores])}

@@ -18,7 +18,7 @@ from covcli.methods import make_method
 from covcli.models import architectures
 from covcli.models.architectures import ModelSpec
 from covcli.signature.chain import Chain
-from covcli.signature.fit import fit_judge, fit_signature
+from covcli.signature.fit import How, fit_judge, fit_signature
 from covcli.signature.guarantee import Guarantee
 from covcli.signature.judge import Judge
 from covcli.signature.monitor import Monitor
@@ -40,9 +40,8 @@ def judge_of(network: str, method: str, guarantee: Guarantee = MARGINAL) -> Judg
         labels = model(pixels.float() / 255).argmax(1)
     images = in_memory("random", pixels, labels, flips=True)
     trusted, held_out = (images.select(rows) for rows in torch.arange(64).split(32))
-    signature, _, _ = fit_signature(
-        model, trusted, CLASSES, make_method(method), "channel", 0.0, Silent()
-    )
+    how = How(make_method(method), threshold=0.0)
+    signature, _, _ = fit_signature(model, trusted.named(CLASSES), how, Silent())
     return fit_judge(model, signature, held_out, Silent(), guarantee)
 
 

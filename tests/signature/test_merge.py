@@ -116,12 +116,12 @@ def test_merged_signatures_are_calibrated_like_the_whole(
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"method": "mrc"}, "another method"),
-        ({"granularity": "unit"}, "another model"),  # other coverage points
-        ({"confidence_threshold": 0.5}, "another confidence threshold"),
-        ({"calibration": "digits?split=test"}, "another calibration images"),
-        ({"alpha": 0.1}, "another guarantee"),
-        ({"trusted": "digits?limit=700"}, "of the same images"),
+        ({"method": "mrc"}, "differs in method"),
+        ({"granularity": "unit"}, "differs in model"),  # other coverage points
+        ({"confidence_threshold": 0.5}, "differs in confidence threshold"),
+        ({"calibration": "digits?split=test"}, "differs in calibration images"),
+        ({"alpha": 0.1}, "differs in guarantee"),
+        ({"trusted": "digits?limit=700"}, "built from the same images"),
     ],
 )
 def test_parts_that_do_not_belong_together_are_refused(
@@ -149,6 +149,6 @@ def test_parts_of_different_networks_are_refused(trained: TrainResult, tmp_path:
         Silent(),
     )  # fmt: skip
     config = MergeConfig((one, other.path), tmp_path / "merged.safetensors", trained.checkpoint)
-    with pytest.raises(CovcliError, match="another model"):
+    with pytest.raises(CovcliError, match="differs in model"):
         merge_signatures(config, Silent())
     assert make_method(other.method) == make_method("src")

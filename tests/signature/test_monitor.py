@@ -17,7 +17,7 @@ from covcli.data import datasets
 from covcli.methods import make_method
 from covcli.models.architectures import Classifier, ModelSpec
 from covcli.signature.build import SignatureConfig, build_signature
-from covcli.signature.fit import fit_judge, fit_signature
+from covcli.signature.fit import How, fit_judge, fit_signature
 from covcli.signature.monitor import Monitor
 from covcli.training.train import TrainResult
 
@@ -133,9 +133,7 @@ def normalising_network() -> Classifier:
 
 def test_a_network_that_is_set_to_training_is_refused_and_its_statistics_stay() -> None:
     model, digits = normalising_network(), datasets.load("digits?limit=100", "test")
-    names = tuple("0123456789")
-    method = make_method("src")
-    signature, *_ = fit_signature(model, digits, names, method, "channel", 0.0, Silent())
+    signature, *_ = fit_signature(model, digits, How(make_method("src"), threshold=0.0), Silent())
     monitor = Monitor(fit_judge(model, signature, digits, Silent()))
     images = pixels(8)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -12,7 +12,7 @@ from covcli.data import datasets
 from covcli.data.images import ImageSet, Shape, Source
 from covcli.methods import make_method
 from covcli.models import checkpoint as checkpoints
-from covcli.signature.fit import fit_judge, fit_signature
+from covcli.signature.fit import How, fit_judge, fit_signature
 from covcli.training.train import TrainResult
 
 ALPHA = 0.05
@@ -55,10 +55,8 @@ def test_the_rate_of_false_alarms_does_not_depend_on_the_order(
     """Calibrate as the command does, on cameras in a certain order, and count on all others."""
     digits = datasets.load("digits?split=train", "train")
     model = checkpoints.load(trained.checkpoint).model
-    signature, _, _ = fit_signature(
-        model, digits.select(torch.arange(700)), digits.classes, make_method("src"), "channel",
-        0.5, Silent(),
-    )  # fmt: skip
+    how = How(make_method("src"), threshold=0.5)
+    signature, _, _ = fit_signature(model, digits.select(torch.arange(700)), how, Silent())
     pool = 4 * torch.arange(700, 1100)
     generator = np.random.default_rng(2)
     rates = []

@@ -104,11 +104,11 @@ def test_images_in_both_sets_only_calibrate(network: Net, caplog: pytest.LogCapt
     whole = colours(300, 1)
     held_out = Subset(whole, range(200, 300))
     overlapping = Monitor.build(network, Subset(whole, range(250)), held_out, method="src")
-    assert "50 trusted images calibrate too" in caplog.text
+    assert "50 trusted images are calibration images too" in caplog.text
     apart = Monitor.build(network, Subset(whole, range(200)), held_out, method="src")
     images = colours(20, 3).tensors[0]
     assert torch.equal(overlapping(images).score, apart(images).score)
-    with pytest.raises(CovcliError, match="every trusted image calibrates too"):
+    with pytest.raises(CovcliError, match="every trusted image is a calibration"):
         Monitor.build(network, held_out, whole, method="src")
 
 
