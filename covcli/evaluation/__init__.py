@@ -1,1 +1,1 @@
-"""evaluate: how well a signature tells untrusted images from trusted ones."""
+"""evaluate: measure how well a signature separates untrusted images from trusted ones."""

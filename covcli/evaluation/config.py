@@ -1,4 +1,4 @@
-"""What `evaluate` is told."""
+"""The settings of `evaluate`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +15,21 @@ Statistic: TypeAlias = Literal["value", "low", "high"]
 
 @dataclass(frozen=True)
 class Gate:
-    """A figure and its bound: what to reach, or for fpr95 and false_alarm_rate not to exceed.
+    """A bound that a metric must reach; fpr95 and false_alarm_rate must not exceed it.
 
     Attributes
     ----------
     metric, value
         The metric and the bound, in [0, 1].
     name
-        The untrusted set that it is asked of; None for every set.
+        The untrusted set to check; None for every set.
     statistic
-        What of the metric is held against the bound: its value, or an end of its 95% interval.
+        The part of the metric that is compared: its value, or a limit of its 95% interval.
+
+    Examples
+    --------
+    >>> Gate("fpr95", 0.1, statistic="high").relation
+    '<='
     """
 
     metric: str
@@ -34,38 +39,43 @@ class Gate:
 
     @property
     def relation(self) -> Literal[">=", "<="]:
-        """How a figure that passes stands to the bound."""
+        """The relation of a passing metric to the bound."""
         return "<=" if self.metric in LOWER_IS_BETTER else ">="
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What `evaluate` is told; `None` takes the newest run's, or the signature's own.
+    """The settings of `evaluate`.
 
     Attributes
     ----------
     untrusted
         The untrusted sets: specifications of data, noise or attacks.
     checkpoint, signature
-        The files; by default the newest of the newest run.
+        The files. None: the newest of the newest run.
     method
-        Takes the newest signature of that method.
+        Selects the newest signature of that method; None: of any method.
     trusted
-        Trusted test images; by default the test split of those that built the signature.
+        Trusted test images. None: the test split of the data that built the signature.
     alpha, guarantee, max_error
-        See `covcli.signature.guarantee.Guarantee`.
+        See `covcli.signature.guarantee.Guarantee`. None: the signature's.
     baselines
         Detectors of pytorch-ood to compare with, or "all".
     explain
-        How many images of each set to explain, the most suspicious first.
+        The number of images of each set to explain, the most suspicious first.
     gates
-        What the figures are held against.
+        Bounds that metrics must reach.
     model
-        The model of bare weights, which the signature knows already.
+        The model of bare weights; the signature records it too.
     runs, output
-        The folder of run folders, and the folder of the results; by default the signature's.
+        The folder of run folders, and the folder of the results. None: the signature's folder.
     data_dir, force, device, seed
         As in `covcli.SignatureConfig`.
+
+    Raises
+    ------
+    CovcliError
+        If a value has the wrong type or is out of bounds.
 
     Examples
     --------

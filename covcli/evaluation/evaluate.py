@@ -1,4 +1,4 @@
-"""evaluate: how well a signature tells untrusted images from trusted ones."""
+"""evaluate: measure how well a signature separates untrusted images from trusted ones."""
 
 import logging
 from contextlib import nullcontext
@@ -25,14 +25,21 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(config: EvaluationConfig, progress: Progress = Silent()) -> EvaluationResult:
-    """Score trusted test images and untrusted ones, and write evaluation.json and the scores.
+    """Score trusted test images and untrusted images, and write evaluation.json and the scores.
 
-    An evaluation that was cut short does not repeat the sets that it had finished.
+    After an interruption, sets that were finished are not measured again.
+
+    Parameters
+    ----------
+    config
+        The settings.
+    progress
+        Receives the progress; by default it is not shown.
 
     Raises
     ------
     CovcliError
-        If a file, a name or the data is bad, results exist already, or another process is
+        If a file, a name or the data is invalid, results exist already, or another process is
         writing into the same folder.
 
     Examples
@@ -63,7 +70,7 @@ def evaluate(config: EvaluationConfig, progress: Progress = Silent()) -> Evaluat
         result = replace(result, digests=distributed.agree(digests))
         if distributed.is_first():
             packed["evaluation.json"] = files.pack_json(files.plain(asdict(result)))
-            for path in job.files.values():  # another evaluation may have been first
+            for path in job.files.values():  # another evaluation may have finished meanwhile
                 files.refuse_existing(path, config.force)
             image_files.list_unreadable(
                 output / "unreadable-evaluate.txt", [entry.images for entry in sets.values()]
@@ -76,11 +83,10 @@ def evaluate(config: EvaluationConfig, progress: Progress = Silent()) -> Evaluat
 def _packed(
     sets: dict[str, MeasuredSet], shape: Shape, explained: list[ExplainedImage]
 ) -> dict[str, bytes]:
-    """Return the files that hold single images, by name; the first rank makes them."""
+    """Return the files with results of single images, by name; empty except on the first rank."""
     if not distributed.is_first():
         return {}
-    recorded = {name: entry.measured.recorded(entry.images.files) for name, entry in sets.items()}
     return {
-        per_image.SCORES: per_image.pack_scores(recorded),
+        per_image.SCORES: per_image.pack_scores({n: entry.named() for n, entry in sets.items()}),
         per_image.SAMPLES: per_image.pack_samples(pick(sets, shape, explained)),
     }

@@ -1,4 +1,4 @@
-"""Explain a flag: which coverage points and channels left their range, and by how much."""
+"""Explanations of verdicts: which coverage points and channels left their range, and how far."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,26 +18,37 @@ from covcli.reporting.per_image import ExplainedImage
 from covcli.signature.judge import Judge
 from covcli.signature.signature import Signature
 
-POINTS = 3  # how many points of an image list their channels
-CHANNELS = 3  # how many channels such a point lists
+POINTS = 3  # the number of points of an image whose channels are listed
+CHANNELS = 3  # the number of channels listed for such a point
 
 
 def explain(judge: Judge, images: ImageSet, rows: Sequence[int]) -> list[Explanation]:
-    """Run the network on a few images of a set again, and trace each score to points and channels.
+    """Run the network on some images again, and attribute each score to points and channels.
 
     Parameters
     ----------
     judge
-        What judged the set.
+        The judge of the set.
     images
-        The set; its name and class names are taken over.
+        The set; its name and class names appear in the explanations.
     rows
-        Which of its images to explain.
+        Positions of the images to explain.
 
     Raises
     ------
     CovcliError
         If an activation is not finite.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from covcli.data import datasets
+    >>> from covcli.signature import judge as judges
+    >>> run = Path("runs/latest")
+    >>> judge, _ = judges.load(run / "checkpoint.pt", run / "signature-ensemble.safetensors")
+    >>> (explanation,) = explain(judge, datasets.load("noise:uniform?limit=3", "test"), [2])
+    >>> explanation.row, explanation.untrusted, round(sum(p.share for p in explanation.points), 6)
+    (2, True, 1.0)
     """
     signature = judge.signature
     chosen = images.select(torch.tensor(rows, dtype=torch.int64))
@@ -74,7 +85,7 @@ def explain(judge: Judge, images: ImageSet, rows: Sequence[int]) -> list[Explana
 
 
 def heat_map(judge: Judge, images: ImageSet, explanation: Explanation) -> np.ndarray | None:
-    """Return where the worst channel of the point `mapped` fires, float32 of shape (h, w)."""
+    """Return the output of the worst channel at the point `mapped`, float32 of shape (h, w)."""
     point = next((p for p in judge.signature.points if p.name == explanation.mapped), None)
     if point is None:
         return None
@@ -95,16 +106,16 @@ def heat_map(judge: Judge, images: ImageSet, explanation: Explanation) -> np.nda
 def explain_sets(
     judge: Judge, sets: Mapping[str, MeasuredSet], most: int
 ) -> tuple[list[Explanation], list[ExplainedImage]]:
-    """Explain the most suspicious images of each set, and gather what their pictures need.
+    """Explain the most suspicious images of each set, and collect the data for their pictures.
 
     Parameters
     ----------
     judge
-        What judged the sets.
+        The judge of the sets.
     sets
-        By name.
+        The sets, by name.
     most
-        How many images of each set.
+        The number of images of each set.
 
     Returns
     -------
@@ -142,7 +153,7 @@ def _label(images: ImageSet, row: int) -> str | None:
 
 @dataclass(frozen=True)
 class _View:
-    """What a method says of the neurons of a batch; the arrays have shape (B, N)."""
+    """A method's results on the neurons of a batch; the arrays have shape (B, N)."""
 
     signature: Signature
     shapes: Mapping[str, tuple[int, ...]]
@@ -183,7 +194,7 @@ class _View:
         return ranked
 
     def _channels(self, i: int, point: Point, begin: int, left: np.ndarray) -> list[LeftChannel]:
-        """List the worst of the neurons that left; `begin` is the number of the point's first."""
+        """List the worst neurons outside their range; `begin` is the point's first column."""
         distance, widths = self._outside(i, left)
         worst = np.lexsort((-distance, -widths, -self.costs[i, left]))[:CHANNELS]
         channels = []
@@ -197,7 +208,7 @@ class _View:
         return channels
 
     def _outside(self, i: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return how far outside their range those neurons of image i lie, and in widths of it."""
+        """Return the distance of neurons of image i from their range, and in units of its width."""
         value, low, high = (a[i, places] for a in (self.values, self.low, self.high))
         distance = np.maximum(np.maximum(low - value, value - high), 0)
         width = high - low

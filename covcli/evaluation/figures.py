@@ -1,4 +1,4 @@
-"""From scores to figures: detection, false alarms beside their guarantee, own errors."""
+"""From scores to metrics: detection, false alarms with their guarantee, and own errors."""
 
 import numpy as np
 import torch
@@ -34,28 +34,25 @@ from covcli.signature.guarantee import (
     CONFIDENCE,
     Guarantee,
     Rule,
-    alarms_bound,
-    alarms_interval,
     binomial_interval,
-    total_alarms_interval,
 )
 
-LEAST_DECEIVED = 10  # fewer images say too little
+LEAST_DECEIVED = 10  # with fewer images, detection is not computed
 
 
 def overall(rule: Rule, flagged: Tensor, predicted: Tensor) -> FalseAlarms:
-    """Compare the share of alarms among trusted images with what calibration promises.
+    """Compare the share of alarms among trusted images with the guarantee.
 
     Parameters
     ----------
     rule
-        What gave the verdicts.
+        The rule of the verdicts.
     flagged
         The verdicts, bool of shape (N,).
     predicted
-        The same images' predicted classes, int64 of shape (N,).
+        The predicted classes of the same images, int64 of shape (N,).
     """
-    low, high = _promised_overall(rule, predicted)
+    low, high = rule.alarm_interval(predicted)
     share = metrics.share(flagged.numpy())
     return FalseAlarms(rule.guarantee.alpha, share.value, share.low, share.high, low, high)
 
@@ -63,14 +60,14 @@ def overall(rule: Rule, flagged: Tensor, predicted: Tensor) -> FalseAlarms:
 def by_class(
     rule: Rule, flagged: Tensor, predicted: Tensor, classes: tuple[str, ...]
 ) -> list[ClassAlarms]:
-    """Compare the same by predicted class, for which not every guarantee promises something.
+    """Compare the share of alarms with the guarantee, for each predicted class.
 
     Parameters
     ----------
     rule, flagged
         As for `overall`.
     predicted
-        The same images' predicted classes, int64 of shape (N,).
+        The predicted classes of the same images, int64 of shape (N,).
     classes
         Class names.
     """
@@ -80,7 +77,7 @@ def by_class(
 def _of_class(rule: Rule, k: int, flagged: Tensor, name: str) -> ClassAlarms:
     images, alarms, scores = len(flagged), int(flagged.sum()), int(rule.counts[k])
     low, high = binomial_interval(alarms, images) if images else (None, None)
-    promised = images and rule.guarantee.each_class
+    guaranteed = images and rule.guarantee.each_class
     return ClassAlarms(
         name=name,
         images=images,
@@ -90,36 +87,12 @@ def _of_class(rule: Rule, k: int, flagged: Tensor, name: str) -> ClassAlarms:
         high=high,
         calibration_scores=scores,
         threshold=float(rule.thresholds[k]),
-        promised_high=_promise(rule.guarantee, scores, images)[1] if promised else None,
+        promised_high=rule.guarantee.alarm_interval(scores, images)[1] if guaranteed else None,
     )
 
 
-def _promise(guarantee: Guarantee, scores: int, images: int) -> tuple[float, float]:
-    """Return where the share of alarms among so many new images lies with 95% probability.
-
-    What is certified has an upper bound alone, which other thresholds can only lower.
-    """
-    rank = guarantee.rank(scores)
-    if guarantee.certain:
-        return 0.0, alarms_bound(rank, scores, images)
-    return alarms_interval(rank, scores, images)
-
-
-def _promised_overall(rule: Rule, predicted: Tensor) -> tuple[float, float]:
-    """Return the same over all classes: by class, the alarms are those of each, added up."""
-    if rule.guarantee.mode != "by-class":
-        return _promise(rule.guarantee, int(rule.counts.sum()), len(predicted))
-    tested = torch.bincount(predicted, minlength=len(rule.counts)).tolist()
-    groups = [
-        (rule.guarantee.rank(scores), scores, images)
-        for scores, images in zip(rule.counts.tolist(), tested, strict=True)
-        if images
-    ]
-    return total_alarms_interval(groups)
-
-
 def guaranteed(guarantee: Guarantee) -> Guaranteed:
-    """Return a guarantee as the results state it."""
+    """Return a guarantee for the results, in words."""
     confidence = CONFIDENCE if guarantee.certain else None
     return Guaranteed(guarantee.mode, guarantee.alpha, confidence, guarantee.statement())
 
@@ -127,7 +100,7 @@ def guaranteed(guarantee: Guarantee) -> Guaranteed:
 def result_of(
     job: Job, sets: dict[str, MeasuredSet], explanations: list[Explanation]
 ) -> EvaluationResult:
-    """Put together the figures of an evaluation."""
+    """Compute the result of an evaluation from its measured sets."""
     config, judge, record = job.config, job.judge, job.record
     signature, rule = judge.signature, judge.rule
     measured = {name: entry.measured for name, entry in sets.items()}
@@ -177,16 +150,14 @@ def result_of(
 
 def _trusted_figures(job: Job, measured: Measured) -> TrustedSet:
     images, rule = job.trusted, job.judge.rule
-    flagged = torch.from_numpy(measured.untrusted)
+    verdicts = rule, torch.from_numpy(measured.untrusted), torch.from_numpy(measured.predicted)
     return TrustedSet(
         name=images.name,
         images=len(images),
         fingerprint=images.fingerprint,
         accuracy=float(measured.correct.mean()),
-        false_alarm_rate=overall(rule, flagged, measured.predicted),
-        false_alarms_by_class=by_class(
-            rule, flagged, measured.predicted, job.judge.signature.classes
-        ),
+        false_alarm_rate=overall(*verdicts),
+        false_alarms_by_class=by_class(*verdicts, job.judge.signature.classes),
         mean_confidence={k: float(v.mean()) for k, v in measured.confidences.items()},
         accepted=_accepted(job, measured),
         errors=own_errors(measured.scores, measured.correct),
@@ -195,7 +166,7 @@ def _trusted_figures(job: Job, measured: Measured) -> TrustedSet:
 
 
 def _accepted(job: Job, measured: Measured) -> Accepted | None:
-    """Return how many answers pass, and how many of those are wrong, where that is bounded."""
+    """Return the numbers of answers that pass and of wrong ones among them; None if unbounded."""
     max_error = job.judge.rule.guarantee.max_error
     if max_error is None:
         return None
@@ -235,7 +206,7 @@ def _untrusted_figures(
 def _deceived(
     spec: Spec, job: Job, trusted: Measured, measured: Measured
 ) -> tuple[Estimate | None, Deceived]:
-    """Return an attack's success rate, and the figures of the images that it deceived."""
+    """Return an attack's success rate, and the detection of the images that deceived."""
     before = trusted.correct[attacks.attacked_rows(spec, job.trusted).numpy()]
     hits = before & ~measured.correct
     rate = metrics.share(hits[before]) if before.any() else None
@@ -247,16 +218,16 @@ def _deceived(
 def _detections(
     job: Job, trusted: Measured, measured: Measured, chosen: np.ndarray
 ) -> dict[str, Detection]:
-    """Return each score's figures on the chosen images of an untrusted set."""
-    detections = {}
+    """Return the detection by each score on the chosen images of an untrusted set."""
+    detections, predicted = {}, torch.from_numpy(measured.predicted)
     for name, scores in measured.scores.items():
-        flags = job.rules[name].untrusted(torch.from_numpy(scores), measured.predicted).numpy()
+        flags = job.rules[name].untrusted(torch.from_numpy(scores), predicted).numpy()
         detections[name] = metrics.detection(trusted.scores[name], scores[chosen], flags[chosen])
     return detections
 
 
 def _means(config: EvaluationConfig, measured: dict[str, Measured]) -> list[MeanDetection]:
-    """Average each score over the untrusted sets: ours first, the others by their AUROC."""
+    """Average each score over the untrusted sets: coverage first, the others by their AUROC."""
     means = [
         metrics.mean_detection(name, scores, [measured[t].scores[name] for t in config.untrusted])
         for name, scores in measured["trusted"].scores.items()

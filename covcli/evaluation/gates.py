@@ -1,4 +1,4 @@
-"""Gates: figures of an evaluation that must be reached for a pipeline to go on."""
+"""Gates: bounds on an evaluation's metrics; a pipeline stops if one is not reached."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from covcli.signature.guarantee import binomial_interval
 DETECTION = ["auroc", "aupr_out", "aupr_in", "fpr95", "detection_rate"]
 OF_TRUSTED = ["accuracy", "false_alarm_rate"]
 METRICS = [*DETECTION, *OF_TRUSTED]
-# What an earlier evaluation is compared by.
+# The metrics that are compared with an earlier evaluation.
 REGRESSION = ["auroc", "fpr95"]
 
 Option: TypeAlias = Literal["--fail-under", "--fail-over"]
@@ -23,21 +23,21 @@ log = logging.getLogger(__name__)
 
 
 def parse_gate(text: str, option: Option = "--fail-under") -> Gate:
-    """Read `metric=bound` or `set:metric=bound`; `metric.low` is the lower end of its interval.
+    """Parse `metric=bound` or `set:metric=bound`; `metric.low` is the interval's lower limit.
 
     Parameters
     ----------
     text
         The gate.
     option
-        Where it was given. `--fail-over` is for the metrics of which less is better; with
-        `--fail-under` those must not exceed their bound either.
+        The option that it was given to. `--fail-over` is for metrics where lower is better; with
+        `--fail-under`, such metrics must not exceed their bound either.
 
     Raises
     ------
     CovcliError
-        If the metric is unknown, is asked of a set that it is not of, or does not go with the
-        option, or if the bound is no number in (0, 1], with `--fail-over` in [0, 1].
+        If the metric is unknown, does not exist for the set, or does not match the option, or the
+        bound is not a number in (0, 1] (in [0, 1] for `--fail-over`).
 
     Examples
     --------
@@ -55,7 +55,7 @@ def parse_gate(text: str, option: Option = "--fail-under") -> Gate:
     if dot and statistic not in STATISTICS:
         raise CovcliError(f"{statistic!r} is none of value, low and high", where=where)
     if colon and metric in OF_TRUSTED:
-        raise CovcliError(f"{metric} is of the trusted images: name no set", where=where)
+        raise CovcliError(f"{metric} is a metric of the trusted images: name no set", where=where)
     if option == "--fail-over" and metric not in LOWER_IS_BETTER:
         raise CovcliError(f"more {metric} is better", where=where, fix="use --fail-under")
     value = _bound(bound, where)
@@ -65,7 +65,19 @@ def parse_gate(text: str, option: Option = "--fail-under") -> Gate:
 
 
 def held(gate: Gate, name: str, estimate: Estimate, seconds: float) -> GateOutcome:
-    """Hold a gate against a set's figure; one that is not a number fails."""
+    """Compare a gate with a set's metric; NaN fails.
+
+    Parameters
+    ----------
+    gate
+        The gate.
+    name
+        The set.
+    estimate
+        The metric with its 95% interval.
+    seconds
+        The time that scoring the set took.
+    """
     figure = float(getattr(estimate, gate.statistic))
     passed = figure <= gate.value if gate.relation == "<=" else figure >= gate.value
     return GateOutcome(
@@ -94,7 +106,7 @@ def check_names(gates: Sequence[Gate], untrusted: tuple[str, ...]) -> None:
 
 
 def read_baseline(path: Path, tolerance: float, untrusted: tuple[str, ...]) -> list[Gate]:
-    """Make gates of an earlier evaluation: no set may be worse by more than the tolerance.
+    """Return gates from an earlier evaluation: no set may be worse by more than the tolerance.
 
     Parameters
     ----------
@@ -103,13 +115,18 @@ def read_baseline(path: Path, tolerance: float, untrusted: tuple[str, ...]) -> l
     tolerance
         How much lower an AUROC, or higher an FPR95, may be; in [0, 1].
     untrusted
-        The sets now evaluated; those that the earlier evaluation lacks are not compared.
+        The sets evaluated now; sets that the earlier evaluation lacks are not compared.
 
     Raises
     ------
     CovcliError
-        If the file is no evaluation, or shares no set with this one, or the tolerance is out of
-        range.
+        If the file is not an evaluation, the two evaluations have no set in common, or the
+        tolerance is out of range.
+
+    Examples
+    --------
+    >>> read_baseline(Path("runs/latest/evaluation.json"), 0.01, ("photos?limit=100",))[0].metric
+    'auroc'
     """
     if not 0 <= tolerance <= 1:
         raise CovcliError("must lie between 0 and 1", where=f"--tolerance {tolerance}")
@@ -117,35 +134,41 @@ def read_baseline(path: Path, tolerance: float, untrusted: tuple[str, ...]) -> l
     earlier = {entry.name: entry for entry in read_evaluation(path).untrusted}
     for name in untrusted:
         if name not in earlier:
-            log.warning("%s holds no %s: that set is not compared", path, name)
+            log.warning("%s has no set %s: it is not compared", path, name)
             continue
         for metric in REGRESSION:
             value = getattr(earlier[name].scores["coverage"], metric).value
             change = tolerance if metric in LOWER_IS_BETTER else -tolerance
             gates.append(Gate(metric, value + change, name))
     if not gates:
-        raise CovcliError("shares no untrusted set with this evaluation", where=path)
+        raise CovcliError("has no untrusted set in common with this evaluation", where=path)
     return gates
 
 
 def check(
     result: EvaluationResult, gates: Sequence[Gate], seconds: Mapping[str, float] | None = None
 ) -> list[GateOutcome]:
-    """Hold gates against an evaluation's coverage scores.
+    """Compare gates with an evaluation's metrics of the coverage score.
 
     Parameters
     ----------
     result
         The evaluation.
     gates
-        What is asked of it.
+        The gates.
     seconds
-        How long each set took to score, by name; "trusted" stands for the trusted set.
+        The time that scoring each set took, by name; the trusted set is "trusted".
 
     Raises
     ------
     CovcliError
-        If a gate asks for a figure that a set does not have.
+        If a set does not have a gate's metric.
+
+    Examples
+    --------
+    >>> result = read_evaluation(Path("runs/latest/evaluation.json"))
+    >>> [outcome.passed for outcome in check(result, [parse_gate("auroc=0.5")])]
+    [True]
     """
     times = seconds or {}
     return [
@@ -157,7 +180,7 @@ def check(
 
 
 def _figures(result: EvaluationResult, metric: str) -> Iterator[tuple[str, str, Estimate]]:
-    """Yield the key, the name and the figure of each set that has the metric."""
+    """Yield the key, the name and the estimate of each set that has the metric."""
     trusted = result.trusted
     if metric == "accuracy":
         low, high = binomial_interval(round(trusted.accuracy * trusted.images), trusted.images)

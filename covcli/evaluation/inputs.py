@@ -1,4 +1,4 @@
-"""What an evaluation needs, found, loaded and checked before any work is done."""
+"""The inputs of an evaluation, loaded and checked before any work is done."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -29,28 +29,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that an evaluation needs, loaded and checked.
+    """The inputs of an evaluation, loaded and checked.
 
     Attributes
     ----------
     config
-        What `evaluate` was told.
+        The settings.
     files
-        What it will write, by name.
+        The output files, by name.
     checkpoint, signature
-        What it read.
+        The input files.
     judge, record
-        Of them.
+        The judge and the signature's record.
     rules
-        For each score the thresholds that keep the guarantee.
+        For each score, the thresholds that keep the guarantee.
     trusted
         The trusted test images.
     sets
-        All sets in their order, "trusted" first, and how each is opened.
+        The openers of all sets, in order, "trusted" first.
     plan
         The baselines.
     warnings
-        What a reader of the figures must know.
+        Warnings for readers of the results.
     """
 
     config: EvaluationConfig
@@ -67,7 +67,7 @@ class Job:
 
     @property
     def identity(self) -> str:
-        """A digest of what every figure depends on beside the images."""
+        """The digest of everything that the results depend on, except the images."""
         guarantee, device = self.judge.rule.guarantee, self.judge.model.mean.device
         versions = [torch.__version__, __version__, str(device)]
         described = [vars(guarantee), versions, self.plan.names, self.plan.versions]
@@ -75,7 +75,7 @@ class Job:
 
 
 def load_job(config: EvaluationConfig) -> Job:
-    """Load and check all that an evaluation needs; what is bad is a CovcliError."""
+    """Load and check the inputs of an evaluation; raise a CovcliError if one is invalid."""
     if not config.untrusted:
         raise CovcliError("name at least one --untrusted set")
     if repeated := {t for t in config.untrusted if config.untrusted.count(t) > 1}:
@@ -107,7 +107,7 @@ def load_job(config: EvaluationConfig) -> Job:
 
 
 def find_files(config: EvaluationConfig) -> tuple[Path, Path]:
-    """Return the checkpoint and the signature: those named, or the newest of the newest run."""
+    """Return the paths of checkpoint and signature: those in the settings, or the newest ones."""
     checkpoint_path = config.checkpoint or _default_checkpoint(config)
     if config.signature is not None:
         return checkpoint_path, config.signature
@@ -135,7 +135,7 @@ def _default_checkpoint(config: EvaluationConfig) -> Path:
 def _trusted(
     config: EvaluationConfig, record: Record, classes: tuple[str, ...]
 ) -> tuple[ImageSet, list[str]]:
-    """Load the trusted test images, leaving out those that calibrated; return warnings too."""
+    """Load the trusted test images without the calibration images; also return warnings."""
     usual = replace(record.trusted, spec=datasets.whole(record.trusted.spec))
     images = (
         datasets.reload(usual, "test", config.data_dir, f"name it by --trusted {usual.spec}")
@@ -146,10 +146,11 @@ def _trusted(
     images, warnings = matched.images, list(matched.notes)
     fresh = record.less_calibration(images)
     if len(fresh) == 0:
-        raise CovcliError("every image calibrated the signature", where=text)
+        raise CovcliError("every image is a calibration image of the signature", where=text)
     if len(fresh) < len(images):
         warnings.append(
-            f"{len(images) - len(fresh)} images of {text} calibrated the signature: left out"
+            f"{len(images) - len(fresh)} images of {text} are calibration images of the signature: "
+            "left out"
         )
     if images.source.fingerprint == record.trusted.source:
         warnings.append(f"{text} also built the signature: the false-alarm rate is too low there")

@@ -1,22 +1,22 @@
-"""95% intervals that cover what they say, near 0 and 1 too, of figures over a few dozen images.
+"""95% intervals with correct coverage, also near 0 and 1 and for a few dozen images.
 
-Every interval speaks of the draw of the tested images. Network, signature and calibration are held
+Every interval refers to the draw of the tested images. Network, signature and calibration are
 fixed. Nothing here is random.
 
 - A *share* of images: exact binomial, `guarantee.binomial_interval`.
-- A figure that every image moves a little: its standard error comes from the images' influence on
-  it, and the interval reaches as many of them to either side, on the scale of the logit, as
-  Student's quantile says. For the AUROC the influences are the placements of DeLong, DeLong and
+- A metric on which every image has a small influence: the standard error comes from the influences.
+  The interval is symmetric on the logit scale, and its width is Student's quantile times the
+  standard error. For the AUROC, the influences are the placements of DeLong, DeLong and
   Clarke-Pearson, "Comparing the areas under two or more correlated receiver operating
-  characteristic curves: a nonparametric approach", Biometrics 1988, found by sorting (Sun and Xu,
-  "Fast implementation of DeLong's algorithm for comparing the areas under correlated receiver
+  characteristic curves: a nonparametric approach", Biometrics 1988, computed by sorting (Sun and
+  Xu, "Fast implementation of DeLong's algorithm for comparing the areas under correlated receiver
   operating characteristic curves", IEEE Signal Processing Letters 2014).
-- Where few images are out of order, that standard error is 0, or too small by chance. There the
-  interval also holds that of Newcombe, "Confidence intervals for an effect size measure based on
+- If few images are misordered, that standard error is 0, or too small by chance. Then the interval
+  is extended to contain that of Newcombe, "Confidence intervals for an effect size measure based on
   the Mann-Whitney statistic. Part 2: asymptotic methods and evaluation", Statistics in Medicine
   2006, method 5, which takes the variance from a model at each candidate value. At an AUROC of 0
-  or 1 it is Newcombe's alone.
-- A figure made of several uncertain ones: squares of their distances to their limits add up (Zou
+  or 1, it is Newcombe's interval.
+- A metric composed of several uncertain ones: the squared distances to their limits are added (Zou
   and Donner, "Construction of confidence limits about effect measures: a general approach",
   Statistics in Medicine 2008).
 """
@@ -36,14 +36,14 @@ from scipy.stats import t as student
 from covcli.signature.guarantee import binomial_interval
 
 Floats = npt.NDArray[np.float64]
-TAIL = 0.025  # beyond either end
+TAIL = 0.025  # the probability beyond either limit
 NORMAL = float(norm.isf(TAIL))
-# With fewer images out of order, of either kind, a standard error says too little by itself.
+# With fewer misordered images of either kind, the standard error is not reliable.
 FEW = 30
-# Below this a variance is rounding.
+# A smaller variance is treated as rounding error.
 LEAST_VARIANCE = 1e-18
-# The smallest of so many scores lies below their 5% quantile with 92.3% confidence; of fewer, it
-# bounds the quantile with too little.
+# The smallest of this many scores is below their 5% quantile with 92.3% confidence. With fewer
+# scores, the confidence is too low.
 FEWEST = 50
 # True positive rates at which a model's ROC curve is summed.
 RATES = (np.arange(2000) + 0.5) / 2000
@@ -57,22 +57,22 @@ class Span:
     high: float
 
     def joined(self, other: "Span") -> "Span":
-        """Return the smallest interval that holds both."""
+        """Return the smallest interval that contains both."""
         return Span(min(self.low, other.low), max(self.high, other.high))
 
     def holding(self, value: float) -> "Span":
-        """Return the smallest interval that holds this one and a value."""
+        """Return the smallest interval that contains this one and a value."""
         return self.joined(Span(value, value))
 
 
 @dataclass(frozen=True)
 class Influence:
-    """How much each image moves a figure, to first order, for each of two independent samples.
+    """The first-order influence of each image on a metric, for each of two independent samples.
 
     Attributes
     ----------
     first, second
-        Shapes (n,) and (m,); a constant added to all of a sample changes nothing.
+        Shapes (n,) and (m,); each is defined up to an additive constant.
     """
 
     first: Floats
@@ -80,7 +80,7 @@ class Influence:
 
     @property
     def variance(self) -> float:
-        """The figure's variance; 0 where it is rounding, or a sample has only one image."""
+        """The metric's variance; 0 if it is rounding error, or a sample has only one image."""
         if min(len(self.first), len(self.second)) < 2:
             return 0.0
         variance = sum(_variance(part) for part in (self.first, self.second))
@@ -88,12 +88,12 @@ class Influence:
 
     @property
     def reach(self) -> float:
-        """Student's 97.5% quantile, in standard errors, with as many degrees as the variance has.
+        """Half the interval's width: Student's 97.5% quantile times the standard error.
 
-        A variance estimated from n values of kurtosis κ has itself a relative variance of
-        (κ − 1)/n, so 2n/(κ − 1) degrees of freedom; two variances are added as Satterthwaite does
-        ("An approximate distribution of estimates of variance components", 1946). The fewer images
-        carry a figure, the larger the kurtosis, and the wider the interval.
+        A variance estimated from n values of kurtosis κ has a relative variance of (κ − 1)/n, so
+        2n/(κ − 1) degrees of freedom. Two variances are added by Satterthwaite's formula ("An
+        approximate distribution of estimates of variance components", 1946). The fewer images
+        determine a metric, the larger is the kurtosis, and the wider the interval.
         """
         variance = self.variance
         if not variance:
@@ -116,9 +116,9 @@ def _kurtosis(values: Floats) -> float:
 
 
 def logit_span(value: float, influence: Influence) -> Span | None:
-    """Return the interval that is symmetric around a figure on the logit's scale.
+    """Return the interval that is symmetric around a value on the logit scale.
 
-    None where there is no such interval: at 0 and 1, and where the variance is 0.
+    None if there is no such interval: at 0 and 1, and if the variance is 0.
     """
     if not influence.variance or not 0 < value < 1:
         return None
@@ -127,7 +127,7 @@ def logit_span(value: float, influence: Influence) -> Span | None:
 
 
 def log_span(value: float, influence: Influence) -> Span | None:
-    """Return the interval that is symmetric on the logarithm's scale; None where there is none."""
+    """Return the interval that is symmetric on the logarithmic scale; None if there is none."""
     if not influence.variance or value <= 0:
         return None
     factor = math.exp(min(influence.reach / value, 50.0))
@@ -135,16 +135,16 @@ def log_span(value: float, influence: Influence) -> Span | None:
 
 
 def combined(value: float, below: Floats, above: Floats, correlation: Floats | None = None) -> Span:
-    """Return the interval, inside [0, 1], of a figure that is the sum of uncertain parts.
+    """Return the interval, within [0, 1], of the sum of uncertain parts.
 
     Parameters
     ----------
     value
-        The figure.
+        The sum.
     below, above
-        How far each part's own 95% interval reaches below and above it, shapes (k,), at least 0.
+        The distances of each part's 95% limits from its value, shapes (k,), at least 0.
     correlation
-        Of the parts, shape (k, k); None for independent ones.
+        The correlation of the parts, shape (k, k); None for independent parts.
 
     Examples
     --------
@@ -161,7 +161,7 @@ def combined(value: float, below: Floats, above: Floats, correlation: Floats | N
 
 @dataclass(frozen=True)
 class Placements:
-    """Where each image of one kind stands among those of the other; equal scores count half.
+    """The rank of each image of one kind among those of the other; equal scores count half.
 
     Attributes
     ----------
@@ -176,17 +176,17 @@ class Placements:
 
     @property
     def area(self) -> float:
-        """The area under the ROC curve, the mean of either."""
+        """The area under the ROC curve, which is the mean of either array."""
         return float(self.untrusted.mean())
 
     @property
     def influence(self) -> Influence:
-        """The same as what each image does to the area."""
+        """The placements as influences on the area."""
         return Influence(self.trusted, self.untrusted)
 
     @property
     def few(self) -> bool:
-        """Whether few images of either kind stand on the wrong side of one of the other kind."""
+        """Whether few images of either kind are misordered with an image of the other kind."""
         right = 1.0 if self.area >= 0.5 else 0.0
         wrong = [int((part != right).sum()) for part in (self.trusted, self.untrusted)]
         return min(wrong) < FEW
@@ -197,14 +197,14 @@ class Placements:
         return self.backed(own, lambda area: area)
 
     def backed(self, own: Span | None, modelled: Callable[[Span], Span]) -> Span:
-        """Return the interval of a figure of the same curve, backed by a model where it must be.
+        """Return the interval of a metric of the same curve, with a model if few are misordered.
 
         Parameters
         ----------
         own
-            The figure's interval from its own variance; None where there is none.
+            The metric's interval from its variance; None if there is none.
         modelled
-            Turns Newcombe's interval of the area into the figure's.
+            Converts Newcombe's interval of the area to that of the metric.
         """
         if own is not None and not self.few:
             return own
@@ -213,9 +213,9 @@ class Placements:
 
 
 def newcombe(area: float, trusted: int, untrusted: int) -> Span:
-    """Return the interval of an area under the ROC curve whose variance is that of a model.
+    """Return the interval of an area under the ROC curve with the variance of a model.
 
-    It holds every θ with |area − θ| ≤ 1.96·√V(θ), where for n trusted and m untrusted images
+    It contains every θ with |area − θ| ≤ 1.96·√V(θ), where for n trusted and m untrusted images
     V(θ) = θ(1 − θ)[1 + (N − 1)((1 − θ)/(2 − θ) + θ/(1 + θ))]/(nm) with N = (n + m)/2: the variance
     of Hanley and McNeil, "The meaning and use of the area under a receiver operating characteristic
     (ROC) curve", Radiology 1982, with both numbers of images replaced by their mean (Newcombe 2006,
@@ -224,9 +224,9 @@ def newcombe(area: float, trusted: int, untrusted: int) -> Span:
     Parameters
     ----------
     area
-        In [0, 1].
+        The area, in [0, 1].
     trusted, untrusted
-        How many images there are of each kind.
+        The number of images of each kind.
 
     Examples
     --------
@@ -252,14 +252,15 @@ def newcombe(area: float, trusted: int, untrusted: int) -> Span:
 
 
 def exponential_curves(area: float) -> Iterator[Floats]:
-    """Yield the false positive rates at RATES of the two curves that the model behind V(θ) knows.
+    """Yield the false positive rates at RATES of the two curves of the model behind V(θ).
 
-    Its scores are exponential: either the untrusted ones spread out further, or the trusted ones.
+    In the model, scores are exponential; either the untrusted or the trusted scores have the larger
+    mean.
 
     Parameters
     ----------
     area
-        Under each of the curves, in [0, 1].
+        The area under both curves, in [0, 1].
     """
     ratio = (1 - area) / max(area, 1e-9)
     yield RATES ** (1 / ratio) if ratio else np.zeros_like(RATES)
@@ -271,12 +272,12 @@ def exponential_curves(area: float) -> Iterator[Floats]:
 
 @lru_cache(maxsize=1024)
 def threshold_ranks(images: int) -> tuple[int, int]:
-    """Return which of so many sorted scores enclose their 5% quantile, each with 97.5%.
+    """Return the ranks of sorted scores that bound their 5% quantile, each with 97.5% confidence.
 
     Returns
     -------
     tuple of int
-        Counted from the smallest as 1; 0 and `images` + 1 stand for no such score.
+        Counted from 1 for the smallest; 0 and `images` + 1 mean that there is no such score.
     """
     low, high = binom.ppf([TAIL, 1 - TAIL], images, 0.05)
     return int(low), int(high) + 1
@@ -289,11 +290,11 @@ class Fpr95:
     Attributes
     ----------
     flagged
-        Which trusted images are, bool of shape (n,).
+        Which trusted images are flagged, bool of shape (n,).
     binomial
         The exact interval of the share if the threshold were known.
     threshold
-        The shares flagged at the ends of the threshold's interval.
+        The shares flagged at the limits of the threshold's interval.
     bounded
         Whether there are enough untrusted images for such an interval.
     """
@@ -305,11 +306,11 @@ class Fpr95:
 
     @classmethod
     def of(cls, trusted: Floats, untrusted: Floats) -> "Fpr95":
-        """Measure scores of shapes (n,) and (m,).
+        """Compute the FPR95 of scores of shapes (n,) and (m,).
 
-        Below 72 untrusted images no score bounds the 5% quantile from below with 97.5% confidence.
-        From 50 on the smallest does with 92.3%, and the upper limit is the exact one of the share
-        flagged there. Below 50 it is 1: the images do not bound the figure.
+        With fewer than 72 untrusted images, no score bounds the 5% quantile from below with 97.5%
+        confidence. With 50 or more, the smallest score does with 92.3%, and the upper limit is the
+        exact limit of the share flagged there. With fewer than 50, the upper limit is 1.
         """
         sorted_scores, m, n = np.sort(untrusted), len(untrusted), len(trusted)
         missed = int(m - np.argmax(np.arange(1, m + 1) / m >= 0.95) - 1)
@@ -331,7 +332,7 @@ class Fpr95:
         return float(self.flagged.mean())
 
     def reach(self) -> tuple[Floats, Floats]:
-        """Return how far the two parts reach below and above the value, shapes (2,)."""
+        """Return the distances of both parts' limits below and above the value, shapes (2,)."""
         spans = (self.binomial, self.threshold)
         below = np.array([self.value - span.low for span in spans])
         above = np.array([span.high - self.value for span in spans])
@@ -346,10 +347,10 @@ class Fpr95:
 
 
 def mean_area_span(sets: list[Placements]) -> Span:
-    """Return the interval of the mean area of sets that are held against the same trusted images.
+    """Return the interval of the mean area of sets that share their trusted images.
 
-    Each set's own interval counts; two sets are as correlated as their trusted placements make
-    them, and wholly where that is not known, because a variance is 0.
+    It combines the interval of each set. The correlation of two sets comes from their trusted
+    placements; it is 1 if a variance is 0.
     """
     value = float(np.mean([one.area for one in sets]))
     areas, spans = [one.area for one in sets], [one.span() for one in sets]
@@ -361,11 +362,11 @@ def mean_area_span(sets: list[Placements]) -> Span:
 
 
 def mean_fpr95_span(sets: list[Fpr95]) -> Span:
-    """Return the interval of the mean FPR95 of such sets.
+    """Return the interval of the mean FPR95 of sets that share their trusted images.
 
-    The binomial parts are as correlated as the flags on the shared trusted images are. The sets'
-    thresholds are independent of each other, but the distances of those that are not bounded are
-    added as they are: their square root would trust a symmetry that they lack.
+    The correlation of the binomial parts is that of the flags on the shared trusted images. The
+    sets' thresholds are independent. But the distances of thresholds that are not bounded are added
+    linearly, because they are not symmetric.
     """
     k = len(sets)
     shared = _covariance(np.stack([one.flagged for one in sets]).astype(float))
@@ -387,7 +388,7 @@ def _covariance(rows: Floats) -> Floats:
 
 
 def _correlation(shared: Floats, variances: Floats) -> Floats:
-    """Return covariances over the roots of both variances; 1 where a variance is 0."""
+    """Return covariances divided by the roots of both variances; 1 if a variance is 0."""
     scale = np.sqrt(np.outer(variances, variances))
     known = scale > 0
     correlation: Floats = np.where(known, shared / np.where(known, scale, 1.0), 1.0)

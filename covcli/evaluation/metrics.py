@@ -1,8 +1,8 @@
-"""How well a score tells trusted from untrusted, and a confidence right from wrong.
+"""Metrics: how well a score separates untrusted from trusted, and the accuracy by confidence.
 
 Untrusted is the positive class, and a larger score means less trusted. The curves are computed
-here rather than by scikit-learn because the intervals need what each image does to them. The tests
-hold them to scikit-learn.
+here, not by scikit-learn, because the intervals need the influence of each image. The tests compare
+them with scikit-learn.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class Curves:
         )
 
     def placements(self) -> Placements:
-        """Return where each image stands among those of the other kind."""
+        """Return the rank of each image among those of the other kind."""
         n, m = (len(scores) for scores in self._scores)
         above = (np.cumsum(self.positives) - self.positives / 2) / m
         below = 1 - (np.cumsum(self.negatives) - self.negatives / 2) / n
@@ -63,11 +63,11 @@ class Curves:
         return self.placements().area
 
     def aupr_out(self) -> float:
-        """Return the average precision Σ (recall step)·precision of the untrusted."""
+        """Return the average precision Σ (recall step)·precision of the untrusted images."""
         return average_precision(self.positives, self.negatives)[0]
 
     def aupr_in(self) -> float:
-        """Return the average precision of the trusted, ranked by ascending score."""
+        """Return the average precision of the trusted images, ranked by ascending score."""
         return average_precision(self.negatives[::-1], self.positives[::-1])[0]
 
     def fpr95(self) -> float:
@@ -75,7 +75,7 @@ class Curves:
         return Fpr95.of(*self._scores).value
 
     def detection(self) -> Detection:
-        """Return all four with their intervals, and no detection rate."""
+        """Return all four metrics with their intervals, without a detection rate."""
         placements, rate = self.placements(), Fpr95.of(*self._scores)
         out = (self.positives, self.negatives)
         inwards = (self.negatives[::-1], self.positives[::-1])
@@ -89,22 +89,23 @@ class Curves:
 
 
 def estimate(value: float, span: Span) -> Estimate:
-    """Return a value with its interval, which is made to hold it."""
+    """Return a value with its interval, which is extended to contain it."""
     wide = span.holding(value)
     return Estimate(value, wide.low, wide.high)
 
 
 def average_precision(hits: Counts, others: Counts) -> tuple[float, Influence]:
-    """Return Σ (recall step)·precision, and what each image does to it.
+    """Return the average precision Σ (recall step)·precision, and each image's influence on it.
 
-    A hit moves it by the precision where it stands itself, and any image by what it changes of the
-    precision at the hits that rank no higher.
+    The influence of a positive image is the precision at its own rank, plus its effect on the
+    precision at the positives that do not rank higher. The influence of a negative image is only
+    that effect.
 
     Parameters
     ----------
     hits, others
-        How many images to be found, and how many others, have each distinct value, in the order of
-        the ranking, shapes (d,).
+        The numbers of positive and of negative images at each distinct value, in the order of the
+        ranking, int64 of shape (d,).
     """
     m, n = int(hits.sum()), int(others.sum())
     share = m / (m + n)
@@ -128,14 +129,14 @@ def _estimate_precision(hits: Counts, others: Counts, placements: Placements) ->
 
 
 def modelled_precision(area: Span, share: float) -> Span:
-    """Return the average precisions that `exponential_curves` have over an interval of the area.
+    """Return the interval of average precision of `exponential_curves` for an interval of the area.
 
     Parameters
     ----------
     area
-        Of the area under the ROC curve.
+        The interval of the area under the ROC curve.
     share
-        Of the images to be found among all.
+        The share of positive images.
     """
     low, high = (
         [float((share * RATES / (share * RATES + (1 - share) * false)).mean())
@@ -148,18 +149,18 @@ def modelled_precision(area: Span, share: float) -> Span:
 def detection(
     trusted: Floats, untrusted: Floats, flagged: npt.NDArray[np.bool_] | None
 ) -> Detection:
-    """Measure how well a score separates, each figure with a 95% interval.
+    """Measure how well a score separates untrusted images, with 95% intervals.
 
-    The intervals speak of the draw of the tested images; network, signature and calibration are
-    taken as they are. `intervals` says how each is made, and `benchmarks/intervals.py` simulates
-    what they cover.
+    The intervals refer to the draw of the tested images; network, signature and calibration are
+    fixed. The module `intervals` describes them, and `benchmarks/intervals.py` simulates their
+    coverage.
 
     Parameters
     ----------
     trusted, untrusted
         Scores, shapes (n,) and (m,); larger means less trusted.
     flagged
-        Which untrusted inputs the calibrated thresholds flag, shape (m,), or None.
+        Which untrusted images are flagged, bool of shape (m,), or None.
 
     Examples
     --------
@@ -173,7 +174,7 @@ def detection(
 
 
 def auroc(trusted: Floats, untrusted: Floats) -> Estimate:
-    """Return the area under the ROC curve alone; parameters as in `detection`."""
+    """Return only the area under the ROC curve; the parameters are those of `detection`."""
     placements = Curves(trusted, untrusted).placements()
     return estimate(placements.area, placements.span())
 
@@ -181,7 +182,7 @@ def auroc(trusted: Floats, untrusted: Floats) -> Estimate:
 def mean_detection(score: str, trusted: Floats, untrusted: Sequence[Floats]) -> MeanDetection:
     """Average AUROC and FPR95 over untrusted sets, each with a 95% interval.
 
-    All sets are held against the same trusted images, which the intervals take into account.
+    All sets are compared with the same trusted images, which the intervals take into account.
 
     Parameters
     ----------
@@ -190,7 +191,13 @@ def mean_detection(score: str, trusted: Floats, untrusted: Sequence[Floats]) -> 
     trusted
         Scores of shape (n,).
     untrusted
-        The sets' scores, each of shape (m,).
+        The scores of each set, of shape (m,).
+
+    Examples
+    --------
+    >>> mean = mean_detection("x", np.arange(9.0), [np.arange(5.0) + 9, np.arange(5.0) + 4])
+    >>> round(mean.auroc.value, 3)
+    0.811
     """
     areas = [Curves(trusted, scores).placements() for scores in untrusted]
     rates = [Fpr95.of(trusted, scores) for scores in untrusted]
@@ -221,11 +228,17 @@ def confidence_bins(name: str, confidence: Floats, correct: npt.NDArray[np.bool_
     Parameters
     ----------
     name
-        Which confidence it is, for the entries.
+        The name of the confidence, for the entries.
     confidence
         Shape (n,), in [0, 1].
     correct
-        Which images are classified correctly, shape (n,).
+        Which images are classified correctly, bool of shape (n,).
+
+    Examples
+    --------
+    >>> bins = confidence_bins("x", np.array([0.1, 0.95]), np.array([False, True]))
+    >>> [(b.low, b.images, b.accuracy) for b in bins if b.images]
+    [(0.0, 1, 0.0), (0.9, 1, 1.0)]
     """
     inner = len(BIN_EDGES) - 2
     places = np.clip(np.searchsorted(BIN_EDGES, confidence, side="right") - 1, 0, inner)
@@ -238,7 +251,7 @@ def confidence_bins(name: str, confidence: Floats, correct: npt.NDArray[np.bool_
 def confidence_thresholds(
     name: str, confidence: Floats, correct: npt.NDArray[np.bool_]
 ) -> list[Kept]:
-    """Return how many images a threshold keeps, and how accurate the network is on those.
+    """Return the share of images above each confidence threshold, and the accuracy on them.
 
     The parameters are those of `confidence_bins`.
     """

@@ -1,15 +1,14 @@
-"""The network's own errors: how well a score finds them, and what rejecting images pays.
+"""The network's own errors: how well a score detects them, and the effect of rejecting images.
 
-Selective prediction: the images that a score trusts least are rejected first, and the selective
-risk is the share of errors among those kept (Geifman and El-Yaniv, "Selective Classification for
-Deep Neural Networks", NeurIPS 2017). AURC and its excess over the best possible are those of
-Geifman, Uziel and El-Yaniv, "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers",
-ICLR 2019. AUGRC, the area under the generalised risk, which counts the errors kept among all
-images, is that of Traub et al., "Overcoming Common Flaws in the Evaluation of Selective
-Classification Systems", NeurIPS 2024.
+Selective prediction: the images with the highest scores are rejected first, and the selective risk
+is the share of errors among the images kept (Geifman and El-Yaniv, "Selective Classification for
+Deep Neural Networks", NeurIPS 2017). AURC and its excess over the optimum are from Geifman, Uziel
+and El-Yaniv, "Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers", ICLR 2019. AUGRC,
+the area under the generalised risk, counts the errors kept relative to all images (Traub et al.,
+"Overcoming Common Flaws in the Evaluation of Selective Classification Systems", NeurIPS 2024).
 
-Images with equal scores have no order. Every figure is the mean over all orders of such images,
-which has a closed form, so that it does not depend on the order in which they come.
+Images with equal scores have no order. Every metric is the mean over all orders of such images, in
+closed form, so that it does not depend on the order of the images.
 """
 
 from dataclasses import dataclass
@@ -40,21 +39,21 @@ CURVE_POINTS = 101
 def own_errors(
     scores: dict[str, Floats], correct: npt.NDArray[np.bool_]
 ) -> dict[str, OwnErrors] | None:
-    """Measure how well scores find a network's own errors, with 95% intervals.
+    """Measure how well scores detect a network's own errors, with 95% intervals.
 
-    The intervals take into account that another draw of images has another share of errors.
+    The intervals take into account that the share of errors also depends on the draw of images.
 
     Parameters
     ----------
     scores
-        By name, each of shape (n,), finite; larger means less trusted.
+        The scores by name, each of shape (n,), finite; larger means less trusted.
     correct
-        Which images are classified correctly, shape (n,).
+        Which images are classified correctly, bool of shape (n,).
 
     Returns
     -------
     dict or None
-        By name; None where the network makes no error, or nothing but errors.
+        The metrics by name of the score; None if no image, or every image, is misclassified.
 
     Examples
     --------
@@ -86,19 +85,18 @@ def _own_errors(scores: Floats, correct: npt.NDArray[np.bool_]) -> OwnErrors:
 
 @dataclass(frozen=True)
 class Ranking:
-    """The order of right and wrong images by score, and what it would give at other error rates.
+    """The order of correct and wrong images by score, with metrics at this and other error rates.
 
-    The figures depend on two things that another draw of images changes: the share of errors p,
-    and where errors stand among the right images. Their intervals combine those of both, each with
-    the other held fixed.
+    The metrics depend on two random quantities: the share of errors p, and the ranks of the errors
+    among the correct images. The intervals combine those of both, each with the other fixed.
 
     Parameters
     ----------
     tied, wrong
-        How many images have each distinct score, and how many of them are wrong, by ascending
+        The number of images at each distinct score, and of wrong ones among them, by ascending
         score, shapes (d,).
     placements
-        Of the right images among the wrong ones, and the other way round.
+        The placements of the correct images among the wrong ones, and vice versa.
     """
 
     tied: Counts
@@ -131,16 +129,16 @@ class Ranking:
         return _combined(value, by_rate, by_rank)
 
     def excess_span(self) -> Span:
-        """Return the interval of what the area has above the least."""
+        """Return the interval of the excess of the area over the optimum."""
         value = self.excess(self.rate)
         ends = [self.excess(rate) for rate in _ends(self.rates)]  # rises first, then falls
         return _combined(value, Span(min(ends), max(ends)), self._excess_at_rate())
 
     def area(self, rate: float) -> float:
-        """Return the AURC of many images in this order, if so large a share were errors.
+        """Return the AURC of a large sample in this order with a given share of errors.
 
-        An error that is kept together with a share g of the images, or more, adds −log g: the mean
-        of that over the block of images that have the same score.
+        An error that is kept from a coverage of g on adds −log g. For images with equal scores,
+        that is averaged over the block.
         """
         before, after = self._coverage(rate)
         sums = (after - xlogy(after, after)) - (before - xlogy(before, before))
@@ -149,7 +147,7 @@ class Ranking:
         return float(rate * self.wrong[used] @ logs / self.wrong.sum())
 
     def excess(self, rate: float) -> float:
-        """Return what that area has above the least."""
+        """Return the excess of that area over the optimum."""
         return max(self.area(rate) - least_area(rate), 0.0)
 
     def _coverage(self, rate: float) -> tuple[Floats, Floats]:
@@ -160,15 +158,15 @@ class Ranking:
         return np.concatenate([[0.0], after[:-1]]), after
 
     def _excess_at_rate(self) -> Span:
-        """Return the interval of the excess with the share of errors as it is."""
+        """Return the interval of the excess for a fixed share of errors."""
         own = log_span(self.excess(self.rate), self._influence())
         return self.placements.backed(own, lambda area: modelled_excess(area, self.rate))
 
     def _influence(self) -> Influence:
-        """Return what each right and each wrong image does to the area."""
+        """Return the influence of each correct and each wrong image on the area."""
         before, after = self._coverage(self.rate)
         middle = (before + after) / 2
-        # An image that is kept before an error raises the coverage at which that one is kept.
+        # An image that is kept before an error raises the coverage at which the error is kept.
         pull = -self.rate * self.wrong / self.wrong.sum() / middle
         pulls = np.cumsum(pull[::-1])[::-1] - pull / 2
         of_wrong = self.rate * (pulls - np.log(middle))
@@ -185,14 +183,14 @@ def _augrc(rate: float, area: float) -> float:
 
 
 def _combined(value: float, *parts: Span) -> Span:
-    """Return the interval of a value that moves within these, each for a reason of its own."""
+    """Return the interval of a value from the intervals of its independent causes of variation."""
     below = np.array([value - part.holding(value).low for part in parts])
     above = np.array([part.holding(value).high - value for part in parts])
     return combined(value, below, above)
 
 
 def least_area(rate: float) -> float:
-    """Return the AURC of many images where a share are errors and all of them rank last.
+    """Return the optimal AURC of a large sample with a share of errors: all errors rank last.
 
     It is p + (1 − p)·log(1 − p) (Geifman, Uziel and El-Yaniv 2019, section 3).
     """
@@ -200,12 +198,12 @@ def least_area(rate: float) -> float:
 
 
 def modelled_excess(area: Span, rate: float) -> Span:
-    """Return the E-AURC that `exponential_curves` have over an interval of the area.
+    """Return the interval of the E-AURC of `exponential_curves` for an interval of the area.
 
     Parameters
     ----------
     area
-        Of the AUROC of the errors.
+        The interval of the AUROC of the errors.
     rate
         The share of errors.
     """
@@ -222,7 +220,7 @@ def modelled_excess(area: Span, rate: float) -> Span:
 
 
 def _count(places: Counts, correct: npt.NDArray[np.bool_]) -> tuple[Counts, Counts]:
-    """Return how many images have each distinct score, and how many of them are wrong."""
+    """Return the number of images at each distinct score, and of wrong ones among them."""
     tied = np.bincount(places)
     wrong = np.bincount(places[~correct], minlength=len(tied))
     return tied[tied > 0], wrong[tied > 0]
@@ -231,15 +229,20 @@ def _count(places: Counts, correct: npt.NDArray[np.bool_]) -> tuple[Counts, Coun
 def aurc(tied: Counts, wrong: Counts) -> float:
     """Return the area under the risk-coverage curve.
 
-    Of a tie of m images with e errors, after k images with E errors, the first j hold e·j/m errors
-    on average. Their risks (E + e·j/m)/(k + j), j from 1 to m, sum to
-    e + (E − k·e/m)·(H(k + m) − H(k)) with the harmonic numbers H.
+    Consider m images with equal scores and e errors, ranked after k images with E errors. The first
+    j of them contain e·j/m errors on average. Their risks (E + e·j/m)/(k + j), j from 1 to m, sum
+    to e + (E − k·e/m)·(H(k + m) − H(k)) with the harmonic numbers H.
 
     Parameters
     ----------
     tied, wrong
-        How many images have each distinct score, and how many of them are wrong, by ascending
+        The number of images at each distinct score, and of wrong ones among them, by ascending
         score, shapes (d,); no count in `tied` is 0.
+
+    Examples
+    --------
+    >>> aurc(np.array([1, 1]), np.array([0, 1]))  # risks 0 and 1/2
+    0.25
     """
     kept, errors = np.cumsum(tied), np.cumsum(wrong)
     n = kept[-1]

@@ -1,11 +1,11 @@
-"""What a network and its signature say of each image of a set, and the images worth showing."""
+"""Scores and verdicts of each image of a set, and the selection of images for the report."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from covcli.core import distributed
 from covcli.core.progress import Progress
@@ -19,33 +19,16 @@ SAMPLES = 8
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What the network and the signature say of each image of a set, in the set's order.
+class Measured(ImageScores):
+    """The results on each image of a set, in the set's order; see `ImageScores`.
 
     Attributes
     ----------
-    predicted, label
-        Class numbers, shape (N,); label is None where unknown.
-    scores
-        "coverage", "softmax" and the baselines, by name: larger is less trusted, float64 of shape
-        (N,).
-    p_value, confidence, softmax_confidence
-        float64 of shape (N,).
-    untrusted, unsure
-        The verdict, bool of shape (N,); both are False where the answer passes.
     coverage
         Share of each point's neurons inside the range, mean over the images, shape (L,).
     """
 
-    predicted: Tensor
-    label: Tensor | None
-    scores: dict[str, np.ndarray]
-    p_value: np.ndarray
-    confidence: np.ndarray
-    softmax_confidence: np.ndarray
-    untrusted: np.ndarray
-    unsure: np.ndarray
-    coverage: list[float]
+    coverage: list[float] = field(default_factory=list)
 
     @property
     def confidences(self) -> dict[str, np.ndarray]:
@@ -53,40 +36,55 @@ class Measured:
         return {"coverage": self.confidence, "softmax": self.softmax_confidence}
 
     @property
-    def correct(self) -> np.ndarray:
-        """Which images are classified correctly; the labels must be known."""
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """Which images are classified correctly, bool of shape (N,); the labels must be known."""
         assert self.label is not None
-        return (self.predicted == self.label).numpy()
-
-    def recorded(self, files: list[str] | None) -> ImageScores:
-        """Return what scores.csv.gz holds of it; `files` names the images' files, if any."""
-        label = None if self.label is None else self.label.numpy()
-        return ImageScores(
-            self.predicted.numpy(), label, self.scores, self.p_value, self.confidence,
-            self.softmax_confidence, self.untrusted, self.unsure,
-            None if files is None else np.array(files, np.object_),
-        )  # fmt: skip
+        return np.asarray(self.predicted == self.label)
 
 
 @dataclass(frozen=True)
 class MeasuredSet:
-    """A set's images, and what was measured of them.
+    """A set's images and the results on them.
 
     Attributes
     ----------
     images, measured
-        In the same order.
+        The images, and the results in the same order.
     seconds
-        How long that took; None where an evaluation that was cut short did it.
+        The time of the measurement; None if an interrupted evaluation measured the set.
     """
 
     images: ImageSet
     measured: Measured
     seconds: float | None
 
+    def named(self) -> ImageScores:
+        """Return the results with the names of the images' files, if they are in files."""
+        files = self.images.files
+        return (
+            self.measured
+            if files is None
+            else replace(self.measured, file=np.array(files, np.object_))
+        )
+
 
 def measure(judge: Judge, images: ImageSet, progress: Progress) -> Measured:
-    """Have a set judged; each rank runs its share of it."""
+    """Judge all images of a set; each rank runs its share.
+
+    Parameters
+    ----------
+    judge
+        The judge.
+    images
+        The set.
+    progress
+        Receives the progress.
+
+    Raises
+    ------
+    CovcliError
+        If an image cannot be read, or an activation is not finite.
+    """
     parts = []
     for batch in judge.sweep(images, progress, f"reading {images.name}"):
         v = judge(batch.logits, batch.neurons)
@@ -99,8 +97,8 @@ def measure(judge: Judge, images: ImageSet, progress: Progress) -> Measured:
         column.numpy() for column in columns
     )
     return Measured(
-        predicted=predicted,
-        label=images.labels,
+        predicted=predicted.numpy(),
+        label=None if images.labels is None else images.labels.numpy(),
         scores={"coverage": score, "softmax": doubt},
         p_value=p_value,
         confidence=confidence,
@@ -117,11 +115,11 @@ def pick(sets: Mapping[str, MeasuredSet], shape: Shape, explained: list[Explaine
     Parameters
     ----------
     sets
-        By name.
+        The sets, by name.
     shape
-        Channels, height and width to read them in.
+        Channels, height and width of the images to read.
     explained
-        The images of the explanations, which go with them.
+        The images of the explanations, which are stored with them.
     """
     flagged, passed = [], []
     for entry in sets.values():

@@ -1,4 +1,4 @@
-"""Sets that an evaluation has checked, and opens when their turn comes."""
+"""The sets of an evaluation: checked first, opened one after another, kept when finished."""
 
 import time
 from collections.abc import Callable
@@ -28,18 +28,18 @@ PART = files.Format(
 
 @dataclass(frozen=True)
 class Opener:
-    """A set that was checked, and is opened when its turn comes.
+    """A set that was checked, and can be opened later.
 
     Attributes
     ----------
     name
         The specification.
     identity
-        Equal for equal images.
+        A text that is equal for equal images.
     open
         Returns the images.
     start
-        For an attack, the trusted images that it starts from.
+        For an attack, the trusted images that it starts from; else None.
     """
 
     name: str
@@ -49,39 +49,39 @@ class Opener:
 
     @classmethod
     def of(cls, images: ImageSet) -> "Opener":
-        """Return the opener of a set that is loaded already."""
+        """Return the opener of a loaded set."""
         return cls(images.name, images.fingerprint, lambda _progress: images)
 
     def pixels(self, images: ImageSet) -> Tensor | None:
-        """Return an attack's images, which are expensive to make again; None for others."""
+        """Return the pixels of an attack, which are expensive to recompute; None for other sets."""
         if self.start is None or not isinstance(images.source, MemorySource):
             return None
         return images.source.images
 
-    def made_of(self, pixels: Tensor) -> ImageSet:
-        """Return the images that an attack made earlier."""
+    def restored(self, pixels: Tensor) -> ImageSet:
+        """Return the image set of an attack's earlier pixels."""
         assert self.start is not None
         return in_memory(self.name, pixels, self.start.labels, self.start.classes, ready=True)
 
 
 def opener(text: str, judge: Judge, trusted: ImageSet, data_dir: Path | None) -> Opener:
-    """Check an untrusted specification now, so that an error does not come after hours.
+    """Check an untrusted specification before the work starts, and return its opener.
 
     Parameters
     ----------
     text
         The specification.
     judge
-        The judge of the network that an attack deceives.
+        The judge of the network, for attacks.
     trusted
         The images that an attack starts from.
     data_dir
-        The folder that downloaded sets live in.
+        The folder of downloaded sets.
 
     Raises
     ------
     CovcliError
-        If the specification or its data is bad.
+        If the specification or its data is invalid.
     """
     spec = parse(text)
     if not attacks.is_attack(spec):
@@ -98,16 +98,17 @@ def opener(text: str, judge: Judge, trusted: ImageSet, data_dir: Path | None) ->
 
 
 class Parts:
-    """Finished sets of an evaluation, kept in files until the whole of it is written.
+    """The results of finished sets, kept in files until the evaluation is complete.
 
-    They are sealed: what this user's covcli has not written, or of another set, is not believed.
+    The files are sealed: a file that this user's covcli did not write for this set is ignored.
 
     Parameters
     ----------
     folder
-        Where the evaluation writes.
+        The folder of the evaluation.
     key
-        What every figure depends on beside the set: network, signature, guarantee and versions.
+        The digest of everything that the results depend on, except the set: network, signature,
+        guarantee and versions.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -115,19 +116,18 @@ class Parts:
         self._used: list[Path] = []
 
     def find(self, of: str) -> tuple[Measured, Tensor | None] | None:
-        """Return what was measured of a set earlier, and its images where they were kept."""
+        """Return the earlier results on a set, and its pixels if they were kept; else None."""
         try:
             content, own = PART.load_own(self._path(of))
             if not own or content["of"] != self._identity(of):
-                return None  # anybody may have planted it
-            fields = content["measured"]
-            measured = Measured(**{k: _to_array(k, v) for k, v in fields.items()})
+                return None  # another user may have written it
+            measured = Measured(**{k: _to_array(v) for k, v in content["measured"].items()})
         except (CovcliError, KeyError, TypeError, AttributeError):
-            return None  # of no use: measure again
+            return None  # unusable: the set is measured again
         return measured, content["images"]
 
     def keep(self, of: str, measured: Measured, images: Tensor | None) -> None:
-        """Keep what was measured of a set; `images` where it is expensive to make them again."""
+        """Store the results on a set, and its pixels if they are expensive to recompute."""
         fields = {k: _to_tensor(v) for k, v in vars(measured).items()}
         content = {"of": self._identity(of), "measured": fields, "images": images}
         PART.save(self._path(of), content)
@@ -141,7 +141,7 @@ class Parts:
         return path
 
     def clear(self) -> None:
-        """Remove the files, once the evaluation is written."""
+        """Remove the files, after the evaluation was written."""
         for path in self._used:
             path.unlink(missing_ok=True)
 
@@ -149,11 +149,11 @@ class Parts:
 def measure_set(
     entry: Opener, judge: Judge, baselines: Comparison, parts: Parts, progress: Progress
 ) -> MeasuredSet:
-    """Open a set and have it judged, unless an evaluation that was cut short did."""
+    """Open a set and judge it, unless an interrupted evaluation did."""
     done = distributed.agree(parts.find(entry.identity))
     if done is not None:
         measured, pixels = done
-        images = entry.open(progress) if pixels is None else entry.made_of(pixels)
+        images = entry.open(progress) if pixels is None else entry.restored(pixels)
         return MeasuredSet(images, measured, None)
     begin = time.perf_counter()
     images = entry.open(progress)
@@ -171,8 +171,7 @@ def _to_tensor(value: Any) -> Any:
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
-def _to_array(name: str, value: Any) -> Any:
+def _to_array(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _to_array(name, item) for key, item in value.items()}
-    kept = name in ("predicted", "label") or not isinstance(value, Tensor)
-    return value if kept else value.numpy()
+        return {key: _to_array(item) for key, item in value.items()}
+    return value.numpy() if isinstance(value, Tensor) else value

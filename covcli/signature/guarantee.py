@@ -235,6 +235,23 @@ class Guarantee:
         rank = rank_certified if self.certain else rank_marginal
         return rank(scores, self.alpha)
 
+    def alarm_interval(self, scores: int, images: int) -> tuple[float, float]:
+        """Return the 95% interval of the share of alarms among new images.
+
+        A certified guarantee gives only an upper bound; a larger threshold can only lower the rate.
+
+        Parameters
+        ----------
+        scores
+            The number of calibration scores.
+        images
+            The number of new images.
+        """
+        rank = self.rank(scores)
+        if self.certain:
+            return 0.0, alarms_bound(rank, scores, images)
+        return alarms_interval(rank, scores, images)
+
     def minimum(self) -> int:
         """Return the smallest number of calibration scores with a threshold."""
         minimum = minimum_certified if self.certain else minimum_marginal
@@ -334,6 +351,27 @@ class Rule:
         if self.guarantee.mode == "by-class":
             return self.thresholds
         return torch.full_like(self.thresholds, self.overall)
+
+    def alarm_interval(self, predicted: Tensor) -> tuple[float, float]:
+        """Return the 95% interval of the share of alarms among new images.
+
+        For "by-class", the alarms of all classes are added.
+
+        Parameters
+        ----------
+        predicted
+            The predicted classes of the new images, int64 of shape (N,).
+        """
+        if self.guarantee.mode != "by-class":
+            return self.guarantee.alarm_interval(int(self.counts.sum()), len(predicted))
+        tested = torch.bincount(predicted, minlength=len(self.counts)).tolist()
+        return total_alarms_interval(
+            [
+                (self.guarantee.rank(scores), scores, images)
+                for scores, images in zip(self.counts.tolist(), tested, strict=True)
+                if images
+            ]
+        )
 
     def p_value(self, scores: Tensor, predicted: Tensor) -> Tensor:
         """Return the conformal p-value (1 + #{calibration scores ≥ s}) / (n + 1) of each score.

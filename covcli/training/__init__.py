@@ -1,1 +1,1 @@
-"""train: teach a network with the ConfidenceLoss."""
+"""train: train a network with the ConfidenceLoss."""

@@ -1,4 +1,4 @@
-"""What `train` is told."""
+"""The settings of `train`."""
 
 import math
 from dataclasses import dataclass
@@ -17,48 +17,53 @@ ShareBelowOne = Annotated[float, Interval(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What `train` is told.
+    """The settings of `train`.
 
     Attributes
     ----------
     method
-        The method of the signature that the run is meant for.
+        The method of the later signature.
     trusted
-        The images to learn: a specification of labelled data.
+        The training images: a specification of labelled data.
     untrusted
-        Sets to watch beside, in which coverage is logged every epoch.
+        Untrusted sets whose coverage is logged every epoch.
     model, pretrained
-        The network, and whether it starts from the library's ImageNet weights.
+        The network, and whether it starts from published ImageNet weights.
     preprocess
-        How images are prepared for it; by default as its architecture has it.
+        The preprocessing of images, as in `--preprocess`. None: that of the architecture.
     logits
-        Where it returns several tensors: the logits' name.
+        For a model that returns several tensors: the name of the logits.
     points
-        Patterns that choose coverage points; by default those of the network, see `Survey.choose`.
+        Patterns that choose coverage points; empty: the default points, see `Survey.choose`.
     epochs, batch_size
-        Passes over the training images, and images a step, of all ranks together.
+        Passes over the training images, and images per step (over all ranks), at least 2.
     learning_rate, weight_decay
-        The peak of the one-cycle schedule, and the decay of matrices and kernels.
+        The peak of the one-cycle schedule, and the weight decay of matrices and kernels.
     confidence_threshold
-        Softmax confidence from which on a correct answer is trusted.
+        The smallest softmax confidence of a trusted correct answer, in [0, 1).
     confidence_weight
         The weight of the ConfidenceLoss; 0 trains without it.
     signature_every
-        Epochs between two refreshes of the running signature.
+        The number of epochs between two updates of the running signature.
     calibration_split
-        Share of the images held out to calibrate.
+        The share of the images held out for calibration, in [0, 1).
     save_every
-        Save what `resume` needs every so many epochs ("2"), or minutes ("10m").
+        How often to save the state for `resume`: a number of epochs ("2"), or minutes ("10m").
     augment
-        How training images are changed.
+        The augmentation: "none", "crop", "crop-flip" or "auto".
     seed
-        Of every random choice.
+        The seed of all random choices, from 0 to 2³¹ − 1.
     device, amp
-        Where to compute (cpu, cuda, cuda:1 or auto), and whether in bfloat16.
+        The device (cpu, cuda, cuda:1 or auto), and whether to compute in bfloat16.
     name, runs
-        The run folder's name, by default made of model, method and time; and the folder of all.
+        The name of the run folder (None: model, method and time), and the folder of all runs.
     data_dir
-        The folder that downloaded sets live in; by default the user's cache.
+        The folder of downloaded sets; None: the user's cache.
+
+    Raises
+    ------
+    CovcliError
+        If a value has the wrong type or is out of bounds.
 
     Examples
     --------
@@ -96,13 +101,13 @@ class TrainConfig:
         settle(self)
         if save_interval(self.save_every) is None:
             raise CovcliError(
-                "must be a number of epochs, or of minutes as 10m",
+                "must be a number of epochs, or of minutes such as 10m",
                 where=f"--save-every {self.save_every}",
             )
 
 
 def save_interval(text: str) -> tuple[int | None, float | None] | None:
-    """Read `--save-every`: `2` means epochs and `10m` minutes, as (epochs, seconds); else None.
+    """Parse `--save-every`: `2` are epochs, `10m` minutes; return (epochs, seconds), or None.
 
     Examples
     --------

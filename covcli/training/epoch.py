@@ -1,4 +1,4 @@
-"""The loop over the batches of an epoch, with gradients, and how images are augmented."""
+"""One epoch of training, and the augmentation of images."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,22 +23,22 @@ SUMS = ("loss", "cross_entropy", "penalty", "right", "confident_right", "confide
 
 @dataclass(frozen=True)
 class Trainer:
-    """What one epoch of training needs beside the data.
+    """The network and the optimisation of a training.
 
     Attributes
     ----------
     model, optimizer, schedule
-        The network and how it learns; the schedule is stepped once a batch.
+        The network, its optimiser and the learning-rate schedule, which is stepped once per batch.
     together
-        The network as all ranks train it.
+        The network wrapped so that gradients are averaged over the ranks.
     penalty
-        Maps neurons (B, N) and labels (B,) to the penalty, a scalar; None to go without.
+        Maps neurons (B, N) and labels (B,) to the penalty, a scalar; None: no penalty.
     weight
         The penalty's weight.
     points, granularity
-        Where the penalty looks.
+        The coverage points of the penalty, and what their neurons are.
     confidence_threshold
-        From which softmax confidence on an image counts as confident.
+        The smallest softmax confidence of a confident image.
     """
 
     model: Classifier
@@ -60,26 +60,30 @@ def epoch(
     how: Augmentation,
     generator: torch.Generator,
 ) -> Iterator[Tensor]:
-    """Train on one batch after another, and yield after each step what it adds to the log.
+    """Train on one batch after another, and yield the sums for the log after each step.
 
     Each rank computes its part of every batch; the step is that of the whole batch.
 
     Parameters
     ----------
+    trainer
+        The network and its optimisation.
+    images
+        The training images.
     labels
         The images' classes, int64 of shape (N,).
     parts
         The rows of each batch.
     how, generator
-        How images are augmented, and where the randomness of a step comes from, that of the
-        network's own layers included.
+        The augmentation, and the generator of all randomness of a step, including that of the
+        network's layers.
 
     Yields
     ------
     Tensor
-        float64 of shape (6,): over the batch's images, the sums that SUMS names: the loss, its two
-        parts (the penalty before its weight), and how many images are classified correctly, are
-        correct and confident, and are confident.
+        float64 of shape (6,), sums over the batch's images named by SUMS: the loss, its two parts
+        (the penalty without its weight), and the numbers of correct, of correct and confident, and
+        of confident images.
 
     Raises
     ------
@@ -96,40 +100,47 @@ def epoch(
             moves = draw_moves(how, len(whole), shape, generator)
             torch.manual_seed(draw_seed(generator) + distributed.rank())
             inputs = to_network(augment(pixels, distributed.part(moves)), device)
-            targets = labels[rows].to(device)
-            logits = trainer.together(inputs)
-            cross_entropy = torch.nn.functional.cross_entropy(logits, targets)
-            penalty = torch.zeros((), device=device)
-            if trainer.penalty is not None:
-                penalty = trainer.penalty(recorder.take(logits), targets)
-            loss = cross_entropy + trainer.weight * penalty
-            if not bool(loss.isfinite()):
-                raise CovcliError("the loss is no longer finite", fix="lower --learning-rate")
-            trainer.optimizer.zero_grad(set_to_none=True)
-            # Ranks average their gradients; their parts of the batch may differ by an image.
-            (loss * (distributed.size() * len(rows) / len(whole))).backward()
-            trainer.optimizer.step()
-            trainer.schedule.step()
-            with torch.no_grad():
-                sure, predicted = logits.softmax(1).max(1)
-                right = predicted == targets
-                confident = sure >= trainer.confidence_threshold
-                means = torch.stack([loss, cross_entropy, penalty]).double() * len(rows)
-                counts = [right.sum(), (right & confident).sum(), confident.sum()]
-            yield distributed.total(torch.cat([means, torch.stack(counts).double()]).cpu())
+            sums = _step(trainer, recorder, inputs, labels[rows].to(device), len(whole))
+            yield distributed.total(sums.cpu())
     distributed.take_over_buffers(model)
 
 
+def _step(
+    trainer: Trainer, recorder: Recorder, inputs: Tensor, targets: Tensor, whole: int
+) -> Tensor:
+    """Take one optimisation step on this rank's part of a batch of `whole` images; return sums."""
+    logits = trainer.together(inputs)
+    cross_entropy = torch.nn.functional.cross_entropy(logits, targets)
+    penalty = torch.zeros((), device=inputs.device)
+    if trainer.penalty is not None:
+        penalty = trainer.penalty(recorder.take(logits), targets)
+    loss = cross_entropy + trainer.weight * penalty
+    if not bool(loss.isfinite()):
+        raise CovcliError("the loss is no longer finite", fix="lower --learning-rate")
+    trainer.optimizer.zero_grad(set_to_none=True)
+    # Ranks average their gradients; their parts of the batch may differ by an image.
+    (loss * (distributed.size() * len(inputs) / whole)).backward()
+    trainer.optimizer.step()
+    trainer.schedule.step()
+    with torch.no_grad():
+        confidence, predicted = logits.softmax(1).max(1)
+        correct = predicted == targets
+        confident = confidence >= trainer.confidence_threshold
+        means = torch.stack([loss, cross_entropy, penalty]).double() * len(inputs)
+        counts = [correct.sum(), (correct & confident).sum(), confident.sum()]
+        return torch.cat([means, torch.stack(counts).double()])
+
+
 def draw_seed(generator: torch.Generator) -> int:
-    """Return a seed for the draws of one step."""
+    """Return a random seed for one step."""
     return int(torch.randint(2**62, (), generator=generator))
 
 
 def draw_moves(how: Augmentation, count: int, shape: Shape, generator: torch.Generator) -> Tensor:
-    """Draw how to move each of so many images; int64 of shape (count, 3).
+    """Draw the shift and mirroring of `count` images; int64 of shape (count, 3).
 
-    Down and to the right, by up to an eighth of the size either way, and for "crop-flip" whether
-    to mirror it, one half of the time. For "none" nothing moves.
+    The columns are the shift down and to the right, in pixels, up to an eighth of the size either
+    way, and whether to mirror, with probability 0.5 for "crop-flip". For "none", all are 0.
     """
     moves = torch.zeros(count, 3, dtype=torch.int64)
     if how != "none":
@@ -142,9 +153,9 @@ def draw_moves(how: Augmentation, count: int, shape: Shape, generator: torch.Gen
 
 
 def augment(images: Tensor, moves: Tensor) -> Tensor:
-    """Shift and mirror each image (B, C, H, W) as `draw_moves` says; uncovered pixels are black.
+    """Shift and mirror each image (B, C, H, W) by `moves` of `draw_moves`; new pixels are black.
 
-    The whole batch is cut out of a frame by one gather.
+    The whole batch is cropped from padded images by one gather.
     """
     if not bool(moves.any()):
         return images

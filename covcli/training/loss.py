@@ -1,8 +1,9 @@
-"""ConfidenceLoss: a penalty, with a gradient, on activations outside their class's pattern.
+"""ConfidenceLoss: a differentiable penalty on activations outside their class's pattern.
 
-Rossolini, Biondi and Buttazzo (arXiv 2101.12100) score activations by comparisons and counts,
-which have no gradient; the distance from a range has one. The range is narrower than the one that
-scores: from the extremes of trusted images hardly a training image would ever learn anything.
+Rossolini, Biondi and Buttazzo (arXiv 2101.12100) score activations by comparisons and counts, which
+have no gradient. The distance from a range has one. The range is narrower than that of the score:
+hardly any training image is outside the extremes of the trusted images, so there would be no
+gradient.
 """
 
 from collections.abc import Sequence
@@ -19,26 +20,26 @@ from covcli.models.points import Recorder
 from covcli.signature.fit import How, fit_signature
 from covcli.signature.own_network import own_classifier
 
-# The running signature: fine enough to tell where the outermost tenths of a class begin.
+# The running signature, with enough sections to find the outermost tenths of a class.
 RUNNING = MultiRange(sections=32)
-# Share of a class's trusted images that its pattern may leave out at each end.
+# The share of a class's trusted images that its central range may exclude at each end.
 TAIL = 0.1
-# A range narrower than this share of its point's mean width counts as that wide, or a neuron that
+# The smallest width of a range, as a share of its point's mean width. Without it, a neuron that
 # hardly ever fires on trusted images would outweigh all others.
 LEAST_WIDTH = 0.05
-# A distance of more widths counts as so many: a network whose activations were thrown far away by a
-# step is not thrown further by the next.
+# The largest distance, in widths of the range. If one step throws the activations far away, the
+# next step is not driven by them.
 MOST = 1.0
-# A range of fewer images says nothing yet: its class is not penalised.
+# Classes with fewer trusted images are not penalised.
 LEAST_IMAGES = 10
-# A running signature is built from at most so many training images, to stay cheap.
+# The largest number of training images for a running signature, to limit its cost.
 SIGNATURE_IMAGES = 10_000
 
 
 def central_range(state: State) -> tuple[Tensor, Tensor]:
-    """Return the ends of each class's central range, both of shape (classes, N).
+    """Return the bounds of each class's central range, both of shape (classes, N).
 
-    The narrowest run of whole sections that leaves out at most a tenth of the class's trusted
+    It is the narrowest run of whole sections that excludes at most a tenth of the class's trusted
     images at each end.
     """
     sections = state["sections"].shape[2]
@@ -51,20 +52,20 @@ def central_range(state: State) -> tuple[Tensor, Tensor]:
 
 
 class ConfidenceLoss(nn.Module):
-    """Mean distance of neurons from the central range of their class, in its widths, at most 1.
+    """Mean distance of neurons from the central range of their class, in widths, at most 1.
 
-    `attach` makes it of a network in a training loop of one's own.
+    `attach` creates it for a network in your own training loop.
 
-    The mean is over images, over a coverage point's neurons and over the points, which thus count
-    alike, as they do in the score. Only the first half of the points is penalised: in a VGG11,
-    penalising the later ones too made detection worse.
+    The mean is over images, over the neurons of a coverage point, and over the points, which have
+    equal weight, as in the score. Only the first half of the points is penalised: with a VGG11,
+    penalising later points too made detection worse.
 
     Parameters
     ----------
     state
         A complete state of `mrc`; a class with fewer than 10 images is not penalised.
     sizes
-        Neurons of each coverage point.
+        The number of neurons of each coverage point.
 
     Examples
     --------
@@ -102,7 +103,15 @@ class ConfidenceLoss(nn.Module):
         self.register_buffer("share", share)
 
     def forward(self, neurons: Tensor, labels: Tensor) -> Tensor:
-        """Return the penalty of neurons (B, N) of images of those classes (B,), a scalar."""
+        """Return the penalty, a scalar.
+
+        Parameters
+        ----------
+        neurons
+            The neurons of the images, shape (B, N).
+        labels
+            The classes of the images, int64 of shape (B,).
+        """
         early = neurons[:, : self.low.shape[1]]
         nearest = early.clamp(self.low[labels], self.high[labels])
         distance = (early - nearest).abs() * self.inverse[labels]
@@ -117,7 +126,7 @@ class ConfidenceLoss(nn.Module):
         points: Sequence[str] = (),
         logits: str = "",
     ) -> "AttachedLoss":
-        """Return the loss of a network in a training loop of one's own.
+        """Return the loss of a network in your own training loop.
 
         Parameters
         ----------
@@ -126,20 +135,32 @@ class ConfidenceLoss(nn.Module):
         weight
             The penalty's weight.
         confidence_threshold
-            The softmax confidence from which on a correctly classified image is trusted.
+            The smallest softmax confidence of a trusted, correctly classified image, in [0, 1].
         points, logits
-            As of `covcli train`: patterns that choose coverage points, and which of the network's
-            outputs are the logits.
+            As for `covcli train`: patterns that choose coverage points, and the name of the logits
+            among the network's outputs.
+
+        Examples
+        --------
+        >>> images, labels = torch.rand(40, 3, 8, 8), torch.arange(40) % 2
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        >>> with ConfidenceLoss.attach(network, confidence_threshold=0.0) as loss:
+        ...     loss.refresh((images, labels))  # once per epoch
+        ...     logits = network(images[:8])  # for each batch
+        ...     total = nn.functional.cross_entropy(logits, labels[:8]) + loss.step(labels[:8])
+        ...     total.backward()
+        >>> bool(network[0].weight.grad.isfinite().all())
+        True
         """
         return AttachedLoss(network, weight, confidence_threshold, tuple(points), logits)
 
 
 class AttachedLoss:
-    """The ConfidenceLoss of a network, with the hooks that show it the network's neurons.
+    """The ConfidenceLoss of a network, with hooks that record the network's neurons.
 
-    `step` gives the penalty of the pass that was just made, `refresh` builds the pattern of trusted
-    images that the next steps are held against; before the first one nothing is penalised.
-    `detach`, or the end of a `with` block, takes the hooks off.
+    `refresh` computes the pattern of trusted images, and `step` returns the penalty of the last
+    forward pass with respect to it. Before the first `refresh`, the penalty is 0. `detach`, or the
+    end of a `with` block, removes the hooks.
 
     Parameters
     ----------
@@ -161,13 +182,13 @@ class AttachedLoss:
         self._loss: ConfidenceLoss | None = None
 
     def refresh(self, trusted: Any) -> None:
-        """Build the pattern of trusted images anew; the network's mode and weights stay.
+        """Recompute the pattern of trusted images; the network's mode and weights are unchanged.
 
         Parameters
         ----------
         trusted
             Training images with labels, prepared for the network: a torch Dataset, a DataLoader,
-            or tensors (images, labels). At most 10,000 of them are read, evenly spread.
+            or tensors (images, labels). At most 10,000 of them are read, evenly spaced.
 
         Raises
         ------
@@ -203,7 +224,7 @@ class AttachedLoss:
         Raises
         ------
         CovcliError
-            If there was no pass with gradients of as many images since the last step.
+            If there was no forward pass with gradients of B images since the last step.
         """
         if self._loss is None or self._recorder is None:
             return torch.zeros((), device=labels.device)
@@ -219,7 +240,7 @@ class AttachedLoss:
         return self.weight * penalty
 
     def detach(self) -> None:
-        """Take the hooks off the network; `refresh` puts them on again."""
+        """Remove the hooks from the network; `refresh` adds them again."""
         if self._recorder is not None:
             self._recorder.__exit__()
             self._recorder = None

@@ -1,4 +1,4 @@
-"""The file that a paused training goes on from: its format, and what it says of the run."""
+"""The file from which an interrupted training is resumed."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -21,17 +21,17 @@ PAUSED = Format(
     ),
     sealed=True,
 )  # fmt: skip
-# Settings that runs of earlier versions do not record.
+# Settings that earlier versions did not record.
 ADDED = {"preprocess", "logits", "points"}
 
 
 def read(run: Path) -> tuple[dict[str, Any], bool]:
-    """Read what `Session.save` wrote of a run, and whether this user's covcli has written it.
+    """Read the file that `Session.save` wrote; also return whether this user's covcli wrote it.
 
     Raises
     ------
     CovcliError
-        If the run does not wait to go on, or its file is damaged.
+        If the run has nothing to resume, or its file is damaged.
     """
     path = run / PAUSED_FILE
     if not is_file(path):
@@ -42,24 +42,30 @@ def read(run: Path) -> tuple[dict[str, Any], bool]:
 def restored_config(
     content: Mapping[str, Any], own: bool, run: Path, data_dir: Path | None
 ) -> TrainConfig:
-    """Return what a saved run was told; its folder and its data may have moved.
+    """Return the settings of a saved run; its folder and its data may have moved.
 
     Parameters
     ----------
+    content
+        The content of the file.
     own
-        Whether this user's covcli has saved it; another's folder of data is not read.
+        Whether this user's covcli wrote it; otherwise its data folder is ignored.
+    run
+        The run folder.
+    data_dir
+        The folder of downloaded sets; None: the recorded one.
 
     Raises
     ------
     CovcliError
-        If the settings are none that a run can have.
+        If the settings are invalid.
     """
     try:
         recorded = content["settings"]
         names = [field.name for field in fields(TrainConfig)]
-        told = {name: recorded[name] for name in names if name in recorded or name not in ADDED}
-        folder = data_dir or (told["data_dir"] if own else None)
+        known = {name: recorded[name] for name in names if name in recorded or name not in ADDED}
+        folder = data_dir or (known["data_dir"] if own else None)
         moved = {"runs": run.parent, "name": run.name, "data_dir": folder}
-        return settings.read(TrainConfig, told | moved)
+        return settings.read(TrainConfig, known | moved)
     except (LookupError, TypeError, ValueError) as error:
         raise CovcliError(f"is inconsistent ({error})", where=run / PAUSED_FILE) from None

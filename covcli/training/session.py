@@ -1,4 +1,4 @@
-"""One training run between its steps: what it holds, and how it is saved and restored."""
+"""The state of a training run: its epochs, and how it is saved and restored."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -41,16 +41,16 @@ class Session:
     Parameters
     ----------
     config
-        What `train` was told.
+        The settings.
     images
-        The trusted training images, of which the calibration split is held out.
+        The trusted images; the calibration split is held out from training.
     ran_in
-        Where relative paths began when the run did.
+        The working directory in which the run was started.
 
     Raises
     ------
     CovcliError
-        If the labels, a name or an untrusted set is bad.
+        If the labels, a name or an untrusted set is invalid.
     """
 
     def __init__(self, config: TrainConfig, images: ImageSet, ran_in: Path | None = None) -> None:
@@ -87,21 +87,21 @@ class Session:
                 fix=f"make it at least {2 * distributed.size()}, or start fewer ranks",
             )
         self.trainer = _trainer(config, model, self.steps)
-        self.running: State | None = None  # the signature that the penalty trains towards
+        self.running: State | None = None  # the state of the running signature
         self.history: list[EpochLog] = []
         self.generator = torch.Generator()
         self.step = 0  # within the epoch
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64)
 
     def run(self, run: Path, progress: Progress, interrupts: Interrupts) -> None:
-        """Train from where the session stands to the end, saving every so often and at last."""
+        """Train from the current position to the end, saving regularly and at the end."""
         saver = _Saver(self.config.save_every, lambda: self.save(run / PAUSED_FILE))
         while len(self.history) < self.config.epochs:
             self._epoch(progress, interrupts, saver)
-        self.save(run / PAUSED_FILE)  # whatever becomes of the results, the training is kept
+        self.save(run / PAUSED_FILE)  # so that the training is kept if writing results fails
 
     def _epoch(self, progress: Progress, interrupts: Interrupts, saver: "_Saver") -> None:
-        """Train for the rest of an epoch, then look at the network from outside."""
+        """Train for the rest of an epoch, then measure the network and log the epoch."""
         began = time.perf_counter()
         number = len(self.history) + 1
         since = number - first_penalised(self.config.epochs)
@@ -110,13 +110,13 @@ class Session:
             self._refresh_penalty()
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + number)
         order = torch.randperm(len(self.training), generator=generator)
-        parts = order.tensor_split(self.steps)  # of nearly equal size: none too small for a norm
+        parts = order.tensor_split(self.steps)  # of nearly equal size, for normalisation layers
         if self.step == 0:
             self.generator = generator
         progress.start(f"epoch {number}/{self.config.epochs}", len(self.training))
         progress.advance(sum(len(part) for part in parts[: self.step]))
         remaining = parts[self.step :]
-        with interrupts.deferred():  # a signal waits until the step is whole
+        with interrupts.deferred():  # a signal takes effect after the step
             steps = epoch(
                 self.trainer, self.training, self.labels, remaining, self.how, self.generator
             )
@@ -128,7 +128,7 @@ class Session:
                 if self.step < self.steps:
                     saver.after_step()
         entry = self._log(number, self._watch(), time.perf_counter() - began)
-        with interrupts.deferred():  # the position is never half moved on
+        with interrupts.deferred():  # so that the position is updated completely
             self.history.append(entry)
             self.step = 0
             self.sums = torch.zeros_like(self.sums)
@@ -163,7 +163,7 @@ class Session:
         )  # fmt: skip
 
     def _refresh_penalty(self) -> None:
-        """Build the running signature that the next epochs are trained towards."""
+        """Build the running signature, which the penalty of the next epochs uses."""
         images = self.training.spread(SIGNATURE_IMAGES)
         how = How(RUNNING, threshold=self.config.confidence_threshold)
         signature, _, _ = fit_signature(self.trainer.model, images, how, Silent())
@@ -175,15 +175,15 @@ class Session:
         self.trainer = replace(self.trainer, penalty=ConfidenceLoss(state, sizes))
 
     def _trusted_apart(self) -> ImageSet:
-        """Return the calibration split, or training images where there is none."""
+        """Return the calibration split, or training images if there is none."""
         return self.held_out if len(self.held_out) else self.training.spread(WATCHED_IMAGES)
 
     def settings(self) -> dict[str, Any]:
-        """Return what the run was told, as plain values, for its log."""
+        """Return the settings as plain values, for the log."""
         return {**files.plain(asdict(self.config)), "precision": self.trainer.model.precision}
 
     def save(self, path: Path) -> None:
-        """Write all that `restore` needs; the first rank does."""
+        """Write the state for `restore`, on the first rank."""
         if not distributed.is_first():
             return
         running = self.running
@@ -205,16 +205,16 @@ class Session:
         PAUSED.save(path, content)
 
     def restore(self, content: Mapping[str, Any], path: Path) -> None:
-        """Take over the position of a saved session.
+        """Restore the state of a saved session.
 
         Raises
         ------
         CovcliError
-            If the data is not what it was, or the file is inconsistent.
+            If the data has changed, or the file is inconsistent.
         """
         if content.get("trusted") != DataRecord.of(self.images).images:
             raise CovcliError(
-                "is no longer the data that the run began with", where=self.images.name
+                "is no longer the data that the run started with", where=self.images.name
             )
         try:
             position.check(content, self.trainer, self.steps, self.config.epochs)
@@ -236,7 +236,7 @@ class Session:
 
 
 class _Saver:
-    """Decides when a run is saved: every so many epochs, or every so many minutes."""
+    """Saves a run regularly, by epochs or by minutes."""
 
     def __init__(self, every: str, save: Callable[[], None]) -> None:
         self._save = save
@@ -245,13 +245,13 @@ class _Saver:
         self._last = time.monotonic()
 
     def after_step(self) -> None:
-        """Save if the minutes are over."""
+        """Save if the minutes have passed."""
         if self._seconds is not None and time.monotonic() - self._last >= self._seconds:
             self._save()
             self._last = time.monotonic()
 
     def after_epoch(self) -> None:
-        """Save if the epochs are over."""
+        """Save if the epochs have passed."""
         self._done += 1
         if self._epochs is not None and self._done % self._epochs == 0:
             self._save()
@@ -260,10 +260,10 @@ class _Saver:
 
 
 def _steps(images: int, batch_size: int) -> int:
-    """Return into how many batches an epoch is cut, each of two images at least.
+    """Return the number of batches of an epoch, each of at least two images.
 
-    A normalisation layer cannot learn from one image alone: three images make one batch of three,
-    even where a batch is said to have two.
+    A normalisation layer cannot train on a single image. So three images are one batch, even with a
+    batch size of two.
     """
     if images < 2:
         raise CovcliError(
@@ -292,7 +292,7 @@ def _model(config: TrainConfig, images: ImageSet, device: torch.device) -> Class
 
 
 def _trainer(config: TrainConfig, model: Classifier, steps: int) -> Trainer:
-    """Set up SGD with Nesterov momentum under a one-cycle schedule; biases do not decay."""
+    """Create SGD with Nesterov momentum and a one-cycle schedule, without decay of biases."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.ndim > 1]},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -325,7 +325,7 @@ def accuracy(model: Classifier, images: ImageSet) -> float:
 
 
 def split_rows(images: int, calibration_split: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Return which images train the network and which are held out, each in ascending order.
+    """Return the rows that train the network and those held out, each in ascending order.
 
     Examples
     --------
@@ -339,12 +339,12 @@ def split_rows(images: int, calibration_split: float, seed: int) -> tuple[Tensor
 
 
 def first_penalised(epochs: int) -> int:
-    """Return the first epoch, from 1 on, of the second half, once the network knows its classes."""
+    """Return the first epoch with a penalty, counted from 1: the first of the second half."""
     return max(2, epochs // 2 + 1)
 
 
 def describe(entry: EpochLog, epochs: int) -> str:
-    """Word one epoch in a line."""
+    """Return one line about an epoch."""
     text = (
         f"epoch {entry.epoch}/{epochs}: loss {entry.loss:.4f} (cross-entropy "
         f"{entry.cross_entropy:.4f}, penalty {entry.penalty:.4f}), accuracy {entry.accuracy:.1%}, "

@@ -1,4 +1,4 @@
-"""train: teach a network with the ConfidenceLoss, and log what its neurons do on the way."""
+"""train: train a network with the ConfidenceLoss, and log its coverage."""
 
 from collections.abc import Collection
 from contextlib import nullcontext
@@ -20,9 +20,7 @@ from covcli.models.checkpoint import Checkpoint
 from covcli.reporting.documents import TRAINING_SCHEMA, EpochLog
 from covcli.reporting.terminal import say
 from covcli.training import paused
-from covcli.training.config import (
-    TrainConfig,
-)
+from covcli.training.config import TrainConfig
 from covcli.training.paused import PAUSED_FILE
 from covcli.training.session import Session, split_rows
 
@@ -31,24 +29,24 @@ __all__ = ["TrainConfig", "TrainResult", "resume", "split_rows", "train"]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` did.
+    """The result of `train`.
 
     Attributes
     ----------
     run, checkpoint, log
-        The run folder, and in it the checkpoint and the JSON log (its pickle lies beside it).
+        The run folder, and in it the checkpoint and the JSON log (with a pickle beside it).
     epochs
-        One entry an epoch.
+        One entry per epoch.
     training_images, calibration_images
-        How many images trained the network, and how many were held out.
+        The numbers of images that trained the network, and of held-out images.
     unreadable_images
-        How many files were left out because they cannot be read.
+        The number of files skipped because they cannot be read.
     data
-        The training data's specification and fingerprints.
+        The record of the training data.
     checkpoint_fingerprint
         The fingerprint of the trained weights.
     provenance
-        Versions, command line, device, threads, seed, time.
+        Versions, command line, device, threads, seed and time.
     """
 
     run: Path
@@ -73,17 +71,18 @@ def train(
     Parameters
     ----------
     config
-        What to train, on what and how; by default a VGG19 on CIFAR-10.
+        The settings; by default a VGG19 on CIFAR-10.
     progress
-        Is told how far the work is.
+        Receives the progress; by default it is not shown.
     interrupts
-        Where signals arrive; an interrupted run saves what `resume` needs.
+        Receives signals; an interrupted run saves its state for `resume`. None: signals are not
+        handled.
 
     Raises
     ------
     CovcliError
-        If a setting, a name or the data is bad, the run folder exists, or training diverges.
-        No run folder is left behind then, unless it holds what can be resumed.
+        If a setting, a name or the data is invalid, the run folder exists, or training diverges.
+        The run folder is removed then, unless the run can be resumed.
     Interrupted
         If a signal arrived; the run can be resumed.
 
@@ -96,7 +95,7 @@ def train(
     """
     config = replace(
         config,
-        trusted=reading.completed(config.trusted),  # for who resumes it
+        trusted=reading.completed(config.trusted),  # so that it can be resumed without options
         untrusted=datasets.expand(config.untrusted, config.data_dir),
     )
     _check(config)
@@ -114,26 +113,32 @@ def resume(
     interrupts: Interrupts | None = None,
     named: Collection[str] = (),
 ) -> TrainResult:
-    """Go on with an interrupted or killed run from its last saved step.
+    """Resume an interrupted or killed run from its last saved step.
 
-    The final weights equal those of an uninterrupted run bit for bit, on the same machine with
+    The final weights are bit-identical to those of an uninterrupted run, on the same machine with
     the same number of threads.
 
     Parameters
     ----------
+    run
+        The run folder.
+    progress, interrupts
+        As for `train`.
+    data_dir
+        The folder of downloaded sets; None: the one of the run.
     named
-        Specifications of data that the user has named: those in a path are needed where the run
-        is not the user's own.
+        Specifications of data that the user named. If the run belongs to another user, data with a
+        path is read only if it is named here.
 
     Raises
     ------
     CovcliError
-        If the run has nothing to resume, its data has changed or may not be read, or it is running
-        elsewhere.
+        If the run has nothing to resume, its data has changed or may not be read, or another
+        process is running it.
     Interrupted
         If a signal arrived; the run can be resumed again.
     """
-    # All ranks go on from what the first one has saved and reads.
+    # All ranks resume from the state that the first one reads.
     content, own = distributed.agree(paused.read(run) if distributed.is_first() else ({}, False))
     config = paused.restored_config(content, own, run, data_dir)
     _check(config)
@@ -155,15 +160,15 @@ def interrupted_run(name: str, runs: Path) -> Path:
     Parameters
     ----------
     name
-        A run's folder, or its name in `runs`; "latest" is the run that was saved last of those
-        that wait, wherever `runs/latest` points.
+        A run's folder, or its name in `runs`; "latest" is the most recently saved run that can be
+        resumed, independent of `runs/latest`.
     runs
         The folder of run folders.
 
     Raises
     ------
     CovcliError
-        If the latest is asked for, and none waits.
+        If `name` is "latest", and no run can be resumed.
     """
     if name == "latest":
         return run_folders.last_interrupted(runs, PAUSED_FILE)
@@ -173,9 +178,9 @@ def interrupted_run(name: str, runs: Path) -> Path:
 def _finish(
     session: Session, run: Path, progress: Progress, interrupts: Interrupts, new: bool
 ) -> TrainResult:
-    """Train to the end in a locked run folder, saving on the way and when interrupted.
+    """Train to the end in a locked run folder, saving regularly and when interrupted.
 
-    Nothing that was saved is ever removed but the paused training, once its results are written.
+    No saved file is removed, except the state for `resume` after the results were written.
     """
     with run_folders.locked(run, new) if distributed.is_first() else nullcontext():
         try:
@@ -227,7 +232,7 @@ def _result(run: Path, session: Session) -> TrainResult:
 
 
 def _write(run: Path, session: Session, result: TrainResult) -> None:
-    """Write the checkpoint and the logs into the run folder, and point `latest` at it."""
+    """Write the checkpoint and the logs into the run folder, and link `latest` to it."""
     settings = session.settings()
     checkpoints.save(
         result.checkpoint,
@@ -255,7 +260,7 @@ def _write(run: Path, session: Session, result: TrainResult) -> None:
 
 
 def describe_training(result: "TrainResult") -> None:
-    """Tell a person on stderr what training did; the path alone goes to stdout."""
+    """Print a summary of the training on stderr; stdout receives only the path."""
     last = result.epochs[-1]
     say(
         f"trained on {result.training_images} images for {len(result.epochs)} epochs: held-out "

@@ -1,4 +1,4 @@
-"""What a running signature says during training: coverage, trusted against untrusted."""
+"""Coverage during training: trusted and untrusted images, by a temporary signature."""
 
 from collections.abc import Mapping
 
@@ -28,16 +28,20 @@ def watch(
 
     Parameters
     ----------
+    model
+        The network.
+    method
+        The method of the signature.
     training
-        Trusted images for the ranges.
+        Trusted images for the signature.
     held_out
         Trusted images that are not in `training`.
     untrusted
         Sets by their specifications; None for an attack, which starts from `held_out`.
     most
-        How many images to read of each set, evenly spread.
+        The largest number of images read of each set, evenly spaced.
     threshold
-        The softmax confidence from which a training image is trusted.
+        The smallest softmax confidence of a trusted image.
     """
     signature, _, _ = fit_signature(model, training, How(method, threshold=threshold), Silent())
     sets = [_look(model, signature, "trusted", held_out.spread(most))]

@@ -69,7 +69,8 @@ def scores(model: Classifier) -> dict[str, str]:
         tested = datasets.load(f"photos?limit={size}", "test")
         measured = measure(judge, tested, Silent())
         plain = {k: v.tolist() for k, v in measured.scores.items()}
-        digests[f"scores {size}"] = files.digest([plain, measured.coverage, measured.predicted])
+        predicted = measured.predicted.tolist()
+        digests[f"scores {size}"] = files.digest([plain, measured.coverage, predicted])
     return digests
 
 

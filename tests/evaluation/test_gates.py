@@ -116,7 +116,7 @@ def test_a_regression_against_an_earlier_evaluation_is_a_failed_gate(
     checks = check(result, read_baseline(path, 0.1, UNTRUSTED[:2]))
     failed = [(c.set, c.metric) for c in checks if not c.passed]
     assert failed == [(UNTRUSTED[0], "fpr95")]
-    with pytest.raises(CovcliError, match="shares no untrusted set"):
+    with pytest.raises(CovcliError, match="has no untrusted set in common"):
         read_baseline(path, 0.1, ("mnist",))
     for score in ("coverage", "softmax"):
         lacking = json.loads(path.read_text())
