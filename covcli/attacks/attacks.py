@@ -24,7 +24,7 @@ ATTACKED_IMAGES = 1000
 NOISE_STARTS = 20
 BISECTIONS = 10
 STEPS = up_to(1_000_000)
-# How far beyond the boundary an image is taken at most, so that 8 bits do not undo the attack.
+# Factors by which a perturbation is stretched, so that rounding to 8 bits does not undo it.
 STRETCHES = (5.0, 3.0, 2.0, 1.5, 1.2, 1.1, 1.05, 1.02, 1.01, 1.0)
 
 

@@ -33,13 +33,13 @@ def allowance(size: int) -> int:
 
 
 def kind(path: Path) -> Literal["file", "folder", "other", "nothing"]:
-    """Return what a path names, links followed.
+    """Return the kind of a path's target, with links followed.
 
     Raises
     ------
     CovcliError
-        If that cannot be known: the name is too long, a folder on the way is closed, links lead in
-        a circle.
+        If the path cannot be resolved: the name is too long, a parent folder is not accessible, or
+        links form a cycle.
     """
     with _followed(path):
         try:
@@ -67,21 +67,21 @@ def exists(path: Path) -> bool:
 
 
 def real(path: Path) -> Path:
-    """Return where a path leads, links followed; the errors are those of `kind`."""
+    """Return a path with links followed; the errors are those of `kind`."""
     with _followed(path):
         return path.resolve()
 
 
 @contextmanager
 def _followed(path: Path) -> Iterator[None]:
-    """Turn what is raised where a path cannot be followed into a CovcliError."""
+    """Convert the error of a path that cannot be resolved to a CovcliError."""
     try:
         yield
     except OSError as error:
         raise CovcliError(f"cannot be looked at ({error.strerror})", where=path) from None
-    except RuntimeError:  # what `resolve` says of them
+    except RuntimeError:  # raised by `resolve`
         raise CovcliError("cannot be looked at (links in a circle)", where=path) from None
-    except ValueError as error:  # a NUL, or what the file system cannot encode
+    except ValueError as error:  # a NUL, or a name that the file system cannot encode
         raise CovcliError(f"cannot be looked at ({error})", where=path) from None
 
 
@@ -153,7 +153,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def check_within(folder: Path, path: Path) -> None:
-    """Raise a CovcliError if a link leads the folder of a file that is to be written elsewhere."""
+    """Raise a CovcliError if the folder of an output file, with links followed, leaves `folder`."""
     if not real(path.parent).is_relative_to(real(folder)):
         raise CovcliError("is a link that leaves its folder", where=path.parent)
 

@@ -95,7 +95,7 @@ def writing(file: Path, force: bool) -> Iterator[None]:
 def _held(lock: Path, kind: str, what: Path, new: bool = False) -> Iterator[None]:
     """Hold a lock file during the block; afterwards remove created folders that stayed empty."""
     folder = lock.parent
-    passing = [f for f in (folder, *folder.parents) if not exists(f)] or [folder] * new
+    created = [f for f in (folder, *folder.parents) if not exists(f)] or [folder] * new
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -190,7 +190,7 @@ def newest_run(runs: Path) -> Path:
 
 
 def short(path: Path) -> Path:
-    """Return where a path leads, links followed: relative if below the current folder."""
+    """Return a path with links followed; relative if it is below the current folder."""
     target = real(path)
     here = Path.cwd()
     return target.relative_to(here) if target.is_relative_to(here) else target

@@ -10,9 +10,9 @@ from typing import Generic, TypeVar
 from covcli.core.errors import CovcliError
 
 YES = "yes"
-LARGEST = 2**63 - 1  # what 64 bits hold
-SMALLEST_FRACTION, LARGEST_FRACTION = 1e-9, 1e9  # beyond them float32 computes no more
-# A number, or two as a fraction: of so few digits that no size of text makes work of it.
+LARGEST = 2**63 - 1  # the largest signed 64-bit integer
+SMALLEST_FRACTION, LARGEST_FRACTION = 1e-9, 1e9  # the useful range in float32
+# A number or a fraction. The number of digits is limited, so that long texts cost no time.
 NUMBER = re.compile(r"([+-]?[0-9.]{1,40}(e[+-]?[0-9]{1,3})?)(/[0-9]{1,40})?", re.IGNORECASE)
 FLAG = re.compile("[a-z][a-z-]*")
 ZERO = re.compile(r"0+(\.0*)?")
@@ -81,8 +81,8 @@ def parse(text: str) -> Spec:
     Raises
     ------
     CovcliError
-        If it is empty, a parameter has no value or stands twice, or it holds a NUL or half of a
-        pair of surrogates.
+        If the name is empty, a parameter has no value or occurs twice, or the text holds a NUL or
+        an unpaired surrogate.
 
     Examples
     --------
@@ -179,17 +179,17 @@ def flag(text: str) -> bool:
 
 
 def count(text: str) -> int:
-    """Read a whole number from 0 on, of 64 bits."""
+    """Parse an integer from 0 to 2⁶³ − 1."""
     return _whole(text, 0, LARGEST)
 
 
 def positive_count(text: str) -> int:
-    """Read a whole number from 1 on, of 64 bits."""
+    """Parse an integer from 1 to 2⁶³ − 1."""
     return _whole(text, 1, LARGEST)
 
 
 def up_to(most: int) -> Callable[[str], int]:
-    """Return what reads a whole number from 1 to a bound, where it decides on memory or time."""
+    """Return a parser of integers from 1 to a bound, for values that determine memory or time."""
     return lambda text: _whole(text, 1, most)
 
 
@@ -202,7 +202,7 @@ def _whole(text: str, least: int, most: int) -> int:
 
 
 def fraction(text: str) -> float:
-    """Read a positive number from 1e-9 to 1e9, a fraction such as 8/255 included."""
+    """Parse a number from 1e-9 to 1e9; fractions such as 8/255 are allowed."""
     if not NUMBER.fullmatch(text):
         raise ValueError("expected a number such as 0.03 or 8/255")
     try:
@@ -215,7 +215,7 @@ def fraction(text: str) -> float:
 
 
 def amount(text: str) -> float:
-    """Read 0 or what `fraction` reads.
+    """Parse 0, or a number as `fraction` does.
 
     Examples
     --------

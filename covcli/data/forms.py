@@ -67,7 +67,7 @@ def _at_home(text: str) -> Path:
 
 
 def _file_of_split(path: Path, request: Request, ending: str) -> Path:
-    """Return a file itself, or the file in a folder that holds the split that is asked for."""
+    """Return `path` if it is a file; for a folder, the file in it that holds the split."""
     if not is_folder(path):
         return path
     parts = [part for part in SERVING[request.split] if part != "val"] + [
@@ -195,7 +195,7 @@ def folder(request: Request) -> ImageSet:
 
 
 def of_folder(request: Request, top: Path, origin: Origin) -> ImageSet:
-    """Return the images of a folder: its classes, or those of the split that is asked for."""
+    """Return the images of a folder: all its classes, or those of the requested split."""
     if not is_folder(top):
         raise CovcliError("is a file, not a folder", where=top)
     root, notes = listing.split_folder(top, request.split)

@@ -101,8 +101,7 @@ def _place(data_dir: Path, benchmark: str, name: str) -> Path | None:
     places = [root / "benchmark_imglist" / benchmark / f"test_{name}.txt"
               for root in (data_dir, data_dir / "openood")]  # fmt: skip
     places.append(data_dir / name)
-    found = [place for place in places if kind(place) in ("file", "folder")]
-    return found[0] if found else None
+    return next((place for place in places if kind(place) in ("file", "folder")), None)
 
 
 @DATASETS.add("openood")

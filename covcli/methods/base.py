@@ -312,8 +312,8 @@ def picked(values: Tensor, rows: Rows) -> Tensor:
 
 
 METHODS: Registry[type[Method]] = Registry("method")
-# How a parameter is read from a specification, by the type of its default.
-MOST = 1000  # sections or bins of each neuron and class: they take memory
+MOST = 1000  # the largest number of sections or bins of a neuron and class, to limit memory
+# The parser of a parameter, by the type of its default.
 READERS: Mapping[type, Callable[[str], Any]] = {int: up_to(MOST), float: fraction, str: str}
 
 

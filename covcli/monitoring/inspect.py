@@ -200,8 +200,8 @@ def inspect_file(path: Path) -> Inspection:
     with reading(path, "cannot be read"), open_regular(path) as file:
         start = file.read(9)
         archive = zipfile.is_zipfile(file)
-    found = _reader(path, start, archive)(path)
-    return replace(found, bytes=path.stat().st_size, digest=files.digest_file(path))
+    inspection = _reader(path, start, archive)(path)
+    return replace(inspection, bytes=path.stat().st_size, digest=files.digest_file(path))
 
 
 def _reader(path: Path, start: bytes, archive: bool) -> Callable[[Path], Inspection]:
@@ -238,7 +238,7 @@ def _checkpoint(path: Path) -> Inspection:
         held_out, classes = len(content["calibration_rows"]), tuple(map(str, content["classes"]))
         data = [] if trusted is None else [_set("trusted", DataRecord.read(trusted), None)]
     except (TypeError, ValueError) as error:
-        raise CovcliError(f"does not hold together ({error})", where=path) from None
+        raise CovcliError(f"is inconsistent ({error})", where=path) from None
     if data and held_out:
         data.append(SetFacts("calibration", data[0].name, held_out, ""))
     return Inspection(
@@ -259,9 +259,9 @@ def _paused(path: Path) -> Inspection:
 
 
 def _state_dict(path: Path, document: Mapping[str, Any]) -> Inspection:
-    found = places(document, path)
-    largest = max(found, key=lambda place: len(place.tensors)).tensors
-    hint = nearest_architecture([place.tensors for place in found])
+    state_dicts = places(document, path)
+    largest = max(state_dicts, key=lambda place: len(place.tensors)).tensors
+    hint = nearest_architecture([place.tensors for place in state_dicts])
     return Inspection(
         path, "state dict", 0, nearest=hint.removeprefix("; the nearest architecture is "),
         tensors=tuple(
@@ -333,11 +333,11 @@ def _evaluation(path: Path) -> Inspection:
 
 def _training_log(path: Path, document: Mapping[str, Any]) -> Inspection:
     log = documents.read_training_log(path)
-    told, made = document.get("settings"), document.get("provenance")
-    told = told if isinstance(told, dict) else {}
+    settings, provenance = document.get("settings"), document.get("provenance")
+    settings = settings if isinstance(settings, dict) else {}
     return Inspection(
-        path, "training log", 0, method=str(told.get("method", "")), settings=told,
-        epochs=len(log.epochs), provenance=made if isinstance(made, dict) else None,
+        path, "training log", 0, method=str(settings.get("method", "")), settings=settings,
+        epochs=len(log.epochs), provenance=provenance if isinstance(provenance, dict) else None,
     )  # fmt: skip
 
 
@@ -383,58 +383,58 @@ def _numbers(state: Mapping[str, Tensor]) -> int:
 # How it is shown
 
 
-def as_table(found: Inspection) -> Table:
+def as_table(inspection: Inspection) -> Table:
     """Return what a file is as a table of two columns."""
-    rows = [[what, value] for what, value in _rows(found) if value]
-    return Table(f"{found.path}: {found.kind}", ["what", "value"], rows)
+    rows = [[what, value] for what, value in _rows(inspection) if value]
+    return Table(f"{inspection.path}: {inspection.kind}", ["what", "value"], rows)
 
 
-def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
-    yield "size", f"{found.bytes:,} bytes"
-    yield "SHA-256", found.digest
-    if (network := found.network) is not None:
+def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    yield "size", f"{inspection.bytes:,} bytes"
+    yield "SHA-256", inspection.digest
+    if (network := inspection.network) is not None:
         yield "network", f"{network.name}, {network.classes} classes"
         yield "input", network.input
         yield "numbers in weights", "" if network.parameters is None else f"{network.parameters:,}"
         yield "weights' fingerprint", network.fingerprint
-    yield "classes", _listed(found.classes)
-    yield "method", found.method
-    yield "granularity", found.granularity
-    yield "precision", found.precision
-    yield "coverage points", _points(found.points)
-    for entry in found.data:
+    yield "classes", _listed(inspection.classes)
+    yield "method", inspection.method
+    yield "granularity", inspection.granularity
+    yield "precision", inspection.precision
+    yield "coverage points", _points(inspection.points)
+    for entry in inspection.data:
         count = "" if entry.images is None else f", {entry.images:,} images"
         known = f", fingerprint {entry.fingerprint[:12]}" if entry.fingerprint else ""
         yield entry.role, f"{entry.name}{count}{known}"
-    if found.guarantee is not None:
-        yield "guarantee", f"{found.guarantee.mode}, α = {found.guarantee.alpha:g}"
-        yield "which means", found.guarantee.statement
-    if found.signature is not None:
+    if inspection.guarantee is not None:
+        yield "guarantee", f"{inspection.guarantee.mode}, α = {inspection.guarantee.alpha:g}"
+        yield "which means", inspection.guarantee.statement
+    if inspection.signature is not None:
         yield (
             "signature",
-            f"{found.signature.path}, SHA-256 {found.signature.signature_fingerprint}",
+            f"{inspection.signature.path}, SHA-256 {inspection.signature.signature_fingerprint}",
         )
-        yield "checkpoint", found.signature.checkpoint
-        yield "weights' fingerprint", found.signature.checkpoint_fingerprint
-    yield "epochs", "" if found.epochs is None else str(found.epochs)
-    for key, value in (found.settings or {}).items():
+        yield "checkpoint", inspection.signature.checkpoint
+        yield "weights' fingerprint", inspection.signature.checkpoint_fingerprint
+    yield "epochs", "" if inspection.epochs is None else str(inspection.epochs)
+    for key, value in (inspection.settings or {}).items():
         yield f"setting {key}", "" if value in (None, [], "") else str(value)
-    for key, value in (found.provenance or {}).items():
+    for key, value in (inspection.provenance or {}).items():
         yield key, str(value)
-    yield from _of_tensors(found)
-    for inside in found.files:
-        yield inside.path.name, f"{_in_short(inside)}{_belongs(inside, found)}"
+    yield from _of_tensors(inspection)
+    for inside in inspection.files:
+        yield inside.path.name, f"{_in_short(inside)}{_belongs(inside, inspection)}"
 
 
-def _of_tensors(found: Inspection) -> Iterator[tuple[str, str]]:
-    if found.kind != "state dict":
+def _of_tensors(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    if inspection.kind != "state dict":
         return
-    yield "tensors", str(len(found.tensors))
-    for tensor in found.tensors[:SHOWN]:
+    yield "tensors", str(len(inspection.tensors))
+    for tensor in inspection.tensors[:SHOWN]:
         yield tensor.name, f"{tensor.dtype} {'×'.join(map(str, tensor.shape)) or 'scalar'}"
-    if len(found.tensors) > SHOWN:
-        yield "and", f"{len(found.tensors) - SHOWN} more"
-    yield "nearest architecture", found.nearest or "none of those that covcli knows"
+    if len(inspection.tensors) > SHOWN:
+        yield "and", f"{len(inspection.tensors) - SHOWN} more"
+    yield "nearest architecture", inspection.nearest or "none of those that covcli knows"
 
 
 def _points(points: tuple[PointFacts, ...]) -> str:

@@ -119,11 +119,11 @@ def _models() -> Iterator[Registered]:
     from covcli.models.architectures import MODELS
 
     for name in MODELS:
-        made = MODELS.get(name)
-        known = {"input": "×".join(map(str, made.shape))}
-        if made.published is not None:
-            known["pretrained"] = made.published.name
-        yield Registered("models", name, first_sentence(made.build), known)
+        entry = MODELS.get(name)
+        known = {"input": "×".join(map(str, entry.shape))}
+        if entry.published is not None:
+            known["pretrained"] = entry.published.name
+        yield Registered("models", name, first_sentence(entry.build), known)
     for name, summary in FAMILIES.items():
         yield Registered("models", name, summary, {})
 

@@ -23,7 +23,7 @@ TRAINING_SCHEMA = 1
 
 def _none_as(value: float) -> BeforeValidator:
     """Read a null as that value: JSON knows no infinity."""
-    return BeforeValidator(lambda found: value if found is None else found)
+    return BeforeValidator(lambda given: value if given is None else given)
 
 
 FromBelow = Annotated[float, _none_as(-math.inf)]

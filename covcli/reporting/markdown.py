@@ -34,8 +34,8 @@ def escape(text: str) -> str:
 
 def _behind(first: re.Match[str]) -> str:
     """Escape what would begin a block; a number's dot rather than the number."""
-    found = first[0]
-    return f"{found}\\" if found.isdigit() else f"\\{found}"
+    marker = first[0]
+    return f"{marker}\\" if marker.isdigit() else f"\\{marker}"
 
 
 def table(content: Table) -> str:

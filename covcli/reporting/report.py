@@ -108,7 +108,7 @@ def holding_together(run: Path) -> Iterator[None]:
             warnings.filterwarnings("ignore", r"Glyph \d+ ", UserWarning)
             yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise CovcliError(f"its results do not hold together ({error!r})", where=run) from None
+        raise CovcliError(f"its results are inconsistent ({error!r})", where=run) from None
 
 
 def read(run: Path) -> ReportData:

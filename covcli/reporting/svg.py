@@ -66,13 +66,13 @@ def inline(figure: Figure, name: str, seen: str) -> Markup:
 
 def _targets(root: ET.Element) -> set[str]:
     """Return the ids that something refers to."""
-    found = set()
+    targets = set()
     for element in root.iter():
         for key, value in element.items():
             if key == LINK and value.startswith("#"):
-                found.add(value[1:])
-            found.update(_REFERENCE.findall(value))
-    return found
+                targets.add(value[1:])
+            targets.update(_REFERENCE.findall(value))
+    return targets
 
 
 def _rewrite(element: ET.Element, names: dict[str, str]) -> None:
@@ -92,34 +92,34 @@ def _rewrite(element: ET.Element, names: dict[str, str]) -> None:
 
 def _attributes(element: ET.Element, names: dict[str, str]) -> list[tuple[str, str]]:
     """Return an element's attributes as they stand in a page."""
-    found = []
+    attributes = []
     for key, value in element.items():
         if key == "style":
-            found += _styles(value, names)
+            attributes += _styles(value, names)
         elif key == LINK:
-            found.append(("href", f"#{names[value[1:]]}" if value.startswith("#") else value))
+            attributes.append(("href", f"#{names[value[1:]]}" if value.startswith("#") else value))
         elif key == "id":
-            found += [("id", names[value])] if value in names else []
+            attributes += [("id", names[value])] if value in names else []
         elif key in COORDINATES:
-            found.append((key, _NUMBER.sub(_rounded, value)))
+            attributes.append((key, _NUMBER.sub(_rounded, value)))
         else:
-            found.append((key, _named(value, names)))
-    return found
+            attributes.append((key, _named(value, names)))
+    return attributes
 
 
 def _styles(text: str, names: dict[str, str]) -> list[tuple[str, str]]:
     """Return the declarations of a style attribute as attributes."""
-    found = []
+    attributes = []
     for declaration in filter(None, map(str.strip, text.split(";"))):
         key, _, value = (part.strip() for part in declaration.partition(":"))
         if key == "font" and (font := _FONT.search(value)):
-            found.append(("font-size", font["size"]))
-            found += [("font-weight", font["weight"])] if font["weight"] else []
+            attributes.append(("font-size", font["size"]))
+            attributes += [("font-weight", font["weight"])] if font["weight"] else []
         elif key == "clip-path":
-            found.append((key, _named(value, names)))
+            attributes.append((key, _named(value, names)))
         elif key in KEPT_STYLES:
-            found.append((key, THEME.get(value.lower(), value)))
-    return found
+            attributes.append((key, THEME.get(value.lower(), value)))
+    return attributes
 
 
 def _named(value: str, names: dict[str, str]) -> str:

@@ -79,8 +79,8 @@ class Table:
     def numeric(self) -> list[bool]:
         """Which columns hold figures, to be set flush right; the first names its row."""
         columns = zip(*self.lines, strict=True)
-        found = [all(cell[:1] in FIGURE_BEGINS for cell in column) for column in columns]
-        return [False, *found[1:]] if found else [False] * len(self.head)
+        figures = [all(cell[:1] in FIGURE_BEGINS for cell in column) for column in columns]
+        return [False, *figures[1:]] if figures else [False] * len(self.head)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -337,8 +337,8 @@ def _parts(
             yield f"{entry.name}, successes", entry.deceived, entry.deceived.scores
 
 
-def _figures(found: Detection) -> list[str]:
-    return [interval(getattr(found, key)) for key in FIGURES]
+def _figures(figures: Detection) -> list[str]:
+    return [interval(getattr(figures, key)) for key in FIGURES]
 
 
 def means(result: EvaluationResult) -> Table:

@@ -141,7 +141,7 @@ def read_statistics(
     Raises
     ------
     CovcliError
-        If one is missing or is not three finite numbers, or a deviation is not above 0.
+        If one is missing or is not three finite numbers, or a deviation is not positive.
 
     Examples
     --------

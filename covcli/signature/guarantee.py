@@ -1,11 +1,11 @@
 """Guarantees, and the thresholds on scores that keep them.
 
 A verdict is "untrusted" for scores above the k-th largest calibration score. If the calibration
-scores and the new ones are drawn alike and no two are equal, the share of new scores above it is
-Beta(k, n + 1 − k) distributed over the draw of the calibration scores (Wilks, "Determination of
-sample sizes for setting tolerance limits", 1941; Vovk, "Conditional validity of inductive
-conformal predictors", 2012, proposition 2a). Equal scores only lower it. docs/guarantees.md has the
-proof.
+scores and the new scores are drawn from the same distribution and no two are equal, the share of
+new scores above it has the distribution Beta(k, n + 1 − k), over the draw of the calibration scores
+(Wilks, "Determination of sample sizes for setting tolerance limits", 1941; Vovk, "Conditional
+validity of inductive conformal predictors", 2012, proposition 2a). Equal scores only lower it.
+docs/guarantees.md has the proof.
 """
 
 import math

@@ -227,8 +227,8 @@ def test_paths_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
             assert str(caught.value).isprintable()
     with pytest.raises(CovcliError, match="cannot be looked at"):
         opening.real(tmp_path / "loop" / "x")
-    found = [opening.kind(tmp_path / name) for name in ("", "file", "none", "file/none")]
-    assert found == ["folder", "file", "nothing", "nothing"]
+    kinds = [opening.kind(tmp_path / name) for name in ("", "file", "none", "file/none")]
+    assert kinds == ["folder", "file", "nothing", "nothing"]
 
 
 @pytest.mark.parametrize("command", ["report", "train --resume", "points", "build-signature"])

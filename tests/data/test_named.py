@@ -118,7 +118,7 @@ def test_a_group_stands_for_its_sets(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "openood:cifar100/near/tin" in expand(["openood:cifar100"], tmp_path)
     with pytest.raises(CovcliError, match="nothing fetches it by name"):
         load("openood:imagenet200/near/ninco", "test", tmp_path)
-    with pytest.raises(CovcliError, match="none of its sets is there"):
+    with pytest.raises(CovcliError, match="none of its sets is available"):
         expand(["openood:imagenet200/near"], tmp_path)
     with pytest.raises(CovcliError, match="unknown benchmark 'cifar11'; did you mean"):
         expand(["openood:cifar11"], tmp_path)

@@ -38,26 +38,26 @@ def _no_network_is_built(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 
 def test_a_checkpoint_and_a_signature_say_what_they_hold(run: Path) -> None:
     path = run / "checkpoint.pt"
-    found, content = inspect_file(path), checkpoints.load_checkpoint(path)
+    inspection, content = inspect_file(path), checkpoints.load_checkpoint(path)
     state = content["state"]
-    assert (found.kind, found.bytes) == ("checkpoint", path.stat().st_size)
-    assert found.digest == files.digest_file(path)
-    assert found.network is not None
-    assert found.network.name == "tiny"
-    assert found.network.fingerprint == files.fingerprint(state)
-    assert found.network.parameters == sum(tensor.numel() for tensor in state.values())
-    assert found.classes == tuple("0123456789")
-    assert {entry.role: entry.images for entry in found.data} == {
+    assert (inspection.kind, inspection.bytes) == ("checkpoint", path.stat().st_size)
+    assert inspection.digest == files.digest_file(path)
+    assert inspection.network is not None
+    assert inspection.network.name == "tiny"
+    assert inspection.network.fingerprint == files.fingerprint(state)
+    assert inspection.network.parameters == sum(tensor.numel() for tensor in state.values())
+    assert inspection.classes == tuple("0123456789")
+    assert {entry.role: entry.images for entry in inspection.data} == {
         "trusted": None, "calibration": 359,
     }  # fmt: skip
-    assert found.settings is not None
-    assert found.settings["epochs"] == 4
+    assert inspection.settings is not None
+    assert inspection.settings["epochs"] == 4
 
     signed = inspect_file(run / "signature-mrc.safetensors")
     signature, calibration, record = signatures.load(run / "signature-mrc.safetensors")
     assert (signed.kind, signed.method) == ("signature", "mrc?sections=10&cost=surprisal")
     assert signed.network is not None
-    assert signed.network.fingerprint == found.network.fingerprint
+    assert signed.network.fingerprint == inspection.network.fingerprint
     assert [(p.name, p.neurons) for p in signed.points] == [
         (p.name, p.neurons) for p in signature.points
     ]
@@ -71,17 +71,17 @@ def test_a_checkpoint_and_a_signature_say_what_they_hold(run: Path) -> None:
 
 
 def test_a_run_says_what_it_holds_and_what_does_not_belong(evaluated: Path) -> None:
-    found = inspect_file(evaluated)
-    kinds = {entry.path.name: entry.kind for entry in found.files}
+    inspection = inspect_file(evaluated)
+    kinds = {entry.path.name: entry.kind for entry in inspection.files}
     assert kinds["checkpoint.pt"] == "checkpoint"
     assert kinds["evaluation.json"] == "evaluation"
     assert kinds["scores.csv.gz"] == "scores"
     assert "training log" in kinds.values()
-    of_run = {entry.kind: entry for entry in found.files}
+    of_run = {entry.kind: entry for entry in inspection.files}
     sets = {entry.name: entry.images for entry in of_run["evaluation"].data}
     assert sets["photos?limit=200"] == 200
     assert {s.name: s.images for s in of_run["scores"].data}["photos?limit=200"] == 200
-    assert "NOT" not in str(as_table(found).rows)
+    assert "NOT" not in str(as_table(inspection).rows)
 
     path = evaluated / "signature-mrc.safetensors"
     tensors, metadata = signatures.load_signature(path)
@@ -104,11 +104,13 @@ def test_a_state_dict_says_what_it_looks_like(tmp_path: Path, ending: str) -> No
         torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, path)
     else:
         safetensors.torch.save_file(state, path)
-    found = inspect_file(path)
-    assert found.kind == "state dict"
-    assert {t.name: t.shape for t in found.tensors} == {k: tuple(v.shape) for k, v in state.items()}
-    assert found.nearest.startswith("resnet18, with 9")
-    assert f"{len(state) - 12} more" in str(as_table(found).rows)
+    inspection = inspect_file(path)
+    assert inspection.kind == "state dict"
+    assert {t.name: t.shape for t in inspection.tensors} == {
+        k: tuple(v.shape) for k, v in state.items()
+    }
+    assert inspection.nearest.startswith("resnet18, with 9")
+    assert f"{len(state) - 12} more" in str(as_table(inspection).rows)
 
 
 def test_other_files_are_refused_in_one_line(run: Path, tmp_path: Path) -> None:

@@ -81,9 +81,9 @@ def test_the_command_prints_a_line_each_or_one_document() -> None:
     assert "sections=10" in next(line for line in lines if line.startswith("mrc "))
     plugin = str(HERE / "tiny_model.py")
     done = covcli("list", "--json", "--plugin", plugin, FORCE_COLOR="1")
-    found = json.loads(done.stdout)["entries"]
-    assert ("models", "tiny") in {(entry["kind"], entry["name"]) for entry in found}
-    assert {entry["kind"] for entry in found} == set(REGISTRIES)
+    entries = json.loads(done.stdout)["entries"]
+    assert ("models", "tiny") in {(entry["kind"], entry["name"]) for entry in entries}
+    assert {entry["kind"] for entry in entries} == set(REGISTRIES)
     done = covcli("list", "modles")
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
