@@ -1,1 +1,1 @@
-"""What people read: tables, the terminal, and the report in HTML and Markdown."""
+"""Results for people: tables, the terminal, and the report in HTML and Markdown."""

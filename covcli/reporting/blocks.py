@@ -1,4 +1,4 @@
-"""What a report is made of: the files that it reads, and sections of blocks."""
+"""The parts of a report: its input data, and sections that consist of blocks."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -13,14 +13,14 @@ from covcli.reporting.tables import Table
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a report is made of.
+    """The input data of a report.
 
     Attributes
     ----------
     evaluation
-        What evaluation.json holds.
+        The content of evaluation.json.
     scores
-        By set, what scores.csv.gz holds of each image.
+        The content of scores.csv.gz, by set.
     samples
         The pixels of samples.npz.
     training
@@ -40,18 +40,18 @@ class ReportData:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure.
+    """A chart.
 
     Attributes
     ----------
     name
-        Its file name, without an ending.
+        Its file name without extension.
     caption
-        What it is, for everybody.
+        The caption.
     seen
-        What is seen in it, for those who do not see it.
+        The alternative text, a description of the chart.
     figure
-        The figure.
+        The matplotlib figure.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Thumbnail:
     caption
         The lines below it.
     seen
-        What is seen in it.
+        The alternative text.
     """
 
     image: np.ndarray
@@ -81,7 +81,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Small images in rows; where there is none, `otherwise` stands in their place."""
+    """Small images in rows, or the text `otherwise` if there are none."""
 
     name: str
     title: str
@@ -94,7 +94,17 @@ Block: TypeAlias = str | Table | Picture | Gallery
 
 @dataclass(frozen=True)
 class Section:
-    """A titled part of a report."""
+    """A part of a report with a title.
+
+    A plugin adds a section by `@SECTIONS.add(NAME)` (`covcli.reporting.sections`).
+
+    Attributes
+    ----------
+    title
+        The title.
+    blocks
+        Paragraphs (text), tables, pictures and galleries, in order.
+    """
 
     title: str
     blocks: list[Block]
@@ -102,7 +112,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure that a reader wants first, with what it has to be held against."""
+    """A key number at the top of a report, with a note to compare it with."""
 
     title: str
     value: str

@@ -1,7 +1,7 @@
-"""What a run's JSON documents hold, as dataclasses: evaluation.json and the training log.
+"""The JSON documents of a run as dataclasses: evaluation.json and the training log.
 
-`evaluate` and `train` make these objects and write them; whatever is shown of a run is made from
-the same objects, read again.
+`evaluate` and `train` create and write these objects. Everything that is shown of a run is computed
+from the same objects, read again.
 """
 
 import math
@@ -22,7 +22,7 @@ TRAINING_SCHEMA = 1
 
 
 def _none_as(value: float) -> BeforeValidator:
-    """Read a null as that value: JSON knows no infinity."""
+    """Read null as that value, because JSON has no infinity."""
     return BeforeValidator(lambda given: value if given is None else given)
 
 
@@ -32,7 +32,13 @@ UpTo = Annotated[float, _none_as(math.inf)]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with a 95% interval; `covcli.evaluation.intervals` says how each is made."""
+    """A value with its 95% interval; see `covcli.evaluation.intervals`.
+
+    Examples
+    --------
+    >>> Estimate(value=0.95, low=0.94, high=0.96).low
+    0.94
+    """
 
     value: float
     low: float
@@ -41,18 +47,19 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Detection:
-    """How well a score tells untrusted inputs from trusted ones.
+    """How well a score separates untrusted inputs from trusted ones; all values in [0, 1].
 
     Attributes
     ----------
     auroc
-        Area under the ROC curve: the chance that an untrusted input scores higher (ties half).
+        Area under the ROC curve: the probability that an untrusted input scores higher (ties count
+        half).
     aupr_out, aupr_in
-        Average precision with the untrusted, and with the trusted, as the positive class.
+        Average precision with the untrusted, and with the trusted inputs, as the positive class.
     fpr95
         Share of trusted inputs flagged at the threshold that catches 95% of the untrusted.
     detection_rate
-        Share of untrusted inputs above their calibrated threshold; None where there is none.
+        Share of untrusted inputs above their calibrated threshold; None without a threshold.
     """
 
     auroc: Estimate
@@ -64,7 +71,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class MeanDetection:
-    """How well a score does on average over the untrusted sets, each of them counting once."""
+    """The mean metrics of a score over the untrusted sets, with equal weight of the sets."""
 
     score: str
     auroc: Estimate
@@ -73,7 +80,7 @@ class MeanDetection:
 
 @dataclass(frozen=True)
 class Bin:
-    """Accuracy among images whose confidence lies in [low, high), or [low, 1] in the last bin."""
+    """Accuracy of images with a confidence in [low, high), or [low, 1] in the last bin."""
 
     confidence: str
     low: float
@@ -84,7 +91,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Kept:
-    """Share and accuracy of the images whose confidence reaches a threshold."""
+    """Share and accuracy of the images with a confidence of at least a threshold."""
 
     confidence: str
     threshold: float
@@ -94,7 +101,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Risk:
-    """The share of errors among the share of images that is kept, the most trusted ones."""
+    """The share of errors (`risk`) among a share of images (`kept`), the most trusted ones."""
 
     kept: float
     risk: float
@@ -102,25 +109,25 @@ class Risk:
 
 @dataclass(frozen=True)
 class OwnErrors:
-    """How well a score finds the images that the network classifies wrongly.
+    """How well a score detects misclassified images.
 
     Attributes
     ----------
     wrong
-        How many images the network classifies wrongly.
+        The number of misclassified images.
     auroc
-        The chance that a wrongly classified image scores higher than a rightly classified one.
+        The probability that a misclassified image scores higher than a correctly classified one.
     aurc
-        Area under the risk-coverage curve: the mean selective risk when 1, 2, …, n images are
-        kept. As much as the error rate for a score that knows nothing; lower is better.
+        Area under the risk-coverage curve: the mean selective risk when 1, 2, …, n images are kept.
+        It equals the error rate for a random score; lower is better.
     excess_aurc
-        E-AURC: what the area has above that of a score that ranks every error last; 0 is best.
+        E-AURC: the excess of the area over that of a score that ranks every error last; 0 is best.
     curve
         The risk-coverage curve, at most 101 points, by ascending share kept.
     augrc
-        Area under the generalised risk: the mean, over the shares of images that are kept, of the
-        share of all images that are kept and wrong. Half the error rate for a score that knows
-        nothing; lower is better. None in a document of covcli before it had this.
+        Area under the generalised risk: the mean, over the shares of images kept, of the share of
+        all images that are kept and misclassified. It is half the error rate for a random score;
+        lower is better. None in documents of earlier versions.
     """
 
     wrong: int
@@ -133,10 +140,18 @@ class OwnErrors:
 
 @dataclass(frozen=True)
 class FalseAlarms:
-    """Share of trusted test images flagged at α, and where calibration promises it with 95%.
+    """The share of trusted test images flagged at α, and the interval that calibration guarantees.
 
-    In certified mode `promised_high` is a one-sided bound on the share among so many images,
-    with 95% probability, and `promised_low` is 0.
+    Attributes
+    ----------
+    alpha
+        The guaranteed false-alarm rate.
+    value, low, high
+        The share, with its exact 95% interval.
+    promised_low, promised_high
+        The 95% interval of the share among that many images, over the draw of calibration and test
+        images. For a certified guarantee, `promised_low` is 0 and `promised_high` a one-sided 95%
+        bound.
     """
 
     alpha: float
@@ -156,16 +171,16 @@ class ClassAlarms:
     name
         The class.
     images, alarms
-        How many were predicted as it, and how many of those were flagged.
+        The number of images predicted as it, and of those that were flagged.
     value, low, high
         The share flagged with its exact 95% interval; None without images.
     calibration_scores
-        How many calibration scores are of images predicted as the class.
+        The number of calibration scores of images predicted as the class.
     threshold
         The score above which such an image is flagged.
     promised_high
-        What the share among so many images stays at or below with 95% probability; None where
-        nothing is promised: in marginal mode, or without images.
+        The 95% upper bound of the share among that many images; None if nothing is guaranteed for a
+        single class, or without images.
     """
 
     name: str
@@ -181,7 +196,7 @@ class ClassAlarms:
 
 @dataclass(frozen=True)
 class Guaranteed:
-    """What is guaranteed of the false-alarm rate.
+    """The guarantee of the false-alarm rate.
 
     Attributes
     ----------
@@ -190,9 +205,9 @@ class Guaranteed:
     alpha
         The rate.
     confidence
-        Over the draw of the calibration images, 0.95 where the rate is certified; None else.
+        0.95, over the draw of the calibration images, if the rate is certified; else None.
     statement
-        The guarantee in words, with where it ends.
+        The guarantee in words, with its limits.
     """
 
     mode: str
@@ -203,19 +218,20 @@ class Guaranteed:
 
 @dataclass(frozen=True)
 class Accepted:
-    """How many answers on trusted test images pass, and how many of those are wrong.
+    """The answers on trusted test images that pass, and the wrong ones among them.
 
     Attributes
     ----------
     max_error
-        What the share of wrong answers among those that pass stays at or below, with 95%
+        The guaranteed bound of the share of wrong answers among those that pass, with 95%
         confidence over the draw of the calibration images.
     images, unsure, wrong
-        How many pass; how many do not though their images are familiar; how many pass wrongly.
+        The number of answers that pass; of `unsure` ones; and of wrong ones that pass.
     coverage
-        The share of the answers that pass, with its exact 95% interval.
+        The share of answers that pass, with its exact 95% interval.
     error_rate
-        The share of wrong answers among those that pass, likewise; None if none passes.
+        The share of wrong answers among those that pass, with its exact 95% interval; None if none
+        passes.
     """
 
     max_error: float
@@ -228,11 +244,25 @@ class Accepted:
 
 @dataclass(frozen=True)
 class TrustedSet:
-    """The trusted test images.
+    """The results on the trusted test images.
 
-    `errors` says how well each score finds those that the network classifies wrongly; None where
-    it makes no error, or nothing but errors. `accepted` is None unless wrong answers are bounded.
-    `unreadable` counts files that were left out.
+    Attributes
+    ----------
+    name, images, fingerprint
+        The specification, the number of images, and the digest of the data.
+    accuracy
+        The network's accuracy, in [0, 1].
+    false_alarm_rate, false_alarms_by_class
+        The false alarms, overall and by predicted class.
+    mean_confidence
+        The mean confidence, by "coverage" and "softmax".
+    errors
+        How well each score detects misclassified images; None if no image, or every image, is
+        misclassified.
+    accepted
+        The answers that pass; None without a bound on the error rate.
+    unreadable
+        The number of files skipped because they cannot be read.
     """
 
     name: str
@@ -249,16 +279,16 @@ class TrustedSet:
 
 @dataclass(frozen=True)
 class Deceived:
-    """An attack's successes: images classified rightly before it and wrongly after.
+    """The successes of an attack: images classified correctly before it and wrongly after.
 
     Attributes
     ----------
     images
-        How many there are.
+        The number of successes.
     already_wrong
-        How many of the attacked images the network got wrong before the attack.
+        The number of attacked images that were misclassified before the attack.
     scores
-        Each score's figures on the successes alone; None if there are fewer than 10.
+        The detection of the successes by each score; None if there are fewer than 10.
     """
 
     images: int
@@ -268,13 +298,25 @@ class Deceived:
 
 @dataclass(frozen=True)
 class UntrustedSet:
-    """One untrusted set: each score's figures, and for an attack what it deceived.
+    """The results on one untrusted set.
 
-    `scores` has "coverage", "softmax" and the baselines that were asked for. `success_rate` is the
-    share deceived of the images that were classified rightly before the attack; None for a set
-    that is no attack, or where no image was. `unsure` counts the images that are not untrusted
-    and whose answers do not pass all the same.
-    `unreadable` counts files that were left out.
+    Attributes
+    ----------
+    name, images, fingerprint
+        The specification, the number of images, and the digest of the data.
+    scores
+        The detection by "coverage", "softmax" and the requested baselines.
+    mean_confidence
+        The mean confidence, by "coverage" and "softmax".
+    success_rate
+        The share of images classified correctly before an attack that it deceives. None for other
+        sets, and if no image was classified correctly.
+    deceived
+        The successes of an attack; None for other sets.
+    unsure
+        The number of images that are not untrusted, but whose answers do not pass.
+    unreadable
+        The number of files skipped because they cannot be read.
     """
 
     name: str
@@ -306,14 +348,14 @@ class LeftChannel:
     neuron
         Its number within the coverage point.
     channel, label
-        The channel's number, and what is taken of it, as "channel 37, maximum".
+        The channel's number, and a label such as "channel 37, maximum".
     value
         Its activation.
     low, high
-        The trusted range; infinite where it has no end on that side.
+        The trusted range; infinite if it has no bound on that side.
     outside_by
-        How far outside the range the value lies, in widths of the range; infinite where that width
-        is none (trusted images gave it one value only) or has no end.
+        The distance of the value from the range, in widths of the range; infinite if that width is
+        0 (all trusted images have the same value) or infinite.
     """
 
     neuron: int
@@ -327,16 +369,17 @@ class LeftChannel:
 
 @dataclass(frozen=True)
 class PointShare:
-    """A coverage point's part in the score of an image.
+    """A coverage point's share of the score of an image.
 
     Attributes
     ----------
     name
         The coverage point.
     z, share
-        As of `Combination.shares`: the largest of the point's columns, and their sum.
+        From `Combination.shares`: the largest z of the point's columns, and the sum of their
+        shares.
     coverage, left
-        Share of its neurons inside their range, and how many are outside.
+        The share of its neurons inside their range, and the number outside.
     channels
         The worst of those outside: by cost, then by distance in widths of the range, then by
         distance. Listed for the first three points only.
@@ -352,21 +395,21 @@ class PointShare:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why an image got its score.
+    """The explanation of an image's score.
 
     Attributes
     ----------
     set, row
         The set's name, and the image's row in it, as in scores.csv.gz.
     predicted, label
-        Class names; the label is None where unknown.
+        Class names; the label is None if unknown.
     score, p_value, untrusted
         The verdict.
     points
         All coverage points, the largest share first.
     mapped
-        The first of them that lists a channel and has a height and a width: `heat_map` draws that
-        channel. None where there is none.
+        The first point that lists a channel and has a height and a width; `heat_map` shows that
+        channel. None if there is none.
     """
 
     set: str
@@ -382,22 +425,22 @@ class Explanation:
 
 @dataclass(frozen=True)
 class EvaluatedSignature:
-    """The signature that was evaluated, and its network.
+    """The evaluated signature and its network.
 
     Attributes
     ----------
     method, parameters, granularity, precision
-        How it was built: the method's name and its whole specification.
+        The method's name, its specification, the granularity and the precision.
     path, checkpoint
         The files.
     checkpoint_fingerprint, signature_fingerprint
-        Digest of the network's weights, and of the signature's file.
+        The fingerprint of the weights, and the digest of the signature's file.
     trusted, calibration
-        The images that built it, and those that calibrated it.
+        The records of the trusted images and of the calibration images.
     calibration_scores
-        How many scores calibrate it.
+        The number of calibration scores.
     threshold
-        The score above which an image is flagged whatever its class.
+        The threshold on the score that is computed from all calibration scores.
     """
 
     method: str
@@ -416,24 +459,24 @@ class EvaluatedSignature:
 
 @dataclass(frozen=True)
 class GateOutcome:
-    """A gate held against one set.
+    """The outcome of a gate on one set.
 
     Attributes
     ----------
     metric, statistic
-        What was judged: a metric's "value", or the "low" or "high" end of its 95% interval.
+        The metric, and its "value", or the "low" or "high" limit of its 95% interval.
     relation, bound
-        How it has to stand to which bound: ">=" or "<=".
+        The required relation, ">=" or "<=", and the bound.
     set
         The set's name.
     value
-        What was judged, in [0, 1].
+        The compared value, in [0, 1].
     low, high
         The metric's interval.
     passed
-        Whether the gate lets the set pass.
+        Whether the set passes the gate.
     seconds
-        How long the set took to score; 0 if an earlier evaluation had scored it.
+        The time that scoring the set took; 0 if an earlier evaluation scored it.
     """
 
     metric: str
@@ -450,41 +493,41 @@ class GateOutcome:
     def __str__(self) -> str:
         verdict = "passed" if self.passed else "failed"
         figure = self.metric if self.statistic == "value" else f"{self.metric}.{self.statistic}"
-        asked = f"{figure} {self.relation} {self.bound:g}"
-        return one_line(f"gate {verdict}: {asked}, {self.set} has {self.value:.4f}")
+        required = f"{figure} {self.relation} {self.bound:g}"
+        return one_line(f"gate {verdict}: {required}, {self.set} has {self.value:.4f}")
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What `evaluate` found; the fields are the keys of evaluation.json.
+    """The result of `evaluate`; the fields are the keys of evaluation.json.
 
     Attributes
     ----------
     schema
         Version of the document.
     provenance
-        Versions, command line, device, seed, time.
+        Versions, command line, device, seed and time.
     signature
-        Method, files, fingerprints and calibration of what was evaluated.
+        Method, files, fingerprints and calibration of the evaluated signature.
     guarantee
-        What is guaranteed of the false-alarm rate, and where that ends.
+        The guarantee of the false-alarm rate, with its limits.
     trusted, untrusted, points
-        The figures.
+        The results on the trusted set, on each untrusted set, and at each coverage point.
     mean_over_sets
         Each score's mean over the untrusted sets: "coverage" first, the others by their AUROC.
     confidence_bins, confidence_thresholds
         Accuracy on the trusted images by "coverage" and by "softmax" confidence.
     files
-        Paths of what was written.
+        The paths of the written files.
     warnings
-        What a reader of the figures must know.
+        Warnings for readers of the results.
     explanations
-        Why the most suspicious images of each set got their scores, where asked for.
+        Explanations of the most suspicious images of each set, if requested.
     gates
-        The gates and their outcomes, where any were set.
+        The outcomes of the gates, if any.
     digests
-        The SHA-256 of the files that hold single images, by name: what is not of this evaluation
-        is told by them.
+        The SHA-256 of the files with results of single images, by name. They detect files of
+        another evaluation.
     """
 
     schema: int
@@ -506,18 +549,18 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class WatchedSet:
-    """What the network does on one set.
+    """The coverage on one set during training.
 
     Attributes
     ----------
     name
         "trusted", or the specification of an untrusted set.
     images
-        How many images were read.
+        The number of images read.
     mean_confidence
-        Mean softmax confidence.
+        Mean softmax confidence, in [0, 1].
     mean_coverage
-        Mean over the coverage points of `coverage`.
+        Mean of `coverage` over the coverage points, in [0, 1].
     coverage
         Share of each point's neurons inside the range of the predicted class.
     """
@@ -531,7 +574,7 @@ class WatchedSet:
 
 @dataclass(frozen=True)
 class Watch:
-    """One look at a network in training: the coverage points' names, and each set's figures."""
+    """The coverage after one epoch: the coverage points' names, and the results on each set."""
 
     points: list[str]
     sets: list[WatchedSet]
@@ -544,23 +587,23 @@ class EpochLog:
     Attributes
     ----------
     epoch
-        From 1 on.
+        The number of the epoch, counted from 1.
     loss, cross_entropy, penalty
-        Means over the training images: the loss, and its two parts; the penalty before its weight.
+        Means over the training images: the loss and its two parts (the penalty without its weight).
     accuracy
-        Share of training images classified correctly, as they were seen in training.
+        The accuracy on the augmented training images during the epoch, in [0, 1].
     confident_accuracy
-        The same among those of a softmax confidence of at least the threshold; None without any.
+        The accuracy on images with a softmax confidence of at least the threshold; None if none.
     confident
-        The share of those.
+        The share of those images.
     learning_rate
-        Of the last step.
+        The learning rate of the last step.
     held_out_accuracy
-        Accuracy on the calibration split.
+        The accuracy on the calibration split, in [0, 1].
     seconds
-        How long the epoch took, since it was begun or last resumed.
+        The duration of the epoch since its start or the last resumption.
     watched
-        What the running signature says of trusted and untrusted images; None without `untrusted`.
+        The coverage of trusted and untrusted images; None without `untrusted`.
     """
 
     epoch: int
@@ -584,7 +627,7 @@ class TrainingLog:
 
 
 def read_evaluation(path: Path) -> EvaluationResult:
-    """Read an evaluation.json, which no link may lead out of its folder.
+    """Read an evaluation.json; a link that leaves its folder is refused.
 
     Raises
     ------
@@ -607,7 +650,7 @@ def read_evaluation(path: Path) -> EvaluationResult:
 
 
 def read_training_log(path: Path) -> TrainingLog:
-    """Read a training_results_<timestamp>.json, which no link may lead out of its folder.
+    """Read a training_results_<timestamp>.json; a link that leaves its folder is refused.
 
     Raises
     ------
@@ -625,7 +668,7 @@ def read_training_log(path: Path) -> TrainingLog:
 
 
 def _read(kind: type[Document], path: Path, called: str, schema: int) -> Document:
-    """Return a document as a dataclass; keys that it does not know are left out."""
+    """Return a document as a dataclass; unknown keys are ignored."""
     document = files.read_json(path, inside=path.parent)
     if not isinstance(document, dict) or document.get("schema") != schema:
         raise CovcliError(f"is not {called} of schema {schema}", where=path)

@@ -1,4 +1,4 @@
-"""What a report opens with: the answer, four figures, and our score beside the best baseline."""
+"""The top of a report: the verdict, four key numbers, and the comparison with the best baseline."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,16 +11,16 @@ from covcli.reporting.tables import Table, percent
 
 @dataclass(frozen=True)
 class Headline:
-    """What a report opens with.
+    """The top of a report.
 
     Attributes
     ----------
     verdict, outcome
-        The answer, and whether the gates pass; "none" without gates.
+        The verdict in a line, and whether the gates pass; "none" without gates.
     tiles
-        The figures that a reader wants first.
+        The key numbers.
     gates, comparison
-        The tables of the gates, where there are any, and of our score beside the best other one.
+        The table of the gates, or None, and the comparison with the best baseline.
     """
 
     verdict: str
@@ -31,7 +31,7 @@ class Headline:
 
 
 def headline(data: ReportData) -> Headline:
-    """Put together what a report opens with."""
+    """Return the top of a report."""
     result = data.evaluation
     outcome: Literal["passed", "failed", "none"] = "none"
     if result.gates:
@@ -64,7 +64,7 @@ def _detection(result: EvaluationResult) -> Tile:
 
 
 def _passing(data: ReportData) -> Tile:
-    """Say how many trusted answers pass, and how many of those are wrong."""
+    """Return the share of trusted answers that pass, and the share of wrong ones among them."""
     accepted = data.evaluation.trusted.accepted
     if accepted is not None and accepted.error_rate is not None:
         note = (

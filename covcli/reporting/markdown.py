@@ -1,4 +1,4 @@
-"""Markdown: how names, tables and documents are written as text that takes no effect."""
+"""Markdown: escaping of text, and tables, lists and documents."""
 
 import re
 from collections.abc import Iterable
@@ -6,19 +6,19 @@ from collections.abc import Iterable
 from covcli.core.errors import one_line
 from covcli.reporting.tables import Table
 
-# What begins emphasis, code, links, images, cells, strikethrough, mathematics or an escape.
+# Characters of emphasis, code, links, images, cells, strikethrough, mathematics and escapes.
 _ACTIVE = re.compile(r"[\\`*_\[\]|~$]")
-# An interval is left as it is: in brackets that nothing follows there is no link.
+# An interval is not escaped: brackets that nothing follows are not a link.
 _INTERVAL = re.compile(r"(\[[\d.]+, [\d.]+\])(?![(\[:])")
-# What begins a heading, a list or a rule if it stands first.
+# Characters that start a heading, a list or a rule at the start of a line.
 _LEADING = re.compile(r"^(?:[#+=>-]|\d+(?=[.)](?:\s|$)))")
-# What a renderer links without being asked.
+# Addresses that a renderer links automatically.
 _ADDRESS = re.compile(r":(?=//)|(?<=\bwww)\.", re.IGNORECASE)
 _HTML = {"&": "&amp;", "<": "&lt;"}
 
 
 def escape(text: str) -> str:
-    r"""Return text that Markdown shows as it is: no link, image, HTML, cell or emphasis.
+    r"""Escape text so that Markdown shows it literally: no link, image, HTML, cell or emphasis.
 
     Examples
     --------
@@ -33,7 +33,7 @@ def escape(text: str) -> str:
 
 
 def _behind(first: re.Match[str]) -> str:
-    """Escape what would begin a block; a number's dot rather than the number."""
+    """Escape a character that would start a block; for a number, the dot behind it."""
     marker = first[0]
     return f"{marker}\\" if marker.isdigit() else f"\\{marker}"
 
@@ -53,7 +53,7 @@ def _rule(columns: int) -> str:
 
 
 def bullets(items: Iterable[str]) -> str:
-    """Return a list, an item a line."""
+    """Return a list, one item per line."""
     return "\n".join(f"- {escape(item)}" for item in items)
 
 

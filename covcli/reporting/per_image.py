@@ -1,7 +1,7 @@
-"""What an evaluation keeps of single images: scores.csv.gz, a row an image, and samples.npz.
+"""Results of single images: scores.csv.gz, one row per image, and samples.npz.
 
-Both files are written here and read here. samples.npz holds the pixels of a few images of each set,
-and of the images that were explained.
+This module writes and reads both files. samples.npz holds the pixels of a few images of each set
+and of the explained images.
 """
 
 import gzip
@@ -18,7 +18,7 @@ from covcli.core.opening import reading
 
 SCORES, SAMPLES = "scores.csv.gz", "samples.npz"
 UNLABELLED = -1
-ENCODING = ("utf-8", "surrogatepass")  # names of files can be any bytes
+ENCODING = ("utf-8", "surrogatepass")  # file names may contain any bytes
 # The columns of scores.csv.gz; each baseline adds `<name>_score`, images from files `file`.
 COLUMNS = {
     "set": np.object_, "index": np.int64, "label": np.int64, "predicted": np.int64,
@@ -30,21 +30,22 @@ SUFFIX, FILE = "_score", "file"
 
 @dataclass(frozen=True)
 class ImageScores:
-    """What was found of each image of a set, in the set's order; arrays of shape (N,).
+    """The results on each image of a set, in the set's order; arrays of shape (N,).
 
     Attributes
     ----------
     predicted, label
-        Class numbers, int64; label is None where unknown.
+        Class numbers, int64; `label` is None if unknown.
     scores
-        "coverage", "softmax" and the baselines, by name: larger is less trusted, float64. The
-        softmax score is one minus the confidence, so what a file holds of it ends at 1e-16.
+        "coverage", "softmax" and the baselines, by name, float64; larger means less trusted. The
+        file stores the softmax confidence, so that softmax scores read from it are accurate to
+        about 1e-16.
     p_value, confidence, softmax_confidence
         float64, in [0, 1].
     untrusted, unsure
-        The verdict, bool; both are False where the answer passes.
+        The verdict, bool; both are False if the answer passes.
     file
-        The images' files as their folder names them; None where they are of none.
+        The names of the images' files, relative to their folder; None if they are not in files.
     """
 
     predicted: np.ndarray
@@ -59,17 +60,17 @@ class ImageScores:
 
     @property
     def baselines(self) -> dict[str, np.ndarray]:
-        """The scores that are neither ours nor the softmax score, by name."""
+        """The scores other than "coverage" and "softmax", by name."""
         return {name: s for name, s in self.scores.items() if name not in ("coverage", "softmax")}
 
 
 def pack_scores(sets: Mapping[str, ImageScores]) -> bytes:
-    """Return the bytes of scores.csv.gz: the same figures give the same bytes.
+    """Return the bytes of scores.csv.gz; equal results give equal bytes.
 
     Parameters
     ----------
     sets
-        By name; "trusted" and the specifications of the untrusted sets.
+        The results by name: "trusted" and the specifications of the untrusted sets.
     """
     parts = [
         pd.DataFrame(
@@ -99,7 +100,7 @@ def pack_scores(sets: Mapping[str, ImageScores]) -> bytes:
 
 
 def read_scores(path: Path) -> dict[str, ImageScores]:
-    """Read what `pack_scores` packed, by set, in the order of the file.
+    """Read a scores.csv.gz; return the results by set, in the order of the file.
 
     Raises
     ------
@@ -119,7 +120,7 @@ def read_scores(path: Path) -> dict[str, ImageScores]:
             text, keep_default_na=False, dtype={"set": str, FILE: str}, encoding=ENCODING[0],
             encoding_errors=ENCODING[1],
         )  # fmt: skip
-        if "unsure" not in table:  # written before wrong answers could be bounded
+        if "unsure" not in table:  # a file of an earlier version
             table["unsure"] = 0
         table = table.astype(COLUMNS)
         others = [name for name in table.columns if name not in (*COLUMNS, FILE)]
@@ -163,14 +164,14 @@ class Thumbnails:
 
 @dataclass(frozen=True)
 class ExplainedImage:
-    """What the picture of an explanation needs.
+    """The data of an explanation's picture.
 
     Attributes
     ----------
     image
         uint8 of shape (C, H, W).
     fires
-        Where the worst channel fires, float32 of shape (h, w); None where there is none.
+        The worst channel's activation, float32 of shape (h, w), or None.
     """
 
     image: np.ndarray
@@ -179,15 +180,15 @@ class ExplainedImage:
 
 @dataclass(frozen=True)
 class Samples:
-    """The pixels that a report shows.
+    """The pixels of the images in a report.
 
     Attributes
     ----------
     flagged, passed
-        For each set, in the order of the evaluation, the most suspicious images of those that were
-        flagged, and the least suspicious of those that were not.
+        For each set, in the order of the evaluation: the most suspicious flagged images, and the
+        least suspicious images that passed.
     explained
-        For each explanation, in the order of the evaluation.
+        The images of the explanations, in the order of the evaluation.
     """
 
     flagged: list[Thumbnails]
@@ -213,17 +214,19 @@ def pack_samples(samples: Samples) -> bytes:
 
 
 def read_samples(path: Path, sets: int, explanations: int) -> Samples:
-    """Read what `pack_samples` packed.
+    """Read a samples.npz.
 
     Parameters
     ----------
+    path
+        The file.
     sets, explanations
-        How many the evaluation has.
+        The number of sets and of explanations of the evaluation.
 
     Raises
     ------
     CovcliError
-        If the file is missing, is no sound archive, or lacks or misshapes an image.
+        If the file is missing or damaged, or an image is missing or has a wrong shape.
 
     Examples
     --------
@@ -233,7 +236,7 @@ def read_samples(path: Path, sets: int, explanations: int) -> Samples:
     (3, 32, 32)
     """
     arrays = file_checks.read_npz(path, inside=path.parent)
-    with reading(path, "cannot be read as samples: lacks an image, or holds what is none"):
+    with reading(path, "cannot be read as samples: an image is missing or malformed"):
         return Samples(
             flagged=[_thumbnails(arrays, f"{i}_flagged") for i in range(sets)],
             passed=[_thumbnails(arrays, f"{i}_passed") for i in range(sets)],
@@ -242,7 +245,7 @@ def read_samples(path: Path, sets: int, explanations: int) -> Samples:
 
 
 def _thumbnails(arrays: Mapping[str, np.ndarray], name: str) -> Thumbnails:
-    if name not in arrays:  # no image of the set was
+    if name not in arrays:  # the set has no such image
         return Thumbnails(np.empty(0, np.int64), np.empty((0, 1, 1, 1), np.uint8))
     shown = Thumbnails(arrays[f"{name}_rows"], arrays[name])
     if shown.images.dtype != np.uint8 or shown.images.ndim != 4 or 0 in shown.images.shape:

@@ -1,4 +1,4 @@
-"""How figures look, and the figures that take more than a few lines to draw."""
+"""The style of charts, and the larger charts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from covcli.core.errors import one_line
 from covcli.reporting.documents import Explanation, LeftChannel, PointShare
 
-# After Okabe and Ito, which the colour-blind tell apart, dark enough for a white page; the first
-# is for trusted images.
+# After Okabe and Ito: distinguishable for colour-blind readers, and dark enough for a white page.
+# The first colour is for trusted images.
 COLOURS = ["#0072b2", "#c25400", "#00805e", "#b0578a", "#b27b00", "#5f6670", "#7a5c00"]
 TEXT, QUIET, GRID = "#000000", "#808080", "#b0b0b0"
 STYLES = ["-", "--", ":", "-."]
-OF_POINTS = COLOURS[1:4]  # of the points that list their channels
-WIDTH = 5.4  # inches, so that a chart is legible on a telephone
-MOST_LABELS = 20  # of coverage points beside an axis
-MOST_MARKS = 40  # points of a line that are marked one by one
-BARS = 20  # how many coverage points fit
-FARTHEST = 1.5  # how many widths outside the range an axis shows
+OF_POINTS = COLOURS[1:4]  # for the points that list their channels
+WIDTH = 5.4  # inches; legible on a phone
+MOST_LABELS = 20  # the largest number of labelled coverage points on an axis
+MOST_MARKS = 40  # the largest number of points with markers on a line
+BARS = 20  # the largest number of bars
+FARTHEST = 1.5  # the axis shows this many widths outside the range
 BINS = 60
 TICKS = 7  # of the axis of the scores
 
@@ -37,7 +37,7 @@ def new_axes(height: float = 3.6) -> tuple[Figure, Axes]:
 
 
 def add_legend(figure: Figure, columns: int = 2) -> None:
-    """Name the lines below the axes, where they cover nothing."""
+    """Add a legend below the axes."""
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(
         handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
@@ -50,14 +50,15 @@ def colour(number: int) -> str:
 
 
 def style(number: int) -> str:
-    """Return a line's style: another one once the colours begin again."""
+    """Return a line's style, which changes when the colours repeat."""
     return STYLES[number // len(COLOURS) % len(STYLES)]
 
 
 def label(name: str) -> str:
-    """Shorten a name for a legend; matplotlib reads dollars as mathematics.
+    """Shorten and escape a name for a legend.
 
-    It leaves out of a legend what is empty or begins with an underscore.
+    matplotlib interprets dollar signs as mathematics, and omits empty names and names that start
+    with an underscore.
     """
     whole = one_line(name)
     shown = (whole if len(whole) <= 40 else f"{whole[:39]}…").replace("$", r"\$")
@@ -65,13 +66,13 @@ def label(name: str) -> str:
 
 
 def thinned(number: int, most: int) -> list[int]:
-    """Return which of so many things to label: evenly spread, at most so many."""
+    """Return at most `most` evenly spaced numbers from 0 to `number` − 1."""
     return list(range(0, number, -(-number // most)))
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart: its name, its points, and how it looks."""
+    """A line of a chart: its name, its points and its style."""
 
     name: str
     x: np.ndarray
@@ -87,11 +88,11 @@ def lines_picture(lines: Sequence[Line], titles: tuple[str, str], height: float)
     Parameters
     ----------
     lines
-        What to draw.
+        The lines.
     titles
-        Of the axes, across and up.
+        The titles of the horizontal and the vertical axis.
     height
-        Of the figure, in inches.
+        The height of the figure, in inches.
     """
     figure, axes = new_axes(height)
     for line in lines:
@@ -111,9 +112,9 @@ def coverage_picture(points: Sequence[str], shares: Mapping[str, Sequence[float]
     Parameters
     ----------
     points
-        The coverage points' names; where there are many, some of them are labelled.
+        The coverage points' names; if there are many, only some are labelled.
     shares
-        By set, the share at each point, in [0, 1].
+        The share at each point, in [0, 1], by set.
     """
     figure, axes = new_axes(4.2)
     marked = "o" if len(points) <= MOST_MARKS else ""
@@ -131,14 +132,14 @@ def coverage_picture(points: Sequence[str], shares: Mapping[str, Sequence[float]
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis that is linear within a width of its centre and logarithmic far from it."""
+    """A scale that is linear near its centre and logarithmic far from it."""
 
     centre: float
     width: float
 
     @classmethod
     def of(cls, trusted: np.ndarray, threshold: float) -> "Axis":
-        """Return an axis in the scale of a threshold, seen from the middle of trusted scores."""
+        """Return the scale centred at the median trusted score, with the threshold's distance."""
         centre = float(np.median(trusted))
         width = abs(threshold - centre)
         if not (np.isfinite(width) and width > 0):
@@ -146,17 +147,17 @@ class Axis:
         return cls(centre, width if width > 0 else 1.0)
 
     def place(self, values: np.ndarray) -> np.ndarray:
-        """Return where values stand on the axis."""
+        """Return the positions of values on the axis."""
         places: np.ndarray = np.arcsinh((np.asarray(values) - self.centre) / self.width)
         return places
 
     def value(self, places: np.ndarray) -> np.ndarray:
-        """Return the values that stand there."""
+        """Return the values at positions on the axis."""
         values: np.ndarray = self.centre + self.width * np.sinh(places)
         return values
 
     def ticks(self, low: float, high: float) -> list[float]:
-        """Return round numbers from low to high that are about evenly spread along the axis."""
+        """Return round numbers from low to high, about evenly spaced on the axis."""
         first, last = self.place(np.array([low, high])).tolist()
         values = self.value(np.linspace(first, last, TICKS + 1))
         steps = 10 ** np.floor(np.log10(np.diff(values)))
@@ -165,16 +166,14 @@ class Axis:
 
 
 def scores_picture(scores: Mapping[str, np.ndarray], threshold: float) -> Figure:
-    """Draw how scores are distributed, on an axis in the scale of the threshold.
-
-    One set far off does not press the others together.
+    """Draw the distribution of scores on an `Axis`, so that a distant set does not compress others.
 
     Parameters
     ----------
     scores
-        By set, the images' scores, finite; the trusted set first.
+        The images' scores, finite, by set; the trusted set first.
     threshold
-        The score above which an image is flagged; infinite where none is.
+        The score above which an image is flagged; infinite if none is.
     """
     figure, axes = new_axes()
     axis = Axis.of(next(iter(scores.values())), threshold)
@@ -201,12 +200,12 @@ def scores_picture(scores: Mapping[str, np.ndarray], threshold: float) -> Figure
 
 
 def explanation_picture(entry: Explanation, order: Sequence[str]) -> Figure:
-    """Draw the coverage points' shares in a score, and which channels left their range.
+    """Draw the coverage points' shares of a score, and the channels outside their range.
 
     Parameters
     ----------
     entry
-        Why an image got its score.
+        The explanation.
     order
         The coverage points' names in the network's order.
     """
@@ -239,7 +238,7 @@ def _draw_shares(
 
 
 def _draw_strips(axes: Axes, points: list[PointShare], colours: dict[str, str]) -> None:
-    """Draw the trusted range as one band, and each channel that left it as a mark on its row."""
+    """Draw the trusted range as a band, and each channel outside it as a mark on its row."""
     rows = [(point, channel) for point in points for channel in point.channels]
     axes.spines[["top", "right", "left"]].set_visible(False)
     if not rows:
@@ -262,7 +261,7 @@ def _draw_strips(axes: Axes, points: list[PointShare], colours: dict[str, str]) 
 
 
 def _mark(channel: LeftChannel) -> tuple[float, str]:
-    """Return where a value stands if its range is 0 to 1, and its marker: an arrow if cut off."""
+    """Return a value's position, with its range as 0 to 1, and its marker: an arrow if clipped."""
     widths, below = channel.outside_by, channel.value < channel.low
     if widths > FARTHEST:
         return (-FARTHEST, "<") if below else (1 + FARTHEST, ">")

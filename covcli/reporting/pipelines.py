@@ -1,4 +1,4 @@
-"""What a pipeline shows of an evaluation: a job's summary, a JUnit report, annotations."""
+"""Results for CI pipelines: a job summary, a JUnit report and annotations."""
 
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -9,7 +9,15 @@ from covcli.reporting.documents import EvaluationResult, GateOutcome
 
 
 def summary(result: EvaluationResult) -> str:
-    """Return an evaluation and its gates as Markdown, the verdict first."""
+    """Return a job summary in Markdown: the verdict, the gates and the main results.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from covcli.reporting.documents import read_evaluation
+    >>> summary(read_evaluation(Path("runs/latest/evaluation.json"))).splitlines()[0][:11]
+    '### covcli:'
+    """
     return markdown.document(
         [
             f"### covcli: {markdown.escape(tables.verdict(result))}",
@@ -24,10 +32,10 @@ def summary(result: EvaluationResult) -> str:
 
 
 def junit(outcomes: Sequence[GateOutcome]) -> bytes:
-    """Return gates and their outcomes as a JUnit report in XML, a test case each.
+    """Return gates and their outcomes as a JUnit report in XML, one test case per gate.
 
-    A case carries the figure, its interval and the bound as properties and in words, and as its
-    time the seconds that its set took to score.
+    A case has the value, its interval and the bound as properties and in words. Its time is the
+    time in seconds that scoring its set took.
     """
     seconds = {outcome.set: outcome.seconds for outcome in outcomes}
     failed = sum(not outcome.passed for outcome in outcomes)
@@ -61,7 +69,7 @@ def _body(outcome: GateOutcome) -> str:
 
 
 def annotations(outcomes: Sequence[GateOutcome]) -> str:
-    """Return gates and their outcomes as GitHub's workflow commands, a line each.
+    """Return gates and their outcomes as GitHub workflow commands, one line each.
 
     Failed gates are errors, the others notices; see "Workflow commands for GitHub Actions".
     """

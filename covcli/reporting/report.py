@@ -1,4 +1,4 @@
-"""report: one self-contained HTML file and a Markdown file about a run, from its files alone."""
+"""report: write a self-contained HTML file and a Markdown file about a run, from its files."""
 
 import base64
 import hashlib
@@ -30,14 +30,14 @@ FILES = (per_image.SCORES, per_image.SAMPLES)
 
 @dataclass(frozen=True)
 class ReportResult:
-    """What `report` wrote.
+    """The files that `report` wrote.
 
     Attributes
     ----------
     html, markdown
         The two reports.
     figures
-        The pictures, which the Markdown file shows; the HTML file holds its own.
+        The pictures of the Markdown file; those of the HTML file are embedded.
     """
 
     html: Path
@@ -56,18 +56,18 @@ def report(
     Parameters
     ----------
     run
-        The folder; by default the newest in `runs`.
+        The run folder; None: the newest in `runs`.
     output
-        Where to write; by default the run folder.
+        The output folder; None: the run folder.
     force
-        Whether to overwrite an earlier report.
+        Whether to overwrite an existing report.
     runs
         The folder of run folders.
 
     Raises
     ------
     CovcliError
-        If the folder holds no evaluation, a file of it is broken, or a report exists already.
+        If the folder has no evaluation, one of its files is damaged, or a report exists already.
 
     Examples
     --------
@@ -99,9 +99,10 @@ def report(
 
 @contextmanager
 def holding_together(run: Path) -> Iterator[None]:
-    """Turn what is raised over results that contradict each other into a CovcliError.
+    """Convert errors caused by inconsistent results to a CovcliError.
 
-    What matplotlib warns of, that its font lacks a character of a name, is seen in the picture.
+    matplotlib's warning about characters missing in its font is hidden: it is visible in the
+    picture.
     """
     try:
         with warnings.catch_warnings():
@@ -112,16 +113,27 @@ def holding_together(run: Path) -> Iterator[None]:
 
 
 def read(run: Path) -> ReportData:
-    """Read the files of a run that a report is made of."""
+    """Read the files of a run for a report.
+
+    Raises
+    ------
+    CovcliError
+        If a file is missing, damaged, or does not belong to the evaluation.
+
+    Examples
+    --------
+    >>> read(Path("runs/latest")).sets
+    ['trusted', 'photos?limit=100']
+    """
     path = run / "evaluation.json"
     if not is_file(path):
         raise CovcliError("holds no evaluation", where=run, fix="run `covcli evaluate` first")
     evaluation = documents.read_evaluation(path)
     logs = sorted(run.glob("training_results_*.json"))
-    for name, recorded in evaluation.digests.items():  # none in those of an earlier version
+    for name, recorded in evaluation.digests.items():  # earlier versions recorded none
         if name in FILES and files.digest_file(run / name) != recorded:
             raise CovcliError(
-                "is not of the evaluation beside it",
+                "does not belong to the evaluation beside it",
                 where=run / name,
                 fix="run `covcli evaluate --force` again",
             )
@@ -133,7 +145,7 @@ def read(run: Path) -> ReportData:
 
 
 def _picture(block: Block) -> Iterator[tuple[str, bytes]]:
-    """Yield the name and the content of the PNG file that the Markdown file shows of a block."""
+    """Yield the name and the content of the PNG file of a block, for the Markdown file."""
     if isinstance(block, Picture):
         buffer = io.BytesIO()
         block.figure.savefig(
@@ -145,7 +157,7 @@ def _picture(block: Block) -> Iterator[tuple[str, bytes]]:
 
 
 def _html(data: ReportData, opening: Headline, sections: list[Section]) -> str:
-    """Return a page that needs nothing else and allows nothing from elsewhere."""
+    """Return a self-contained page that loads nothing from elsewhere."""
     environment = Environment(
         loader=PackageLoader("covcli.reporting"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -172,12 +184,12 @@ def _html(data: ReportData, opening: Headline, sections: list[Section]) -> str:
 
 
 def _breakable(text: str) -> Markup:
-    """Escape a name, and let a line break within it behind a mark."""
+    """Escape a name, and allow line breaks after punctuation."""
     return Markup("<wbr>").join(re.findall(r"[^/?&:,=]*[/?&:,=]?", one_line(text)))
 
 
 def _resource(environment: Environment, name: str) -> Markup:
-    """Return a file of ours that stands in the page as it is."""
+    """Return the content of a template file, without escaping."""
     assert environment.loader is not None
     return Markup(environment.loader.get_source(environment, name)[0])
 

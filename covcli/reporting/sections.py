@@ -1,4 +1,15 @@
-"""SECTIONS: the parts of a report, in their order. Each is a function from files to blocks."""
+"""SECTIONS: the registry of a report's sections, in order; each is a function of `ReportData`.
+
+A plugin adds a section. Its function returns a `Section`, or None to add nothing.
+
+Examples
+--------
+>>> @SECTIONS.add("contact")
+... def contact(data):
+...     return Section("Contact", ["Questions: the safety team."])
+>>> SECTIONS.get("contact")(None).title
+'Contact'
+"""
 
 from collections.abc import Callable
 from pathlib import PurePath
@@ -33,12 +44,12 @@ SECTIONS: Registry[SectionMaker] = Registry("report section")
 
 @SECTIONS.add("summary")
 def summary(data: ReportData) -> Section:
-    """Say what was measured and what that does not show."""
+    """Describe what was measured, and its limits."""
     not_shown = (
         "What this does not show: the false-alarm rate of images that are not exchangeable with "
         "the calibration images. Detection was measured on the sets named here; another kind "
         "of untrusted input may be detected better or worse, and an attacker who knows the "
-        "signature can attack it too. The intervals speak of the draw of the test images, not of "
+        "signature can attack it too. The intervals refer to the draw of the test images, not to "
         "another training or another calibration. A trusted verdict does not mean that the answer "
         "is right: see the accuracy by confidence."
     )
@@ -54,18 +65,18 @@ def summary(data: ReportData) -> Section:
 
 @SECTIONS.add("false alarms")
 def false_alarms(data: ReportData) -> Section:
-    """Tabulate the false alarms by predicted class, beside what is promised of each."""
+    """Tabulate the false alarms by predicted class, with the guaranteed bound of each."""
     note = (
-        "Rates in per cent, with exact 95% intervals; promised is what the share among so many "
-        "images stays at or below with 95% probability, for each class by itself. Marginal "
-        "calibration promises nothing of a single class."
+        "Rates in per cent, with exact 95% intervals. The promised bound is the 95% upper bound of "
+        "the share among that many images, for each class separately. Marginal calibration "
+        "guarantees nothing for a single class."
     )
     return Section("False alarms by predicted class", [tables.class_alarms(data.evaluation), note])
 
 
 @SECTIONS.add("detection")
 def detection(data: ReportData) -> Section:
-    """Tabulate the figures of each untrusted set, ours beside the baselines'."""
+    """Tabulate the detection metrics of each untrusted set and score."""
     e = data.evaluation
     note = f"In per cent, with 95% intervals. {tables.FPR95_NOTE}"
     blocks: list[Block] = [tables.detection(e), note, tables.means(e), *tables.deceptions(e)]
@@ -105,7 +116,7 @@ def scores(data: ReportData) -> Section:
 
 @SECTIONS.add("roc")
 def roc(data: ReportData) -> Section:
-    """Draw the ROC curves, ours solid and the softmax baseline dashed."""
+    """Draw the ROC curves: coverage solid, the softmax baseline dashed."""
     lines, seen = [], []
     for k, entry in enumerate(data.evaluation.untrusted, 1):
         for score, dashes in (("coverage", "-"), ("softmax", "--")):
@@ -121,7 +132,7 @@ def roc(data: ReportData) -> Section:
 
 @SECTIONS.add("baselines")
 def baselines(data: ReportData) -> Section | None:
-    """Draw the ROC curves of each set, ours in black and the baselines in colour."""
+    """Draw the ROC curves of each set: coverage in black, the baselines in colour."""
     ours = {"coverage", "softmax"}
     names = [m.score for m in data.evaluation.mean_over_sets if m.score not in ours]
     if not names:
@@ -155,7 +166,7 @@ def _roc(data: ReportData, name: str, score: str) -> tuple[np.ndarray, np.ndarra
 
 @SECTIONS.add("confidence")
 def confidence(data: ReportData) -> Section:
-    """Draw and tabulate accuracy against confidence, on the trusted test images."""
+    """Draw and tabulate the accuracy by confidence, on the trusted test images."""
     bins = data.evaluation.confidence_bins
     figure, axes = new_axes(3.2)
     seen = []
@@ -181,7 +192,7 @@ def confidence(data: ReportData) -> Section:
 
 @SECTIONS.add("errors")
 def errors(data: ReportData) -> Section | None:
-    """Draw and tabulate how well each score finds wrongly classified trusted images."""
+    """Draw and tabulate how well each score detects misclassified trusted images."""
     by_score, table = data.evaluation.trusted.errors, tables.own_errors(data.evaluation)
     if by_score is None or table is None:
         return None
@@ -207,7 +218,7 @@ def errors(data: ReportData) -> Section | None:
 
 @SECTIONS.add("training")
 def training(data: ReportData) -> Section | None:
-    """Draw the training curves, where the run was trained by covcli."""
+    """Draw the training curves, if covcli trained the network."""
     if data.training is None:
         return None
     epochs = data.training.epochs
@@ -266,18 +277,18 @@ def _thumbnail(data: ReportData, name: str, kind: str, row: int, pixels: np.ndar
 
 @SECTIONS.add("explanations")
 def explanations(data: ReportData) -> Section | None:
-    """Show why the most suspicious images of each set got their scores, where that was asked."""
+    """Show the explanations of the most suspicious images of each set, if requested."""
     entries = data.evaluation.explanations
     if not entries:
         return None
     order = [point.name for point in data.evaluation.points]
     blocks: list[Block] = [
-        "The most suspicious images of each set; those of the trusted set that were flagged are "
-        "false alarms. A coverage point's share is its part in the score. For the three points "
-        "with the largest shares the channels are shown that left the range of the predicted "
-        "class farthest: the band is that range, and the mark is the image's value, on a scale "
-        "of widths of the range. An arrow stands for a value beyond the scale, or for a range of "
-        "no width. The small map shows where a channel fires, not why."
+        "The most suspicious images of each set. Flagged images of the trusted set are false "
+        "alarms. A coverage point's share is its part of the score. For the three points with the "
+        "largest shares, the channels farthest outside the range of the predicted class are "
+        "shown: the band is that range, and the mark is the image's value, in widths of the "
+        "range. An arrow marks a value beyond the scale, or a range of zero width. The small map "
+        "shows where a channel is active, not why."
     ]
     for k, (entry, pixels) in enumerate(zip(entries, data.samples.explained, strict=True)):
         title = tables.explanation(entry)
@@ -286,7 +297,9 @@ def explanations(data: ReportData) -> Section | None:
         if pixels.fires is not None and entry.mapped is not None:
             place = f"{entry.mapped}, channel {worst[entry.mapped].channel}"
             mapped = heat(pixels.image, pixels.fires)
-            images.append(Thumbnail(mapped, (f"where {place} fires",), f"Where {place} fires"))
+            images.append(
+                Thumbnail(mapped, (f"where {place} is active",), f"Where {place} is active")
+            )
         points = ", ".join(f"{p.name} {percent(p.share)}%" for p in entry.points[:3])
         picture = Picture(
             f"explanation-{k}", "Shares of the score, and the channels that left their range",
@@ -300,5 +313,5 @@ def explanations(data: ReportData) -> Section | None:
 
 @SECTIONS.add("provenance")
 def provenance(data: ReportData) -> Section:
-    """Tabulate what the figures were made of and with."""
+    """Tabulate the provenance of the results."""
     return Section("Provenance", [tables.provenance(data.evaluation)])

@@ -1,8 +1,8 @@
-"""Charts as SVG that stands within a page: small, sharp, and in the page's colours.
+"""Charts as inline SVG: small, sharp, and in the page's colours.
 
 A page with a strict Content-Security-Policy allows no style attributes, and two charts on a page
-must not share an id. So matplotlib's SVG is rewritten: styles become attributes, ids are named
-after the chart or go, and colours are those of the page's theme.
+must not share an id. So matplotlib's SVG is rewritten: styles become attributes, ids are prefixed
+with the chart's name or removed, and colours come from the page's theme.
 """
 
 import io
@@ -18,7 +18,7 @@ from covcli.reporting.pictures import COLOURS, GRID, QUIET, TEXT
 SPACE = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
 DROPPED = {f"{SPACE}{name}" for name in ("metadata", "style")}
-# Of a text, what its place and its size depend on; its family is the page's.
+# Elements with text; the font family is that of the page.
 TEXTS = {"text", "tspan"}
 KEPT_STYLES = {
     "fill", "stroke", "stroke-width", "stroke-dasharray", "stroke-dashoffset", "stroke-linecap",
@@ -36,16 +36,16 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 
 def inline(figure: Figure, name: str, seen: str) -> Markup:
-    """Return a figure as an SVG element of a page.
+    """Return a figure as an inline SVG element.
 
     Parameters
     ----------
     figure
-        What to draw.
+        The figure.
     name
-        The chart's name, unlike that of every other chart of the page.
+        The chart's name, unique on the page.
     seen
-        What is seen in it, for those who do not see it.
+        The alternative text.
     """
     buffer = io.StringIO()
     options = {"svg.fonttype": "none", "svg.hashsalt": name}
@@ -65,7 +65,7 @@ def inline(figure: Figure, name: str, seen: str) -> Markup:
 
 
 def _targets(root: ET.Element) -> set[str]:
-    """Return the ids that something refers to."""
+    """Return the ids that are referenced."""
     targets = set()
     for element in root.iter():
         for key, value in element.items():
@@ -76,7 +76,7 @@ def _targets(root: ET.Element) -> set[str]:
 
 
 def _rewrite(element: ET.Element, names: dict[str, str]) -> None:
-    """Rewrite an element and all that it holds."""
+    """Rewrite an element and its children."""
     element.tag = element.tag.removeprefix(SPACE)
     element.attrib = dict(_attributes(element, names))
     for child in [child for child in element if child.tag in DROPPED]:
@@ -91,7 +91,7 @@ def _rewrite(element: ET.Element, names: dict[str, str]) -> None:
 
 
 def _attributes(element: ET.Element, names: dict[str, str]) -> list[tuple[str, str]]:
-    """Return an element's attributes as they stand in a page."""
+    """Return an element's attributes for the page."""
     attributes = []
     for key, value in element.items():
         if key == "style":

@@ -1,6 +1,6 @@
-"""Figures worded once: the tables and sentences over an evaluation that every report shows.
+"""Tables and sentences about an evaluation, shared by terminal, HTML, Markdown and summaries.
 
-Figures are in per cent, and are followed by their 95% interval where they have one.
+Numbers are in per cent, followed by their 95% interval if they have one.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ from covcli.reporting.documents import (
 
 NONE = "–"
 FIGURE_BEGINS = "0123456789[<>+−-–"
-MOST_NAMED = 8  # sets that a verdict names one by one
+MOST_NAMED = 8  # the largest number of sets that a verdict lists
 FIGURES = {
     "auroc": "AUROC",
     "aupr_out": "AUPR-out",
@@ -46,7 +46,7 @@ GATE_HEAD = ["gate", "set", "value", "bound", "interval", "outcome"]
 
 
 class Interval(Protocol):
-    """A share with its interval; none of them where it was measured on no image."""
+    """A share with its interval; all are None if there was no image."""
 
     @property
     def value(self) -> float | None:
@@ -54,16 +54,33 @@ class Interval(Protocol):
 
     @property
     def low(self) -> float | None:
-        """The interval's lower end."""
+        """The interval's lower limit."""
 
     @property
     def high(self) -> float | None:
-        """The interval's upper end."""
+        """The interval's upper limit."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table: its title, the head, the rows and what stands below them, as text."""
+    """A table of text.
+
+    Attributes
+    ----------
+    title
+        The title.
+    head
+        The headings of the columns.
+    rows
+        The cells of each row.
+    footer
+        A last row, such as means, or None.
+
+    Examples
+    --------
+    >>> Table("Sizes", ["point", "neurons"], [["1", "16"], ["2", "32"]]).numeric
+    [False, True]
+    """
 
     title: str
     head: list[str]
@@ -77,14 +94,14 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns hold figures, to be set flush right; the first names its row."""
+        """Which columns are numeric, and aligned to the right; the first column never is."""
         columns = zip(*self.lines, strict=True)
         figures = [all(cell[:1] in FIGURE_BEGINS for cell in column) for column in columns]
         return [False, *figures[1:]] if figures else [False] * len(self.head)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """Word a share in per cent; a dash where there is none.
+    """Format a share in per cent; a dash for None.
 
     Examples
     --------
@@ -95,7 +112,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def interval(estimate: Interval | None, digits: int = 1) -> str:
-    """Word a share with its interval in per cent; a dash where there is none.
+    """Format a share with its interval in per cent; a dash for None.
 
     Examples
     --------
@@ -110,7 +127,7 @@ def interval(estimate: Interval | None, digits: int = 1) -> str:
 
 
 def verdict(result: EvaluationResult) -> str:
-    """Word an evaluation in a line: its gates, or what is flagged of the sets."""
+    """Return a one-line summary of an evaluation: its gates, or the shares flagged."""
     if result.gates:
         passed = sum(outcome.passed for outcome in result.gates)
         ending = "" if passed == len(result.gates) else ": do not release"
@@ -135,7 +152,7 @@ def _caught(rates: list[tuple[float, str]]) -> str:
 
 
 def about(share: float) -> str:
-    """Word a share in whole per cent; only none is 0% and only all is 100%.
+    """Format a share in whole per cent; 0% and 100% are exact.
 
     Examples
     --------
@@ -148,21 +165,21 @@ def about(share: float) -> str:
 
 
 def short_names(result: EvaluationResult) -> list[str]:
-    """Return the untrusted sets' names without their parameters, where that tells them apart."""
+    """Return the untrusted sets' names, without parameters if they stay distinct."""
     names = [entry.name for entry in result.untrusted]
     short = [name.partition("?")[0] for name in names]
     return [s if short.count(s) == 1 else name for s, name in zip(short, names, strict=True)]
 
 
 def gates(result: EvaluationResult) -> Table | None:
-    """Tabulate the gates and their outcomes; None where none was set."""
+    """Return the table of gates and outcomes; None without gates."""
     if not result.gates:
         return None
     return Table("Gates", GATE_HEAD, [gate_row(outcome) for outcome in result.gates])
 
 
 def gate_row(outcome: GateOutcome) -> list[str]:
-    """Word a gate and its outcome, as headed by `GATE_HEAD`."""
+    """Return the cells of a gate and its outcome, for the headings `GATE_HEAD`."""
     span = f"[{percent(outcome.low)}, {percent(outcome.high)}]"
     bound = f"{outcome.relation} {percent(outcome.bound)}"
     verdict = "passed" if outcome.passed else "failed"
@@ -170,27 +187,27 @@ def gate_row(outcome: GateOutcome) -> list[str]:
 
 
 def gated(outcome: GateOutcome) -> str:
-    """Word the figure that a gate holds against its bound."""
+    """Return the name of the metric that a gate compares with its bound."""
     if outcome.statistic == "value":
         return outcome.metric
     return f"{outcome.metric}.{outcome.statistic}"
 
 
 def false_alarms(result: EvaluationResult) -> str:
-    """Word the false alarms beside what calibration promises."""
+    """Return a sentence about the false alarms and the interval that calibration guarantees."""
     alarms = result.trusted.false_alarm_rate
     low, high = percent(alarms.promised_low, 2), percent(alarms.promised_high, 2)
     return (
         f"Of {result.trusted.images} trusted images of {result.trusted.name} (accuracy "
         f"{percent(result.trusted.accuracy)}%), {interval(alarms, 2)}% were flagged at "
         f"{result.guarantee.mode} α = {alarms.alpha:g}. Calibration on "
-        f"{result.signature.calibration_scores} scores promises {low} to {high}% of so many "
+        f"{result.signature.calibration_scores} scores promises {low} to {high}% of that many "
         "images, with 95% probability if no two scores are equal."
     )
 
 
 def accepted(result: EvaluationResult) -> str | None:
-    """Word how many answers pass and how many of those are wrong; None where nothing bounds it."""
+    """Return a sentence about the answers that pass; None without a bound on the error rate."""
     a = result.trusted.accepted
     if a is None:
         return None
@@ -202,7 +219,7 @@ def accepted(result: EvaluationResult) -> str | None:
 
 
 def highest_class(result: EvaluationResult) -> str:
-    """Word the predicted class with the highest false-alarm rate."""
+    """Return a sentence about the predicted class with the highest false-alarm rate."""
     worst = _highest(result)[0]
     promised = worst.promised_high
     bound = "nothing promised" if promised is None else f"promised at most {percent(promised, 2)}%"
@@ -213,14 +230,14 @@ def highest_class(result: EvaluationResult) -> str:
 
 
 def class_alarms(result: EvaluationResult, most: int | None = None) -> Table:
-    """Tabulate the false alarms by predicted class, the highest rates first.
+    """Return the table of false alarms by predicted class, the highest rates first.
 
     Parameters
     ----------
     result
         The evaluation.
     most
-        How many classes to list; None lists all.
+        The number of classes to list; None: all.
     """
     classes = _highest(result)
     rows = [
@@ -239,7 +256,7 @@ def _highest(result: EvaluationResult) -> list[ClassAlarms]:
 
 
 def overview(result: EvaluationResult, intervals: bool = False) -> Table:
-    """Tabulate the main figures, a row an untrusted set, and their means over several.
+    """Return the table of the main metrics, one row per untrusted set, with means.
 
     Parameters
     ----------
@@ -262,7 +279,7 @@ def overview(result: EvaluationResult, intervals: bool = False) -> Table:
 
 
 def comparison(result: EvaluationResult) -> Table:
-    """Tabulate our score beside the best other one of each set, by AUROC, and the differences."""
+    """Return the comparison of coverage with the best other score by AUROC, for each set."""
     rows = []
     for entry in result.untrusted:
         ours = entry.scores["coverage"]
@@ -295,7 +312,7 @@ def _beside(
 
 
 def difference(value: float) -> str:
-    """Word a difference of two shares in per cent, with its sign.
+    """Format a difference of two shares in per cent, with its sign.
 
     Examples
     --------
@@ -311,14 +328,14 @@ def _value(estimate: Interval | None) -> str:
 
 
 def mean_detected(result: EvaluationResult, score: str) -> float | None:
-    """Average the share that a score detects over the untrusted sets; None without thresholds."""
+    """Return a score's mean detection rate over the untrusted sets; None without thresholds."""
     rates = [entry.scores[score].detection_rate for entry in result.untrusted]
     known = [rate.value for rate in rates if rate is not None]
     return sum(known) / len(known) if known and len(known) == len(rates) else None
 
 
 def detection(result: EvaluationResult) -> Table:
-    """Tabulate every figure of each untrusted set, ours beside the other scores'."""
+    """Return the table of all detection metrics, by untrusted set and score."""
     rows = [
         [name, str(part.images), mean.score, *_figures(scores[mean.score])]
         for name, part, scores in _parts(result.untrusted)
@@ -330,7 +347,7 @@ def detection(result: EvaluationResult) -> Table:
 def _parts(
     entries: Sequence[UntrustedSet],
 ) -> Iterator[tuple[str, UntrustedSet | Deceived, dict[str, Detection]]]:
-    """Yield each set, and after an attack those images that it deceived the network on."""
+    """Yield each set, and after an attack also its successes."""
     for entry in entries:
         yield entry.name, entry, entry.scores
         if entry.deceived is not None and entry.deceived.scores is not None:
@@ -342,13 +359,13 @@ def _figures(figures: Detection) -> list[str]:
 
 
 def means(result: EvaluationResult) -> Table:
-    """Tabulate each score's mean over the untrusted sets."""
+    """Return the table of each score's mean over the untrusted sets."""
     rows = [[m.score, interval(m.auroc), interval(m.fpr95)] for m in result.mean_over_sets]
     return Table("Mean over the untrusted sets", ["score", "AUROC", "FPR95"], rows)
 
 
 def deceptions(result: EvaluationResult) -> list[str]:
-    """Word how often each attack deceives the network."""
+    """Return a sentence about the success rate of each attack."""
     return [
         f"{entry.name} deceives the network on {interval(entry.success_rate)}% of the images that "
         f"it got right; {entry.deceived.already_wrong} of {entry.images} were wrong before."
@@ -358,7 +375,7 @@ def deceptions(result: EvaluationResult) -> list[str]:
 
 
 def coverage(result: EvaluationResult) -> Table:
-    """Tabulate the share of neurons inside their range, by coverage point and set."""
+    """Return the table of the shares of neurons inside their range, by coverage point and set."""
     sets = list(result.points[0].coverage)
     rows = [
         [p.name, str(p.neurons), *(percent(p.coverage[name], 2) for name in sets)]
@@ -369,7 +386,7 @@ def coverage(result: EvaluationResult) -> Table:
 
 
 def confidence_bins(result: EvaluationResult) -> Table:
-    """Tabulate the accuracy on trusted images by bin of confidence."""
+    """Return the table of the accuracy on trusted images by bin of confidence."""
     rows = [
         [b.confidence, f"{b.low:g}–{b.high:g}", str(b.images), percent(b.accuracy)]
         for b in result.confidence_bins
@@ -378,7 +395,7 @@ def confidence_bins(result: EvaluationResult) -> Table:
 
 
 def confidence_thresholds(result: EvaluationResult) -> Table:
-    """Tabulate how many trusted images a confidence keeps, and the accuracy on those."""
+    """Return the table of the share of trusted images above a confidence, and their accuracy."""
     rows = [
         [k.confidence, f"{k.threshold:g}", percent(k.kept), percent(k.accuracy)]
         for k in result.confidence_thresholds
@@ -387,7 +404,7 @@ def confidence_thresholds(result: EvaluationResult) -> Table:
 
 
 def own_errors(result: EvaluationResult) -> Table | None:
-    """Tabulate how well each score finds the network's own errors; None where that is undefined."""
+    """Return the table of how well each score detects the network's errors; None if undefined."""
     errors = result.trusted.errors
     if errors is None:
         return None
@@ -401,7 +418,7 @@ def own_errors(result: EvaluationResult) -> Table | None:
 
 
 def watched(log: TrainingLog) -> Table | None:
-    """Tabulate the coverage that was watched during training; None where none was."""
+    """Return the table of the coverage during training; None if it was not measured."""
     looks = [(entry.epoch, entry.watched) for entry in log.epochs if entry.watched is not None]
     if not looks:
         return None
@@ -410,7 +427,7 @@ def watched(log: TrainingLog) -> Table | None:
 
 
 def provenance(result: EvaluationResult) -> Table:
-    """Tabulate what the figures were made of and with."""
+    """Return the table of the provenance of the results."""
     signature = result.signature
     rows = [[key, str(value)] for key, value in result.provenance.items()]
     rows += [["checkpoint fingerprint", signature.checkpoint_fingerprint],
@@ -423,7 +440,7 @@ def provenance(result: EvaluationResult) -> Table:
 
 
 def explanation(entry: Explanation) -> str:
-    """Word an explained image and its verdict."""
+    """Return a sentence about an explained image and its verdict."""
     known = "" if entry.label is None else f", labelled {entry.label}"
     verdict = "flagged" if entry.untrusted else "not flagged"
     return (
@@ -433,7 +450,7 @@ def explanation(entry: Explanation) -> str:
 
 
 def point_share(point: PointShare) -> str:
-    """Word a coverage point's part in a score."""
+    """Return a sentence about a coverage point's share of a score."""
     return (
         f"{point.name}: {percent(point.share)}% of the score (z = {point.z:.1f}), {point.left} "
         f"neurons ({percent(1 - point.coverage)}%) outside their range"
@@ -441,7 +458,7 @@ def point_share(point: PointShare) -> str:
 
 
 def left_channels(entry: Explanation) -> Table | None:
-    """Tabulate the neurons that left their range; None where none of those listed did."""
+    """Return the table of the listed neurons outside their range; None if there are none."""
     rows = [
         [point.name, channel.label, *channel_cells(channel)]
         for point in entry.points
@@ -452,14 +469,14 @@ def left_channels(entry: Explanation) -> Table | None:
 
 
 def left_channel(channel: LeftChannel) -> str:
-    """Word a neuron that left its range."""
+    """Return a sentence about a neuron outside its range."""
     value, span, widths = channel_cells(channel)
     beyond = "" if widths == NONE else f", outside by {widths} widths"
     return f"{channel.label}: {value}, trusted {span}{beyond}"
 
 
 def channel_cells(channel: LeftChannel) -> tuple[str, str, str]:
-    """Word a neuron's value, its range and how many widths of the range lie between them."""
+    """Format a neuron's value, its range, and the distance from it in widths of the range."""
     low, high = channel.low, channel.high
     span = f"{_end(low)} to {_end(high)}" if low != high else f"always {_end(low)}"
     widths = channel.outside_by

@@ -41,7 +41,7 @@ def say(text: str) -> None:
 
 
 def _console() -> Console:
-    """Return a console for stdout; a pipe has no width unless `COLUMNS` gives it one."""
+    """Return a console for stdout; a pipe has a fixed width unless `COLUMNS` is set."""
     stream = output.results()
     terminal = stream.isatty()
     known = terminal or "COLUMNS" in os.environ
@@ -51,14 +51,14 @@ def _console() -> Console:
 
 
 def show_evaluation(result: "EvaluationResult", verbose: bool = False) -> None:
-    """Print an evaluation to stdout: the verdict, one table, and what is guaranteed.
+    """Print an evaluation to stdout: the verdict, one table, and the guarantee.
 
     Parameters
     ----------
     result
         The evaluation.
     verbose
-        Whether to print every other table too, and intervals.
+        Whether to print all other tables too, and intervals.
     """
     console = _console()
     _show(console, tables.verdict(result), style="bold")
@@ -76,7 +76,7 @@ def show_evaluation(result: "EvaluationResult", verbose: bool = False) -> None:
 
 
 def show_rows(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows to stdout, a line each however wide, with the cells in columns."""
+    """Print rows to stdout in aligned columns, one line per row of any width."""
     cells = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
@@ -90,7 +90,7 @@ def show_table(table: "tables.Table") -> None:
 
 
 def _show_all(console: Console, result: "EvaluationResult") -> None:
-    """Print what a report shows beside the overview."""
+    """Print the tables that the overview does not contain."""
     _show(console, f"Signature {result.signature.parameters}. {tables.false_alarms(result)}")
     _show(console, tables.class_alarms(result, CLASSES_SHOWN))
     _show(console, tables.detection(result))
@@ -107,7 +107,7 @@ def _show_all(console: Console, result: "EvaluationResult") -> None:
 
 
 def _show(console: Console, block: "str | tables.Table", style: str = "") -> None:
-    """Print a paragraph or a table; a table that is too wide as a block of lines a row."""
+    """Print a paragraph or a table; if a table is too wide, each row as a block of lines."""
     if isinstance(block, str):
         _write(console, one_line(block), style)
         return
@@ -134,7 +134,7 @@ def _grid(block: "tables.Table") -> Table:
 
 
 def _stack(console: Console, block: "tables.Table") -> None:
-    """Print each row as its first cell, and below it the others, each behind its head."""
+    """Print each row as its first cell, followed by the other cells with their headings."""
     _write(console, one_line(block.title), "italic")
     for first, *rest in block.lines:
         _write(console, one_line(first), "bold")
@@ -144,7 +144,7 @@ def _stack(console: Console, block: "tables.Table") -> None:
 
 
 def _write(console: Console, text: str, style: str = "", indent: str = "") -> None:
-    """Print text broken between words; a word wider than the line behind a mark within it."""
+    """Print text wrapped between words; a word wider than the line is broken at punctuation."""
     width = console.width - len(indent)
     lines = [""]
     for word in text.split(" "):

@@ -1,4 +1,4 @@
-"""Small images as files: of one image, and of a sheet of many."""
+"""Small images: one image as a data URI, and several as a sheet."""
 
 import base64
 import io
@@ -9,19 +9,19 @@ from PIL import Image
 
 from covcli.reporting.blocks import Thumbnail
 
-LARGEST = 128  # pixels a side
-PLAIN = 64  # up to so many pixels a side an image is kept as it is
-SHOWN = 64  # pixels a side on a sheet
+LARGEST = 128  # pixels per side
+PLAIN = 64  # an image of at most this many pixels per side is stored as PNG
+SHOWN = 64  # pixels per side on a sheet
 PER_ROW = 8
 
 
 def data_uri(image: np.ndarray) -> str:
-    """Return an image as an address that holds it: PNG, or JPEG if it is large.
+    """Return an image as a data URI: PNG, or JPEG if it is large.
 
     Parameters
     ----------
     image
-        uint8 of shape (C, H, W), of 1 or 3 channels.
+        uint8 of shape (C, H, W), with 1 or 3 channels.
     """
     small = _image(image)
     small.thumbnail((LARGEST, LARGEST))
@@ -50,14 +50,14 @@ def _image(pixels: np.ndarray) -> Image.Image:
 
 
 def heat(image: np.ndarray, fires: np.ndarray) -> np.ndarray:
-    """Lay a channel's activation over the greyed image; the higher, the more opaque.
+    """Overlay a channel's activation on the grey image; a higher activation is more opaque.
 
     Parameters
     ----------
     image
         uint8 of shape (C, H, W).
     fires
-        Where the channel fires, shape (h, w).
+        The channel's activation, shape (h, w).
 
     Returns
     -------

@@ -185,7 +185,7 @@ def test_a_mixture_of_two_evaluations_is_refused(
         ]
         assert len(changed) == killed_after
         assert "evaluation.json" not in changed
-        with pytest.raises(CovcliError, match="is not of the evaluation beside it"):
+        with pytest.raises(CovcliError, match="does not belong to the evaluation"):
             report(evaluated)
         assert not (evaluated / "report.html").exists()
     evaluate(again, Silent())
