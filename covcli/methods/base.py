@@ -62,8 +62,8 @@ class Method(ABC):
     ...     def begin(self, layout):
     ...         return State.of_sums(self.expected(layout))
     ...     def observe(self, state, layout, neurons, labels):
-    ...         state["total"] += (neurons.double() * 1024).round().long().sum(0)
-    ...         state["count"] += len(neurons)
+    ...         state["total"].add_((neurons.double() * 1024).round().long().sum(0))
+    ...         state["count"].add_(len(neurons))
     ...     def prepare(self, state, layout):
     ...         return DistanceScorer(layout, {"mean": state["total"] / 1024 / state["count"]})
     ...     def expected(self, layout):

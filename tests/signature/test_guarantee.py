@@ -271,6 +271,17 @@ def test_an_error_bound_that_cannot_be_shown_is_refused_with_the_number_needed()
         unlabelled.rule(Guarantee(0.1, "marginal", 0.02), names)
 
 
+@pytest.mark.parametrize("alpha", [0.1, 0.5])
+def test_the_number_needed_for_an_error_bound_is_that_of_the_alpha_asked_for(alpha: float) -> None:
+    """Not of the stored one: a share 1 − α of three in four images passes the alarm."""
+    calibration = answers(np.random.default_rng(15), 150)[0]
+    assert calibration.guarantee.alpha not in (0.1, 0.5)
+    answered = math.ceil(math.log(0.05) / math.log(0.98))  # without a wrong one among them
+    needed = math.ceil(math.ceil(answered / (1 - alpha)) * 4 / 3)
+    with pytest.raises(CovcliError, match=f"at least {needed} calibration images"):
+        calibration.rule(Guarantee(alpha, "marginal", 0.02), ("a", "b", "c"))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_verdicts_and_confidences_agree_class_by_class(mode: str) -> None:
     generator = np.random.default_rng(9)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from covcli.core import run_folders
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
 from covcli.methods import METHODS, Layout, Method, MultiRange, State, make_method
@@ -111,6 +112,21 @@ def test_merged_signatures_are_calibrated_like_the_whole(
     assert sum(result.trusted.values()) == int(expected["state.count"].sum())
     with pytest.raises(CovcliError, match="exists"):
         merge_signatures(MergeConfig(tuple(halves), output, trained.checkpoint), Silent())
+
+
+def test_of_two_merges_into_one_file_the_second_is_refused(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    halves = (
+        built(trained, tmp_path, "a", trusted="digits?limit=700"),
+        built(trained, tmp_path, "b", trusted="digits?offset=700"),
+    )
+    config = MergeConfig(halves, tmp_path / "merged.safetensors", trained.checkpoint)
+    with run_folders.writing(config.output, force=False):  # as the first one does
+        with pytest.raises(CovcliError, match="another process is writing this file"):
+            merge_signatures(config, Silent())
+        assert not config.output.exists()
+    assert merge_signatures(config, Silent()).path == config.output
 
 
 @pytest.mark.parametrize(
