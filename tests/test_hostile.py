@@ -330,7 +330,7 @@ def test_a_record_of_data_is_of_texts(run: Path, field: str, value: object) -> N
     path = run / "other.pt"
     save_checkpoint(path, content)
     for read in (checkpoints.load, inspect_file):
-        with pytest.raises(CovcliError, match="does not hold together") as caught:
+        with pytest.raises(CovcliError, match="is inconsistent") as caught:
             read(path)
         assert str(caught.value).isprintable()
 

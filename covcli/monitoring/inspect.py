@@ -251,7 +251,7 @@ def _paused(path: Path) -> Inspection:
     content = PAUSED.load(path)
     told = content["settings"]
     if not isinstance(told, dict) or not isinstance(content["history"], list):
-        raise CovcliError("does not hold together (settings or history)", where=path)
+        raise CovcliError("is inconsistent (settings or history)", where=path)
     return Inspection(
         path, "paused training", 0, method=str(told.get("method", "")),
         settings=files.plain(told), epochs=len(content["history"]),

@@ -645,7 +645,7 @@ def read_evaluation(path: Path) -> EvaluationResult:
     named = [set(entry.scores) for entry in result.untrusted]
     named.append({mean.score for mean in result.mean_over_sets})
     if any(ALWAYS_SCORED - names for names in named):
-        raise CovcliError("does not hold together (lacks a score of a set)", where=path)
+        raise CovcliError("is inconsistent (lacks a score of a set)", where=path)
     return result
 
 

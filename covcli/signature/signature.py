@@ -188,7 +188,7 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
         record = Record.from_dict(metadata["record"], len(signature.classes))
         record = record.known_to(signature.fingerprint)
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CovcliError(f"does not hold together ({error!r})", where=path) from None
+        raise CovcliError(f"is inconsistent ({error!r})", where=path) from None
     return signature, calibration, record
 
 
@@ -218,7 +218,8 @@ def _check(signature: Signature, calibration: Calibration) -> None:
     numbers += [calibration.scores, calibration.softmax]
     if not all(t.dtype == torch.float64 and bool(t.isfinite().all()) for t in numbers):
         raise ValueError("a calibration that is not finite")
-    columns, experts = signature.columns, len(combination.weights)
+    columns = signature.method.columns(signature.layout)
+    experts = len(combination.weights)
     shapes = [(columns,), (columns,), (experts, columns), (1 + experts,), (1 + experts,)]
     if [tuple(getattr(combination, name).shape) for name in COMBINATION] != shapes:
         raise ValueError("a combination of other columns")

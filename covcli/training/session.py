@@ -24,7 +24,7 @@ from covcli.models import architectures
 from covcli.models.architectures import Classifier, ModelSpec
 from covcli.models.sweep import choose_precision, sweep
 from covcli.reporting.documents import EpochLog, Watch
-from covcli.signature.fit import fit_signature
+from covcli.signature.fit import How, fit_signature
 from covcli.training import position
 from covcli.training.config import TrainConfig, save_interval
 from covcli.training.epoch import SUMS, Trainer, epoch
@@ -232,7 +232,7 @@ class Session:
             torch.set_num_threads(int(content["threads"]))
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError,
                 ArithmeticError) as error:  # fmt: skip
-            raise CovcliError(f"does not hold together ({error})", where=path) from None
+            raise CovcliError(f"is inconsistent ({error})", where=path) from None
 
 
 class _Saver:

@@ -103,7 +103,7 @@ def test_another_position_is_refused_in_one_line(
     changed = deepcopy(content)
     CHANGES[name](changed)
     before = torch.get_num_threads()
-    with pytest.raises(CovcliError, match="does not hold together") as caught:
+    with pytest.raises(CovcliError, match="is inconsistent") as caught:
         session.restore(changed, Path("last.pt"))
     assert str(caught.value).isprintable()
     assert torch.get_num_threads() == before
