@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from example import scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,17 +29,15 @@ NAMES = st.text(
 
 
 def image_scores(seed: int, images: int, labelled: bool, baselines: list[str]) -> ImageScores:
-    generator = np.random.default_rng(seed)
-    doubt = 1 - generator.random(images)
-    return ImageScores(
+    """Return the example's scores, with large and negative ones, any class, and any verdict."""
+    generator, plain = np.random.default_rng(seed), scores(0.0, images, baselines, seed)
+    return replace(
+        plain,
         predicted=generator.integers(0, 10, images),
-        label=generator.integers(0, 10, images) if labelled else None,
-        scores={"coverage": generator.normal(0, 1e6, images), "softmax": doubt}
-        | {name: generator.normal(size=images) for name in baselines},
-        p_value=generator.random(images), confidence=generator.random(images),
-        softmax_confidence=1 - doubt, untrusted=generator.random(images) < 0.5,
+        label=plain.label if labelled else None,
+        scores={**plain.scores, "coverage": generator.normal(0, 1e6, images)},
         unsure=generator.random(images) < 0.5,
-    )  # fmt: skip
+    )
 
 
 @settings(max_examples=25, deadline=None)
