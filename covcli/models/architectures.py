@@ -61,8 +61,9 @@ class Classifier(nn.Module):
 
     Examples
     --------
-    >>> spec = ModelSpec("vgg11", 10, (3, 32, 32), *CIFAR10)
-    >>> build(spec)(torch.rand(2, 3, 32, 32)).shape
+    >>> spec = ModelSpec("linear", 10, (3, 8, 8), mean=(0.5,) * 3, deviation=(0.2,) * 3)
+    >>> classifier = Classifier(spec, nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
+    >>> classifier(torch.rand(2, 3, 8, 8)).shape
     torch.Size([2, 10])
     """
 

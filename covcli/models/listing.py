@@ -108,9 +108,14 @@ def list_points(
 
     Examples
     --------
-    >>> vgg = list_points(None, Foreign("vgg11"))
-    >>> vgg.watched, vgg.points[0].name, vgg.points[0].shape
-    (10, 'features.2', (64, 32, 32))
+    >>> from torch import nn
+    >>> @architectures.model("small", size=8)
+    ... def small(classes, pretrained):
+    ...     head = nn.Linear(4 * 6 * 6, classes)
+    ...     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), head)
+    >>> points = list_points(None, Foreign("small")).points
+    >>> [(point.name, point.what, point.shape, point.neurons) for point in points]
+    [('1', 'ReLU', (4, 6, 6), 8)]
     """
     if checkpoint is not None:
         source = checkpoints.load(checkpoint, foreign)

@@ -97,7 +97,7 @@ def alarms_interval(rank: int, scores: int, images: int) -> tuple[float, float]:
     Examples
     --------
     >>> alarms_interval(rank=5, scores=99, images=1000)
-    (0.016, 0.102)
+    (0.015, 0.103)
     """
     law = betabinom(images, rank, scores + 1 - rank)
     return float(law.ppf(0.025)) / images, float(law.ppf(0.975)) / images
