@@ -105,7 +105,7 @@ def random_network(name: str, classes: int = CLASSES) -> Classifier:
     spec = ModelSpec(name, classes, architectures.input_shape(name, False), mean, deviation)
     with runtime.seeded(0):
         model = architectures.build(spec).on(CPU)
-    rows = torch.arange(64)
+    rows = torch.arange(min(64, sweep_batch(spec.shape)) if spec.shape[1] <= 64 else 8)
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     logits = bare_logits(model, random_images(0).batch(rows, spec.shape))
     with torch.no_grad():

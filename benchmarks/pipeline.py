@@ -17,9 +17,21 @@ random weights.
   takes beside reading and augmenting.
 - plain_again: the plain loop once more in every turn, against itself; what differs from 1 is noise.
 - npz_load: opening the file once, against a whole epoch of the plain loop over all its images.
+
+And of a folder of --pictures JPEGs of 500×375, patches of photographs, without any network:
+
+- folder_throughput: images per second, decoded, resized to 256 and cut to 224, in units of
+  torchvision's `ImageFolder` in a `DataLoader` of as many workers as covcli has threads. Both yield
+  uint8 in batches; torchvision's `ToTensor` would cost it more.
+- folder_throughput_as_covcli: the same with covcli's default preparation (bilinear to the least
+  size that covers) on both sides.
+- folder_listing: seconds to list --listed empty files in 10 classes, in units of `ImageFolder`'s.
+- folder_fingerprint_first, folder_fingerprint_again: digesting the folder's contents, once and when
+  they are known, in units of reading the folder by covcli.
 """
 
 import argparse
+import os
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -29,22 +41,36 @@ import common
 import numpy as np
 import torch
 from common import Ratio, Work
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 from covcli.core.choices import Augmentation
 from covcli.data import datasets
-from covcli.data.images import ImageSet, in_memory
-from covcli.data.preprocessing import Shape
+from covcli.data.image_files import decoders
+from covcli.data.images import ImageSet, batches, in_memory
+from covcli.data.preprocessing import InputShape, Preprocess, Shape
 from covcli.models.sweep import to_network
 from covcli.training.epoch import Trainer, augment, draw_moves, epoch
 
-QUICK = {"repetitions": 1, "images": 24, "batch_size": 8}
+QUICK = {"repetitions": 1, "images": 24, "batch_size": 8, "pictures": 12, "listed": 40}
+PICTURE = (500, 375)  # width and height: the usual size of ImageNet's
+RESIZED: dict[str, tuple[InputShape, int]] = {
+    "folder_throughput": (InputShape((3, 224, 224), Preprocess(256)), 256),
+    "folder_throughput_as_covcli": (InputShape((3, 224, 224)), 224),
+}
 
 
 def options() -> argparse.Namespace:
     parser = common.parser(__doc__, repetitions=5)
     parser.add_argument("--images", type=int, default=384, help="of an epoch")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--pictures", type=int, default=512, help="JPEGs of a folder")
+    parser.add_argument("--listed", type=int, default=100_000, help="files that are listed only")
+    parser.add_argument("--only-folder", action="store_true", help="measure no epochs")
     return common.read_options(parser, QUICK)
 
 
@@ -130,13 +156,75 @@ def measured(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Ratio], 
     return ratios, file
 
 
+def write_pictures(folder: Path, count: int) -> None:
+    """Write patches of photographs as JPEGs, in four classes."""
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        photograph = photographs[i % len(photographs)]
+        width = int(generator.integers(300, 500))
+        left = int(generator.integers(0, photograph.width - width))
+        top = int(generator.integers(0, photograph.height - width * 3 // 4))
+        box = (left, top, left + width, top + width * 3 // 4)
+        path = folder / f"class{i % 4}" / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photograph.crop(box).resize(PICTURE, Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def read_ours(images: ImageSet, shape: InputShape, size: int) -> None:
+    for _rows, pixels in batches(images, list(torch.arange(len(images)).split(size)), shape):
+        assert pixels.dtype == torch.uint8
+
+
+def read_theirs(folder: Path, resize: int, size: int) -> None:
+    transform = Compose([Resize(resize), CenterCrop(224), PILToTensor()])
+    workers = decoders()._max_workers
+    loader = DataLoader(ImageFolder(folder, transform), batch_size=size, num_workers=workers)
+    for pixels, _labels in loader:
+        assert pixels.dtype == torch.uint8
+
+
+def of_folder(args: argparse.Namespace, folder: Path) -> dict[str, Ratio]:
+    """Measure what is read from a folder of image files."""
+    common.note("a folder of pictures")
+    pictures, listed = folder / "pictures", folder / "listed"
+    write_pictures(pictures, args.pictures)
+    os.environ["XDG_CACHE_HOME"] = str(folder)  # where digests are remembered
+    images, size = datasets.load(f"folder:{pictures}", "test"), args.batch_size
+    variants: dict[str, Work] = {}
+    for name, (shape, resize) in RESIZED.items():
+        variants[name] = partial(read_ours, images, shape, size)
+        variants[f"their {name}"] = partial(read_theirs, pictures, resize, size)
+    seconds = common.interleaved(variants, args.repetitions)
+    found = {name: common.ratio(seconds[f"their {name}"], seconds[name]) for name in RESIZED}
+    reading = seconds["folder_throughput"]
+    for name in ("first", "again"):
+        again = datasets.load(f"folder:{pictures}", "test")  # remembers nothing by itself
+        once = common.interleaved({name: partial(getattr, again, "fingerprint")}, 1, False)
+        found[f"folder_fingerprint_{name}"] = common.ratio(once[name], reading[:1])
+    common.note("listing")
+    for i in range(args.listed):
+        path = listed / f"class{i % 10}" / f"{i:07d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    variants = {"ours": lambda: datasets.load(f"folder:{listed}", "test"),
+                "theirs": lambda: ImageFolder(listed)}  # fmt: skip
+    seconds = common.interleaved(variants, args.repetitions)
+    found["folder_listing"] = common.ratio(seconds["ours"], seconds["theirs"])
+    return found
+
+
 def main() -> None:
     args = options()
+    images: dict[str, ImageSet] = {}
+    ratios: dict[str, Ratio] = {}
     with tempfile.TemporaryDirectory() as folder:
-        ratios, file = measured(args, Path(folder))
+        if not args.only_folder:
+            ratios, images["an epoch"] = measured(args, Path(folder))
+        ratios |= of_folder(args, Path(folder))
     common.note("done")
     legend = "Ratios to a plain loop over ready tensors. Each figure: the script's first lines."
-    common.Report(ratios).show(args, legend, {"an epoch": file})
+    common.Report(ratios).show(args, legend, images)
 
 
 if __name__ == "__main__":

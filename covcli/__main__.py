@@ -71,10 +71,7 @@ def _describe(error: Any) -> tuple[str, ExitCode]:
         return f"error: {one_line(error.format_message())}; see covcli --help", ExitCode.BAD_INPUT
     kind = type(error).__name__
     if is_memory_error(error):
-        return (
-            "error: memory exhausted; try a smaller --batch-size or another --device",
-            ExitCode.BAD_INPUT,
-        )
+        return "error: memory exhausted", ExitCode.BAD_INPUT
     if isinstance(error, OSError):  # the place where it runs is not as it must be
         place = "" if error.filename is None else f"{error.filename}: "
         return f"error: {one_line(f'{place}{error.strerror or error}')}", ExitCode.BAD_INPUT

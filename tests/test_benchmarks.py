@@ -74,7 +74,10 @@ def test_memory_in_processes_of_their_own(
 def test_pipeline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     output = printed(monkeypatch, capsys, "pipeline")
     epochs = {f"epoch_{s}{how}" for s in ("memory", "npz") for how in ("", "_augmented")}
-    assert output.keys() == epochs | {"engine_alone", "plain_again", "npz_load"}
+    folder = {"throughput", "throughput_as_covcli", "listing", "fingerprint_first",
+              "fingerprint_again"}  # fmt: skip
+    folder = {f"folder_{name}" for name in folder}
+    assert output.keys() == epochs | folder | {"engine_alone", "plain_again", "npz_load"}
 
 
 def test_scale(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,3 +157,20 @@ def test_a_split_pass_reads_every_image_once(monkeypatch: pytest.MonkeyPatch) ->
         common.split_pass(network(), images, {"x": lambda: read.append(-1)}), 1, warm_up=False
     )
     assert read == [0, 1, 2, 3, 4, -1, 5, 6, 7, 8, 9]
+
+
+def test_networks_are_held_against_one_another(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = load(monkeypatch, "models")
+    assert {"vgg19", "torchvision:swin_t", "timm:resnet18"} <= set(models.networks())
+    names = ["tiny-vgg", "torchvision:mobilenet_v3_small"]
+    monkeypatch.setattr(sys, "argv", ["models.py", "--quick", "--json", "--networks", *names])
+    models.main()
+    rows = json.loads(capsys.readouterr().out)["networks"]
+    assert [(row["network"], row["side"]) for row in rows] == list(
+        zip(names, (32, 224), strict=True)
+    )
+    for row in rows:
+        assert row["explained"][0] == row["points"] > 0
+        assert min(row["signature"], row["weights"], row["monitored"]) > 0

@@ -1,6 +1,12 @@
 """CovcliError, the error that is shown to users, and the exit codes of commands."""
 
+import re
+from collections.abc import Collection
 from enum import IntEnum
+
+# Options in an advice, and commands that it names whole, whose options are their own.
+OPTION = re.compile(r"(?<!\S)--[a-z][a-z-]*")
+QUOTED = re.compile(r"`covcli [^`]*`")
 
 
 class ExitCode(IntEnum):
@@ -35,8 +41,34 @@ class CovcliError(Exception):
 
     def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
         parts = [str(where)] if where is not None else []
-        message = ": ".join([*parts, what])
-        super().__init__(one_line(f"{message}; {fix}" if fix else message))
+        self._said = ": ".join([*parts, what])
+        self.fix = fix
+        super().__init__(self._worded())
+
+    def advise(self, options: Collection[str]) -> None:
+        """Leave out advice that names options which a command does not have."""
+        self.fix = possible(self.fix or "", options)
+        self.args = (self._worded(),)
+
+    def _worded(self) -> str:
+        return one_line(f"{self._said}; {self.fix}" if self.fix else self._said)
+
+
+def possible(advice: str, options: Collection[str]) -> str:
+    """Return an advice less the alternatives, between "or"s, whose options a command lacks.
+
+    Examples
+    --------
+    >>> possible("pass --force, or name another --output", ["--force", "--runs"])
+    'pass --force'
+    >>> possible("run `covcli train --resume`, or name a --checkpoint", [])
+    'run `covcli train --resume`'
+    """
+    alternatives = re.split(r",? or (?=[a-z]+ )", advice)
+    kept = [
+        each for each in alternatives if set(OPTION.findall(QUOTED.sub("", each))) <= set(options)
+    ]
+    return advice if len(kept) == len(alternatives) else ", or ".join(kept)
 
 
 def one_line(text: str) -> str:

@@ -104,7 +104,7 @@ def _sync_folder(folder: Path) -> None:
 def refuse_existing(path: Path, force: bool) -> None:
     """Raise a CovcliError if `path` exists, unless it may be overwritten."""
     if not force and exists(path):
-        raise CovcliError("exists", where=path, fix="pass --force, or another --output")
+        raise CovcliError("exists", where=path, fix="pass --force, or name another --output")
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:

@@ -52,6 +52,8 @@ class Spec:
         for key in self.parameters:
             if key not in allowed:
                 known = suggestion(key, allowed) if allowed else "it takes none"
+                if self.argument:
+                    known += "; a ? within a path is written %3F"
                 raise CovcliError(f"unknown parameter {key!r}", where=self.text, fix=known)
 
     def take(self, key: str, convert: Callable[[str], Value], default: Value) -> Value:

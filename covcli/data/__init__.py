@@ -1,5 +1,5 @@
 """Image sets: their sources, how they are read, and their labels."""
 
-from covcli.data.datasets import DATASETS
+from covcli.data.datasets import DATASETS, load
 
-__all__ = ["DATASETS"]
+__all__ = ["DATASETS", "load"]

@@ -26,7 +26,7 @@ from covcli.data.registry import DATASETS, PARTS, Request, say_once
 log = logging.getLogger(__name__)
 NOISE_IMAGES = 2000
 MOST_NOISE = 10_000_000  # a number is kept of each
-NUMBER = re.compile(r"-?[0-9]{1,9}")
+NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,8})")  # 007 is a name
 
 
 def _located(request: Request) -> tuple[Path, Origin]:
@@ -123,6 +123,7 @@ def npz(request: Request) -> ImageSet:
         raise CovcliError(
             f"{len(images)} images, but labels are {labels.dtype} of shape {labels.shape}",
             where=file,
+            fix="store integers of shape (N,)",
         )
     names = () if labels is None else _class_names(classes, file)
     return ImageSet(
@@ -251,14 +252,19 @@ def _read_csv(file: Path) -> tuple[list[str], list[str] | None]:
     try:
         with open_regular(file) as opened:
             text = opened.read().decode("utf-8-sig", "surrogateescape")
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        head = [name.strip().casefold() for name in table.fieldnames or []]
+        table.fieldnames = head
+        rows = list(table)
     except (OSError, csv.Error) as error:
         raise CovcliError(f"cannot be read as a table ({error})", where=file) from None
-    if not rows or "path" not in rows[0]:
+    if not rows or "path" not in head:
         raise CovcliError("has no row, or no column `path`", where=file, fix="write path,label")
+    if max(head.count("path"), head.count("label")) > 1:
+        raise CovcliError("has a column twice", where=file, fix="write path,label")
     columns = ["path", "label"] if "label" in rows[0] else ["path"]
     for number, row in enumerate(rows, 2):
-        if any(not row[name] or "\0" in row[name] for name in columns) or None in row:
+        if None in row or any(not (row[k] or "").strip() or "\0" in row[k] for k in columns):
             raise CovcliError(f"row {number} is incomplete", where=file)
     paths = [row["path"] for row in rows]
     return paths, [row["label"].strip() for row in rows] if "label" in columns else None

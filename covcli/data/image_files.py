@@ -146,16 +146,19 @@ class FileSource:
     def _broken(self, first: UnreadableError) -> CovcliError:
         """Return the error that names all files that cannot be read."""
         if len(self.files) > 1:
-            log.warning("%s; looking for others among %d files", first, len(self.files))
+            log.warning(
+                "%s: cannot be read as an image: looking for others among %d files",
+                first.path, len(self.files),
+            )  # fmt: skip
         errors = self.unreadable() or [first]
-        advice = "repair or remove {}, or leave {} out by --skip-unreadable"
         if len(errors) == 1:
-            return UnreadableError(errors[0].path, errors[0].reason, advice.format("it", "it"))
+            advice = "repair or remove it, or leave it out by --skip-unreadable"
+            return UnreadableError(errors[0].path, errors[0].reason, advice)
         return CovcliError(
             f"{len(errors)} of {len(self.files)} files cannot be read as images: "
             f"{self._spelled(errors)}",
             where=self.folder,
-            fix=advice.format("them", "them"),
+            fix="repair or remove them, or leave them out by --skip-unreadable",
         )
 
     def _spelled(self, errors: Sequence[UnreadableError]) -> str:

@@ -17,14 +17,16 @@ SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".pbm",
     ".pnm", ".tif", ".tiff",
 )  # fmt: skip
-# Entries that operating systems, file servers and archivers create; hidden ones are also ignored.
+# Entries that operating systems, file servers, editors and archivers create, in any case; hidden
+# ones are also ignored.
 LEFT_BY_OTHERS = frozenset({
-    "__MACOSX", "__pycache__", "lost+found", "System Volume Information", "$RECYCLE.BIN",
-    "@eaDir", "@Recycle", "#recycle", "#snapshot",
+    "__macosx", "__pycache__", "lost+found", "system volume information", "$recycle.bin",
+    "recycler", "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot",
+    "network trash folder", "temporary items", "_vti_cnf", "_gsdata_",
 })  # fmt: skip
 SPLITS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
-    "valid": "val", "validation": "val", "dev": "val",
+    "valid": "val", "validation": "val", "dev": "val", "eval": "val",
 }  # fmt: skip
 # The parts that can serve as a split, in order of preference.
 SERVING: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
@@ -63,7 +65,7 @@ def printable(name: str) -> str:
 
 def is_left_by_others(name: str) -> bool:
     """Return whether an entry is hidden, or created by a system or an editor."""
-    return name.startswith((".", "~$")) or name in LEFT_BY_OTHERS
+    return name.startswith((".", "~$")) or name.lower() in LEFT_BY_OTHERS
 
 
 def list_classes(root: Path) -> Listing:

@@ -150,7 +150,7 @@ def refuse_wide(layout: Layout, method: str) -> None:
     if max(layout.values) > MOST_VALUES:
         raise CovcliError(
             f"{method} cannot hold the covariance of {max(layout.values)} neurons",
-            fix="use --granularity channel, or the method src or mrc",
+            fix="use --granularity channel, or take the method src or mrc",
         )
 
 

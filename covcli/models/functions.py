@@ -32,13 +32,32 @@ NAMES: Mapping[str, Sequence[Function]] = {
     "softplus": [F.softplus],
     "threshold": [F.threshold, torch.threshold, torch.threshold_],
     "tanh": [F.tanh, torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_],
-}
+    "sigmoid": [torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_,
+                torch.special.expit],
+    "hardsigmoid": [F.hardsigmoid],
+    "logsigmoid": [F.logsigmoid],
+    "softsign": [F.softsign],
+    "tanhshrink": [F.tanhshrink],
+    "softshrink": [F.softshrink],
+    "hardshrink": [F.hardshrink, torch.hardshrink, Tensor.hardshrink],
+    "glu": [F.glu],
+}  # fmt: skip
 ACTIVATION_FUNCTIONS: Mapping[Function, str] = {
     function: name for name, functions in NAMES.items() for function in functions
 }
 CLAMPS = {
     torch.clamp, torch.clamp_, Tensor.clamp, Tensor.clamp_, torch.clamp_min, torch.clamp_min_,
     Tensor.clamp_min, Tensor.clamp_min_, torch.clip, Tensor.clip,
+}  # fmt: skip
+# Activations that also weigh: a product with another tensor makes a gate of them, which is none.
+MAY_GATE = {"sigmoid", "hardsigmoid"}
+TIMES = {torch.mul, torch.multiply, Tensor.mul, Tensor.mul_, Tensor.multiply, Tensor.multiply_}
+# What changes the shape of a gate on its way to what it weighs.
+RESHAPING = {
+    Tensor.view, Tensor.reshape, torch.reshape, Tensor.expand, Tensor.expand_as, Tensor.repeat,
+    Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, torch.squeeze, Tensor.flatten, torch.flatten,
+    Tensor.unflatten, Tensor.permute, torch.permute, Tensor.transpose, torch.transpose,
+    Tensor.__getitem__, Tensor.contiguous, Tensor.to, Tensor.type_as, Tensor.clone, F.interpolate,
 }  # fmt: skip
 # Attention is one function, or a softmax whose result is multiplied with a matrix.
 ATTENTION = {F.scaled_dot_product_attention, F.multi_head_attention_forward}
@@ -54,12 +73,16 @@ CHANNELS_SECOND = {torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d,
 def activation_of(function: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """Return the name of the activation that a call computes; None for other calls.
 
-    A clamp with only a lower bound of 0 is a ReLU.
+    A clamp with only a lower bound of 0 is a ReLU, and one from 0 to 6 a ReLU6.
     """
     if function in CLAMPS:
         low = args[1] if len(args) > 1 else kwargs.get("min")
         high = args[2] if len(args) > 2 else kwargs.get("max")
-        return "relu" if isinstance(low, int | float) and low == 0 and high is None else None
+        if not isinstance(low, int | float) or low != 0:
+            return None
+        if high is None:
+            return "relu"
+        return "relu6" if isinstance(high, int | float) and high == 6 else None
     return ACTIVATION_FUNCTIONS.get(function)
 
 

@@ -23,7 +23,7 @@ class ListedPoint:
     name
         The name for `--points`.
     kind
-        "marked", "activation", "attention", "normalisation", "layer" or "module".
+        "marked", "activation", "attention", "normalisation", "layer", "gate" or "module".
     what
         The class of the module, or the function that is called.
     shape

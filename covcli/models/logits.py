@@ -1,6 +1,7 @@
 """Identification of the logits among a network's outputs."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -100,6 +101,8 @@ def _parts(output: Any) -> Iterator[tuple[str, Any]]:
         yield from zip(output._fields, output, strict=True)
     elif isinstance(output, list | tuple):
         yield from ((str(place), part) for place, part in enumerate(output))
+    elif is_dataclass(output):  # its fields may lie in slots
+        yield from ((part.name, getattr(output, part.name)) for part in fields(output))
     elif hasattr(output, "__dict__"):
         yield from vars(output).items()
 

@@ -22,7 +22,8 @@ BatchPlace: TypeAlias = Literal["first", "second", "folded", "interleaved"]
 # These modules call an activation function themselves; that call is not a separate point.
 ACTIVATIONS = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU,
-    nn.Mish, nn.Hardswish, nn.Hardtanh, nn.Softplus, nn.Threshold, nn.Tanh,
+    nn.Mish, nn.Hardswish, nn.Hardtanh, nn.Softplus, nn.Threshold, nn.Tanh, nn.Sigmoid,
+    nn.Hardsigmoid, nn.LogSigmoid, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.GLU,
 )  # fmt: skip
 
 

@@ -2,16 +2,36 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from covcli.core.specs import Registry
 from covcli.data.preprocessing import InputShape
 from covcli.models.spec import CIFAR10, Normalisation
 
 Build: TypeAlias = Callable[[int, bool], nn.Module]
+Sides: TypeAlias = tuple[int, ...]
+# What fills new weights: on the meta device there is nothing to fill, and pretending takes time.
+FILLING = {
+    Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_, Tensor.erfinv_, Tensor.mul_,
+    Tensor.add_, Tensor.clamp_, nn.init.uniform_, nn.init.normal_, nn.init.constant_,
+    nn.init.kaiming_uniform_, nn.init.kaiming_normal_,
+}  # fmt: skip
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves weights as they are."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call a function, or return the tensor that it would fill."""
+        if func in FILLING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -82,7 +102,7 @@ class Architecture:
         No memory is allocated for the weights, if the network can be built that way.
         """
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _Unfilled():
                 network = self.build(classes, pretrained)
         except (RuntimeError, NotImplementedError, TypeError, ValueError):
             network = self.build(classes, pretrained)  # it computes with its initial weights

@@ -31,13 +31,16 @@ from covcli.models.points import (
 from covcli.models.pooling import pool
 
 log = logging.getLogger(__name__)
-Kind: TypeAlias = Literal["marked", "activation", "attention", "normalisation", "layer", "module"]
+Kind: TypeAlias = Literal[
+    "marked", "activation", "attention", "normalisation", "layer", "gate", "module"
+]
 Key: TypeAlias = tuple[str, str, int, Kind]
 NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)
 # The default coverage points: the first of these kinds that the network has.
 DEFAULTS: tuple[tuple[Kind, ...], ...] = (
     ("marked",), ("activation", "attention"), ("normalisation",), ("layer",)
 )  # fmt: skip
+GATES = (nn.Sigmoid, nn.Hardsigmoid)
 IMAGES = (2, 3)
 # The largest difference of an image's outputs in two batches, as a share of the largest value.
 ALIKE = 1e-3
@@ -54,8 +57,8 @@ class Candidate:
         The coverage point that it would be.
     kind
         "marked" by a CoverageLayer, "activation", "attention" (a block with attention, or attention
-        without a block), "normalisation", "layer" (a convolution or linear layer) or another
-        "module".
+        without a block), "normalisation", "layer" (a convolution or linear layer), "gate" (a
+        sigmoid multiplied with another tensor than its input) or another "module".
     what
         The class of the module, or the function.
     shape
@@ -210,11 +213,54 @@ class _Event:
     dim: int
 
 
+class _Gates:
+    """Follows sigmoids to what they are multiplied with: `x * sigmoid(x)` is an activation."""
+
+    def __init__(self) -> None:
+        self._source: dict[int, tuple[Key, int]] = {}  # what a tensor is a sigmoid of
+        self._scaled: dict[int, int] = {}  # what a tensor is a multiple of
+        self._kept: list[Tensor] = []  # so that identities stay unique
+
+    def opened(self, key: Key, given: Tensor | None, output: Tensor) -> None:
+        """Note a sigmoid."""
+        self._kept += [output] if given is None else [output, given]
+        self._source[id(output)] = key, self._root(given)
+
+    def see(self, function: Function, args: Sequence[Any], output: Tensor) -> Key | None:
+        """Follow a call; return which sigmoid it makes a gate, if any."""
+        if function in functions.RESHAPING and args:
+            self._passed_on(args[0], output)
+        if function not in functions.TIMES or len(args) < 2:
+            return None
+        one, two = args[:2]
+        for this, other in ((one, two), (two, one)):
+            if not isinstance(other, Tensor) or other.numel() == 1:  # a factor
+                if isinstance(this, Tensor):
+                    self._scaled[id(output)] = self._root(this)
+                    self._kept += [this, output]
+                    self._passed_on(this, output)
+                return None
+            key, source = self._source.get(id(this), (None, 0))
+            if key is not None and self._root(other) != source:
+                return key
+        return None
+
+    def _passed_on(self, tensor: Tensor, output: Tensor) -> None:
+        """Let what comes of a tensor stand for the same sigmoid."""
+        if id(tensor) in self._source:
+            self._source[id(output)] = self._source[id(tensor)]
+            self._kept.append(output)
+
+    def _root(self, tensor: Tensor | None) -> int:
+        return self._scaled.get(id(tensor), id(tensor))
+
+
 class _Watcher:
     """Observes one forward pass of a network."""
 
     def __init__(self, model: nn.Module) -> None:
         self.events: dict[Key, _Event] = {}
+        self._gates = _Gates()
         self._model = model
         self._images = 0
         self._inside: list[tuple[str, nn.Module]] = []
@@ -252,15 +298,20 @@ class _Watcher:
         elif tensor is not None:
             kind = self._kind(name, module)
             given = first_tensor(inputs)
-            self._note((name, "", call, kind), type(module).__name__, given, tensor, module)
+            key: Key = name, "", call, kind
+            self._note(key, type(module).__name__, given, tensor, module)
+            if isinstance(module, GATES):
+                self._gates.opened(key, given, tensor)
 
     def _claim_attention(self) -> None:
         """Mark modules with attention outside any block as attention."""
         for key in [key for key in self.events if key[0] in self._attending and not key[1]]:
-            self.events = {
-                (*old[:3], "attention") if old == key else old: event
-                for old, event in self.events.items()
-            }
+            self._change(key, "attention")
+
+    def _change(self, key: Key, kind: Kind) -> None:
+        self.events = {
+            (*old[:3], kind) if old == key else old: event for old, event in self.events.items()
+        }
 
     def _kind(self, name: str, module: nn.Module) -> Kind:
         if isinstance(module, CoverageLayer):
@@ -297,13 +348,18 @@ class _Watcher:
     ) -> None:
         if not isinstance(output, Tensor) and function not in functions.ATTENTION:
             return
+        if isinstance(output, Tensor) and (gate := self._gates.see(function, args, output)):
+            self._change(gate, "gate")
         name, module = self._inside[-1] if self._inside else ("", self._model)
         activation = activation_of(function, args, kwargs)
         if activation is not None and not isinstance(module, ACTIVATIONS):
             call = self._count[name, activation]
             self._count[name, activation] += 1
             given = first_tensor(args)
-            self._note((name, activation, call, "activation"), activation, given, output, None)
+            key: Key = name, activation, call, "activation"
+            self._note(key, activation, given, output, None)
+            if activation in functions.MAY_GATE:
+                self._gates.opened(key, given, output)
         elif function in functions.ATTENTION or self._weighs(function, args, output):
             self._attending.add(name)
         elif function in functions.CHANNELS_LAST and output.ndim > 3:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +18,10 @@ from torch import Tensor
 from covcli.core.errors import CovcliError
 from covcli.models.architectures import Classifier, architecture, build, check_kinds
 from covcli.models.nearest import nearest_architecture
-from covcli.models.registry import Architecture
+from covcli.models.registry import Architecture, Sides
 from covcli.models.spec import ModelSpec, Normalisation
 
 log = logging.getLogger(__name__)
-Sides: TypeAlias = tuple[int, ...]
 
 # Wrapper modules that add their name to the names of the weights, at any level.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -290,7 +289,13 @@ def from_spec(document: Mapping[Any, Any], spec: ModelSpec, where: object) -> Cl
     fitting = [match for match in matches if match.fits and match.classes == spec.classes]
     chosen = _chosen(fitting, where)
     if chosen is None:
-        raise _misfit(spec.name, matches, candidates, where)
+        best = min(matches, key=lambda match: match.wrong)
+        reason = f"they tell {best.classes} apart" if best.fits else best.describe()
+        raise CovcliError(
+            f"the weights do not fit model {spec.name!r} of {spec.classes} classes: {reason}",
+            where=where,
+            fix="name the weights that the signature was built from",
+        )
     return _filled(build(spec), chosen, skeleton, where)
 
 

@@ -107,6 +107,15 @@ def timm_architecture(name: str) -> Architecture:
     return Architecture(build, shape, statistics, published if has_weights else None)
 
 
+def timm_names(pattern: str) -> list[str]:
+    """Return the names of timm's models that match, short ones first; none without timm."""
+    try:
+        names: list[str] = _timm().list_models(pattern)
+    except CovcliError:
+        return []
+    return sorted(names, key=lambda name: (len(name), name))
+
+
 def _timm_shape(data: Mapping[str, Any], name: str) -> InputShape:
     channels, height, width = data["input_size"]
     if data["crop_mode"] == "border" or height != width:

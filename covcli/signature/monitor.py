@@ -156,6 +156,8 @@ class Monitor:
         """
         if self.record is None:
             _refuse("has no record of its data")
+        if not force and Path(path).exists():
+            _refuse(f"{path} exists", "pass force=True, or name another")
         with run_folders.writing(Path(path), force):
             judge = self.judge
             signatures.save(Path(path), judge.signature, judge.calibration, self.record)
@@ -189,8 +191,8 @@ class Monitor:
             The largest share of wrong answers among those that pass, in (0, 1), with 95%
             confidence; other answers are `unsure`. None uses the signature's.
         device
-            "cpu", "cuda", "cuda:1" or "auto". None: the CPU, or the device of the program's
-            network.
+            "cpu", "cuda", "cuda:1" or "auto". None: "auto", or the device of
+            the program's network.
 
         Raises
         ------
@@ -214,7 +216,7 @@ class Monitor:
             return cls(*load_own(Path(checkpoint), signature_file, wanted, device))
         judge, record = judges.load(
             Path(checkpoint), Path(signature_file), alpha=alpha, guarantee=guarantee,
-            max_error=max_error, device=device or "cpu",
+            max_error=max_error, device=device or "auto",
         )  # fmt: skip
         return cls(judge, record)
 

@@ -24,7 +24,7 @@ def put(path: Path, value: int = 0) -> None:
 
 
 def values(images: ImageSet) -> list[int]:
-    return images.batch(torch.arange(len(images)), (1, 4, 4))[:, 0, 0, 0].tolist()  # type: ignore[no-any-return]
+    return images.batch(torch.arange(len(images)), (1, 4, 4))[:, 0, 0, 0].tolist()  # type: ignore[no-any-return],
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,9 @@ def test_a_table_lists_images_with_their_classes(tmp_path: Path) -> None:
     assert images.classes == ("ant", "bee", "cat")
     assert images.known_labels().tolist() == [2, 0, 2, 1]
     assert values(images) == [2, 0, 9, 1]
+    (tmp_path / "w.csv").write_text(" Label,PATH\n cat ,images/2.png\n\nant,images/0.png\n\n")
+    spaced = load(f"csv:{tmp_path}/w.csv", "train")
+    assert (spaced.classes, spaced.known_labels().tolist()) == (("ant", "cat"), [1, 0])
     (tmp_path / "u.csv").write_text("\ufeffpath\r\nimages/3.png\r\n", newline="")
     unlabelled = load(f"csv:{tmp_path}/u.csv", "test")
     assert (values(unlabelled), unlabelled.labels) == ([3], None)
@@ -113,6 +116,8 @@ def test_a_table_of_numbers_is_numbered(tmp_path: Path) -> None:
     assert images.classes == ()
     assert taught(images).images.classes == ("1", "3")
     assert load(f"csv:{tmp_path}", "test").known_labels().tolist() == [3]
+    (tmp_path / "names.csv").write_text("path,label\n0.png,007\n1.png,7\n2.png,007\n")
+    assert load(f"csv:{tmp_path}/names.csv", "train").classes == ("007", "7")
     shifted = load(f"csv:{tmp_path}?labels-from=1", "train")
     assert shifted.known_labels().tolist() == [0, 2, 0]
 
@@ -123,7 +128,10 @@ def test_a_table_of_numbers_is_numbered(tmp_path: Path) -> None:
         (b"", "has no row"), (b"file,label\na,b\n", "no column `path`"), (b"path\n", "no row"),
         *[(table, "row 2 is incomplete")
           for table in (b"path,label\na.png\n", b"path,label\n,x\n", b"path,label\na.png,\n",
-                        b"path\na\0.png\n", b"path,label\na,b,c\n")],
+                        b"path\na\0.png\n", b"path,label\na,b,c\n", b"path,label\na, \n")],
+        (b"path,Path\na,b\n", "has a column twice"),
+        (b"path;label\na;b\n", "no column `path`"),
+        (b"path,label,label\na,b,c\n", "has a column twice"),
         (b'path\n"a.png', "cannot be read as a"),
         (b"path\n" + b"a" * 200_000, "cannot be read as a table"),
     ],

@@ -55,9 +55,18 @@ def test_hidden_entries_and_leavings_are_no_images(tmp_path: Path) -> None:
         tmp_path, *kept, ".ipynb_checkpoints/1-checkpoint.png", "ant/.ipynb_checkpoints/1.png",
         "__MACOSX/ant/._1.png", "ant/._1.png", "@eaDir/x.png", "bee/@eaDir/2.png/thumb.jpg",
         "$RECYCLE.BIN/x.png", "lost+found/x.png", ".hidden/x.png", "bee/~$2.png",
-        "System Volume Information/x.png", "#recycle/x.png",
+        "System Volume Information/x.png", "#recycle/x.png", "$Recycle.Bin/x.png",
+        "Network Trash Folder/x.png", "@Recently-Snapshot/x.png", ".vscode/x.png", "ant/.1.png.swp",
+        ".Trash-1000/files/x.png", "ant/_vti_cnf/1.png",
     )  # fmt: skip
-    for name in ("Thumbs.db", ".DS_Store", "ant/desktop.ini", "bee/1.png~"):
+    for name in (
+        "Thumbs.db",
+        ".DS_Store",
+        "ant/desktop.ini",
+        "bee/1.png~",
+        "ant/#1.png#",
+        "bee/2.png.part",
+    ):
         (tmp_path / name).write_bytes(b"no image")
     assert names_of(load(f"folder:{tmp_path}", "train")) == [(n, n.split("/")[0]) for n in kept]
 
@@ -71,7 +80,7 @@ def test_what_is_no_image_by_its_name_is_said(
     assert "1 images beside the class folders are ignored" in said.text
 
 
-@pytest.mark.parametrize("validation", ["val", "valid", "validation", "dev", "Val"])
+@pytest.mark.parametrize("validation", ["val", "valid", "validation", "dev", "eval", "Val"])
 def test_validation_images_serve_where_there_is_no_test_and_it_is_said(
     tmp_path: Path, validation: str, said: pytest.LogCaptureFixture
 ) -> None:

@@ -32,6 +32,12 @@ class Output:
     scores: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    features: Tensor
+    scores: Tensor
+
+
 class ModelOutput(OrderedDict):  # type: ignore[type-arg]
     """As of transformers: a dictionary whose entries are attributes too."""
 
@@ -46,6 +52,7 @@ class ModelOutput(OrderedDict):  # type: ignore[type-arg]
     [
         LOGITS, (LOGITS,), [LOGITS, FEATURES], (FEATURES, LOGITS), {"out": LOGITS, "f": FEATURES},
         {"logits": LOGITS, "probabilities": OTHER}, Pair(LOGITS, OTHER), Output(FEATURES, LOGITS),
+        Slotted(FEATURES, LOGITS), {"x": Slotted(FEATURES, LOGITS)},
         ModelOutput(loss=torch.tensor(0.0), logits=LOGITS, hidden_states=(FEATURES, OTHER)),
         (FEATURES, {"heads": [LOGITS, torch.ones(B, 3)]}), (LOGITS, None, 3), (LOGITS, LOGITS),
         {"a": {"logits": LOGITS}, "b": OTHER}, LOGITS[:, :, None, None],

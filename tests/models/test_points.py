@@ -55,6 +55,20 @@ CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "x.tanh": lambda x: x.tanh(),
     "x.clamp(min=0)": lambda x: x.clamp(min=0),
     "x.clamp_min(0)": lambda x: x.clamp_min(0),
+    "x.clamp(0, 6)": lambda x: x.clamp(0, 6),
+    "torch.sigmoid": torch.sigmoid,
+    "F.sigmoid": F.sigmoid,
+    "x.sigmoid": lambda x: x.sigmoid(),
+    "torch.special.expit": torch.special.expit,
+    "F.hardsigmoid": F.hardsigmoid,
+    "F.logsigmoid": F.logsigmoid,
+    "F.softsign": F.softsign,
+    "F.tanhshrink": F.tanhshrink,
+    "F.softshrink": F.softshrink,
+    "F.hardshrink": F.hardshrink,
+    "F.threshold": lambda x: F.threshold(x, 0.1, 0.0),
+    "F.hardtanh": F.hardtanh,
+    "F.rrelu": F.rrelu,
 }
 
 
@@ -102,18 +116,61 @@ def test_activations_called_as_functions_are_watched(call: str) -> None:
         assert torch.equal(recorded(network, images), pooled(network.by_hand(images)))
 
 
-def test_clamps_that_are_no_relu_and_gates_are_no_points() -> None:
-    class Gate(nn.Module):
+def test_clamps_that_are_no_relu_are_no_points() -> None:
+    class Clamped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            x = F.relu(self.conv(x).clamp(0, 6).clamp(min=1e-6).clamp(max=0.5))
-            return self.head(x.mean((2, 3)) * torch.sigmoid(x.amax((2, 3))))
+            x = F.relu(self.conv(x).clamp(0, 1).clamp(min=1e-6).clamp(max=0.5))
+            return self.head(x.mean((2, 3)))
 
-    points = find_points(Gate(), torch.zeros(1, 3, 8, 8), "channel")
+    points = find_points(Clamped(), torch.zeros(1, 3, 8, 8), "channel")
     assert [p.name for p in points] == ["forward:relu"]
+
+
+# How a channel's weight, in (0, 1), is laid on the map that it weighs.
+GATED: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
+    "function": lambda x, _: x * torch.sigmoid(x.mean((2, 3), keepdim=True)),
+    "module": lambda x, gate: gate(x.mean((2, 3), keepdim=True)) * x,
+    "viewed": lambda x, _: x * x.mean((2, 3)).sigmoid().view(len(x), -1, 1, 1).expand_as(x),
+    "indexed": lambda x, gate: x * gate(x.amax((2, 3)))[:, :, None, None],
+    "in place": lambda x, _: x.mul_(F.hardsigmoid(x.mean(1, keepdim=True))),
+    "scaled": lambda x, _: x * (2 * torch.sigmoid(x.mean((2, 3), keepdim=True))),
+    "other map": lambda x, _: torch.mul(x, torch.sigmoid(x.flip(2))),
+}
+SWISH: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
+    "function": lambda x, _: x * torch.sigmoid(x),
+    "module": lambda x, gate: gate(x) * x,
+    "scaled": lambda x, _: x * torch.sigmoid(1.702 * x),
+    "learnt": lambda x, gate: x.mul(torch.sigmoid(gate.slope * x)),
+}
+
+
+class Gating(nn.Module):
+    def __init__(self, weigh: Callable[[Tensor, nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.weigh, self.gate = weigh, nn.Sigmoid()
+        self.gate.slope = nn.Parameter(torch.ones(1))
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.weigh(F.relu(self.conv(x)) + 0.1, self.gate)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("how", GATED)
+def test_gates_are_no_points(how: str) -> None:
+    seen = look(Gating(GATED[how]), torch.zeros(1, 3, 8, 8), "channel")
+    assert [c.point.name for c in seen.choose()] == ["forward:relu"]
+    assert sum(c.kind == "gate" for c in seen.candidates) == 1
+
+
+@pytest.mark.parametrize("how", SWISH)
+def test_what_weighs_its_own_input_is_an_activation(how: str) -> None:
+    found = look(Gating(SWISH[how]), torch.zeros(1, 3, 8, 8), "channel").choose()
+    assert [c.what for c in found] == ["relu", "Sigmoid" if how == "module" else "sigmoid"]
 
 
 def test_functions_are_told_apart_by_the_module_that_calls_them() -> None:

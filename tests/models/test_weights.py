@@ -252,7 +252,7 @@ def test_a_misfit_names_three_of_each_kind_and_the_nearest_architecture(tmp_path
         f"unexpected: layer1.2.conv1.weight, layer1.2.bn1.weight, layer1.2.bn1.bias and {more}"
         in text
     )
-    assert "nearest architecture is torchvision:resnet34, with 99% of the shapes" in text
+    assert "nearest architecture is torchvision:resnet34, with 100% of the shapes" in text
     state["fc.bias"] = torch.zeros(5)
     state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
     torch.save(state, tmp_path / "w.pt")
@@ -260,6 +260,27 @@ def test_a_misfit_names_three_of_each_kind_and_the_nearest_architecture(tmp_path
         checkpoint.load(tmp_path / "w.pt", "torchvision:resnet34")
     with pytest.raises(CovcliError, match=r"bare state dict.*nearest architecture is torchvision"):
         checkpoint.load(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("vit_tiny_patch16_224", "torchvision:resnet18"), ("convnextv2_atto", "vgg11"),
+     ("mobilenetv4_conv_small", "timm:mobilenetv4_conv_medium"), ("resnet26", "resnet18")],
+)  # fmt: skip
+def test_the_nearest_of_timm_is_named(name: str, wrong: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    state = timm.create_model(name, num_classes=7).state_dict()
+    torch.save({"model": prefixed("backbone.")(state)}, tmp_path / "w.pt")
+    with pytest.raises(CovcliError, match=rf"nearest architecture is timm:{name}, with 100%"):
+        checkpoint.load(tmp_path / "w.pt", wrong)
+
+
+def test_of_architectures_that_none_fits_the_most_alike_is_named(tmp_path: Path) -> None:
+    network = torchvision.models.resnet18(num_classes=4)
+    network.conv1, network.fc = nn.Conv2d(6, 64, 5), nn.Sequential(nn.Linear(512, 9))
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(CovcliError, match=r"nearest architecture is \S*resnet18, with 9\d% of"):
+        checkpoint.load(tmp_path / "w.pt", "vgg11")
 
 
 @pytest.mark.parametrize(
