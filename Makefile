@@ -5,9 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS ?=
 DEMO := runs/demo
+DATA ?= data
+VGG19 ?=
 UNTRUSTED := --untrusted photos --untrusted noise:gaussian --untrusted noise:uniform --untrusted attack:pgd
 
-.PHONY: install demo test docs-check check format clean
+.PHONY: install demo suite test docs-check check format clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +25,11 @@ demo: install
 	$(BIN)/covcli build-signature $(DEMO)/checkpoint.pt
 	$(BIN)/covcli evaluate $(UNTRUSTED)
 	@echo "The report: $$($(BIN)/covcli report)"
+
+# Detection on several networks, some trained here: DATA holds cifar10/*.npz, MNIST and FashionMNIST, and
+# VGG19 a VGG19's weights on CIFAR-10. About two hours on one core; what was done is not done again.
+suite: install
+	$(BIN)/python benchmarks/detection.py --suite runs/suite --data $(DATA) $(if $(VGG19),--vgg19 $(VGG19))
 
 # One process a core, each computing alone: threads that wait for each other slow both.
 test: install

@@ -1,161 +1,261 @@
 """What the ConfidenceLoss does to accuracy and to detection: same seeds, with and without.
 
-    python benchmarks/confidence_loss.py --data DIR --trusted fashion-mnist
+    python benchmarks/confidence_loss.py DIR --data DATA
 
-DIR holds torchvision's MNIST and FashionMNIST; any --trusted and --untrusted may be named. A
-network with the penalty and one without start from the same weights and see the same batches; the
-signatures of both methods are built from each. Prints the mean difference over the seeds with its
-95% interval (Student's t over the pairs) as a Markdown table, or one JSON document with --json.
+DATA holds cifar10/*.npz and torchvision's MNIST and FashionMNIST. A small network without batch
+normalisation learns six classes of Fashion-MNIST; the same network with it, and a VGG11 with it,
+learn six of CIFAR-10. Networks of one seed share the epochs before the penalty begins, and see the
+same batches in those after. Each is tried on the groups of the suite, by the default method and by
+`src`. Prints Markdown tables of the mean differences to weight 0 over the seeds; their intervals
+are Student's t over the pairs, corrected for the number of comparisons (Bonferroni). What lies in
+DIR is not computed again.
 """
 
 import argparse
 import json
-import os
+import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from unittest import mock
 
+import torch
 from scipy.stats import t as student
-from torch import nn
+from suite import Choice, measured
+from suite_evidence import GROUPS, Sizes, Subject
+from suite_networks import Data, six_classes
+from torch import Tensor
 
 from covcli.core import runtime
-from covcli.core.progress import Silent
-from covcli.evaluation.evaluate import EvaluationConfig, EvaluationResult, evaluate
-from covcli.models import architectures
-from covcli.signature.build import build_signature
-from covcli.signature.config import SignatureConfig
-from covcli.training.train import TrainConfig, TrainResult, train
+from covcli.core.progress import Progress, Silent
+from covcli.core.signals import Interrupts
+from covcli.data import datasets
+from covcli.methods import State
+from covcli.models.architectures import Classifier
+from covcli.models.sweep import sweep
+from covcli.training import session as sessions
+from covcli.training.config import TrainConfig
+from covcli.training.loss import ConfidenceLoss
+from covcli.training.paused import PAUSED, PAUSED_FILE
+from covcli.training.session import Session
 
-UNTRUSTED = ["mnist?limit=1000", "photos?limit=1000", "noise:gaussian?limit=500",
-             "attack:fgsm?limit=300", "attack:pgd?limit=300"]  # fmt: skip
-FIGURES = ("accuracy", "mean_auroc", "mean_fpr95")
+CONFIDENCE = 0.95
+CALIBRATED = 800
+SIZES = Sizes(fitted=3000, pool=1000, trusted=1000, untrusted=250, corrupted=100, attacked=100)
 
 
-@architectures.model("small")
-def small(classes: int, _pretrained: bool) -> nn.Module:
-    """Six convolutions and a hidden layer: trains in a minute or two on one core."""
+class Centre(ConfidenceLoss):
+    """The distance from the middle of the central range, in its widths, at most 1.
 
-    def block(channels: int, kernels: int, stride: int) -> list[nn.Module]:
-        convolution = nn.Conv2d(channels, kernels, 3, stride, 1, bias=False)
-        return [convolution, nn.BatchNorm2d(kernels), nn.ReLU()]
+    The centre loss (Wen et al., "A Discriminative Feature Learning Approach for Deep Face
+    Recognition", ECCV 2016) on the same neurons: it draws the images inside the range in as well.
+    """
 
-    return nn.Sequential(
-        *block(3, 16, 2), *block(16, 32, 1), *block(32, 64, 2), *block(64, 64, 1),
-        *block(64, 128, 2), *block(128, 128, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, classes),
-    )  # fmt: skip
+    def __init__(self, state: State, sizes: list[int]) -> None:
+        super().__init__(state, sizes)
+        middle = (self.low + self.high) / 2
+        self.low, self.high = middle, middle
+
+
+class Square(ConfidenceLoss):
+    """The square of the distance from the central range, in its widths, at most 1.
+
+    A squared hinge: what lies just outside is hardly drawn, what lies far outside is drawn most.
+    """
+
+    def forward(self, neurons: Tensor, labels: Tensor) -> Tensor:
+        """Return the penalty of neurons (B, N) of images of those classes (B,), a scalar."""
+        early = neurons[:, : self.low.shape[1]]
+        nearest = early.clamp(self.low[labels], self.high[labels])
+        distance = ((early - nearest) * self.inverse[labels]).square()
+        return (distance.clamp_max(1) @ self.share).mean()
+
+
+FORMS: Mapping[str, type[ConfidenceLoss]] = {
+    "range": ConfidenceLoss, "centre": Centre, "square": Square,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Network:
+    """How a network of this benchmark is trained, and with how many seeds."""
+
+    model: str
+    data: str
+    images: int
+    epochs: int
+    learning_rate: float
+    seeds: int
+
+
+NETWORKS = {
+    "small": Network("small-plain", "fashion-mnist", 6000, 6, 0.02, 6),
+    "small-bn": Network("small", "cifar10", 8000, 6, 0.05, 4),
+    "vgg11": Network("vgg11", "cifar10", 10_000, 4, 0.05, 3),
+}
+
+
+class Keeper(Silent):
+    """Keeps the training as it stands before the first epoch that is penalised.
+
+    A session saves after it has told of an epoch: what lies there when the first penalised epoch
+    is told of is what was before it.
+    """
+
+    def __init__(self, run: Path, epochs: int) -> None:
+        self.run, self.wanted, self.told = run, sessions.first_penalised(epochs), 0
+
+    def note(self, line: str) -> None:
+        """Count an epoch."""
+        self.told += 1
+        if self.told == self.wanted:
+            shutil.copy(self.run / PAUSED_FILE, self.run / "shared.pt")
 
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=os.environ.get("COVCLI_DATA_DIR", "data"))
-    parser.add_argument("--trusted", default="fashion-mnist")
-    parser.add_argument("--untrusted", action="append")
-    parser.add_argument("--images", type=int, default=6000)
-    parser.add_argument("--model", default="small", help="`small`, or one that covcli knows")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--weights", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--methods", nargs="+", default=["src", "mrc"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--signature-every", type=int, default=1)
-    parser.add_argument("--amp", choices=["off", "bf16", "auto"], default="off")
+    parser.add_argument("suite", type=Path, metavar="DIR", help="where everything is kept")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--methods", nargs="+", default=["ensemble", "src"])
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.1, 0.3, 1.0])
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=["range"])
+    parser.add_argument("--seeds", type=int, help="default: six, four and three")
+    parser.add_argument("--draws", type=int, default=2, help="calibrations of each network")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
-def trained(args: argparse.Namespace, runs: Path, weight: float, seed: int) -> TrainResult:
-    runtime.configure(seed, args.threads)
-    config = TrainConfig(
-        trusted=f"{args.trusted}?limit={args.images}", model=args.model, epochs=args.epochs,
-        confidence_weight=weight, seed=seed, amp=args.amp, runs=runs, data_dir=args.data,
-        signature_every=args.signature_every, calibration_split=0.15,
+def config(args: argparse.Namespace, network: Network, weight: float, seed: int) -> TrainConfig:
+    home = six_classes(Data(args.data), network.data, args.suite)
+    return TrainConfig(
+        trusted=f"npz:{home}?limit={network.images}&shuffle=0", model=network.model,
+        epochs=network.epochs, learning_rate=network.learning_rate, confidence_weight=weight,
+        calibration_split=0, seed=seed, device="cpu",
     )  # fmt: skip
-    return train(config, Silent())
 
 
-def evaluated(args: argparse.Namespace, result: TrainResult, method: str) -> EvaluationResult:
-    signature = build_signature(
-        SignatureConfig(result.checkpoint, method, data_dir=args.data), Silent()
-    )
-    config = EvaluationConfig(
-        tuple(args.untrusted), result.checkpoint, signature.path, data_dir=args.data, force=True
-    )
-    return evaluate(config, Silent())
+def trained(args: argparse.Namespace, name: str, form: str, weight: float, seed: int) -> Classifier:
+    """Train a network, or read what was trained before."""
+    network = NETWORKS[name]
+    folder = args.suite / "loss" / f"{name} {seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    runtime.configure(seed, args.threads)
+    told = config(args, network, weight, seed)
+    session = Session(told, datasets.load(told.trusted, "train"))
+    done = folder / f"{form} {weight:g}.pt"
+    if done.is_file():
+        session.trainer.model.load_state_dict(torch.load(done, weights_only=True))
+        return session.trainer.model
+    shared = folder / "shared.pt"
+    progress = Keeper(folder, network.epochs)
+    if shared.is_file():
+        session.restore(PAUSED.load(shared), shared)
+    with mock.patch.object(sessions, "ConfidenceLoss", FORMS[form]):
+        session.run(folder, progress, Interrupts())
+    torch.save(session.trainer.model.state_dict(), done)
+    return session.trainer.model
 
 
-def rows(args: argparse.Namespace, runs: Path) -> Iterator[dict[str, Any]]:
-    for seed in args.seeds:
-        for weight in [0.0, *args.weights]:
-            result = trained(args, runs, weight, seed)
-            for method in args.methods:
-                yield row(seed, method, weight, evaluated(args, result, method))
+def tried(args: argparse.Namespace, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Yield a row for each network, seed, form, weight and method."""
+    choice = Choice(tuple(args.methods), (), args.draws, CALIBRATED)
+    for name in args.networks:
+        network = NETWORKS[name]
+        for seed in range(args.seeds or network.seeds):
+            for form, weight in variants(args):
+                model = trained(args, name, form, weight, seed)
+                title = f"{name} {seed} {form} {weight:g}"
+                subject = Subject(
+                    title, model, network.data, True, Data(args.data),
+                    args.suite / "evidence" / title, SIZES,
+                )  # fmt: skip
+                accuracy = share_right(model, subject)
+                for row in measured(subject, choice, progress):
+                    groups = {group: fmean(row.groups(group)) for group in GROUPS}
+                    yield {
+                        "network": name, "seed": seed, "form": form, "weight": weight,
+                        "method": row.score.removeprefix("covcli "), "accuracy": accuracy, **groups,
+                        "mean": fmean(groups.values()),
+                    }  # fmt: skip
 
 
-def row(seed: int, method: str, weight: float, result: EvaluationResult) -> dict[str, Any]:
-    scores = {entry.name: entry.scores["coverage"] for entry in result.untrusted}
-    entry = {
-        "seed": seed, "method": method, "weight": weight, "accuracy": result.trusted.accuracy,
-        "mean_auroc": fmean(s.auroc.value for s in scores.values()),
-        "mean_fpr95": fmean(s.fpr95.value for s in scores.values()),
-        "auroc": {name: s.auroc.value for name, s in scores.items()},
-        "fpr95": {name: s.fpr95.value for name, s in scores.items()},
-    }  # fmt: skip
-    print(json.dumps(entry), file=sys.stderr, flush=True)
-    return entry
+def variants(args: argparse.Namespace) -> list[tuple[str, float]]:
+    """Return the forms and weights to train with; without a weight all forms are one."""
+    return [("range", 0.0), *((form, w) for form in args.forms for w in args.weights)]
 
 
-def interval(differences: list[float]) -> tuple[float, float, float]:
-    """Return the mean difference and the ends of its 95% interval."""
-    mean, n = fmean(differences), len(differences)
-    half = student.ppf(0.975, n - 1) * stdev(differences) / n**0.5 if n > 1 else float("inf")
-    return mean, mean - half, mean + half
+def share_right(model: Classifier, subject: Subject) -> float:
+    """Return the accuracy on all the test images that the subject has."""
+    images = subject.test
+    predicted = [
+        batch.logits.argmax(1) for batch in sweep(model, images, [], "channel", Silent(), "")
+    ]
+    return float((torch.cat(predicted) == images.known_labels()).double().mean())
 
 
-def paired(
-    results: list[dict[str, Any]], method: str, weight: float, figure: str
-) -> tuple[list[float], list[float]]:
-    """Return a figure without and with the penalty, seed by seed."""
+@dataclass(frozen=True)
+class Difference:
+    """The mean difference to weight 0 over the seeds, with its interval, in points."""
 
-    def at(wanted: float) -> list[float]:
-        return [r[figure] for r in results if (r["method"], r["weight"]) == (method, wanted)]
+    mean: float
+    half: float
 
-    return at(0.0), at(weight)
+    @classmethod
+    def of(cls, pairs: list[tuple[float, float]], comparisons: int) -> "Difference":
+        """Take it of pairs without and with the penalty, corrected for so many comparisons."""
+        differences = [100 * (after - before) for before, after in pairs]
+        n = len(differences)
+        if n < 2:
+            return cls(fmean(differences), float("inf"))
+        quantile = student.ppf(1 - (1 - CONFIDENCE) / 2 / comparisons, n - 1)
+        return cls(fmean(differences), float(quantile) * stdev(differences) / n**0.5)
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} ± {self.half:.1f}"
+
+
+def print_table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Print the differences: accuracy and the mean of the groups with intervals, and each group."""
+    forms = variants(args)[1:]
+    comparisons = len(args.networks) * len(forms) * len(args.methods)
+    print(f"| network, method | penalty | accuracy | mean AUROC | {' | '.join(GROUPS)} |")
+    print(f"| --- |{' --- |' * (len(GROUPS) + 3)}")
+    for name in args.networks:
+        for method in args.methods:
+            mine = [r for r in rows if (r["network"], r["method"]) == (name, method)]
+            plain = [r for r in mine if r["weight"] == 0]
+            cells = [f"{100 * fmean(r[figure] for r in plain):.1f}"
+                     for figure in ("accuracy", "mean", *GROUPS)]  # fmt: skip
+            print(f"| {name}, {method} | none | {' | '.join(cells)} |")
+            for form, weight in forms:
+                with_it = [r for r in mine if (r["form"], r["weight"]) == (form, weight)]
+
+                def difference(figure: str, others: list[dict[str, Any]] = with_it,
+                               before: list[dict[str, Any]] = plain) -> Difference:  # fmt: skip
+                    pairs = zip(before, others, strict=True)
+                    return Difference.of([(b[figure], a[figure]) for b, a in pairs], comparisons)
+
+                each = [f"{difference(group).mean:+.1f}" for group in GROUPS]
+                both = f"{difference('accuracy')} | {difference('mean')}"
+                print(f"| {name}, {method} | {form} {weight:g} | {both} | {' | '.join(each)} |")
 
 
 def main() -> None:
     args = options()
-    args.untrusted = args.untrusted or UNTRUSTED
-    with tempfile.TemporaryDirectory() as folder:
-        results = list(rows(args, Path(folder)))
+    rows = []
+    for row in tried(args, Silent()):
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
     if args.json:
-        print(json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "rows": results}))
+        settings = {key: str(value) for key, value in vars(args).items()}
+        print(json.dumps({"settings": settings, "rows": rows}))
         return
-    print(table(args, results))
-
-
-def table(args: argparse.Namespace, results: list[dict[str, Any]]) -> str:
-    """Word the paired differences as a Markdown table."""
-    lines = [
-        "| method | weight | figure, % | without | with | difference | 95% interval |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for method in args.methods:
-        for weight in args.weights:
-            for figure in FIGURES:
-                before, after = paired(results, method, weight, figure)
-                both = [100 * fmean(before), 100 * fmean(after)]
-                mean, low, high = interval(
-                    [100 * (b - a) for a, b in zip(before, after, strict=True)]
-                )
-                lines.append(
-                    f"| {method} | {weight:g} | {figure} | {both[0]:.1f} | {both[1]:.1f} | "
-                    f"{mean:+.1f} | {low:+.1f} to {high:+.1f} |"
-                )
-    return "\n".join(lines)
+    print_table(args, rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,17 @@
 """Every method and every baseline on the same network, the same images: one table.
 
     python benchmarks/detection.py --checkpoint FILE --data DIR
+    python benchmarks/detection.py --suite DIR --vgg19 FILE --data DIR
 
 DIR holds cifar10/train.npz and cifar10/test.npz (or name any --trusted, --calibration and --test)
 and torchvision's MNIST and Fashion-MNIST. Prints two Markdown tables, AUROC and FPR95 by untrusted
 set and on average, in per cent with 95% intervals; --json prints one document instead,
 and --csv writes one row a score and set.
+
+--suite asks the same of several networks, most of them trained here for few epochs, over many
+calibrations: far sets, near ones (held-out classes, turned images), corruptions, attacks, and the
+networks' own errors. What its folder holds already is not computed again. --vgg19 names a VGG19's
+weights on CIFAR-10, in which no test image was seen.
 """
 
 import argparse
@@ -17,13 +23,15 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import suite
+
 from covcli.core import runtime
 from covcli.core.progress import Lines, Progress, Silent
 from covcli.evaluation.baselines import compare
 from covcli.evaluation.evaluate import EvaluationConfig, EvaluationResult, evaluate
 from covcli.methods import METHODS
 from covcli.reporting.documents import Estimate
-from covcli.signature.build import build_signature
+from covcli.signature.build import DEFAULT_METHOD, build_signature
 from covcli.signature.config import SignatureConfig
 
 UNTRUSTED = [
@@ -45,14 +53,19 @@ class Row:
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--checkpoint", type=Path)
+    chosen.add_argument("--suite", type=Path, metavar="DIR", help="where the suite keeps its files")
+    parser.add_argument("--vgg19", type=Path, help="of the suite: a VGG19's weights on CIFAR-10")
+    parser.add_argument("--networks", nargs="+", choices=suite.NETWORKS, default=suite.NETWORKS)
+    parser.add_argument("--draws", type=int, default=10, help="of the suite: calibrations")
     parser.add_argument("--model", default="vgg19", help="of a bare state dict")
     parser.add_argument("--data", type=Path, default=os.environ.get("COVCLI_DATA_DIR", "data"))
     parser.add_argument("--trusted", help="default: npz:DATA/cifar10?limit=10000")
     parser.add_argument("--calibration", help="default: npz:DATA/cifar10?split=test&limit=5000")
     parser.add_argument("--test", help="default: npz:DATA/cifar10?split=test&offset=5000")
     parser.add_argument("--untrusted", action="append", help="may repeat")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--baselines", nargs="*", default=["all"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
@@ -133,13 +146,32 @@ def write_csv(path: Path, results: list[Row]) -> None:
             writer.writerow([row.score, row.untrusted, *figures])
 
 
+def run_suite(args: argparse.Namespace) -> None:
+    """Print the suite's tables, or one document."""
+    progress: Progress = Silent() if args.quiet else Lines()
+    wanted = [name for name in compare.expand(args.baselines) if name not in suite.LEFT_OUT]
+    choice = suite.Choice(tuple(args.methods), tuple(wanted), args.draws)
+    results = suite.run(
+        args.suite, suite.Data(args.data), args.vgg19, args.networks, choice, progress
+    )
+    if args.json:
+        json.dump([asdict(row) for row in results], sys.stdout, indent=2)
+        print()
+    else:
+        suite.print_tables(results)
+
+
 def main() -> None:
     args = options()
+    args.methods = args.methods or [DEFAULT_METHOD, *(m for m in METHODS if m != DEFAULT_METHOD)]
+    runtime.configure(0, args.threads)
+    if args.suite:
+        run_suite(args)
+        return
     args.trusted = args.trusted or f"npz:{args.data}/cifar10?limit=10000"
     args.calibration = args.calibration or f"npz:{args.data}/cifar10?split=test&limit=5000"
     args.test = args.test or f"npz:{args.data}/cifar10?split=test&offset=5000"
     args.untrusted = args.untrusted or UNTRUSTED
-    runtime.configure(0, args.threads)
     with tempfile.TemporaryDirectory() as folder:
         results = measured(args, Path(folder))
     if args.csv:

@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import confidence_loss  # noqa: F401 - registers the small network
 import numpy as np
+import suite_networks  # noqa: F401 - registers the small network
 import torch
 from torch import Tensor
 

@@ -53,6 +53,7 @@ def explain(judge: Judge, images: ImageSet, rows: Sequence[int]) -> list[Explana
     signature = judge.signature
     chosen = images.select(torch.tensor(rows, dtype=torch.int64))
     shapes: dict[str, tuple[int, ...]] = {}
+    reads = signature.arrangement.logits > 0
 
     def see(point: Point, output: Tensor) -> None:
         shapes[point.name] = tuple(output.shape[1:])
@@ -75,6 +76,7 @@ def explain(judge: Judge, images: ImageSet, rows: Sequence[int]) -> list[Explana
                         p_value=float(verdicts.p_value[i]),
                         untrusted=bool(verdicts.untrusted[i]),
                         points=ranked,
+                        logits=max(0.0, 1 - float(shares[i].sum())) if reads else 0.0,
                         mapped=next(
                             (p.name for p in ranked if p.channels and len(shapes[p.name]) == 3),
                             None,

@@ -19,6 +19,7 @@ from covcli.methods.gaussian import (
     whole_numbers,
 )
 from covcli.methods.layout import Layout
+from covcli.methods.logits import LOGIT_EVIDENCE
 from covcli.methods.ranges import RangeScorer, SingleRange, united
 from covcli.methods.state import Expected, State
 
@@ -38,26 +39,37 @@ class Ensemble(Method):
       trusted images and their noisy copies, in units of the trusted deviation. A small perturbation
       of every pixel, such as an adversarial one, hardly changes the distance but is visible here.
 
-    The calibration combines the 3·L columns with experts (see `covcli.signature.combination`).
+    The calibration combines the 3·L columns with experts and with evidence from the logits (see
+    `covcli.signature.combination`).
 
     Parameters
     ----------
     shrinkage
         As for `gauss`.
+    logits
+        The evidence from the logits that joins: "both", "doubt", "energy" or "none".
+    generalists
+        "each" for one generalist of `src` and one of `gauss`, "one" for one of all columns.
 
     Examples
     --------
     >>> Ensemble(shrinkage=0.1).spec()
-    'ensemble?shrinkage=0.1'
+    'ensemble?shrinkage=0.1&logits=energy&generalists=each'
     """
 
     name: ClassVar[str] = "ensemble"
     experts: ClassVar[bool] = True
     shrinkage: float = Gauss.shrinkage
+    logits: str = "energy"  # type: ignore[misc]  # what others fix is this one's parameter
+    generalists: str = "each"
 
     def __post_init__(self) -> None:
-        """Check the parameter."""
+        """Check the parameters."""
         Gauss(self.shrinkage)
+        if self.logits not in LOGIT_EVIDENCE:
+            raise ValueError(f"logits must be one of {', '.join(LOGIT_EVIDENCE)}")
+        if self.generalists not in ("each", "one"):
+            raise ValueError("generalists must be each or one")
 
     @property
     def gauss(self) -> Gauss:
@@ -123,6 +135,11 @@ class Ensemble(Method):
     def columns(self, layout: Layout) -> int:
         """Return the number of evidence columns: 3·L."""
         return 3 * len(layout.sizes)
+
+    def blocks(self, layout: Layout) -> tuple[tuple[int, int], ...]:
+        """Return the columns of `src` and of `gauss`; only experts read the others."""
+        points = len(layout.sizes)
+        return () if self.generalists == "one" else ((0, points), (points, 2 * points))
 
     def expected(self, layout: Layout) -> Expected:
         """Return the tensors of a complete state."""

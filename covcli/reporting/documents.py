@@ -410,6 +410,8 @@ class Explanation:
     mapped
         The first point that lists a channel and has a height and a width; `heat_map` shows that
         channel. None if there is none.
+    logits
+        The logits' share of the score: what the points' shares lack of 1.
     """
 
     set: str
@@ -421,6 +423,7 @@ class Explanation:
     untrusted: bool
     points: list[PointShare]
     mapped: str | None
+    logits: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -443,9 +443,10 @@ def explanation(entry: Explanation) -> str:
     """Return a sentence about an explained image and its verdict."""
     known = "" if entry.label is None else f", labelled {entry.label}"
     verdict = "flagged" if entry.untrusted else "not flagged"
+    logits = f" The logits are {percent(entry.logits)}% of the score." if entry.logits else ""
     return (
         f"{entry.set}, image {entry.row}: predicted {entry.predicted}{known}; {verdict}, "
-        f"score {entry.score:.2f}, p-value {entry.p_value:.2g}."
+        f"score {entry.score:.2f}, p-value {entry.p_value:.2g}.{logits}"
     )
 
 

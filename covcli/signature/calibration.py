@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from covcli.core.errors import CovcliError
-from covcli.signature.combination import Combination, fit_combination, plain_mean
+from covcli.methods.logits import doubt
+from covcli.signature.combination import Arrangement, Combination, fit_combination, plain_mean
 from covcli.signature.error_bound import CONFIDENCE, doubt_threshold, least_answers
 from covcli.signature.guarantee import DEFAULT_GUARANTEE, Guarantee, Rule, make_rule
 
@@ -75,7 +76,7 @@ class Calibration:
     guarantee: Guarantee = DEFAULT_GUARANTEE
 
     def score(self, evidence: Tensor) -> Tensor:
-        """Return the score of evidence (B, P), float64 of shape (B,); larger is less trusted."""
+        """Return the score of evidence (B, columns), float64 of shape (B,)."""
         return self.combination.score(evidence)
 
     def rule(self, guarantee: Guarantee, classes: tuple[str, ...]) -> Rule:
@@ -170,18 +171,12 @@ class Calibration:
 def softmax_score(logits: Tensor) -> Tensor:
     """Return one minus the highest softmax probability of logits (B, C), float64 of shape (B,).
 
-    Hendrycks and Gimpel, "A Baseline for Detecting Misclassified and Out-of-Distribution Examples
-    in Neural Networks", ICLR 2017. The probabilities of the other classes are summed, so that
-    images whose highest probability rounds to 1 still have different scores.
-
     Examples
     --------
     >>> [f"{score:.2g}" for score in softmax_score(torch.tensor([[0.0, 0.0], [50.0, 0.0]]))]
     ['0.5', '1.9e-22']
     """
-    exact = logits.double()
-    others = exact.scatter(1, exact.argmax(1, keepdim=True), -torch.inf)
-    return torch.exp(torch.logsumexp(others, 1) - torch.logsumexp(exact, 1))
+    return torch.exp(doubt(logits))
 
 
 def fits(images: int, seed: int) -> Tensor:
@@ -234,7 +229,12 @@ def check_images(images: int, guarantee: Guarantee, classes: int) -> None:
 
 
 def calibrate(
-    observed: Observed, fitting: Tensor, outliers: Sequence[Tensor] = (), plain: bool = False
+    observed: Observed,
+    fitting: Tensor,
+    outliers: Sequence[Tensor] = (),
+    *,
+    arrangement: Arrangement = Arrangement(),
+    plain: bool = False,
 ) -> Calibration:
     """Fit the combination on some of the calibration images, and rank the scores of the others.
 
@@ -248,6 +248,8 @@ def calibrate(
         For each expert, the evidence of surrogate outliers, float64 of shape (m, P). They are
         computed from the fitting images, so that the others stay exchangeable with new trusted
         images.
+    arrangement
+        The meaning of the columns of the evidence.
     plain
         Whether the score is the mean of the columns, and nothing is fitted.
 
@@ -263,7 +265,9 @@ def calibrate(
         )
     evidence = observed.evidence
     combination = (
-        plain_mean(evidence.shape[1]) if plain else fit_combination(evidence[fitting], outliers)
+        plain_mean(evidence.shape[1])
+        if plain
+        else fit_combination(evidence[fitting], outliers, arrangement)
     )
     scores = combination.score(evidence[~fitting])
     order = scores.argsort(stable=True)

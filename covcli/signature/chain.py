@@ -75,7 +75,8 @@ class Chain(nn.Module):
             neurons = recorder.take(logits)
         known = neurons.isfinite().all(1) & logits.isfinite().all(1)
         predicted = logits.argmax(1)
-        evidence = self.judge.evidence(predicted, neurons.where(known[:, None], 0.0))
+        seen, shown = (part.where(known[:, None], 0.0) for part in (logits, neurons))
+        evidence = self.judge.evidence(seen, shown, predicted)
         score = self.judge.calibration.score(evidence)
         verdicts = self.judge.verdicts(
             logits,

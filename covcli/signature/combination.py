@@ -1,4 +1,7 @@
-"""Combination of evidence columns to one score: standardisation, experts and a soft maximum."""
+"""Combination of evidence columns to one score: standardisation, experts and a soft maximum.
+
+The evidence from the logits joins last, on a common scale: the rarity among trusted images.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +14,8 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from covcli.signature.tails import Tails
+
 # Temperatures of the soft maximum, over the columns and over the voices.
 COLUMNS = 2.0
 VOICES = 0.4
@@ -20,37 +25,75 @@ RIDGE = 0.003
 LOUDEST = 8.0
 # No standardised voice reaches this level.
 NEVER = 1e6
+# The weight of the logits beside the other evidence, as a log, and the upper limit of their rarity:
+# the trusted images with the smallest logits must not exceed foreign images.
+LOGITS_GAIN = -0.5
+LOGITS_CAP = 2.0
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The meaning of the columns of evidence.
+
+    Attributes
+    ----------
+    blocks
+        The begin and end of the columns of each generalist; empty for one generalist of all.
+    logits
+        The number of columns of the logits; they are the last ones.
+    """
+
+    blocks: tuple[tuple[int, int], ...] = ()
+    logits: int = 0
+
+    def generalists(self, columns: int) -> Tensor:
+        """Return the columns of each generalist, 1 or 0, float64 of shape (G, columns)."""
+        masks = torch.zeros(max(1, len(self.blocks)), columns, dtype=torch.float64)
+        for row, (begin, end) in zip(masks, self.blocks or ((0, columns),), strict=True):
+            row[begin:end] = 1
+        return masks
 
 
 @dataclass(frozen=True)
 class Combination:
     """Combines the evidence columns to one score.
 
-    Each column is standardised with trusted images. The generalist is the soft maximum
-    T·log(mean(exp(z/T))) of all columns with T = 2. It is between the mean, on which a single large
-    column has little effect, and the maximum. Each expert is a weighted sum with weights of at
-    least 0, fitted to separate trusted images from one kind of surrogate outliers. The outputs of
-    the generalist and the experts are called voices. They are standardised too, and the score is
-    their soft maximum with T = 0.4, close to the maximum.
+    Each column is standardised with trusted images. A generalist is the soft maximum
+    T·log(mean(exp(z/T))) of all columns, or of one block of them, with T = 2. It is between the
+    mean, on which a single large column has little effect, and the maximum. Each expert is a
+    weighted sum with weights of at least 0, fitted to separate trusted images from one kind of
+    surrogate outliers. The outputs of the generalists and the experts are called voices. They are
+    standardised too, and their soft maximum with T = 0.4 is close to their maximum.
+
+    Without columns of the logits, this is the score. With them, the soft maximum and each column
+    of the logits are transformed to their rarity among trusted images, see `Tails`. a is the
+    rarity of the soft maximum, and b the mean rarity of the logits' columns, at most LOGITS_CAP.
+    The score is log(exp(a) + exp(b + LOGITS_GAIN)).
 
     Attributes
     ----------
     center, scale
         Mean and deviation of each column, float64 of shape (P,).
+    generalists
+        The columns of each generalist, 1 or 0, float64 of shape (G, P), G at least 1.
     weights
         The experts' weights, float64 of shape (E, P); E is 0 for a method without experts.
     level, spread
-        Mean and deviation of each voice, the generalist's first, float64 of shape (1 + E,).
+        Mean and deviation of each voice, the generalists' first, float64 of shape (G + E,).
     floor
         The lowest score of the fitting images; it is subtracted.
+    tails
+        The rarity of the soft maximum and of each column of the logits; None without any.
     """
 
     center: Tensor
     scale: Tensor
+    generalists: Tensor
     weights: Tensor
     level: Tensor
     spread: Tensor
     floor: float
+    tails: Tails | None = None
 
     def shares(self, evidence: Tensor) -> tuple[Tensor, Tensor]:
         """Return the contribution of each column to `score`.
@@ -58,49 +101,80 @@ class Combination:
         Parameters
         ----------
         evidence
-            float64 of shape (B, P).
+            float64 of shape (B, P), or (B, P + L) with the logits' columns behind.
 
         Returns
         -------
         tuple of Tensor
             The standardised columns z, and each column's share of the score, both float64 of
-            shape (B, P). An image's shares sum to 1. The share of a voice is the derivative of the
-            soft maximum with respect to it. The generalist's share is divided among the columns in
-            the same way, an expert's in proportion to the terms of its sum.
+            shape (B, P). The share of a voice is the derivative of the soft maximum with respect
+            to it. A generalist's share is divided among the columns in the same way, an expert's
+            in proportion to the terms of its sum. An image's shares sum to 1, or with columns of
+            the logits to the share of a in the score.
         """
-        z = (evidence - self.center) / self.scale
-        voices = (_voices(z, self.weights) - self.level) / self.spread
+        columns = evidence[:, : len(self.center)]
+        z = (columns - self.center) / self.scale
+        voices = (_voices(z, self.generalists, self.weights) - self.level) / self.spread
         of_voice = torch.softmax(voices / VOICES, 1)
-        shares = of_voice[:, :1] * torch.softmax(z / COLUMNS, 1)
+        general = torch.softmax(z[:, None] / COLUMNS + self.generalists.log(), 2)
+        count = len(self.generalists)
+        shares = (of_voice[:, :count, None] * general).sum(1)
         if len(self.weights):
             terms = (self.weights * z[:, None]).clamp_min(0) + torch.finfo(z.dtype).tiny
-            shares = shares + (of_voice[:, 1:, None] * terms / terms.sum(2, keepdim=True)).sum(1)
+            of_expert = of_voice[:, count:, None] * terms / terms.sum(2, keepdim=True)
+            shares = shares + of_expert.sum(1)
+        if self.tails is not None:
+            a, b = self._rarities(evidence)
+            shares = shares * torch.sigmoid(a - b)[:, None]
         return z, shares
 
     def score(self, evidence: Tensor) -> Tensor:
-        """Return the score of evidence (B, P), float64 of shape (B,); larger is less trusted.
+        """Return the score of evidence, float64 of shape (B,); larger is less trusted.
 
         The lowest score of the fitting images is 0.
+
+        Parameters
+        ----------
+        evidence
+            float64 of shape (B, P), or (B, P + L) with L columns of the logits at the end.
         """
-        offset, slope, experts, gain, shift, last = self._folded
+        if self.tails is None:
+            return self._loudest(evidence) - self.floor
+        return torch.logaddexp(*self._rarities(evidence)) - self.floor
+
+    def _rarities(self, evidence: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a and b, float64 of shape (B,) each."""
+        assert self.tails is not None
+        columns, logits = evidence.split([len(self.center), len(self.tails.knots) - 1], 1)
+        values = torch.cat([self._loudest(columns)[:, None], logits], 1)
+        a, *bs = self.tails.rarity(values).unbind(1)
+        return a, (sum(bs[1:], bs[0]) / len(bs)).clamp_max(LOGITS_CAP) + LOGITS_GAIN
+
+    def _loudest(self, evidence: Tensor) -> Tensor:
+        """Return the soft maximum of the voices of evidence (B, P), float64 of shape (B,)."""
+        offset, slope, excluded, experts, gain, shift, last = self._folded
         z = torch.addcmul(offset, evidence, slope)
-        loud = torch.cat([torch.logsumexp(z, 1, keepdim=True) * gain, z @ experts], 1)
-        return torch.logsumexp(loud - shift, 1) * VOICES - last
+        general = torch.logsumexp(z[:, None] + excluded, 2)
+        voices = torch.cat([general * gain, z @ experts], 1)
+        return torch.logsumexp(voices - shift, 1) * VOICES - last
 
     @cached_property
-    def _folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
-        """The constants of `score`, combined so that scoring a single image takes few operations.
+    def _folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+        """The constants of `_loudest`, combined so that a single image takes few operations.
 
-        z/COLUMNS is evidence times a slope plus an offset. `gain` and `experts` contain the factors
-        of each voice divided by VOICES, and `shift` its subtracted constant.
+        z/COLUMNS is evidence times a slope plus an offset. `excluded` is minus infinity for the
+        columns that are not of a generalist. `gain` and `experts` contain the factors of each
+        voice divided by VOICES, and `shift` its subtracted constant.
         """
         slope = 1 / (COLUMNS * self.scale)
         size = 1 / (self.spread * VOICES)
-        mean = COLUMNS * math.log(len(self.center))  # of the generalist, see `_soft_maximum`
-        shift = torch.cat([self.level[:1] + mean, self.level[1:]]) * size
-        experts = (self.weights * size[1:, None] * COLUMNS).T.contiguous()
-        last = VOICES * math.log(len(self.level)) + self.floor
-        return -self.center * slope, slope, experts, COLUMNS * size[0], shift, last
+        count = len(self.generalists)
+        means = COLUMNS * self.generalists.sum(1).log()  # see `_voices`
+        shift = torch.cat([self.level[:count] + means, self.level[count:]]) * size
+        experts = (self.weights * size[count:, None] * COLUMNS).T.contiguous()
+        last = VOICES * math.log(len(self.level))
+        excluded = self.generalists.log()
+        return -self.center * slope, slope, excluded, experts, COLUMNS * size[:count], shift, last
 
 
 def plain_mean(columns: int) -> Combination:
@@ -113,6 +187,7 @@ def plain_mean(columns: int) -> Combination:
     return Combination(
         center=torch.zeros_like(ones),
         scale=ones,
+        generalists=torch.ones_like(ones)[None],
         weights=ones[None] / columns,
         level=ones.new_tensor([NEVER, 0.0]),
         spread=ones.new_ones(2),
@@ -120,31 +195,42 @@ def plain_mean(columns: int) -> Combination:
     )
 
 
-def fit_combination(evidence: Tensor, outliers: Sequence[Tensor]) -> Combination:
+def fit_combination(
+    evidence: Tensor, outliers: Sequence[Tensor], arrangement: Arrangement = Arrangement()
+) -> Combination:
     """Fit the scales to trusted images, and an expert to each set of surrogate outliers.
 
     Parameters
     ----------
     evidence
-        Evidence of trusted images, float64 of shape (n, P), n at least 2.
+        Evidence of trusted images, float64 of shape (n, P + L), n at least 2.
     outliers
-        Evidence of surrogate outliers, float64 of shapes (m, P).
+        Evidence of surrogate outliers, float64 of shapes (m, P + L).
+    arrangement
+        The meaning of the columns; the last L are of the logits.
     """
+    every, columns = evidence, evidence.shape[1] - arrangement.logits
+    evidence, generalists = every[:, :columns], arrangement.generalists(columns)
     center = evidence.mean(0)
     # A column of a range method that is constant on all n images changes with a probability of
     # about 1/(n + 2), and then by log 2. This gives the smallest plausible deviation.
     least = math.log(2) / math.sqrt(len(evidence) + 2)
     scale = evidence.std(0).clamp_min(least)
     z = (evidence - center) / scale
-    experts = [fit_expert(z, (other - center) / scale) for other in outliers]
+    experts = [fit_expert(z, (other[:, :columns] - center) / scale) for other in outliers]
     weights = torch.stack(experts) if experts else z.new_zeros(0, z.shape[1])
-    level, spread = z.new_zeros(1 + len(weights)), z.new_ones(1 + len(weights))
-    if experts:
-        voices = _voices(z, weights)
+    number = len(generalists) + len(weights)
+    level, spread = z.new_zeros(number), z.new_ones(number)
+    if number > 1:
+        voices = _voices(z, generalists, weights)
         # An expert whose weights are all 0 has a constant voice, 0.
         level, spread = voices.mean(0), torch.where(voices.std(0) > 0, voices.std(0), 1.0)
-    combination = Combination(center, scale, weights, level, spread, 0.0)
-    return replace(combination, floor=float(combination.score(evidence).min()))
+    combination = Combination(center, scale, generalists, weights, level, spread, 0.0)
+    if arrangement.logits:
+        voice = combination.score(evidence)[:, None]
+        tails = Tails.fit(torch.cat([voice, every[:, columns:]], 1))
+        combination = replace(combination, tails=tails)
+    return replace(combination, floor=float(combination.score(every).min()))
 
 
 def fit_expert(trusted: Tensor, outliers: Tensor) -> Tensor:
@@ -183,9 +269,7 @@ def fit_expert(trusted: Tensor, outliers: Tensor) -> Tensor:
     return torch.from_numpy(fit.x[:-1].copy())
 
 
-def _voices(z: Tensor, weights: Tensor) -> Tensor:
-    return torch.cat([_soft_maximum(z, COLUMNS)[:, None], z @ weights.T], 1)
-
-
-def _soft_maximum(z: Tensor, temperature: float) -> Tensor:
-    return temperature * (torch.logsumexp(z / temperature, 1) - math.log(z.shape[1]))
+def _voices(z: Tensor, generalists: Tensor, weights: Tensor) -> Tensor:
+    """Return the voices of standardised columns (B, P), float64 of shape (B, G + E)."""
+    general = torch.logsumexp(z[:, None] / COLUMNS + generalists.log(), 2)
+    return torch.cat([COLUMNS * (general - generalists.sum(1).log()), z @ weights.T], 1)

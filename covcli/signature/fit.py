@@ -360,9 +360,10 @@ def fit_judge(
             copies = distorted(images.select(drawn.rows), kind)
             surrogates[kind] = _evidence(model, signature, copies, progress)
         outliers = [torch.cat([surrogates[kind] for kind in kinds]) for kinds in EXPERTS.values()]
-    plain = signature.method.plain
-    calibration = replace(calibrate(observed, fitting, outliers, plain), guarantee=guarantee)
-    return Judge.of(model, signature, calibration)
+    calibration = calibrate(
+        observed, fitting, outliers, arrangement=signature.arrangement, plain=signature.method.plain
+    )
+    return Judge.of(model, signature, replace(calibration, guarantee=guarantee))
 
 
 def _surrogates(method: Method, fitting: Tensor) -> int:
@@ -387,13 +388,14 @@ def _observe(
     title, points = "reading calibration images", signature.points
     for batch in sweep(model, images, points, signature.granularity, progress, title):
         best = batch.logits.argmax(1)
-        evidence = signature.scorer(batch.neurons, best)
+        evidence = signature.evidence(batch.logits, batch.neurons, best)
         every.append((batch.rows, evidence, softmax_score(batch.logits.cpu()), best))
         mine = torch.isin(batch.rows, drawn.rows)
         if bool(mine.any()):
             rows, places = batch.rows[mine], mine.to(best.device)
             others = drawn.other_classes(rows, best[places], len(signature.classes))
-            elsewhere.append((rows, signature.scorer(batch.neurons[places], others)))
+            against = signature.evidence(batch.logits[places], batch.neurons[places], others)
+            elsewhere.append((rows, against))
     evidence, softmax, predicted = distributed.collect(every)
     wrong = None if images.labels is None else predicted != images.labels
     against = distributed.collect(elsewhere)[0] if len(drawn.rows) else evidence[:0]
@@ -406,5 +408,5 @@ def _evidence(
     """Return the evidence of a set for the predicted classes."""
     title, points = "reading surrogate outliers", signature.points
     swept = sweep(model, images, points, signature.granularity, progress, title)
-    parts = [(b.rows, signature.scorer(b.neurons, b.logits.argmax(1))) for b in swept]
+    parts = [(b.rows, signature.evidence(b.logits, b.neurons, b.logits.argmax(1))) for b in swept]
     return distributed.collect(parts)[0]

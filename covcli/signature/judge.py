@@ -135,27 +135,28 @@ class Judge:
             The neurons of its coverage points, shape (B, N).
         """
         predicted = logits.argmax(1)
-        evidence = self.evidence(predicted, neurons)
+        evidence = self.evidence(logits, neurons, predicted)
         return self.verdicts(logits, predicted, evidence, self.calibration.score(evidence))
 
-    def evidence(self, predicted: Tensor, neurons: Tensor) -> Tensor:
+    def evidence(self, logits: Tensor, neurons: Tensor, predicted: Tensor) -> Tensor:
         """Return the evidence against trust in the predicted classes, on the CPU.
 
         Parameters
         ----------
-        predicted
-            Predicted classes, int64 of shape (B,).
+        logits
+            The network's output, shape (B, classes).
         neurons
             The neurons of the coverage points, shape (B, N).
+        predicted
+            Predicted classes, int64 of shape (B,).
 
         Returns
         -------
         Tensor
-            float64 of shape (B, P).
+            float64 of shape (B, P + L), with L columns of the logits.
         """
         with torch.autocast(neurons.device.type, enabled=False):  # the caller may have enabled it
-            evidence: Tensor = self.signature.scorer(neurons, predicted)
-            return evidence.cpu()
+            return self.signature.evidence(logits, neurons, predicted).cpu()
 
     def verdicts(
         self, logits: Tensor, predicted: Tensor, evidence: Tensor, score: Tensor
@@ -213,7 +214,8 @@ class Judge:
             logits, neurons = forward(self.model, recorder, images)
         with torch.no_grad():
             verdicts = self(logits, neurons)
-        soft = self.calibration.score(signature.scorer.soft(neurons, verdicts.predicted).cpu())
+        evidence = signature.soft_evidence(logits, neurons, verdicts.predicted)
+        soft = self.calibration.score(evidence.cpu())
         unit = self.rule.overall if self.rule.overall > 0 else 1.0
         return Look(logits, verdicts.score, soft / unit)
 

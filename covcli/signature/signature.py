@@ -18,18 +18,22 @@ from covcli.core.errors import CovcliError
 from covcli.core.files import fingerprint, write_bytes
 from covcli.core.opening import open_regular, reading
 from covcli.methods import Layout, Method, Scorer, State, make_method
+from covcli.methods.logits import LOGIT_EVIDENCE, read_logits
 from covcli.methods.state import GRANULARITIES, Granularity
 from covcli.models.architectures import Classifier, ModelSpec, Precision, precision
 from covcli.models.points import Point
 from covcli.signature.calibration import Calibration
-from covcli.signature.combination import Combination
+from covcli.signature.combination import Arrangement, Combination
 from covcli.signature.guarantee import MODES, Guarantee
 from covcli.signature.record import Record
+from covcli.signature.tails import SHARES, Tails
 
-COMBINATION = ("center", "scale", "weights", "level", "spread")
+COMBINATION = ("center", "scale", "generalists", "weights", "level", "spread")
 RANKING = ("fitting", "scores", "softmax", "predicted")
 
-SIGNATURE_SCHEMA = 3  # up to 2, every fourth calibration image fitted, in the order of the file
+TAILS = ("knots", "slopes")
+
+SIGNATURE_SCHEMA = 4  # up to 3, without evidence from the logits
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,37 @@ class Signature:
         with torch.inference_mode(False), runtime.one_thread():
             return self.method.prepare(self.state, self.layout)
 
+    def evidence(self, logits: Tensor, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the evidence against trust, float64 of shape (B, P + L).
+
+        The P columns of the coverage points, see `Scorer`, and the L columns of the logits.
+
+        Parameters
+        ----------
+        logits
+            Shape (B, number of classes).
+        neurons
+            Shape (B, N).
+        classes
+            The class against which each image is measured, int64 of shape (B,).
+        """
+        return self._with_logits(self.scorer(neurons, classes), logits)
+
+    def soft_evidence(self, logits: Tensor, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return a differentiable substitute of `evidence`, with the same parameters."""
+        return self._with_logits(self.scorer.soft(neurons, classes), logits)
+
+    def _with_logits(self, evidence: Tensor, logits: Tensor) -> Tensor:
+        if self.arrangement.logits == 0:
+            return evidence
+        return torch.cat([evidence, read_logits(self.method.logits, logits)], 1)
+
+    @cached_property
+    def arrangement(self) -> Arrangement:
+        """The meaning of the columns of the evidence."""
+        logits = len(LOGIT_EVIDENCE[self.method.logits])
+        return Arrangement(self.method.blocks(self.layout), logits)
+
     def to(self, device: torch.device) -> "Signature":
         """Return a copy of the signature with its state on a device."""
         return replace(self, state=self.state.to(device))
@@ -129,6 +164,8 @@ def save(path: Path, signature: Signature, calibration: Calibration, record: Rec
     tensors = {f"state.{name}": tensor for name, tensor in signature.state.tensors.items()}
     combination = calibration.combination
     tensors |= {f"combination.{name}": getattr(combination, name) for name in COMBINATION}
+    if combination.tails is not None:
+        tensors |= {f"tails.{name}": getattr(combination.tails, name) for name in TAILS}
     tensors |= {f"calibration.{name}": getattr(calibration, name) for name in RANKING}
     if calibration.wrong is not None:
         tensors["calibration.wrong"] = calibration.wrong
@@ -174,7 +211,8 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
             metadata["reductions"],
         )
         scales = {name: tensors[f"combination.{name}"] for name in COMBINATION}
-        combination = Combination(floor=float(metadata["floor"]), **scales)
+        tails = Tails(*(tensors[f"tails.{n}"] for n in TAILS)) if method.logits != "none" else None
+        combination = Combination(floor=float(metadata["floor"]), tails=tails, **scales)
         ranking = {name: tensors[f"calibration.{name}"] for name in RANKING}
         guarantee = _read_guarantee(metadata["guarantee"])
         wrong = tensors.get("calibration.wrong")
@@ -219,10 +257,15 @@ def _check(signature: Signature, calibration: Calibration) -> None:
     if not all(t.dtype == torch.float64 and bool(t.isfinite().all()) for t in numbers):
         raise ValueError("a calibration that is not finite")
     columns = signature.method.columns(signature.layout)
+    generalists = signature.arrangement.generalists(columns)
     experts = len(combination.weights)
-    shapes = [(columns,), (columns,), (experts, columns), (1 + experts,), (1 + experts,)]
+    voices = len(generalists) + experts
+    shapes = [(columns,), (columns,), generalists.shape, (experts, columns), (voices,), (voices,)]
     if [tuple(getattr(combination, name).shape) for name in COMBINATION] != shapes:
         raise ValueError("a combination of other columns")
+    _check_tails(combination.tails, signature.arrangement.logits)
+    if not torch.equal(combination.generalists, generalists):
+        raise ValueError("generalists of other columns")
     scores = calibration.scores
     if scores.ndim != 1 or len(scores) < 1 or scores.shape != calibration.softmax.shape:
         raise ValueError("calibration scores of other shapes")
@@ -246,6 +289,19 @@ def _check(signature: Signature, calibration: Calibration) -> None:
         bool(t.isnan().any()) for t in signature.state.tensors.values() if t.is_floating_point()
     ):
         raise ValueError("a state that holds NaN")
+
+
+def _check_tails(tails: Tails | None, columns: int) -> None:
+    """Raise a ValueError unless the tails can be those of so many columns of the logits."""
+    if tails is None:
+        return
+    for tensor in (tails.knots, tails.slopes):
+        if tensor.shape != (1 + columns, len(SHARES)) or tensor.dtype != torch.float64:
+            raise ValueError("tails of other columns")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError("tails that are not finite")
+    if bool((tails.slopes <= 0).any()) or bool((tails.knots.diff(dim=1) < 0).any()):
+        raise ValueError("tails that cannot be")
 
 
 def save_signature(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from covcli.core.errors import CovcliError
 from covcli.signature.calibration import Calibration, Observed, calibrate, fits, softmax_score
-from covcli.signature.combination import COLUMNS, RIDGE, VOICES, fit_combination, fit_expert
+from covcli.signature.combination import (
+    COLUMNS,
+    RIDGE,
+    VOICES,
+    Arrangement,
+    fit_combination,
+    fit_expert,
+)
 from covcli.signature.guarantee import Guarantee, Rule, alarms_bound, alarms_interval, make_rule
 
 ANY = Guarantee(0.9)
@@ -187,6 +194,28 @@ def test_voices_are_combined_as_stated() -> None:
     )
     assert combination.weights[0].argmax() == 0
     assert combination.weights[1].argmax() == 2
+
+
+def test_a_generalist_of_some_columns_hears_no_others() -> None:
+    generator = np.random.default_rng(5)
+    fitted = generator.normal(size=(60, 4))
+    arrangement = Arrangement(blocks=((0, 2), (2, 3)))
+    made = fit_combination(torch.from_numpy(fitted), [], arrangement)
+    rows = np.concatenate([fitted, generator.normal(0, 4, (40, 4))])
+
+    def voices(values: np.ndarray) -> np.ndarray:
+        z = (values - fitted.mean(0)) / fitted.std(0, ddof=1)
+        parts = [z[:, :2], z[:, 2:3]]
+        return np.column_stack([COLUMNS * np.log(np.exp(p / COLUMNS).mean(1)) for p in parts])
+
+    heard = voices(fitted)
+    v = (voices(rows) - heard.mean(0)) / heard.std(0, ddof=1)
+    expected = VOICES * np.log(np.exp(v / VOICES).mean(1))
+    expected -= expected[:60].min()
+    np.testing.assert_allclose(made.score(torch.from_numpy(rows)).numpy(), expected, atol=1e-9)
+    shares = made.shares(torch.from_numpy(rows))[1].numpy()
+    np.testing.assert_allclose(shares.sum(1), 1)
+    assert (shares[:, 3] == 0).all()
 
 
 def test_too_few_calibration_images_are_refused() -> None:
