@@ -117,7 +117,7 @@ class Pool:
         observed = Observed(evidence, softmax_score(logits), logits.argmax(1), None)
         fitting = fits(count, seed)
         outliers = self._outliers(method, rows, fitting, seed) if method.experts else []
-        arrangement = Arrangement(self.blocks[name], len(LOGIT_EVIDENCE[method.logits]))
+        arrangement = Arrangement(self.blocks[name], len(LOGIT_EVIDENCE[method.logit_evidence]))
         return calibrate(observed, fitting, outliers, arrangement=arrangement, plain=method.plain)
 
     def _outliers(self, method: Method, rows: Tensor, fitting: Tensor, seed: int) -> list[Tensor]:
@@ -133,7 +133,7 @@ class Pool:
 
 def read(method: Method, evidence: Tensor, logits: Tensor) -> Tensor:
     """Return the evidence with what the method reads of the logits."""
-    return torch.cat([evidence, read_logits(method.logits, logits)], 1)
+    return torch.cat([evidence, read_logits(method.logit_evidence, logits)], 1)
 
 
 def area(trusted: Tensor, untrusted: Tensor) -> float:

@@ -39,8 +39,6 @@ class Method(ABC):
         Whether its calibration learns weights of the evidence columns from surrogate outliers.
     plain
         Whether its score is the mean of its columns, without standardisation.
-    logits
-        The evidence from the logits that joins its own: a name in LOGIT_EVIDENCE.
 
     Examples
     --------
@@ -81,7 +79,6 @@ class Method(ABC):
     contributions: ClassVar[bool] = False
     experts: ClassVar[bool] = False
     plain: ClassVar[bool] = False
-    logits: ClassVar[str] = "none"
 
     def reads(self, granularity: Granularity) -> Granularity:
         """Return the granularity of the method's neurons for a requested granularity.
@@ -148,6 +145,11 @@ class Method(ABC):
     def columns(self, layout: Layout) -> int:
         """Return the number of evidence columns: one per point, or several blocks of that."""
         return len(layout.sizes)
+
+    @property
+    def logit_evidence(self) -> str:
+        """The evidence from the logits that joins the method's own: a name in LOGIT_EVIDENCE."""
+        return "none"
 
     def blocks(self, layout: Layout) -> tuple[tuple[int, int], ...]:
         """Return the begin and end of each generalist's columns; empty for one of all columns."""

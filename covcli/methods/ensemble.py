@@ -60,7 +60,7 @@ class Ensemble(Method):
     name: ClassVar[str] = "ensemble"
     experts: ClassVar[bool] = True
     shrinkage: float = Gauss.shrinkage
-    logits: str = "energy"  # type: ignore[misc]  # what others fix is this one's parameter
+    logits: str = "energy"
     generalists: str = "each"
 
     def __post_init__(self) -> None:
@@ -135,6 +135,11 @@ class Ensemble(Method):
     def columns(self, layout: Layout) -> int:
         """Return the number of evidence columns: 3·L."""
         return 3 * len(layout.sizes)
+
+    @property
+    def logit_evidence(self) -> str:
+        """The parameter `logits`."""
+        return self.logits
 
     def blocks(self, layout: Layout) -> tuple[tuple[int, int], ...]:
         """Return the columns of `src` and of `gauss`; only experts read the others."""

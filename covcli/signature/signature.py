@@ -115,12 +115,12 @@ class Signature:
     def _with_logits(self, evidence: Tensor, logits: Tensor) -> Tensor:
         if self.arrangement.logits == 0:
             return evidence
-        return torch.cat([evidence, read_logits(self.method.logits, logits)], 1)
+        return torch.cat([evidence, read_logits(self.method.logit_evidence, logits)], 1)
 
     @cached_property
     def arrangement(self) -> Arrangement:
         """The meaning of the columns of the evidence."""
-        logits = len(LOGIT_EVIDENCE[self.method.logits])
+        logits = len(LOGIT_EVIDENCE[self.method.logit_evidence])
         return Arrangement(self.method.blocks(self.layout), logits)
 
     def to(self, device: torch.device) -> "Signature":
@@ -211,7 +211,11 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
             metadata["reductions"],
         )
         scales = {name: tensors[f"combination.{name}"] for name in COMBINATION}
-        tails = Tails(*(tensors[f"tails.{n}"] for n in TAILS)) if method.logits != "none" else None
+        tails = (
+            Tails(*(tensors[f"tails.{n}"] for n in TAILS))
+            if method.logit_evidence != "none"
+            else None
+        )
         combination = Combination(floor=float(metadata["floor"]), tails=tails, **scales)
         ranking = {name: tensors[f"calibration.{name}"] for name in RANKING}
         guarantee = _read_guarantee(metadata["guarantee"])
