@@ -1,10 +1,11 @@
 """Run every command of the documents, those that take minutes too: `make docs-check`.
 
-    python tests/docs_check.py [--data DATA --weights VGG19.pt] [PAGE …]
+    python tests/docs_check.py [--data DATA --weights VGG19.pt] [--keep FOLDER] [PAGE …]
 
 Each page gets a folder of its own with what the documents speak of: a run of the demo, and images
 and weights as a user has them (`photos`, `held-out`, `test`, `strange`, `weights.pt`). Blocks that
 name `DATA` need the image sets and the VGG19 of `docs/results.md`, and are skipped without.
+`--keep` names a folder where what takes minutes to prepare is kept for another call.
 """
 
 import argparse
@@ -122,12 +123,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--keep", type=Path)
     parser.add_argument("pages", nargs="*", help="names of pages; default: all")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        base = Path(place) / "base"
-        base.mkdir()
-        prepare(base)
+        base = (given.keep or Path(place) / "base").resolve()
+        if not (base / "weights.pt").exists():
+            base.mkdir(parents=True, exist_ok=True)
+            prepare(base)
         chosen = [page for page in PAGES if not given.pages or page.name in given.pages]
         failed = sum(run_page(page, base, given) for page in chosen)
     say(f"{failed} blocks failed" if failed else "all ran")
