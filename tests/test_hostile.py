@@ -346,3 +346,14 @@ def test_weights_that_are_no_real_numbers_are_refused(run: Path, kind: torch.dty
     for path in (run / "other.pt", run / "bare.pt"):
         with pytest.raises(CovcliError, match=r"last\.weight' are of torch"):
             checkpoints.load(path, "tiny" if path.name == "bare.pt" else None)
+
+
+@pytest.mark.parametrize("name", ["torchvision:vgg19", "torchvision:regnet_y_128gf"])
+def test_a_small_file_asks_for_no_large_network(run: Path, name: str) -> None:
+    content = load_checkpoint(run / "checkpoint.pt")
+    model = {**content["model"], "name": name, "classes": 100_000, "shape": [3, 224, 224]}
+    save_checkpoint(run / "other.pt", {**content, "model": model})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CovcliError, match="do not fit model"):
+        checkpoints.load(run / "other.pt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # of 2 GB
