@@ -10,7 +10,7 @@ from torch import Tensor
 
 from covcli.core import file_checks, files
 from covcli.core.errors import CovcliError
-from covcli.core.opening import open_regular, reading
+from covcli.core.opening import is_folder, open_regular, reading
 from covcli.core.weights_only import load_weights_only
 from covcli.data.images import DataRecord
 from covcli.models import checkpoint as checkpoints
@@ -195,7 +195,7 @@ def inspect_file(path: Path) -> Inspection:
     >>> found.kind, found.network.name, [point.neurons for point in found.points]
     ('signature', 'tiny', [16, 32, 32])
     """
-    if path.is_dir():
+    if is_folder(path):
         return _run(path)
     with reading(path, "cannot be read"), open_regular(path) as file:
         start = file.read(9)

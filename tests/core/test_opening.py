@@ -231,7 +231,9 @@ def test_paths_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
     assert kinds == ["folder", "file", "nothing", "nothing"]
 
 
-@pytest.mark.parametrize("command", ["report", "train --resume", "points", "build-signature"])
+@pytest.mark.parametrize(
+    "command", ["report", "train --resume", "points", "build-signature", "inspect"]
+)
 def test_a_path_that_cannot_be_followed_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
