@@ -352,7 +352,8 @@ def test_weights_that_are_no_real_numbers_are_refused(run: Path, kind: torch.dty
 def test_a_small_file_asks_for_no_large_network(run: Path, name: str) -> None:
     content = load_checkpoint(run / "checkpoint.pt")
     model = {**content["model"], "name": name, "classes": 100_000, "shape": [3, 224, 224]}
-    save_checkpoint(run / "other.pt", {**content, "model": model})
+    classes = [str(k) for k in range(100_000)]
+    save_checkpoint(run / "other.pt", {**content, "model": model, "classes": classes})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CovcliError, match="do not fit model"):
         checkpoints.load(run / "other.pt")

@@ -1,8 +1,12 @@
 """MODELS: the registry of architectures, with their input shapes and normalisation."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -101,13 +105,37 @@ class Architecture:
 
         No memory is allocated for the weights, if the network can be built that way.
         """
-        try:
-            with torch.device("meta"), _Unfilled():
-                network = self.build(classes, pretrained)
-        except (RuntimeError, NotImplementedError, TypeError, ValueError):
-            network = self.build(classes, pretrained)  # it computes with its initial weights
-        state = network.state_dict().items()
+        state = self._without_weights(classes, pretrained).state_dict().items()
         return {name: tuple(value.shape) for name, value in state if isinstance(value, Tensor)}
+
+    def _without_weights(self, classes: int, pretrained: bool) -> nn.Module:
+        """Build the network without memory for its weights, or in full if it needs their values."""
+        for ways in ((torch.device("meta"), _Unfilled()), (_weights_on_meta(),)):
+            with (
+                contextlib.suppress(RuntimeError, NotImplementedError, TypeError, ValueError),
+                contextlib.ExitStack() as stack,
+            ):
+                for way in ways:
+                    stack.enter_context(way)
+                return self.build(classes, pretrained)
+        return self.build(classes, pretrained)
+
+
+@contextmanager
+def _weights_on_meta() -> Iterator[None]:
+    """Move each weight to the meta device as this thread's modules get it, before it is filled.
+
+    So a network can be built that computes its own sizes with tensors.
+    """
+    register, thread = nn.Module.register_parameter, threading.get_ident()
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and threading.get_ident() == thread:
+            param = nn.Parameter(param.data.to("meta"), param.requires_grad)
+        register(self, name, param)
+
+    with mock.patch.object(nn.Module, "register_parameter", register_on_meta):
+        yield
 
 
 MODELS: Registry[Architecture] = Registry("model")
