@@ -39,14 +39,13 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(args: list[str], debug: bool) -> int:
     try:
         from covcli.cli import app
-        from covcli.options import Command
 
-        for command in app.registered_commands:
-            command.cls = Command
         returned = app(args=args, prog_name="covcli", standalone_mode=False)
         if (ranks := _ranks()) is not None:
             ranks.stop()
         return returned if isinstance(returned, int) else ExitCode.DONE
+    except SystemExit as done:  # of Typer, where the shell asks for completions
+        return done.code if isinstance(done.code, int) else ExitCode.DONE
     except BaseException as error:
         signals.leave_at_once()  # a signal from here on finds nothing to save
         return _fail(error, *_describe(error), debug)
@@ -66,9 +65,9 @@ def _describe(error: Any) -> tuple[str, ExitCode]:
     if isinstance(error, CovcliError):
         return f"error: {error}", ExitCode.BAD_INPUT
     if hasattr(error, "format_message") and getattr(error, "exit_code", None) == 2:
-        if not str(error.format_message()).strip():  # a bare `covcli` has shown the help
-            return "error: name a command; see covcli --help", ExitCode.BAD_INPUT
-        return f"error: {one_line(error.format_message())}; see covcli --help", ExitCode.BAD_INPUT
+        command = getattr(getattr(error, "ctx", None), "command_path", "covcli")
+        told = one_line(error.format_message()).removesuffix(".")
+        return f"error: {told}; see {command} --help", ExitCode.BAD_INPUT
     kind = type(error).__name__
     if is_memory_error(error):
         return "error: memory exhausted", ExitCode.BAD_INPUT

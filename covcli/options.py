@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from covcli.core import output, settings
+from covcli.core import settings
 from covcli.core.choices import AmpMode
-from covcli.core.errors import CovcliError, is_memory_error
+from covcli.core.errors import CovcliError
 from covcli.core.opening import is_file
 from covcli.core.version import __version__
 
@@ -91,30 +90,6 @@ Amp = Annotated[
     AmpMode,
     typer.Option(help="Compute in bfloat16: bf16, or auto if that measures faster at the start."),
 ]
-
-
-class Command(TyperCommand):
-    """A command whose work reaches stdout through `core.output` alone."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Do the work; what its libraries print goes to stderr.
-
-        An error advises nothing that this command cannot do.
-        """
-        try:
-            with output.apart():
-                return super().invoke(ctx)
-        except CovcliError as error:
-            error.advise([name for option in self.params for name in option.opts])
-            raise
-        except Exception as error:
-            if not is_memory_error(error):
-                raise
-            exhausted = CovcliError(
-                "memory exhausted", fix="try a smaller --batch-size, or try another --device"
-            )
-            exhausted.advise([name for option in self.params for name in option.opts])
-            raise exhausted from error
 
 
 def read_images(skip_unreadable: bool, max_pixels: int | None = None, labels_from: int = 0) -> None:

@@ -72,21 +72,33 @@ def test_the_stages_form_a_shell_pipeline(tmp_path: Path) -> None:
 
 
 def test_help_and_bad_usage_need_no_torch() -> None:
+    """All in one process: what one command had imported, the next would show too."""
     code = (
-        "import sys; from covcli.__main__ import main\n"
-        "try: main(sys.argv[1:])\n"
-        "except SystemExit as e: print('exit code', e.code)\n"
-        "assert not {'torch', 'numpy', 'pandas', 'rich'} & sys.modules.keys()"
+        "import json, sys; from covcli.__main__ import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as e: print('exit code', e.code)\n"
+        "slow = {'torch', 'numpy', 'pandas', 'scipy', 'matplotlib', *sys.argv[2:]}\n"
+        "assert not slow & sys.modules.keys(), slow & sys.modules.keys()"
     )
-    helped = [["--help"], ["train", "--help"], ["evaluate", "--help"], ["--version"]]
+    helped = [
+        [],
+        ["-h"],
+        ["--help"],
+        ["train", "--help"],
+        ["evaluate", "-h"],
+        ["--version"],
+        ["-V"],
+    ]
     wrong = [["trian"], ["train", "--epoch", "3"], ["train", "--epochs", "0"], ["evaluate"],
              ["build-signature", "ckpt.pt", "--granularity", "pixel"]]  # fmt: skip
-    for arguments in helped + wrong:
+    for commands, code_of_all, slow in ((helped, 0, ["pydantic"]), (wrong, 2, [])):
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True
-        )
+            [sys.executable, "-c", code, json.dumps(commands), *slow],
+            capture_output=True, text=True,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert done.stdout.endswith(f"exit code {0 if arguments in helped else 2}\n")
+        assert done.stdout.count(f"exit code {code_of_all}\n") == len(commands)
 
 
 @pytest.mark.parametrize("color", [{"FORCE_COLOR": "1"}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
@@ -228,7 +240,6 @@ def bad_commands(run: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "gate": ([*evaluate, "photos", "--fail-under", "auc=1"], "did you mean 'auroc'"),
         "no evaluation": (["report", str(tmp_path)], "holds no evaluation"),
         "command": (["trian"], "Did you mean 'train'"),
-        "nothing": ([], "Missing command"),
     }  # fmt: skip
 
 
@@ -341,3 +352,69 @@ def test_a_terminal_gets_a_bar_and_a_log_gets_lines(tmp_path: Path) -> None:
     assert "epoch 2/2: loss" in shown.decode()
     assert out.strip().endswith("checkpoint.pt")
     assert "\x1b" not in out
+
+
+def test_bad_names_come_first_and_what_exists_last(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is read, downloaded or computed for a command that has a bad name in it."""
+
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("something was read")
+
+    for name in ("covcli.data.datasets.load", "covcli.data.datasets.reload",
+                 "covcli.signature.judge.load", "covcli.models.checkpoint.load"):  # fmt: skip
+        monkeypatch.setattr(name, read)
+    (run / "evaluation.json").write_text("{}")
+    (run / "signature-src.safetensors").write_text("")
+    runs, here = ["--runs", str(run.parent)], str(run / "checkpoint.pt")
+    evaluate = ["evaluate", *runs, "--untrusted"]
+    sign = ["build-signature", here]
+    wrong = [
+        ([*evaluate, "mnits"], "unknown dataset 'mnits'"),
+        ([*evaluate, "attack:pdg"], "unknown attack 'pdg'"),
+        ([*evaluate, "attack:pgd?step=x"], "step='x' is not valid"),
+        ([*evaluate, "noise:gausian"], "unknown noise 'gausian'"),
+        ([*evaluate, "corrupt:fgo?of=digits"], "unknown corruption 'fgo'"),
+        ([*evaluate, "corrupt:fog?of=digts"], "unknown dataset 'digts'"),
+        ([*evaluate, "digits", "--trusted", "digts"], "unknown dataset 'digts'"),
+        ([*evaluate, "digits", "--method", "mcr"], "unknown method 'mcr'"),
+        ([*evaluate, "digits", "--model", "vgg91"], "unknown model 'vgg91'"),
+        ([*evaluate, "digits", "--baseline", "enrgy"], "unknown baseline 'enrgy'"),
+        ([*evaluate, "digits", "--fail-under", "auc=1"], "unknown metric 'auc'"),
+        ([*evaluate, "digits", "-c", "no.pt"], "--checkpoint no.pt: no such file"),
+        ([*evaluate, "digits", "-c", here, "-s", "no"], "--signature no: no such file"),
+        ([*evaluate, "digits"], "exists; pass --force"),
+        ([*sign, "--method", "mcr"], "unknown method 'mcr'"),
+        ([*sign, "--model", "vgg91"], "unknown model 'vgg91'"),
+        ([*sign, "--trusted", "digts"], "unknown dataset 'digts'"),
+        ([*sign, "--calibration", "digts"], "unknown dataset 'digts'"),
+        (["train", *runs, "--name", "tiny", "--trusted", "digts"], "unknown dataset 'digts'"),
+        (["train", *runs, "--name", "tiny", "--model", "vgg91"], "unknown model 'vgg91'"),
+        (["train", *runs, "--name", "tiny", "--untrusted", "noise:x"], "unknown noise 'x'"),
+        (["train", *runs, "--name", "tiny"], "this run exists"),
+    ]
+    for arguments, message in wrong:
+        code, out, err = call(capsys, *arguments)
+        assert (code, out) == (2, ""), err
+        assert message in err.splitlines()[-1], arguments
+        assert "unknown model" not in message or "--plugin" in err
+
+
+def test_a_run_ends_with_what_comes_next(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    sign = ("build-signature", "runs/tiny/checkpoint.pt", "--method", "src")
+    code, out, err = call(capsys, *sign)
+    assert (code, out) == (0, "runs/tiny/signature-src.safetensors\n")
+    then = err.splitlines()[-1]
+    assert then == f"next: covcli evaluate -s {out.strip()} -u IMAGES"
+    command = then.removeprefix("next: covcli ").replace("IMAGES", "noise:uniform?limit=20")
+    code, _, err = call(capsys, *command.split())
+    assert code == 0
+    assert err.splitlines()[-1] == "results in runs/tiny; next: covcli report runs/tiny"
+    code, out, err = call(capsys, "report", "runs/tiny")
+    assert (code, out) == (0, "runs/tiny/report.html\n")
+    assert err.splitlines()[-1] == "next: open it in a browser"
+    assert call(capsys, "report", "--quiet", "--force")[2] == ""

@@ -20,12 +20,15 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from covcli.core.errors import one_line
+from covcli.core.wrapping import wrapped
 
 log = logging.getLogger(__name__)
 _work = threading.local()
+BESIDE = 48  # columns that stand beside a bar's title
 LINE_EVERY_SECONDS = 30.0
 
 
@@ -37,6 +40,9 @@ class Progress(Protocol):
 
     def advance(self, images: int) -> None:
         """Report that this many more images are done."""
+
+    def step(self) -> None:
+        """Count one run of the network: within a batch of an attack there are many."""
 
     def note(self, line: str) -> None:
         """Report one line of results."""
@@ -57,6 +63,9 @@ class Silent:
     def advance(self, images: int) -> None:
         """Do nothing."""
 
+    def step(self) -> None:
+        """Do nothing."""
+
     def note(self, line: str) -> None:
         """Do nothing."""
 
@@ -70,23 +79,38 @@ class _Throughput(ProgressColumn):
 
 
 class Bar:
-    """Progress on a terminal: one bar for the current task."""
+    """Progress on a terminal: one bar for the current task; a long title takes several lines."""
 
     def __init__(self, console: Console) -> None:
+        self._width = max(16, console.width - BESIDE)
         self._bar = rich_progress.Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-            _Throughput(), TimeRemainingColumn(), console=console, transient=True,
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            MofNCompleteColumn(), TextColumn("{task.fields[runs]}"), _Throughput(),
+            TimeRemainingColumn(), console=console, transient=True, expand=True,
         )  # fmt: skip
-        self._task = self._bar.add_task("", total=None)
+        self._task = self._bar.add_task("", total=None, runs="")
+        self._runs = 0
 
     def start(self, title: str, total: int) -> None:
         """Begin a task."""
-        self._bar.reset(self._task, description=one_line(title), total=total)
+        self._runs = 0
+        self._bar.reset(self._task, description=self._title(title), total=total, runs="")
         self._bar.start()
+
+    def _title(self, title: str) -> str:
+        return "\n".join(wrapped(one_line(title), self._width))
 
     def advance(self, images: int) -> None:
         """Move the bar."""
-        self._bar.advance(self._task, images)
+        self._runs = 0
+        self._bar.update(self._task, advance=images, runs="")
+
+    def step(self) -> None:
+        """Count the runs of the network since the bar last moved, from the second on."""
+        self._runs += 1
+        if self._runs > 1:
+            self._bar.update(self._task, runs=f"+{self._runs} runs")
 
     def note(self, line: str) -> None:
         """Print a line above the bar."""
@@ -101,26 +125,34 @@ class Lines:
     """Progress in a log: at most one line every 30 seconds, and the notes."""
 
     def __init__(self) -> None:
-        self._title, self._total, self._done = "", 0, 0
+        self._title, self._total, self._done, self._runs = "", 0, 0, 0
         self._began = self._last = time.monotonic()
 
     def start(self, title: str, total: int) -> None:
         """Begin a task."""
-        self._title, self._total, self._done = one_line(title), total, 0
+        self._title, self._total, self._done, self._runs = one_line(title), total, 0, 0
         self._began = self._last = time.monotonic()
 
     def advance(self, images: int) -> None:
         """Count images, and log the progress from time to time."""
         self._done += images
+        self._runs = 0
+        self._say_now_and_then()
+
+    def step(self) -> None:
+        """Count the runs of the network since the last image, and say so now and then."""
+        self._runs += 1
+        self._say_now_and_then()
+
+    def _say_now_and_then(self) -> None:
         now = time.monotonic()
         if now - self._last < LINE_EVERY_SECONDS:
             return
         self._last = now
-        speed = self._done / (now - self._began)
-        left = (self._total - self._done) / speed
-        self.note(
-            f"{self._title}: {self._done}/{self._total}, {speed:.0f} images/s, {left:.0f} s left"
-        )
+        line = f"{self._title}: {self._done}/{self._total}"
+        if speed := self._done / (now - self._began):
+            line += f", {speed:.0f} images/s, {(self._total - self._done) / speed:.0f} s left"
+        self.note(f"{line}, {self._runs} runs of the network since" if self._runs > 1 else line)
 
     def note(self, line: str) -> None:
         """Print a line."""

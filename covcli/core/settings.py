@@ -5,11 +5,12 @@ The annotations of a dataclass declare the valid values: a type, a `Literal` of 
 dataclass from a document that was read from a file.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from annotated_types import Interval
 
@@ -77,6 +78,40 @@ def settle(config: Any) -> None:
                 _worded(error), where=f"--{field.name.replace('_', '-')} {value}"
             ) from None
         object.__setattr__(config, field.name, settled)
+
+
+def conform(hint: Any, value: Any) -> Any:
+    """Return a plain value, as a document of TOML or JSON has it, as an annotation wants it.
+
+    Nothing is guessed: a text is no number. A text stands for a path, an array for a tuple, and a
+    single text for an array of one.
+
+    Raises
+    ------
+    ValueError
+        If it is not what the annotation says; it goes on after the value.
+
+    Examples
+    --------
+    >>> conform(tuple[str, ...], "mnist"), conform(float, 1)
+    (('mnist',), 1.0)
+    >>> from typing import Annotated
+    >>> conform(Annotated[int, Interval(ge=1)], "3")
+    Traceback (most recent call last):
+    ValueError: must be a valid integer
+    """
+    from pydantic import ValidationError
+
+    if isinstance(value, str) and get_origin(hint) is tuple:
+        value = [value]
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        raise ValueError("must be a string, a number, true, false or an array") from None
+    try:
+        return _adapter(hint).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError(_worded(error)) from None
 
 
 def bounds(config: type, name: str) -> str:

@@ -17,7 +17,16 @@ from covcli.data.openood import expand
 from covcli.data.reading import completed
 from covcli.data.registry import DATASETS, PARTS, Request, default_data_dir, say_once
 
-__all__ = ["DATASETS", "check_labels", "default_data_dir", "expand", "load", "reload", "whole"]
+__all__ = [
+    "DATASETS",
+    "check_labels",
+    "check_name",
+    "default_data_dir",
+    "expand",
+    "load",
+    "reload",
+    "whole",
+]
 LOADERS = (forms, named_sets, openood)  # importing these modules fills DATASETS
 
 
@@ -61,6 +70,25 @@ def load(
     for note in notes:
         say_once(note)
     return chosen
+
+
+def check_name(text: str) -> None:
+    """Raise a CovcliError if a specification names nothing that is known; no data is looked for.
+
+    Examples
+    --------
+    >>> check_name("corrupt:fgo?of=digits")
+    Traceback (most recent call last):
+    covcli.core.errors.CovcliError: unknown corruption 'fgo'; did you mean 'fog'? known: ...
+    """
+    spec = parse(text)
+    DATASETS.get(spec.name)
+    if spec.name == "noise":
+        forms.noise_kind(spec)
+    if spec.name == "corrupt":
+        CORRUPTIONS.get(spec.argument.replace("-", "_"))
+        if "of" in spec.parameters:
+            check_name(spec.parameters["of"])
 
 
 def reload(

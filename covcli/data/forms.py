@@ -15,7 +15,7 @@ from torch import Tensor
 from covcli.core import file_checks
 from covcli.core.errors import CovcliError
 from covcli.core.opening import exists, is_file, is_folder, open_regular
-from covcli.core.specs import count, up_to
+from covcli.core.specs import Spec, count, up_to
 from covcli.data import listing
 from covcli.data.image_files import FileSource
 from covcli.data.images import ImageSet, NoiseSource, Origin, in_memory
@@ -284,6 +284,15 @@ def of_files(
     return source.less_unreadable(images)
 
 
+def noise_kind(spec: Spec) -> str:
+    """Return which noise a specification names; an unknown one is a CovcliError."""
+    if spec.argument not in ("gaussian", "uniform"):
+        raise CovcliError(
+            f"unknown noise {spec.argument!r}", where=spec.text, fix="known: gaussian, uniform"
+        )
+    return spec.argument
+
+
 @DATASETS.add("noise")
 def noise(request: Request) -> ImageSet:
     """`noise:gaussian` (mean 127.5, deviation 64) or `noise:uniform` (0 to 255), with `seed`.
@@ -298,11 +307,7 @@ def noise(request: Request) -> ImageSet:
     torch.Size([5, 3, 8, 8])
     """
     request.spec.only([*PARTS, "seed"])
-    kind = request.spec.argument
-    if kind not in ("gaussian", "uniform"):
-        raise CovcliError(
-            f"unknown noise {kind!r}", where=request.spec.text, fix="known: gaussian, uniform"
-        )
+    kind = noise_kind(request.spec)
     source = NoiseSource(kind, request.spec.take("seed", count, 0))  # type: ignore[arg-type]
     limit = request.spec.take("limit", up_to(MOST_NOISE), NOISE_IMAGES)
     last = min(request.spec.take("offset", count, 0) + limit, MOST_NOISE)

@@ -16,6 +16,7 @@ from covcli.evaluation.figures import result_of
 from covcli.evaluation.inputs import load_job
 from covcli.evaluation.scores import MeasuredSet, pick
 from covcli.evaluation.sets import Parts, measure_set
+from covcli.models.sweep import counted
 from covcli.reporting import per_image
 from covcli.reporting.documents import EvaluationResult
 from covcli.reporting.per_image import ExplainedImage
@@ -54,11 +55,12 @@ def evaluate(config: EvaluationConfig, progress: Progress = Silent()) -> Evaluat
     output = job.files["evaluation.json"].parent
     with run_folders.locked(output) if distributed.is_first() else nullcontext():
         parts = Parts(output, job.identity)
-        baselines = compare.fit(job.plan, job.judge.rule.guarantee, progress)
-        sets = {
-            name: measure_set(entry, job.judge, baselines, parts, progress)
-            for name, entry in job.sets.items()
-        }
+        with counted(job.judge.model, progress):
+            baselines = compare.fit(job.plan, job.judge.rule.guarantee, progress)
+            sets = {
+                name: measure_set(entry, job.judge, baselines, parts, progress)
+                for name, entry in job.sets.items()
+            }
         with distributed.alone():  # a few images each
             explanations, explained = explain_sets(job.judge, sets, config.explain)
         rules = {**job.rules, **baselines.rules}

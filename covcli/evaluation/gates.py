@@ -64,6 +64,12 @@ def parse_gate(text: str, option: Option = "--fail-under") -> Gate:
     return Gate(metric, value, name if colon else None, STATISTICS[statistic or "value"])
 
 
+def parse_gates(under: Sequence[str], over: Sequence[str]) -> list[Gate]:
+    """Read what `--fail-under` and `--fail-over` were given; see `parse_gate`."""
+    gates = [parse_gate(text) for text in under]
+    return [*gates, *(parse_gate(text, "--fail-over") for text in over)]
+
+
 def held(gate: Gate, name: str, estimate: Estimate, seconds: float) -> GateOutcome:
     """Compare a gate with a set's metric; NaN fails.
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
+from covcli.attacks import attacks
 from covcli.core import files, run_folders
 from covcli.core.errors import CovcliError
-from covcli.core.opening import is_file, real
+from covcli.core.opening import exists, is_file, real
+from covcli.core.specs import parse
 from covcli.core.version import __version__
 from covcli.data import datasets, labels
 from covcli.data.images import ImageSet
@@ -18,6 +20,7 @@ from covcli.evaluation.baselines.compare import Plan
 from covcli.evaluation.config import EvaluationConfig
 from covcli.evaluation.sets import Opener, opener
 from covcli.methods import make_method
+from covcli.models.architectures import architecture
 from covcli.reporting.per_image import SAMPLES, SCORES
 from covcli.signature import judge as judges
 from covcli.signature.guarantee import Rule
@@ -80,10 +83,11 @@ def load_job(config: EvaluationConfig) -> Job:
         raise CovcliError("name at least one --untrusted set")
     if repeated := {t for t in config.untrusted if config.untrusted.count(t) > 1}:
         raise CovcliError("is named twice", where=f"--untrusted {repeated.pop()}")
+    _check_names(config)
     config = replace(config, untrusted=datasets.expand(config.untrusted, config.data_dir))
     gates.check_names(config.gates, config.untrusted)
     checkpoint_path, signature_path = find_files(config)
-    output = config.output or run_folders.short(signature_path.parent)
+    output = output_folder(config)
     outputs = {name: output / name for name in ("evaluation.json", SCORES, SAMPLES)}
     for path in outputs.values():
         files.refuse_existing(path, config.force)
@@ -106,8 +110,28 @@ def load_job(config: EvaluationConfig) -> Job:
     )  # fmt: skip
 
 
+def _check_names(config: EvaluationConfig) -> None:
+    """Raise a CovcliError if a name is unknown, before anything is read."""
+    for text in config.untrusted:
+        spec = parse(text)
+        if attacks.is_attack(spec):
+            attacks.make_attack(spec)
+        else:
+            datasets.check_name(text)
+    if config.trusted is not None:
+        datasets.check_name(config.trusted)
+    if config.method is not None:
+        make_method(config.method)
+    if config.model is not None:
+        architecture(config.model)
+    compare.expand(config.baselines)
+
+
 def find_files(config: EvaluationConfig) -> tuple[Path, Path]:
     """Return the paths of checkpoint and signature: those in the settings, or the newest ones."""
+    for option, path in (("checkpoint", config.checkpoint), ("signature", config.signature)):
+        if path is not None and not exists(path):
+            raise CovcliError("no such file", where=f"--{option} {path}")
     checkpoint_path = config.checkpoint or _default_checkpoint(config)
     if config.signature is not None:
         return checkpoint_path, config.signature
@@ -121,6 +145,11 @@ def find_files(config: EvaluationConfig) -> tuple[Path, Path]:
             "holds no signature", where=where, fix=f"run `covcli build-signature {checkpoint_path}`"
         )
     return checkpoint_path, signatures[-1]
+
+
+def output_folder(config: EvaluationConfig) -> Path:
+    """Return the folder that an evaluation writes into, by default the signature's."""
+    return config.output or run_folders.short(find_files(config)[1].parent)
 
 
 def _default_checkpoint(config: EvaluationConfig) -> Path:

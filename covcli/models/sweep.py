@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,16 @@ def to_network(images: Tensor, device: torch.device) -> Tensor:
     """
     moved = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     return moved if images.is_floating_point() else moved.float().div_(255)
+
+
+@contextmanager
+def counted(model: Classifier, progress: Progress) -> Iterator[None]:
+    """Tell of every run of a network during the block: an attack makes many with one batch."""
+    handle = model.register_forward_hook(lambda *_: progress.step())
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def sweep_batch(shape: Shape) -> int:

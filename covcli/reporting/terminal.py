@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from rich.text import Text
 
 from covcli.core import output
 from covcli.core.errors import one_line
+from covcli.core.wrapping import wrapped
 from covcli.reporting import tables
 
 if TYPE_CHECKING:
@@ -145,18 +145,7 @@ def _stack(console: Console, block: "tables.Table") -> None:
 
 def _write(console: Console, text: str, style: str = "", indent: str = "") -> None:
     """Print text wrapped between words; a word wider than the line is broken at punctuation."""
-    width = console.width - len(indent)
-    lines = [""]
-    for word in text.split(" "):
-        parts = [word] if cell_len(word) <= width else re.findall(r"[^/?&:,=]*[/?&:,=]?", word)
-        space = " " if lines[-1] else ""
-        for part in parts:
-            if lines[-1] and cell_len(lines[-1] + space + part) > width:
-                lines.append(part)
-            else:
-                lines[-1] += space + part
-            space = ""
-    for line in lines:
+    for line in wrapped(text, console.width - len(indent)):
         console.print(Text(indent + line.replace(HARD, " "), style=style), soft_wrap=True)
 
 

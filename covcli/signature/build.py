@@ -15,7 +15,7 @@ from covcli.data import datasets, image_files, labels
 from covcli.data.images import DataRecord, ImageSet
 from covcli.methods import Method, make_method
 from covcli.models import checkpoint as checkpoints
-from covcli.models.architectures import Classifier
+from covcli.models.architectures import Classifier, architecture
 from covcli.models.checkpoint import Checkpoint
 from covcli.models.sweep import choose_precision
 from covcli.models.weights import Foreign
@@ -114,12 +114,24 @@ def build_signature(config: SignatureConfig, progress: Progress = Silent()) -> S
     >>> result.path, result.points
     (PosixPath('runs/demo/signature-src.safetensors'), 3)
     """
+    _check_names(config)
     foreign = Foreign(config.model, config.statistics, config.preprocess, config.logits)
     source = checkpoints.load(config.checkpoint, foreign)
     method = make_method(config.method or str(source.training.get("method", DEFAULT_METHOD)))
     path = distributed.agree(config.output or _default_path(config, source, method))
     with run_folders.writing(path, config.force) if distributed.is_first() else nullcontext():
         return _build(config, source, method, path, progress)
+
+
+def _check_names(config: SignatureConfig) -> None:
+    """Raise a CovcliError if a name is unknown, before anything is read."""
+    if config.method is not None:
+        make_method(config.method)
+    if config.model is not None:
+        architecture(config.model)
+    for text in (config.trusted, config.calibration):
+        if text is not None:
+            datasets.check_name(text)
 
 
 def _build(

@@ -9,7 +9,7 @@ from typing import Any
 from covcli.core import distributed, files, run_folders, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress, Silent
-from covcli.data import labels
+from covcli.data import datasets, labels
 from covcli.data.images import DataRecord
 from covcli.methods import State
 from covcli.models import checkpoint as checkpoints
@@ -79,6 +79,8 @@ def merge_signatures(config: MergeConfig, progress: Progress = Silent()) -> Sign
     """
     if len(config.parts) < 2:
         raise CovcliError("name at least two signatures", where="merge-signatures")
+    if config.calibration is not None:
+        datasets.check_name(config.calibration)
     output = config.output
     with run_folders.writing(output, config.force) if distributed.is_first() else nullcontext():
         return _merge(config, progress)

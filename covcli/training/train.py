@@ -16,6 +16,7 @@ from covcli.data import datasets, image_files, reading, recorded
 from covcli.data.images import DataRecord
 from covcli.methods import make_method
 from covcli.models import checkpoint as checkpoints
+from covcli.models.architectures import architecture
 from covcli.models.checkpoint import Checkpoint
 from covcli.reporting.documents import TRAINING_SCHEMA, EpochLog
 from covcli.reporting.terminal import say
@@ -201,7 +202,10 @@ def _finish(
 
 
 def _check(config: TrainConfig) -> None:
+    """Raise a CovcliError if a name is unknown, before anything is loaded or made."""
     make_method(config.method)
+    architecture(config.model)
+    datasets.check_name(config.trusted)
     for text in config.untrusted:
         _check_untrusted(text)
 
@@ -211,7 +215,7 @@ def _check_untrusted(text: str) -> None:
     if attacks.is_attack(spec):
         attacks.check_without_signature(text)
     else:
-        datasets.DATASETS.get(spec.name)
+        datasets.check_name(text)
 
 
 def _result(run: Path, session: Session) -> TrainResult:

@@ -61,3 +61,42 @@ def test_a_log_line_on_a_terminal_shows_a_name_as_it_is(
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue())  # colours are rich's own
     assert f"{name}: passed over" in plain
     assert f"{name} is odd" in plain
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_bar_moves_with_the_runs_of_the_network_and_cuts_no_title(width: int) -> None:
+    title = "making attack:adaptive-pgd?eps=8/255&steps=20&limit=128"
+    shown = io.StringIO()
+    bar = Bar(Console(file=shown, force_terminal=True, width=width, highlight=False))
+    bar.start(title, 128)
+    for _ in range(7):
+        bar.step()
+    bar._bar.refresh()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    assert "+7 runs" in text
+    assert "…" not in text
+    assert [word for word in re.findall(r"[\w.-]+", title) if word not in text] == []
+    bar.advance(64)
+    bar._bar.refresh()
+    assert "64/128" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    bar.close()
+
+
+def test_a_log_tells_of_runs_before_the_first_image_is_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("covcli.core.progress.time.monotonic", lambda: clock[0])
+    lines = Lines()
+    lines.start("making attack:cw", 100)
+    for _ in range(500):
+        clock[0] += 0.1
+        lines.step()
+    lines.advance(50)
+    clock[0] += 30
+    lines.advance(20)
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "making attack:cw: 0/100, 300 runs of the network since",
+        "making attack:cw: 70/100, 1 images/s, 34 s left",
+    ]

@@ -151,7 +151,10 @@ def fit(plan: Plan, guarantee: Guarantee, progress: Progress) -> Comparison:
     labels = plan.trusted.known_labels()
     trusted = FittingImages(plan.network, plan.trusted, labels, progress, plan.fitting)
     with distributed.alone():  # the detectors want to see all images
-        detectors = {name: BASELINES.get(name).fit(trusted) for name in plan.names}
+        detectors = {}
+        for name in plan.names:
+            progress.start(f"fitting {name}", len(plan.trusted))
+            detectors[name] = BASELINES.get(name).fit(trusted)
     scores, predicted = _score(plan.network, detectors, plan.ranking, progress)
     classes = plan.network.model.spec.classes
     rules = {

@@ -1,0 +1,110 @@
+"""What surrounds a command's work: a process that is set up, progress, and what is printed."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from covcli.commands.options import CommonOptions, OutputOptions, PluginOptions
+from covcli.core.errors import CovcliError
+from covcli.core.opening import is_file
+
+if TYPE_CHECKING:
+    from covcli.core.progress import Bar, Lines
+    from covcli.core.signals import Interrupts
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a command knows of its process.
+
+    Attributes
+    ----------
+    output
+        What the user wants printed.
+    progress
+        Where its steps are reported.
+    interrupts
+        Where signals arrive.
+    first
+        Whether this process prints results: under torchrun only the first rank does.
+    """
+
+    output: OutputOptions
+    progress: "Bar | Lines"
+    interrupts: "Interrupts"
+    first: bool
+
+    def show(
+        self, result: Result, path: Path, describe: Callable[[Result], None], then: str
+    ) -> None:
+        """Print a result as JSON, or its path alone, to stdout; describe it on stderr.
+
+        Parameters
+        ----------
+        result, path
+            The result, and its main file.
+        describe
+            Tells a person what was done.
+        then
+            The command that usually comes next.
+        """
+        from covcli.core.output import write_path
+        from covcli.reporting.terminal import print_json
+
+        if not self.first:
+            return
+        if not self.output.quiet:
+            describe(result)
+        if self.output.json:
+            print_json(result)
+        else:
+            write_path(path)
+        self.advise(f"next: {then}")
+
+    def advise(self, line: str) -> None:
+        """Say on stderr how to go on, as the last line of a run."""
+        from covcli.core.output import results
+        from covcli.reporting.terminal import say
+
+        if self.first and not self.output.quiet:
+            results().flush()
+            say(line)
+
+
+@contextmanager
+def working(output: OutputOptions, device: str = "cpu", seed: int = 0) -> Iterator[Work]:
+    """Set up the process for a command's work, and show its progress as long as it lasts."""
+    import runpy
+
+    from covcli.core import signals
+
+    interrupts = signals.Interrupts()
+    interrupts.install()
+    from covcli.core import distributed, runtime
+    from covcli.core.progress import reporter
+
+    distributed.start(device)
+    runtime.configure(seed, output.threads if isinstance(output, CommonOptions) else 0)
+    for plugin in output.plugin if isinstance(output, PluginOptions) else ():
+        if not is_file(plugin):
+            raise CovcliError("no such file", where=f"--plugin {plugin}")
+        runpy.run_path(str(plugin))
+    if isinstance(output, CommonOptions):
+        _read_images(output)
+    first = distributed.is_first()
+    with reporter(output.quiet or not first) as progress:
+        yield Work(output, progress, interrupts, first)
+
+
+def _read_images(options: CommonOptions) -> None:
+    """Set how this process reads image files."""
+    from covcli.data import decoding, reading
+
+    reading.configure(
+        skip_unreadable=options.skip_unreadable, labels_from=options.labels_from,
+        max_pixels=options.max_pixels or decoding.MAX_PIXELS,
+    )  # fmt: skip

@@ -1,0 +1,33 @@
+"""Text in lines of a width, broken between words, and within a long word behind a mark."""
+
+import re
+
+from rich.cells import cell_len
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Return text as lines; a word wider than the line is broken behind one of its marks.
+
+    Parameters
+    ----------
+    text
+        Words with spaces between them.
+    width
+        In cells of a terminal.
+
+    Examples
+    --------
+    >>> wrapped("making attack:pgd?eps=8/255&steps=20", 20)
+    ['making attack:pgd?', 'eps=8/255&steps=20']
+    """
+    lines = [""]
+    for word in text.split(" "):
+        parts = [word] if cell_len(word) <= width else re.findall(r"[^/?&:,=]*[/?&:,=]?", word)
+        space = " " if lines[-1] else ""
+        for part in parts:
+            if lines[-1] and cell_len(lines[-1] + space + part) > width:
+                lines.append(part)
+            else:
+                lines[-1] += space + part
+            space = ""
+    return lines
