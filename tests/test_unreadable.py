@@ -32,8 +32,8 @@ def test_unreadable_files_are_counted_and_listed_by_every_stage(
     pictures(Path("data/train"), 300, (3, 10, 77), 1)
     pictures(Path("data/test"), 60, (5,), 2)
     pictures(Path("odd"), 90, (0, 89), 3)
-    trained = ["train", "--model", "tiny", "--trusted", "folder:data", "--epochs", "2", "--name",
-               "a", "--learning-rate", "0.1", *TINY]  # fmt: skip
+    trained = ["train", "--model", "tiny", "--trusted", "folder:data", "--epochs", "4", "--name",
+               "a", "--learning-rate", "0.1", "--batch-size", "16", *TINY]  # fmt: skip
 
     code, out, err = call(capsys, *trained)
     assert (code, out) == (2, "")
