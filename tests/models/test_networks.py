@@ -13,7 +13,7 @@ from covcli.methods import make_method
 from covcli.models import architectures
 from covcli.models.architectures import ModelSpec, architecture
 from covcli.models.sweep import sweep
-from covcli.signature.fit import fit_judge, fit_signature
+from covcli.signature.fit import How, fit_judge, fit_signature
 from covcli.signature.monitor import Monitor
 
 # Points, and the shape of the first and the last.
@@ -84,9 +84,8 @@ def test_a_network_is_signed_scored_and_explained_at_its_own_size(name: str) -> 
     predicted = torch.cat([batch.logits.argmax(1) for batch in swept])
     images = in_memory("noise", pixels, predicted, ready=True)
     trusted, held_out = images.select(torch.arange(24)), images.select(torch.arange(24, 56))
-    signature, _, accuracy = fit_signature(
-        model, trusted, tuple("abcd"), make_method("src"), "channel", 0.0, Silent()
-    )
+    how = How(make_method("src"), threshold=0.0)
+    signature, _, accuracy = fit_signature(model, trusted, how, Silent())
     assert accuracy > 0.9
     monitor = Monitor(fit_judge(model, signature, held_out, Silent()))
     alone = torch.cat([monitor(image[None]).score for image in pixels[:3]])
