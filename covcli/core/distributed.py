@@ -152,13 +152,18 @@ def collect(batches: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         Those tensors over the whole set, on the CPU; the same on every rank.
     """
     mine = [tuple(column.cpu() for column in part) for part in batches]
-    every = mine
-    if _team.size > 1:
-        gathered: list[Any] = [None] * _team.size
-        dist.all_gather_object(gathered, mine)
-        every = [part for theirs in gathered for part in theirs]
+    every = [part for theirs in gather(mine) for part in theirs]
     every = sorted(every, key=lambda part: int(part[0][0]))
     return tuple(torch.cat(column) for column in zip(*every, strict=True))[1:]
+
+
+def gather(value: T) -> list[T]:
+    """Return what every rank passes, in the order of ranks, on every rank."""
+    if _team.size == 1:
+        return [value]
+    gathered: list[Any] = [None] * _team.size
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def agree(value: T) -> T:

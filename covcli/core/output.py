@@ -107,6 +107,11 @@ def results() -> TextIO:
     return _kept or sys.stdout
 
 
+def reader_left() -> bool:
+    """Return whether nobody reads the results any more, as after `| head`."""
+    return _raw is not None and _raw.failure is not None and _raw.failure.errno == errno.EPIPE
+
+
 def write_path(path: Path) -> None:
     """Write a path on its own line, in the file system's bytes whatever stdout's encoding."""
     stream = results()

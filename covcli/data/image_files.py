@@ -113,11 +113,12 @@ class FileSource:
         if len(rows) == 0:
             return torch.empty((0, *shape), dtype=torch.uint8)
         try:
-            return torch.cat(list(decoders().map(lambda row: self._one(row, shape), rows.tolist())))
+            return torch.cat(list(decoders().map(lambda row: self.one(row, shape), rows.tolist())))
         except UnreadableError as error:
             raise self._broken(error) from None
 
-    def _one(self, row: int, shape: Shape) -> Tensor:
+    def one(self, row: int, shape: Shape) -> Tensor:
+        """Decode one row, uint8 of shape (1, *shape); one that cannot be is an `UnreadableError`."""
         return adapt(decode(self.path(row), self.most), shape)
 
     @cached_property

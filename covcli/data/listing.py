@@ -106,6 +106,46 @@ def list_classes(root: Path) -> Listing:
     return listing
 
 
+def walk(root: Path, notes: list[str]) -> Iterator[str]:
+    """Yield every image below a folder, whatever its subfolders mean, sorted by path components.
+
+    Files are images, and folders are followed, as in `list_classes`. One folder's names are in
+    memory at a time.
+
+    Parameters
+    ----------
+    root
+        The folder; what is yielded begins below it.
+    notes
+        Takes a sentence on what was ignored and why.
+
+    Raises
+    ------
+    CovcliError
+        If a folder cannot be read.
+    """
+    walked = _Walk(str(root), notes)
+    yield from walked.names("")
+    notes += walked.ignored()
+
+
+def holds_image(path: Path) -> bool:
+    """Return whether a folder or a folder below it holds an image; stops at the first."""
+    waiting, seen = [str(path)], set()
+    while waiting:
+        folder = waiting.pop()
+        status = os.stat(folder)  # noqa: PTH116
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for entry in _entries(folder):
+            if entry.is_dir():
+                waiting.append(entry.path)
+            elif entry.name.lower().endswith(SUFFIXES):
+                return True
+    return False
+
+
 def split_folder(root: Path, split: Split) -> tuple[Path, list[str]]:
     """Return the folder that holds a split, and remarks about the choice.
 
@@ -132,11 +172,11 @@ def split_folder(root: Path, split: Split) -> tuple[Path, list[str]]:
     """
     names = sorted(_subfolders(root))
     parts = {name: SPLITS[name.casefold()] for name in names if name.casefold() in SPLITS}
-    others = [name for name in names if name not in parts and _holds_image(root / name)]
+    others = [name for name in names if name not in parts and holds_image(root / name)]
     if not parts:
         return root, []
     if others and len(set(parts.values())) == 1:
-        if not any(_holds_image(root / name / below)
+        if not any(holds_image(root / name / below)
                    for name in parts for below in _subfolders(root / name)):  # fmt: skip
             return root, []
         raise CovcliError(
@@ -182,11 +222,13 @@ class _Walk:
 
     def files(self, below: str) -> list[str]:
         """Return the image files below a subfolder ("" for the root), sorted by path components."""
-        images: list[str] = []
-        self._go(below, (), images)
-        return images
+        return list(self.names(below))
 
-    def _go(self, below: str, above: tuple[tuple[int, int], ...], images: list[str]) -> None:
+    def names(self, below: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+        """Yield what `files` returns, and hold one folder's names at a time.
+
+        `above` are the folders that lead there, by device and number.
+        """
         path = os.path.join(self._root, below)  # noqa: PTH118 - a million Paths take seconds
         status = os.stat(path)  # noqa: PTH116
         mine = (status.st_dev, status.st_ino)
@@ -204,13 +246,14 @@ class _Walk:
                 self._others[os.path.splitext(entry.name)[1].lower()] += 1  # noqa: PTH122
         if not folders:
             files.sort()
-            images += [prefix + name for name in files]
+            for name in files:
+                yield prefix + name
             return
         for name in sorted([*files, *folders]):
             if name in folders:
-                self._go(prefix + name, (*above, mine), images)
+                yield from self.names(prefix + name, (*above, mine))
             else:
-                images.append(prefix + name)
+                yield prefix + name
 
 
 def _entries(path: str) -> Iterator[os.DirEntry[str]]:
@@ -229,23 +272,6 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 def _subfolders(path: Path) -> list[str]:
     return [entry.name for entry in _entries(str(path)) if entry.is_dir()]
-
-
-def _holds_image(path: Path) -> bool:
-    """Return whether a folder or a folder below it holds an image; stops at the first."""
-    waiting, seen = [str(path)], set()
-    while waiting:
-        folder = waiting.pop()
-        status = os.stat(folder)  # noqa: PTH116
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        for entry in _entries(folder):
-            if entry.is_dir():
-                waiting.append(entry.path)
-            elif entry.name.lower().endswith(SUFFIXES):
-                return True
-    return False
 
 
 def _listed(names: list[str]) -> str:

@@ -62,7 +62,7 @@ def explain(judge: Judge, images: ImageSet, rows: Sequence[int]) -> list[Explana
     with Outputs(judge.model.network, signature.points, see):
         for batch in judge.sweep(chosen, Silent(), images.name):
             verdicts = judge(batch.logits, batch.neurons)
-            z, shares = _by_point(judge, verdicts.evidence)
+            z, shares = by_point(judge, verdicts.evidence)
             view = _View.at(signature, shapes, batch.neurons, verdicts.predicted)
             for i, row in enumerate(batch.rows.tolist()):
                 ranked = view.points(i, z[i], shares[i])
@@ -139,8 +139,21 @@ def explain_sets(
     return explanations, pictures
 
 
-def _by_point(judge: Judge, evidence: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest z and the share of each point, over the blocks of the evidence."""
+def by_point(judge: Judge, evidence: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest z and the share of each point, over the blocks of the evidence.
+
+    Parameters
+    ----------
+    judge
+        What gave the evidence.
+    evidence
+        float64 of shape (B, P).
+
+    Returns
+    -------
+    tuple of Tensor
+        Both float64 of shape (B, L) for L coverage points; an image's shares sum to 1.
+    """
     z, shares = judge.calibration.combination.shares(evidence)
     blocks = (len(evidence), -1, len(judge.signature.points))
     return z.view(blocks).amax(1), shares.view(blocks).sum(1)

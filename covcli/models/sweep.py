@@ -73,6 +73,12 @@ def sweep_batch(shape: Shape) -> int:
     return max(1, min(SWEEP_IMAGES, SWEEP_POSITIONS // (shape[1] * shape[2])))
 
 
+def batch_size(shape: Shape, points: Sequence[Point]) -> int:
+    """Return how many images of a shape a sweep runs at once where those points are watched."""
+    most = SWEEP_NEURONS // max(1, sum(point.neurons for point in points))
+    return max(1, min(sweep_batch(shape), most))
+
+
 def forward(
     network: Callable[[Tensor], Tensor], recorder: Recorder, images: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -159,8 +165,7 @@ def sweep(
     """
     device = model.mean.device
     model.eval()
-    most = SWEEP_NEURONS // max(1, sum(point.neurons for point in points))
-    batch = max(1, min(sweep_batch(model.spec.shape), most))
+    batch = batch_size(model.spec.shape, points)
     parts = distributed.share(torch.arange(len(images)).split(batch))
     progress.start(title, sum(map(len, parts)))
     with Recorder(model.network, points, granularity) as recorder:

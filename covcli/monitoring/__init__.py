@@ -1,1 +1,1 @@
-"""The monitor at work: what files are, one file to ship, what changed between two releases."""
+"""The monitor at work: verdicts on images and their drift; what files are, what changed, one to ship."""
