@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from covcli.evaluation.config import EvaluationConfig
     from covcli.evaluation.evaluate import evaluate
     from covcli.models.points import CoverageLayer
+    from covcli.monitoring.check import check
+    from covcli.monitoring.config import CheckConfig
+    from covcli.monitoring.drift import DriftStatus, DriftWatch
+    from covcli.monitoring.results import CheckedImage
     from covcli.reporting.documents import EvaluationResult
     from covcli.reporting.report import ReportResult, report
     from covcli.signature.build import SignatureResult, build_signature
@@ -24,8 +28,12 @@ if TYPE_CHECKING:
     from covcli.training.train import TrainResult, train
 
 __all__ = [
+    "CheckConfig",
+    "CheckedImage",
     "ConfidenceLoss",
     "CoverageLayer",
+    "DriftStatus",
+    "DriftWatch",
     "EvaluationConfig",
     "EvaluationResult",
     "MergeConfig",
@@ -38,6 +46,7 @@ __all__ = [
     "Verdicts",
     "__version__",
     "build_signature",
+    "check",
     "evaluate",
     "merge_signatures",
     "report",
@@ -45,8 +54,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CheckConfig": "monitoring.config",
+    "CheckedImage": "monitoring.results",
     "ConfidenceLoss": "training.loss",
     "CoverageLayer": "models.points",
+    "DriftStatus": "monitoring.drift",
+    "DriftWatch": "monitoring.drift",
     "EvaluationConfig": "evaluation.config",
     "EvaluationResult": "reporting.documents",
     "MergeConfig": "signature.config",
@@ -58,6 +71,7 @@ _HOMES = {
     "TrainResult": "training.train",
     "Verdicts": "signature.monitor",
     "build_signature": "signature.build",
+    "check": "monitoring.check",
     "evaluate": "evaluation.evaluate",
     "merge_signatures": "signature.merge",
     "report": "reporting.report",

@@ -16,6 +16,7 @@ from covcli.commands import configuration, defaults
 from covcli.commands.expand import ASKS_FOR_HELP, App, defaults_of, options_of
 from covcli.commands.options import (
     OPTIONS,
+    CheckOptions,
     CommonOptions,
     EvaluationOutput,
     GateOptions,
@@ -35,6 +36,7 @@ from covcli.core.errors import CovcliError, ExitCode
 from covcli.core.specs import suggestion
 from covcli.core.version import __version__
 from covcli.evaluation.config import EvaluationConfig
+from covcli.monitoring.config import CheckConfig
 from covcli.signature.config import MergeConfig, SignatureConfig, read_statistics
 from covcli.training.config import TrainConfig
 
@@ -229,6 +231,35 @@ def _show_evaluation(result: Any, output: EvaluationOutput, json: bool) -> None:
         sys.stderr.write(pipelines.annotations(result.gates))
     else:
         sys.stderr.write("".join(f"{outcome}\n" for outcome in failed))
+
+
+@app.command(
+    examples="""
+    covcli check photos/ --why
+    covcli check - --format jsonl --fail-on untrusted
+    covcli check npz:today.npz --drift 0.01 --drift-state camera.drift --metrics covcli.prom
+    """
+)
+def check(config: CheckConfig, options: CheckOptions) -> None:
+    """Say of each image whether the network's answer can be trusted; no labels are needed."""
+    from covcli.monitoring import rows
+    from covcli.monitoring.check import checking
+    from covcli.monitoring.results import check_faults
+
+    form = rows.chosen_format(options.format, options.json)
+    check_faults(options.fail_on, options.max_share, config.drift is not None)
+    with working(options, config.device, config.seed) as work, checking(
+        config, work.interrupts
+    ) as job:
+        rows.show(job, form, options.metrics, work.first)
+    if not work.first:
+        return
+    if not options.quiet:
+        rows.describe(job)
+    faults = job.summary().faults(options.fail_on, options.max_share)
+    sys.stderr.write("".join(f"{fault}\n" for fault in faults))
+    if faults:
+        raise typer.Exit(ExitCode.GATE_FAILED)
 
 
 @app.command(

@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +89,20 @@ def run(signed: SignatureResult, tmp_path: Path) -> Path:
     shutil.copytree(signed.path.parent, folder)
     (folder.parent / "latest").symlink_to("tiny")
     return folder
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return int(held.getsockname()[1])
+
+
+def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command as so many ranks on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    command += ["-m", "covcli", *map(str, arguments), "--plugin", str(PLUGIN)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 UNTRUSTED = ("photos?limit=200", "noise:uniform?limit=100", "attack:fgsm?limit=60&eps=0.3")

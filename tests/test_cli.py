@@ -87,6 +87,7 @@ def test_help_and_bad_usage_need_no_torch() -> None:
         ["--help"],
         ["train", "--help"],
         ["evaluate", "-h"],
+        ["check", "-h"],
         ["--version"],
         ["-V"],
     ]

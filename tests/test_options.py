@@ -15,16 +15,17 @@ import covcli
 from covcli.cli import app
 from covcli.core.errors import CovcliError, ExitCode
 from covcli.evaluation.config import EvaluationConfig
+from covcli.monitoring.config import CheckConfig
 from covcli.signature.config import MergeConfig, SignatureConfig
 from covcli.training.config import TrainConfig
 
 CONFIGS: dict[str, Any] = {
     "train": TrainConfig, "build-signature": SignatureConfig, "merge-signatures": MergeConfig,
-    "evaluate": EvaluationConfig,
+    "evaluate": EvaluationConfig, "check": CheckConfig,
 }  # fmt: skip
 NEEDED = {
     "train": [], "build-signature": ["c.pt"], "merge-signatures": ["a", "b", "--output", "c"],
-    "evaluate": ["--untrusted", "photos"],
+    "evaluate": ["--untrusted", "photos"], "check": ["photos"],
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from covcli.core.choices import GranularityChoice, RegistryKind
 from covcli.core.settings import settle
 from covcli.core.specs import escaped
 from covcli.evaluation.config import EvaluationConfig
+from covcli.monitoring.config import CheckConfig, RowFormat
 from covcli.signature.config import MergeConfig, SignatureConfig
 from covcli.training.config import TrainConfig
 
@@ -53,6 +54,16 @@ class CommonOptions(PluginOptions):
 
     def __post_init__(self) -> None:
         settle(self)
+
+
+@dataclass(frozen=True)
+class CheckOptions(CommonOptions):
+    """Options of `check`: what it prints, and what it fails on."""
+
+    format: RowFormat | None = None
+    fail_on: tuple[str, ...] = ()
+    max_share: Annotated[float, Interval(ge=0, lt=1)] | None = None
+    metrics: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -272,6 +283,31 @@ TELLING = {
     "summary": Help("Write a Markdown summary.", OUTPUT),
     "annotations": Help("Print the gates to stderr as a workflow's commands.", OUTPUT),
 }
+CHECKING = {
+    "images": Help("Files, folders, data as npz:…, or - for a list of files on stdin."),
+    "why": Help("Name the three coverage points that tell most.", WHAT),
+    "drift": Help("Watch for drift: the chance of ever raising a false alarm.", WHAT),
+    "drift_state": Help("File that keeps what was seen from one call to the next.", WHAT),
+    "batch_size": Help(
+        "Images run at once; 1 answers each line of a list at once; 0: as evaluate.", WHAT, ("-b",)
+    ),
+    **{name: EVALUATING[name] for name in (
+        "checkpoint", "signature", "method", "alpha", "guarantee", "max_error"
+    )},
+    **COMPUTING, **DATA_DIR, **RUNS,
+}  # fmt: skip
+CHECK_OUTPUT = EXTENDED | {
+    "max_pixels": COMMON["max_pixels"],
+    "threads": COMMON["threads"],
+    "format": Help("Default: a table on a terminal, csv elsewhere.", OUTPUT),
+    "metrics": Help("Write Prometheus text, for a node exporter.", OUTPUT),
+    "fail_on": Help(
+        "untrusted, unsure, unreadable or drift: exit 1 on any of these; may repeat.", GUARANTEE
+    ),
+    "max_share": Help(
+        "Exit 1 only if more than this share is such; default: untrusted.", GUARANTEE
+    ),
+}
 LISTING = {
     "checkpoint": Help("Checkpoint, or a bare state dict of --model."),
     "model": _model("Without a checkpoint: its points, with random weights."),
@@ -287,6 +323,7 @@ REPORTING = {
 OPTIONS: OptionTable = {
     OutputOptions: TERMINAL, PluginOptions: EXTENDED, CommonOptions: COMMON,
     TrainConfig: TRAINING, SignatureConfig: SIGNING, MergeConfig: MERGING,
+    CheckConfig: CHECKING, CheckOptions: CHECK_OUTPUT,
     EvaluationConfig: EVALUATING, GateOptions: GATING, EvaluationOutput: TELLING,
     PointsOptions: LISTING, ReportOptions: REPORTING,
     PixelOptions: {

@@ -31,7 +31,12 @@ LOADERS = (forms, named_sets, openood)  # importing these modules fills DATASETS
 
 
 def load(
-    text: str, split: Split, data_dir: Path | None = None, ran_in: Path | None = None
+    text: str,
+    split: Split,
+    data_dir: Path | None = None,
+    ran_in: Path | None = None,
+    *,
+    in_order: bool = False,
 ) -> ImageSet:
     """Load the images that a specification names.
 
@@ -46,6 +51,9 @@ def load(
         The folder of downloaded sets; None: the one of `default_data_dir`.
     ran_in
         A second folder for relative paths, used if a path is not in the working directory.
+    in_order
+        Whether the images will be read once and in their order: then an archive of any size takes
+        the memory of a batch.
 
     Returns
     -------
@@ -65,7 +73,8 @@ def load(
     """
     spec = parse(completed(text))
     loader = DATASETS.get(spec.name)
-    images = loader(Request(spec, spec.take("split", _split, split), data_dir, ran_in))
+    wanted = spec.take("split", _split, split)
+    images = loader(Request(spec, wanted, data_dir, ran_in, in_order))
     chosen, notes = selection.select(replace(images, name=text), spec)
     for note in notes:
         say_once(note)

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
@@ -17,8 +18,9 @@ from covcli.core.errors import CovcliError
 from covcli.core.opening import exists, is_file, is_folder, open_regular
 from covcli.core.specs import Spec, count, up_to
 from covcli.data import listing
+from covcli.data.archives import ArchiveSource, stored_shape
 from covcli.data.image_files import FileSource
-from covcli.data.images import ImageSet, NoiseSource, Origin, in_memory
+from covcli.data.images import ImageSet, NoiseSource, Origin, Source, in_memory
 from covcli.data.listing import SERVING
 from covcli.data.reading import FORMS, Reading
 from covcli.data.registry import DATASETS, PARTS, Request, say_once
@@ -106,30 +108,22 @@ def npz(request: Request) -> ImageSet:
     """
     path, origin = _located(request)
     file = _file_of_split(path, request, ".npz")
-    images, labels, classes = _read_npz(file)
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+    sides = stored_shape(file) if request.in_order else None
+    arrays = file_checks.read_npz(file, ("labels", "classes", *(() if sides else ("images",))))
+    source = _in_memory(file, arrays) if sides is None else ArchiveSource(file, sides)
+    number = len(arrays["images"]) if sides is None else sides[0]
+    labels, classes = arrays.get("labels"), arrays.get("classes")
+    if labels is not None and (labels.shape != (number,) or labels.dtype.kind not in "iu"):
         raise CovcliError(
-            f"images are {images.dtype} of shape {images.shape}",
-            where=file,
-            fix="store uint8 of shape (N, H, W) or (N, H, W, C)",
-        )
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.shape[3] not in (1, 2, 3, 4) or 0 in images.shape:
-        raise CovcliError(
-            f"images have shape {images.shape}", where=file, fix="store 1 to 4 channels, last"
-        )
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise CovcliError(
-            f"{len(images)} images, but labels are {labels.dtype} of shape {labels.shape}",
+            f"{number} images, but labels are {labels.dtype} of shape {labels.shape}",
             where=file,
             fix="store integers of shape (N,)",
         )
     names = () if labels is None else _class_names(classes, file)
     return ImageSet(
         request.spec.text,
-        in_memory("", torch.from_numpy(images).permute(0, 3, 1, 2), None).source,
-        torch.arange(len(images)),
+        source,
+        torch.arange(number),
         None if labels is None else _numbered(labels.astype(np.int64), names, request),
         names,
         flips=True,
@@ -161,11 +155,24 @@ def _class_names(classes: np.ndarray | None, file: Path) -> tuple[str, ...]:
     return tuple(classes.tolist())
 
 
-def _read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    arrays = file_checks.read_npz(file, ("images", "labels", "classes"))
+def _in_memory(file: Path, arrays: Mapping[str, np.ndarray]) -> Source:
+    """Return an archive's images as a source, if they are ones."""
     if "images" not in arrays:
         raise CovcliError("holds no array named `images`", where=file)
-    return arrays["images"], arrays.get("labels"), arrays.get("classes")
+    images = arrays["images"]
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise CovcliError(
+            f"images are {images.dtype} of shape {images.shape}",
+            where=file,
+            fix="store uint8 of shape (N, H, W) or (N, H, W, C)",
+        )
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.shape[3] not in (1, 2, 3, 4) or 0 in images.shape:
+        raise CovcliError(
+            f"images have shape {images.shape}", where=file, fix="store 1 to 4 channels, last"
+        )
+    return in_memory("", torch.from_numpy(images).permute(0, 3, 1, 2), None).source
 
 
 @DATASETS.add("folder")

@@ -118,7 +118,7 @@ class FileSource:
             raise self._broken(error) from None
 
     def one(self, row: int, shape: Shape) -> Tensor:
-        """Decode one row, uint8 of shape (1, *shape); one that cannot be is an `UnreadableError`."""
+        """Decode one row, uint8 of shape (1, *shape); an `UnreadableError` if that cannot be."""
         return adapt(decode(self.path(row), self.most), shape)
 
     @cached_property

@@ -54,6 +54,11 @@ FORMS = {
 _process = Reading()
 
 
+def current() -> Reading:
+    """Return how this process reads."""
+    return _process
+
+
 def configure(**changes: Any) -> None:
     """Change the settings of this process; the arguments are fields of `Reading`."""
     global _process

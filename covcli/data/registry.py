@@ -32,6 +32,9 @@ class Request:
         The folder of downloaded sets; None: the one of `default_data_dir`.
     ran_in
         A second folder for relative paths, used if a path is not in the working directory.
+    in_order
+        Whether the images will be read once and in their order, so that a source may hold no more
+        than it reads.
 
     Examples
     --------
@@ -51,6 +54,7 @@ class Request:
     split: Split
     folder: Path | None = None
     ran_in: Path | None = None
+    in_order: bool = False
 
     @property
     def data_dir(self) -> Path:

@@ -9,7 +9,6 @@ import torch
 from covcli.attacks import attacks
 from covcli.core import files, run_folders
 from covcli.core.errors import CovcliError
-from covcli.core.opening import exists, is_file, real
 from covcli.core.specs import parse
 from covcli.core.version import __version__
 from covcli.data import datasets, labels
@@ -25,6 +24,7 @@ from covcli.reporting.per_image import SAMPLES, SCORES
 from covcli.signature import judge as judges
 from covcli.signature.guarantee import Rule
 from covcli.signature.judge import Judge
+from covcli.signature.newest import find_files
 from covcli.signature.record import Record
 
 log = logging.getLogger(__name__)
@@ -127,38 +127,9 @@ def _check_names(config: EvaluationConfig) -> None:
     compare.expand(config.baselines)
 
 
-def find_files(config: EvaluationConfig) -> tuple[Path, Path]:
-    """Return the paths of checkpoint and signature: those in the settings, or the newest ones."""
-    for option, path in (("checkpoint", config.checkpoint), ("signature", config.signature)):
-        if path is not None and not exists(path):
-            raise CovcliError("no such file", where=f"--{option} {path}")
-    checkpoint_path = config.checkpoint or _default_checkpoint(config)
-    if config.signature is not None:
-        return checkpoint_path, config.signature
-    where = real(checkpoint_path).parent
-    name = make_method(config.method).name if config.method else "*"
-    signatures = sorted(
-        where.glob(f"signature-{name}.safetensors"), key=lambda p: p.stat().st_mtime
-    )
-    if not signatures:
-        raise CovcliError(
-            "holds no signature", where=where, fix=f"run `covcli build-signature {checkpoint_path}`"
-        )
-    return checkpoint_path, signatures[-1]
-
-
 def output_folder(config: EvaluationConfig) -> Path:
     """Return the folder that an evaluation writes into, by default the signature's."""
     return config.output or run_folders.short(find_files(config)[1].parent)
-
-
-def _default_checkpoint(config: EvaluationConfig) -> Path:
-    """Return the checkpoint beside the named signature, or that of the newest run."""
-    if config.signature is not None:
-        beside = real(config.signature).parent / "checkpoint.pt"
-        if is_file(beside):
-            return beside
-    return run_folders.newest_run(config.runs) / "checkpoint.pt"
 
 
 def _trusted(

@@ -1,1 +1,1 @@
-"""The monitor at work: verdicts on images and their drift; what files are, what changed, one to ship."""
+"""The monitor at work: images checked and watched for drift, files inspected, a registry listed."""

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -11,15 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PLUGIN
+from conftest import free_port, torchrun
 
 WORKER = Path(__file__).parent / "rank_worker.py"
-
-
-def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
 
 
 def results_of(size: int, folder: Path) -> list[dict]:
@@ -57,13 +50,6 @@ def test_ranks_end_with_what_one_process_ends_with(
     # Gradients are summed in another order: equal but for rounding, which training amplifies.
     for figure in ("losses", "accuracy", "coverage"):
         np.testing.assert_allclose(trainings[0][figure], training[figure], rtol=0.02, atol=0.02)
-
-
-def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
-    command += ["-m", "covcli", *map(str, arguments), "--plugin", str(PLUGIN)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_only_the_first_rank_writes_and_prints(run: Path) -> None:

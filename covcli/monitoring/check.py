@@ -1,0 +1,241 @@
+"""check: a verdict on each image of files, folders, sets or a list, while they are read."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from covcli.core import distributed, run_folders
+from covcli.core.errors import CovcliError
+from covcli.core.opening import exists
+from covcli.core.signals import Interrupted, Interrupts
+from covcli.evaluation.explain import by_point
+from covcli.models.points import Recorder
+from covcli.models.sweep import batch_size, forward, to_network
+from covcli.monitoring.chunks import Chunk, Named, ahead
+from covcli.monitoring.config import CheckConfig
+from covcli.monitoring.drift import DriftWatch
+from covcli.monitoring.results import (
+    UNREADABLE,
+    CheckedImage,
+    CheckSummary,
+    PointTold,
+    Tally,
+)
+from covcli.signature import judge as judges
+from covcli.signature.calibration import softmax_score
+from covcli.signature.judge import Judge
+from covcli.signature.newest import find_files
+
+__all__ = ["Check", "CheckConfig", "CheckedImage", "check", "checking"]
+POINTS = 3  # coverage points that `why` names
+
+
+def check(config: CheckConfig) -> Iterator[CheckedImage]:
+    """Yield a verdict on each image, in order, while they are read.
+
+    An image that cannot be read gets the verdict "unreadable". Images are prepared as the signature
+    records, and scored as `evaluate` scores them. Memory does not grow with their number.
+
+    Parameters
+    ----------
+    config
+        What to check, and by which signature.
+
+    Raises
+    ------
+    CovcliError
+        If a file or a name is bad, or the drift state belongs to another signature, is damaged, or
+        is being written by another process.
+
+    Examples
+    --------
+    >>> from covcli import CheckConfig, check
+    >>> found = list(check(CheckConfig(("digits?split=test&limit=3", "noise:uniform?limit=1"))))
+    >>> [image.path for image in found][2:]  # by the signature in runs/latest
+    ['digits?split=test&limit=3#2', 'noise:uniform?limit=1#0']
+    >>> found[3].verdict, found[3].p_value < 0.05
+    ('untrusted', True)
+    """
+    with checking(config) as job:
+        for images in job.batches():
+            yield from images
+
+
+@contextmanager
+def checking(config: CheckConfig, interrupts: Interrupts | None = None) -> Iterator["Check"]:
+    """Load and check all that a check needs, and keep the drift state when it is over.
+
+    The state is kept too where a signal or the caller ends it early: it then counts the images
+    that were handed out. An error leaves it as it was.
+
+    Parameters
+    ----------
+    config
+        What to check.
+    interrupts
+        Where signals arrive; by default they are left to the caller.
+
+    Raises
+    ------
+    CovcliError
+        As `check` does.
+    """
+    signals = interrupts or Interrupts()
+    checkpoint, signature = find_files(config)
+    judge, _ = judges.load(
+        checkpoint, signature, alpha=config.alpha, guarantee=config.guarantee,
+        max_error=config.max_error, device=config.device,
+    )  # fmt: skip
+    named = Named(config.images, config.data_dir)
+    path = config.drift_state
+    mine = path is not None and distributed.is_first()
+    with run_folders.writing(path, force=True) if path and mine else nullcontext():
+        job = Check(config, checkpoint, signature, judge, named, _watch(config, judge), signals)
+        try:
+            yield job
+        except (Interrupted, GeneratorExit):
+            job.keep()
+            raise
+        job.keep()
+
+
+def _watch(config: CheckConfig, judge: Judge) -> DriftWatch | None:
+    """Return the watch that goes on from the state's file, or begins; None without one."""
+    if config.drift is None:
+        return None
+    path = config.drift_state
+    if path is None or not exists(path):
+        return DriftWatch(judge, config.drift, seed=config.seed)
+    watch = DriftWatch.load(path, judge)
+    if watch.status.delta != config.drift:
+        raise CovcliError(
+            f"watches with --drift {watch.status.delta:g}",
+            where=path,
+            fix="pass the same, or name another --drift-state",
+        )
+    return watch
+
+
+@dataclass
+class Check:
+    """Images that are being checked.
+
+    Attributes
+    ----------
+    config
+        What was to be checked.
+    checkpoint, signature, judge
+        By what.
+    named
+        The images.
+    watch
+        What watches their stream; None where nobody asked.
+    interrupts
+        Where signals arrive.
+    tally
+        Counts what was handed out.
+    """
+
+    config: CheckConfig
+    checkpoint: Path
+    signature: Path
+    judge: Judge
+    named: Named
+    watch: DriftWatch | None
+    interrupts: Interrupts
+    tally: Tally = field(default_factory=Tally)
+
+    def batches(self) -> Iterator[list[CheckedImage]]:
+        """Yield the images in order, some at a time; every rank yields all of them.
+
+        While the caller works on some of them, a signal waits.
+        """
+        judge, ranks = self.judge, distributed.size()
+        points, shape = judge.signature.points, judge.model.spec.shape
+        size = self.config.batch_size or batch_size(shape, points)
+        readers = self.named.chunks(size, shape)
+        chunks = ahead(islice(readers, distributed.rank(), None, ranks))
+        with Recorder(judge.model.network, points, judge.signature.granularity) as recorder:
+            while True:
+                chunk = next(chunks, None)
+                mine = None if chunk is None else self._checked(chunk, recorder)
+                found = [images for images in distributed.gather(mine) if images is not None]
+                if not found:
+                    return
+                with self.interrupts.deferred():
+                    for images in found:
+                        yield self._counted(images)
+
+    def summary(self) -> CheckSummary:
+        """Return the sum of what was handed out so far."""
+        return self.tally.summary(None if self.watch is None else self.watch.status)
+
+    def keep(self) -> None:
+        """Write the drift state, if it has a file; the first rank does."""
+        path = self.config.drift_state
+        if self.watch is not None and path is not None and distributed.is_first():
+            with self.interrupts.saving():
+                self.watch.save(path)
+
+    def _checked(self, chunk: Chunk, recorder: Recorder) -> list[CheckedImage]:
+        if len(chunk.pixels) == 0:
+            return [_unreadable(*entry) for entry in zip(chunk.names, chunk.reasons, strict=True)]
+        inputs = to_network(chunk.pixels, self.judge.model.mean.device)
+        with torch.inference_mode():
+            logits, neurons = forward(self.judge.model, recorder, inputs)
+        judged = iter(self._judged(logits, neurons))
+        return [
+            _unreadable(name, reason) if reason is not None else replace(next(judged), path=name)
+            for name, reason in zip(chunk.names, chunk.reasons, strict=True)
+        ]
+
+    def _judged(self, logits: Tensor, neurons: Tensor) -> list[CheckedImage]:
+        """Return what is said of each image of a batch; the names are not known here."""
+        judge = self.judge
+        verdicts = judge(logits, neurons)
+        softmax = 1 - softmax_score(logits.cpu())
+        whys = self._whys(verdicts.evidence) if self.config.why else [None] * len(logits)
+        columns = (
+            verdicts.words, verdicts.predicted.tolist(), softmax.tolist(), verdicts.score.tolist(),
+            verdicts.p_value.tolist(), verdicts.confidence.tolist(), whys,
+        )  # fmt: skip
+        return [
+            CheckedImage(
+                path="", verdict=word, predicted=k, class_name=judge.signature.classes[k],
+                softmax_confidence=sure, score=score, p_value=p, confidence=confidence, why=why,
+            )
+            for word, k, sure, score, p, confidence, why in zip(*columns, strict=True)
+        ]  # fmt: skip
+
+    def _whys(self, evidence: Tensor) -> list[tuple[PointTold, ...] | None]:
+        _, shares = by_point(self.judge, evidence)
+        ranked = shares.argsort(dim=1, descending=True, stable=True)[:, :POINTS].tolist()
+        points = self.judge.signature.points
+        return [
+            tuple(PointTold(points[j].name, float(shares[i, j])) for j in told)
+            for i, told in enumerate(ranked)
+        ]
+
+    def _counted(self, images: list[CheckedImage]) -> list[CheckedImage]:
+        """Show images to the watch, and count them."""
+        if self.watch is not None:
+            seen = [image for image in images if image.score is not None]
+            values = self.watch.update(
+                [image.score or 0.0 for image in seen], [image.path for image in seen]
+            )
+            told = iter(values.tolist())
+            images = [
+                image if image.score is None else replace(image, log10_martingale=next(told))
+                for image in images
+            ]
+        self.tally.add(images)
+        return images
+
+
+def _unreadable(name: str, reason: str | None) -> CheckedImage:
+    return CheckedImage(name, UNREADABLE, reason=reason)

@@ -1,0 +1,294 @@
+"""What a command is to look at: files, folders, sets and lists, read in chunks as they are needed.
+
+No more than a few chunks are in memory. Which images make a chunk depends on what is named alone,
+so that any number of ranks compute the same bits.
+"""
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, groupby, islice
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar, cast
+from urllib.parse import unquote_to_bytes
+
+import torch
+from torch import Tensor
+
+from covcli.core import distributed
+from covcli.core.errors import CovcliError, one_line
+from covcli.core.specs import suggestion
+from covcli.data import datasets, listing, reading
+from covcli.data.archives import ArchiveReader, ArchiveSource
+from covcli.data.decoding import UnreadableError, decode
+from covcli.data.image_files import FileSource, decoders
+from covcli.data.images import ImageSet, adapt, compute_alone
+from covcli.data.listing import printable
+from covcli.data.preprocessing import Shape
+from covcli.data.registry import say_once
+
+T = TypeVar("T")
+STDIN = "-"
+BLOCK = 1 << 16  # bytes of a list that are asked for at once
+AHEAD = 1  # chunks that are read while the network is at another
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images that are run at once.
+
+    Attributes
+    ----------
+    names
+        What they are called, in their order.
+    pixels
+        Those that can be read, uint8 of shape (n, C, H, W).
+    reasons
+        Why an image cannot be read, or None, for each of the names.
+    """
+
+    names: list[str]
+    pixels: Tensor
+    reasons: list[str | None]
+
+
+Reader: TypeAlias = Callable[[], Chunk]
+Image: TypeAlias = "Tensor | str"  # its pixels, or why it cannot be read
+Part: TypeAlias = "Path | ImageSet | Iterator[str]"
+
+
+class Named:
+    """Everything that was named, found and checked; nothing has been read yet.
+
+    Parameters
+    ----------
+    names
+        Image files, folders, specifications of data, or "-".
+    data_dir
+        The folder that downloaded sets live in.
+
+    Raises
+    ------
+    CovcliError
+        If a name is of nothing, or of two things; if a folder holds no image or a set is bad.
+    """
+
+    def __init__(self, names: Sequence[str], data_dir: Path | None) -> None:
+        if names.count(STDIN) > 1:
+            raise CovcliError("is named twice", where=STDIN)
+        self._parts = [_part(name, data_dir) for name in names]
+
+    def chunks(self, size: int, shape: Shape) -> Iterator[Reader]:
+        """Yield what reads each chunk of at most so many images, in their order.
+
+        Each must be called before the next one is, or not at all. Neighbouring files, folders and
+        lists are chunked as one.
+        """
+        most = reading.current().max_pixels
+        for is_set, parts in groupby(self._parts, lambda part: isinstance(part, ImageSet)):
+            if is_set:
+                for images in parts:
+                    yield from _of_set(cast(ImageSet, images), size, shape)
+                continue
+            paths = chain.from_iterable(_paths(cast("Path | Iterator[str]", p)) for p in parts)
+            while taken := list(islice(paths, size)):
+                yield partial(_read_files, taken, shape, most)
+
+
+def _part(name: str, data_dir: Path | None) -> Part:
+    """Return a file or folder, a set, or the names on standard input."""
+    if name == STDIN:
+        return _listed()
+    dataset = name.partition("?")[0].partition(":")[0]
+    path = _existing(name)
+    if path is not None and dataset in datasets.DATASETS:
+        raise CovcliError(
+            "is a path here and a dataset", where=name, fix=f"for the path write ./{name}"
+        )
+    if path is None:
+        if dataset not in datasets.DATASETS:
+            known = suggestion(dataset, list(datasets.DATASETS))
+            raise CovcliError("no such file or folder, nor a dataset", where=name, fix=known)
+        return datasets.load(name, "test", data_dir, in_order=True)
+    if path.is_dir() and not listing.holds_image(path):
+        raise CovcliError(
+            "holds no image", where=path, fix=f"known endings: {', '.join(listing.SUFFIXES)}"
+        )
+    return path
+
+
+def _existing(name: str) -> Path | None:
+    """Return the path that a name stands for: as it is written, or with `%E9` for a byte or `~`."""
+    if not name:
+        raise CovcliError("an empty name", where=repr(name))
+    bytewise = os.fsdecode(unquote_to_bytes(name))
+    meant = {Path(name), Path(bytewise), Path(os.path.expanduser(name))}  # noqa: PTH111
+    there = [path for path in meant if os.path.lexists(path)]
+    if len(there) > 1:
+        raise CovcliError("stands for two files", where=name, fix="name it in a list: -")
+    return there[0] if there else None
+
+
+def _paths(part: Path | Iterator[str]) -> Iterator[str]:
+    """Yield the files of a part: itself, those of a folder, or those of a list."""
+    if not isinstance(part, Path):
+        yield from part
+    elif part.is_dir():
+        notes: list[str] = []
+        for below in listing.walk(part, notes):
+            yield os.path.join(part, below)  # noqa: PTH118 - a million Paths take seconds
+        for note in notes:
+            say_once(note)
+    else:
+        yield str(part)
+
+
+def _listed() -> Iterator[str]:
+    """Return the names on standard input; ranks get a list that the first of them reads whole."""
+    if distributed.size() == 1:
+        return read_list(0)
+    return iter(distributed.agree(list(read_list(0)) if distributed.is_first() else []))
+
+
+def read_list(descriptor: int) -> Iterator[str]:
+    """Yield the names of a list, each as soon as its end has come.
+
+    Names end with NUL where the first block of the list holds one, else with a newline. Empty
+    names are passed over. Any bytes can be a name.
+
+    Parameters
+    ----------
+    descriptor
+        Where it is read.
+
+    Raises
+    ------
+    CovcliError
+        If it cannot be read, or NUL comes up among lines.
+    """
+    ending, rest = b"", b""
+    try:
+        while block := os.read(descriptor, BLOCK):
+            ending = ending or (b"\0" if b"\0" in block else b"\n" if b"\n" in block else b"")
+            if ending == b"\n" and b"\0" in block:
+                raise CovcliError(
+                    "names end with newlines, and then with NUL", where="the list on stdin"
+                )
+            *whole, rest = (rest + block).split(ending) if ending else (rest + block,)
+            yield from (os.fsdecode(name) for name in whole if name)
+    except OSError as error:
+        raise CovcliError(f"cannot be read ({error.strerror})", where="stdin") from None
+    if rest:
+        yield os.fsdecode(rest)
+
+
+def _read_files(paths: Sequence[str], shape: Shape, most: int) -> Chunk:
+    def one(path: str) -> Image:
+        try:
+            return adapt(decode(Path(path), most), shape)
+        except CovcliError as error:
+            return _reason(error)
+
+    return _chunk([printable(path) for path in paths], list(decoders().map(one, paths)), shape)
+
+
+def _of_set(images: ImageSet, size: int, shape: Shape) -> Iterator[Reader]:
+    parts = torch.arange(len(images)).split(size)
+    if not isinstance(images.source, ArchiveSource):
+        for rows in parts:
+            yield partial(_read_rows, images, rows, shape)
+        return
+    with ArchiveReader(images.source) as reader:
+        for rows in parts:
+            yield partial(_read_on, images, rows, shape, reader)
+
+
+def _read_on(images: ImageSet, rows: Tensor, shape: Shape, reader: ArchiveReader) -> Chunk:
+    pixels = adapt(reader.read(images.rows[rows]), shape)
+    return Chunk(_names(images, rows), pixels, [None] * len(rows))
+
+
+def _read_rows(images: ImageSet, rows: Tensor, shape: Shape) -> Chunk:
+    source, of_source = images.source, images.rows[rows].tolist()
+    if isinstance(source, FileSource):
+        found = list(decoders().map(lambda row: _image(source.one, row, shape), of_source))
+    else:
+        try:
+            return Chunk(_names(images, rows), images.batch(rows, shape), [None] * len(rows))
+        except CovcliError:  # one of them cannot be read
+            found = [_image(_by_itself(images), row, shape) for row in rows.tolist()]
+    return _chunk(_names(images, rows), found, shape)
+
+
+def _by_itself(images: ImageSet) -> Callable[[int, Shape], Tensor]:
+    return lambda row, shape: images.batch(torch.tensor([row]), shape)
+
+
+def _image(read: Callable[[int, Shape], Tensor], row: int, shape: Shape) -> Image:
+    try:
+        return read(row, shape)
+    except CovcliError as error:
+        return _reason(error)
+
+
+def _reason(error: CovcliError) -> str:
+    return one_line(error.reason if isinstance(error, UnreadableError) else str(error))
+
+
+def _chunk(names: list[str], found: Sequence[Image], shape: Shape) -> Chunk:
+    whole = [image for image in found if not isinstance(image, str)]
+    pixels = torch.cat(whole) if whole else torch.empty((0, *shape), dtype=torch.uint8)
+    return Chunk(names, pixels, [image if isinstance(image, str) else None for image in found])
+
+
+def _names(images: ImageSet, rows: Tensor) -> list[str]:
+    """Return the images' files, or the set's name and their rows in the source."""
+    of_source = images.rows[rows].tolist()
+    source = images.source
+    if isinstance(source, FileSource):
+        return [printable(str(source.path(row))) for row in of_source]
+    return [f"{images.name}#{row}" for row in of_source]
+
+
+def ahead(items: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """Yield what each of the callables returns, calling the next one meanwhile.
+
+    A thread calls them, which nobody waits for in the end: it may be waiting for a list whose
+    writer is still at work.
+    """
+    done: queue.Queue[tuple[bool, Any]] = queue.Queue(AHEAD)
+    left = threading.Event()
+
+    def hand_over(result: tuple[bool, Any]) -> None:
+        while not left.is_set():
+            with contextlib.suppress(queue.Full):
+                done.put(result, timeout=0.5)
+                return
+
+    def work() -> None:
+        compute_alone()
+        try:
+            for item in items:
+                if left.is_set():
+                    return
+                hand_over((True, item()))
+            hand_over((False, None))
+        except BaseException as error:
+            hand_over((False, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            more, result = done.get()
+            if more:
+                yield result
+            elif result is None:
+                return
+            else:
+                raise result
+    finally:
+        left.set()
