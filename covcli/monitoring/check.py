@@ -164,11 +164,11 @@ class Check:
             while True:
                 chunk = next(chunks, None)
                 mine = None if chunk is None else self._checked(chunk, recorder)
-                found = [images for images in distributed.gather(mine) if images is not None]
-                if not found:
+                parts = [images for images in distributed.gather(mine) if images is not None]
+                if not parts:
                     return
                 with self.interrupts.deferred():
-                    for images in found:
+                    for images in parts:
                         yield self._counted(images)
 
     def summary(self) -> CheckSummary:

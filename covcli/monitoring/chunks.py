@@ -215,13 +215,13 @@ def _read_on(images: ImageSet, rows: Tensor, shape: Shape, reader: ArchiveReader
 def _read_rows(images: ImageSet, rows: Tensor, shape: Shape) -> Chunk:
     source, of_source = images.source, images.rows[rows].tolist()
     if isinstance(source, FileSource):
-        found = list(decoders().map(lambda row: _image(source.one, row, shape), of_source))
+        images_read = list(decoders().map(lambda row: _image(source.one, row, shape), of_source))
     else:
         try:
             return Chunk(_names(images, rows), images.batch(rows, shape), [None] * len(rows))
         except CovcliError:  # one of them cannot be read
-            found = [_image(_by_itself(images), row, shape) for row in rows.tolist()]
-    return _chunk(_names(images, rows), found, shape)
+            images_read = [_image(_by_itself(images), row, shape) for row in rows.tolist()]
+    return _chunk(_names(images, rows), images_read, shape)
 
 
 def _by_itself(images: ImageSet) -> Callable[[int, Shape], Tensor]:
@@ -239,10 +239,12 @@ def _reason(error: CovcliError) -> str:
     return one_line(error.reason if isinstance(error, UnreadableError) else str(error))
 
 
-def _chunk(names: list[str], found: Sequence[Image], shape: Shape) -> Chunk:
-    whole = [image for image in found if not isinstance(image, str)]
+def _chunk(names: list[str], images_read: Sequence[Image], shape: Shape) -> Chunk:
+    whole = [image for image in images_read if not isinstance(image, str)]
     pixels = torch.cat(whole) if whole else torch.empty((0, *shape), dtype=torch.uint8)
-    return Chunk(names, pixels, [image if isinstance(image, str) else None for image in found])
+    return Chunk(
+        names, pixels, [image if isinstance(image, str) else None for image in images_read]
+    )
 
 
 def _names(images: ImageSet, rows: Tensor) -> list[str]:

@@ -104,14 +104,14 @@ class CheckSummary:
         verdicts = [fault for fault in named if fault != "drift"]
         if most is not None and not verdicts:
             verdicts = [UNTRUSTED]
-        found = []
+        faults = []
         count, share = sum(self.verdicts[v] for v in verdicts), self.share(verdicts)
         if share > (most or 0):
             bound = "" if most is None else f", more than {most:g}"
-            found.append(f"{count} of {self.images} images are {' or '.join(verdicts)}{bound}")
+            faults.append(f"{count} of {self.images} images are {' or '.join(verdicts)}{bound}")
         if "drift" in named and self.drift is not None and self.drift.alarm:
-            found.append(f"drift: an alarm at image {self.drift.alarm_image}")
-        return found
+            faults.append(f"drift: an alarm at image {self.drift.alarm_image}")
+        return faults
 
 
 def check_faults(named: Sequence[str], most: float | None, watched: bool) -> None:
