@@ -37,7 +37,7 @@ class CheckConfig:
     drift_state
         The file that keeps what the watch has seen from one call to the next.
     batch_size
-        How many images to run at once; by default as many as `evaluate` does.
+        How many images to run at once; 0: as many as `evaluate` does.
     runs
         The folder of run folders.
     data_dir, device
@@ -62,7 +62,7 @@ class CheckConfig:
     why: bool = False
     drift: Annotated[float, Interval(gt=0, lt=1)] | None = None
     drift_state: Path | None = None
-    batch_size: Annotated[int, Interval(ge=1)] | None = None
+    batch_size: Annotated[int, Interval(ge=0)] = 0
     runs: Path = Path("runs")
     data_dir: Path | None = None
     device: str = "auto"
