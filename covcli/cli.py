@@ -248,9 +248,10 @@ def check(config: CheckConfig, options: CheckOptions) -> None:
 
     form = rows.chosen_format(options.format, options.json)
     check_faults(options.fail_on, options.max_share, config.drift is not None)
-    with working(options, config.device, config.seed) as work, checking(
-        config, work.interrupts
-    ) as job:
+    with (
+        working(options, config.device, config.seed) as work,
+        checking(config, work.interrupts) as job,
+    ):
         rows.show(job, form, options.metrics, work.first)
     if not work.first:
         return
