@@ -43,8 +43,8 @@ from covcli.training.paused import PAUSED, PAUSED_FILE
 from covcli.training.session import Session
 
 CONFIDENCE = 0.95
-CALIBRATED = 800
-SIZES = Sizes(fitted=3000, pool=1000, trusted=1000, untrusted=250, corrupted=100, attacked=100)
+CALIBRATED = 600
+SIZES = Sizes(fitted=1500, pool=800, trusted=1000, untrusted=200, corrupted=60, attacked=60)
 
 
 class Centre(ConfidenceLoss):
@@ -92,8 +92,8 @@ class Network:
 
 
 NETWORKS = {
-    "small": Network("small-plain", "fashion-mnist", 6000, 6, 0.02, 6),
-    "small-bn": Network("small", "cifar10", 8000, 6, 0.05, 4),
+    "small": Network("small-plain", "fashion-mnist", 4000, 6, 0.02, 6),
+    "small-bn": Network("small", "cifar10", 5000, 4, 0.05, 3),
     "vgg11": Network("vgg11", "cifar10", 10_000, 4, 0.05, 3),
 }
 
@@ -123,7 +123,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["ensemble", "src"])
     parser.add_argument("--weights", type=float, nargs="+", default=[0.1, 0.3, 1.0])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["range"])
-    parser.add_argument("--seeds", type=int, help="default: six, four and three")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the first 6, 3 and 3")
     parser.add_argument("--draws", type=int, default=2, help="calibrations of each network")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", action="store_true")
@@ -166,7 +166,7 @@ def tried(args: argparse.Namespace, progress: Progress) -> Iterator[dict[str, An
     choice = Choice(tuple(args.methods), (), args.draws, CALIBRATED)
     for name in args.networks:
         network = NETWORKS[name]
-        for seed in range(args.seeds or network.seeds):
+        for seed in args.seeds or range(network.seeds):
             for form, weight in variants(args):
                 model = trained(args, name, form, weight, seed)
                 title = f"{name} {seed} {form} {weight:g}"
