@@ -21,8 +21,8 @@ COMMANDS = {
     for name, command in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
 }
 OPTIONS = set().union(*COMMANDS.values())
-# What reads files of images tells of these, wherever it runs.
-READING = {"--max-pixels", "--labels-from", "--skip-unreadable"}
+# The reason why a file cannot be read names this option, wherever it is read.
+READING = {"--max-pixels"}
 
 
 def text(node: ast.AST) -> str:
@@ -81,7 +81,7 @@ def test_no_error_of_a_command_advises_what_it_cannot_do(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", [name for name, has in COMMANDS.items() if "--data-dir" in has])
-def test_commands_that_read_images_have_the_options_of_reading(command: str) -> None:
+def test_commands_that_read_images_can_raise_the_limit_of_pixels(command: str) -> None:
     assert COMMANDS[command] >= READING
 
 
