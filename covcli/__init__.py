@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from covcli.evaluation.evaluate import evaluate
     from covcli.models.points import CoverageLayer
     from covcli.monitoring.check import check
+    from covcli.monitoring.compare import ReleaseComparison, compare
     from covcli.monitoring.config import CheckConfig
     from covcli.monitoring.drift import DriftStatus, DriftWatch
+    from covcli.monitoring.export import ExportResult, export
+    from covcli.monitoring.export_config import ExportConfig
     from covcli.monitoring.results import CheckedImage
     from covcli.reporting.documents import EvaluationResult
     from covcli.reporting.report import ReportResult, report
@@ -36,8 +39,11 @@ __all__ = [
     "DriftWatch",
     "EvaluationConfig",
     "EvaluationResult",
+    "ExportConfig",
+    "ExportResult",
     "MergeConfig",
     "Monitor",
+    "ReleaseComparison",
     "ReportResult",
     "SignatureConfig",
     "SignatureResult",
@@ -47,7 +53,9 @@ __all__ = [
     "__version__",
     "build_signature",
     "check",
+    "compare",
     "evaluate",
+    "export",
     "merge_signatures",
     "report",
     "train",
@@ -62,8 +70,11 @@ _HOMES = {
     "DriftWatch": "monitoring.drift",
     "EvaluationConfig": "evaluation.config",
     "EvaluationResult": "reporting.documents",
+    "ExportConfig": "monitoring.export_config",
+    "ExportResult": "monitoring.export",
     "MergeConfig": "signature.config",
     "Monitor": "signature.monitor",
+    "ReleaseComparison": "monitoring.compare",
     "ReportResult": "reporting.report",
     "SignatureConfig": "signature.config",
     "SignatureResult": "signature.build",
@@ -72,7 +83,9 @@ _HOMES = {
     "Verdicts": "signature.monitor",
     "build_signature": "signature.build",
     "check": "monitoring.check",
+    "compare": "monitoring.compare",
     "evaluate": "evaluation.evaluate",
+    "export": "monitoring.export",
     "merge_signatures": "signature.merge",
     "report": "reporting.report",
     "train": "training.train",

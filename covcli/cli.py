@@ -18,6 +18,7 @@ from covcli.commands.options import (
     OPTIONS,
     CheckOptions,
     CommonOptions,
+    CompareOptions,
     EvaluationOutput,
     GateOptions,
     Inspected,
@@ -37,6 +38,7 @@ from covcli.core.specs import suggestion
 from covcli.core.version import __version__
 from covcli.evaluation.config import EvaluationConfig
 from covcli.monitoring.config import CheckConfig
+from covcli.monitoring.export_config import ExportConfig
 from covcli.signature.config import MergeConfig, SignatureConfig, read_statistics
 from covcli.training.config import TrainConfig
 
@@ -347,3 +349,47 @@ def inspect_path(terminal: OutputOptions, path: Inspected) -> None:
         print_json(result)
     else:
         show_table(as_table(result))
+
+
+@app.command(
+    "export",
+    examples="""
+    covcli export -o monitor.onnx
+    covcli export -o monitor.pt2 --input normalised --alpha 0.01
+    """,
+)
+def export_monitor(config: ExportConfig, common: CommonOptions) -> None:
+    """Write network and monitor as one file that runs without covcli; print its path."""
+    from covcli.monitoring.export import describe_export, export
+
+    with working(common) as work:
+        result = export(config, work.progress)
+    work.show(result, result.path, describe_export, f"covcli inspect {quote(str(result.path))}")
+
+
+@app.command(
+    "compare",
+    examples="""
+    covcli compare runs/old runs/new -o comparison
+    covcli compare old.safetensors new.safetensors --fail-over points=0.5
+    """,
+)
+def compare_releases(options: CompareOptions, output: OutputOptions) -> None:
+    """Say what differs between two releases: coverage points, channels, classes, figures."""
+    from covcli.monitoring.compare import Bounds, compare
+    from covcli.monitoring.compare_report import blocks, report_comparison
+    from covcli.reporting import terminal
+
+    bounds = Bounds.parse(options.fail_over)
+    with working(output, seed=options.seed):
+        result = compare(options.before, options.after, bounds, options.seed)
+    if options.output is not None:
+        report_comparison(result, options.output, options.force)
+    if output.json:
+        terminal.print_json(result)
+    else:
+        terminal.show_blocks(blocks(result))
+    for line in result.exceeded:
+        terminal.say(f"exceeded: {line}")
+    if result.exceeded:
+        raise typer.Exit(ExitCode.GATE_FAILED)

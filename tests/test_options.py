@@ -16,16 +16,17 @@ from covcli.cli import app
 from covcli.core.errors import CovcliError, ExitCode
 from covcli.evaluation.config import EvaluationConfig
 from covcli.monitoring.config import CheckConfig
+from covcli.monitoring.export_config import ExportConfig
 from covcli.signature.config import MergeConfig, SignatureConfig
 from covcli.training.config import TrainConfig
 
 CONFIGS: dict[str, Any] = {
     "train": TrainConfig, "build-signature": SignatureConfig, "merge-signatures": MergeConfig,
-    "evaluate": EvaluationConfig, "check": CheckConfig,
+    "evaluate": EvaluationConfig, "check": CheckConfig, "export": ExportConfig,
 }  # fmt: skip
 NEEDED = {
     "train": [], "build-signature": ["c.pt"], "merge-signatures": ["a", "b", "--output", "c"],
-    "evaluate": ["--untrusted", "photos"], "check": ["photos"],
+    "evaluate": ["--untrusted", "photos"], "check": ["photos"], "export": [],
 }  # fmt: skip
 
 

@@ -18,11 +18,12 @@ from covcli.commands.expand import (
     Help,
     OptionTable,
 )
-from covcli.core.choices import GranularityChoice, RegistryKind
+from covcli.core.choices import GranularityChoice, RegistryKind, Seed
 from covcli.core.settings import settle
 from covcli.core.specs import escaped
 from covcli.evaluation.config import EvaluationConfig
 from covcli.monitoring.config import CheckConfig, RowFormat
+from covcli.monitoring.export_config import ExportConfig
 from covcli.signature.config import MergeConfig, SignatureConfig
 from covcli.training.config import TrainConfig
 
@@ -119,6 +120,21 @@ class ReportOptions:
     output: Path | None = None
     force: bool = False
     runs: Path = Path("runs")
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Options of `compare`."""
+
+    before: Path
+    after: Path
+    fail_over: tuple[str, ...] = ()
+    output: Path | None = None
+    force: bool = False
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 def _data(help: str, *names: str, attacked: bool = False) -> Help:
@@ -241,6 +257,18 @@ MERGING = {
     "output": Help("The merged signature's file.", OUTPUT, ("-o",)),
     **COMPUTING, **DATA_DIR, **FORCE,
 }  # fmt: skip
+MEASURED = {
+    "checkpoint": Help(
+        "Default: the newest run's, or the signature's neighbour.", NETWORK, ("-c",)
+    ),
+    "signature": Help("Default: the newest beside the checkpoint.", NETWORK, ("-s",)),
+    "method": _method("Take the newest signature of this method.", NETWORK),
+    "alpha": Help(
+        "False-alarm rate to stay below; default: the signature's.", GUARANTEE, ("-a",)
+    ),
+    "guarantee": Help("In which sense, see build-signature; default: the signature's.", GUARANTEE),
+    **MAX_ERROR,
+}  # fmt: skip
 EVALUATING = {
     "explain": Help("How many images of each set to explain, most suspicious first.", WHAT),
     "baselines": Help(
@@ -250,22 +278,13 @@ EVALUATING = {
         "NAME",
         completes=completes("baselines"),
     ),
-    "checkpoint": Help(
-        "Default: the newest run's, or the signature's neighbour.", NETWORK, ("-c",)
-    ),
-    "signature": Help("Default: the newest beside the checkpoint.", NETWORK, ("-s",)),
-    "method": _method("Take the newest signature of this method.", NETWORK),
     "model": _model("For bare weights; the signature knows it already."),
     "untrusted": _data(
         "Untrusted images: data, noise:… or attack:…; may repeat.", "-u", attacked=True
     ),
     "trusted": _data("Trusted test images; default: the trained set's test split.", "-t"),
-    "alpha": Help(
-        "False-alarm rate to stay below; default: the signature's.", GUARANTEE, ("-a",)
-    ),
-    "guarantee": Help("In which sense, see build-signature; default: the signature's.", GUARANTEE),
     "output": Help("Folder of the results; default: the signature's.", OUTPUT, ("-o",)),
-    **MAX_ERROR, **COMPUTING, **DATA_DIR, **FORCE, **RUNS,
+    **MEASURED, **COMPUTING, **DATA_DIR, **FORCE, **RUNS,
 }  # fmt: skip
 GATING = {
     "fail_under": Help(
@@ -315,6 +334,26 @@ LISTING = {
     "every": Help("List every place that could be one.", WHAT, ("--all",)),
     **ANY_LOGITS, **NETWORKS, **GRANULARITY,
 }  # fmt: skip
+EXPORTING = {
+    "format": Help("onnx, or torch for a torch.export program; default: by the ending.", WHAT),
+    "input": Help("What the file takes: bytes, or floats that are normalised already.", WHAT),
+    "calibration": _data(
+        "Images to verify the file with; default: those that calibrated the signature."
+    ),
+    "output": Help("The file; default: monitor.onnx beside the signature.", OUTPUT, ("-o",)),
+    **MEASURED, **DATA_DIR, **FORCE, **RUNS,
+}  # fmt: skip
+COMPARING = {
+    "before": Help("A signature, an evaluation.json or a run folder."),
+    "after": Help("Another one, to be held against it."),
+    "fail_over": Help(
+        "Exit 1 if a coverage point moved further, or a figure got worse by more: NUMBER, "
+        "points=NUMBER or figures=NUMBER; may repeat.",
+        GUARANTEE,
+    ),
+    "output": Help("Folder to write comparison.html and comparison.md into.", OUTPUT, ("-o",)),
+    "seed": COMPUTING["seed"], **FORCE,
+}  # fmt: skip
 REPORTING = {
     "run": Help("Run folder with an evaluation; default: the newest."),
     "output": Help("Folder; default: the run's.", OUTPUT, ("-o",)),
@@ -325,7 +364,8 @@ OPTIONS: OptionTable = {
     TrainConfig: TRAINING, SignatureConfig: SIGNING, MergeConfig: MERGING,
     CheckConfig: CHECKING, CheckOptions: CHECK_OUTPUT,
     EvaluationConfig: EVALUATING, GateOptions: GATING, EvaluationOutput: TELLING,
-    PointsOptions: LISTING, ReportOptions: REPORTING,
+    PointsOptions: LISTING, ReportOptions: REPORTING, ExportConfig: EXPORTING,
+    CompareOptions: COMPARING,
     PixelOptions: {
         "mean": Help("For a bare state dict: pixel means, as 0.49,0.48,0.45.", NETWORK),
         "std": Help("For a bare state dict: pixel deviations, alike.", NETWORK),

@@ -13,6 +13,9 @@ AmpMode: TypeAlias = Literal["off", "bf16", "auto"]
 # How training images are augmented; "auto" chooses by the data set.
 Augmentation: TypeAlias = Literal["none", "crop", "crop-flip"]
 AugmentationChoice: TypeAlias = Literal["auto", Augmentation]
+# In which form a monitor is exported, and what the exported file takes.
+ExportFormat: TypeAlias = Literal["onnx", "torch"]
+InputForm: TypeAlias = Literal["uint8", "normalised"]
 # What `covcli list` lists.
 RegistryKind: TypeAlias = Literal[
     "models", "datasets", "methods", "attacks", "corruptions", "baselines", "sections"

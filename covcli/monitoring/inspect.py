@@ -17,6 +17,8 @@ from covcli.models import checkpoint as checkpoints
 from covcli.models.nearest import nearest_architecture
 from covcli.models.spec import ModelSpec
 from covcli.models.weights import places
+from covcli.monitoring.export import is_exported, read_exported
+from covcli.monitoring.exported import ExportedMonitor
 from covcli.reporting import documents, per_image
 from covcli.reporting.documents import EvaluatedSignature, Guaranteed
 from covcli.reporting.tables import Table
@@ -25,7 +27,10 @@ from covcli.signature.guarantee import CONFIDENCE
 from covcli.training.paused import PAUSED, PAUSED_FILE
 
 SHOWN = 12  # names that a table lists one by one
-KNOWN = "checkpoints, state dicts, signatures, evaluations, training logs, scores and run folders"
+KNOWN = (
+    "checkpoints, state dicts, signatures, evaluations, training logs, scores, exported monitors "
+    "and run folders"
+)
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class Inspection:
         The file, or the folder.
     kind
         "checkpoint", "state dict", "signature", "evaluation", "training log", "paused training",
-        "scores" or "run"; in a run also "damaged".
+        "scores", "exported monitor" or "run"; in a run also "damaged".
     bytes, digest
         The file's size, and the SHA-256 of its content; of a folder the size of all that it holds.
     network
@@ -136,6 +141,8 @@ class Inspection:
         What is guaranteed of the verdicts.
     signature
         The signature that an evaluation measured.
+    exported
+        What an exported monitor says of itself.
     settings
         What the training was told.
     epochs
@@ -165,6 +172,7 @@ class Inspection:
     data: tuple[SetFacts, ...] = ()
     guarantee: Guaranteed | None = None
     signature: EvaluatedSignature | None = None
+    exported: ExportedMonitor | None = None
     settings: Mapping[str, Any] | None = None
     epochs: int | None = None
     provenance: Mapping[str, Any] | None = None
@@ -200,7 +208,8 @@ def inspect_file(path: Path) -> Inspection:
     with reading(path, "cannot be read"), open_regular(path) as file:
         start = file.read(9)
         archive = zipfile.is_zipfile(file)
-    inspection = _reader(path, start, archive)(path)
+        exported = is_exported(file)
+    inspection = (_exported if exported else _reader(path, start, archive))(path)
     return replace(inspection, bytes=path.stat().st_size, digest=files.digest_file(path))
 
 
@@ -341,6 +350,26 @@ def _training_log(path: Path, document: Mapping[str, Any]) -> Inspection:
     )  # fmt: skip
 
 
+def _exported(path: Path) -> Inspection:
+    monitor = read_exported(path)
+    sides = "×".join(map(str, monitor.shape))
+    return Inspection(
+        path, "exported monitor", 0,
+        network=NetworkFacts(
+            monitor.model, len(monitor.classes), f"{monitor.input}, {sides}, {monitor.preprocess}",
+            monitor.mean, monitor.deviation, monitor.checkpoint_fingerprint,
+        ),
+        classes=monitor.classes,
+        method=monitor.method,
+        granularity=monitor.granularity,
+        guarantee=Guaranteed(
+            monitor.guarantee, monitor.alpha, None, monitor.statement
+        ),
+        exported=monitor,
+        provenance=monitor.provenance,
+    )  # fmt: skip
+
+
 def _scores(path: Path) -> Inspection:
     sets = per_image.read_scores(path)
     data = (
@@ -362,7 +391,7 @@ def _of_run(folder: Path) -> Iterator[Inspection]:
     """Yield what a run folder holds, in the order in which the stages write it."""
     for pattern in (
         "checkpoint.pt", PAUSED_FILE, "training_results_*.json", "*.safetensors",
-        "evaluation.json", per_image.SCORES,
+        "evaluation.json", per_image.SCORES, "*.onnx", "*.pt2",
     ):  # fmt: skip
         for path in sorted(folder.glob(pattern)):
             try:
@@ -416,6 +445,10 @@ def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
         )
         yield "checkpoint", inspection.signature.checkpoint
         yield "weights' fingerprint", inspection.signature.checkpoint_fingerprint
+    if inspection.exported is not None:
+        yield "outputs", ", ".join(inspection.exported.outputs)
+        yield "signature", f"SHA-256 {inspection.exported.signature_fingerprint}"
+        yield "verified", str(inspection.exported.verification)
     yield "epochs", "" if inspection.epochs is None else str(inspection.epochs)
     for key, value in (inspection.settings or {}).items():
         yield f"setting {key}", "" if value in (None, [], "") else str(value)

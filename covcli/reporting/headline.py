@@ -1,12 +1,14 @@
 """The top of a report: the verdict, four key numbers, and the comparison with the best baseline."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from covcli.reporting import tables
 from covcli.reporting.blocks import ReportData, Tile
 from covcli.reporting.documents import EvaluationResult
 from covcli.reporting.tables import Table, percent
+
+Outcome: TypeAlias = Literal["passed", "failed", "none"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Headline:
     """
 
     verdict: str
-    outcome: Literal["passed", "failed", "none"]
+    outcome: Outcome
     tiles: list[Tile]
     gates: Table | None
     comparison: Table
@@ -33,7 +35,7 @@ class Headline:
 def headline(data: ReportData) -> Headline:
     """Return the top of a report."""
     result = data.evaluation
-    outcome: Literal["passed", "failed", "none"] = "none"
+    outcome: Outcome = "none"
     if result.gates:
         outcome = "passed" if all(gate.passed for gate in result.gates) else "failed"
     tiles = [_accuracy(result), _false_alarms(result), _detection(result), _passing(data)]

@@ -26,7 +26,8 @@ def summary(result: EvaluationResult) -> str:
             markdown.escape(tables.false_alarms(result)),
             markdown.escape(tables.highest_class(result)),
             markdown.escape(result.guarantee.statement),
-            f"Signature {markdown.escape(result.signature.parameters)}.",
+            "#### What was checked",
+            markdown.table(tables.checked(result)),
         ]
     )
 

@@ -19,7 +19,7 @@ from covcli.core.opening import check_within, is_file
 from covcli.core.version import __version__
 from covcli.reporting import documents, markdown, per_image, tables
 from covcli.reporting.blocks import Block, Gallery, Picture, ReportData, Section
-from covcli.reporting.headline import Headline, headline
+from covcli.reporting.headline import Headline, Outcome, headline
 from covcli.reporting.sections import SECTIONS
 from covcli.reporting.svg import inline
 from covcli.reporting.tables import Table
@@ -78,23 +78,71 @@ def report(
     run = run_folders.newest_run(Path(runs)) if run is None else Path(run)
     data = read(run)
     folder = run if output is None else Path(output)
-    page, markdown_file = folder / "report.html", folder / "report.md"
-    for path in (page, markdown_file):
-        files.refuse_existing(path, force)
-    check_within(folder, folder / "figures" / "of any name")
+    signature = data.evaluation.signature
+    subject = f"Signature {signature.parameters} of {signature.checkpoint}"
     with holding_together(run):
         opening = headline(data)
         sections = [part for name in SECTIONS if (part := SECTIONS.get(name)(data)) is not None]
-        pictures = dict(
-            content for part in sections for block in part.blocks for content in _picture(block)
-        )
-        figures = {name: folder / "figures" / f"{name}.png" for name in pictures}
-        contents = {figures[name]: content for name, content in pictures.items()}
-        contents[markdown_file] = _markdown(opening, sections).encode(errors="backslashreplace")
-        contents[page] = _html(data, opening, sections).encode(errors="backslashreplace")
-    with run_folders.writing(page, force):
+        page = Page("covcli report", subject, opening.verdict, opening.outcome, sections, opening)
+        return write_page(page, folder, "report", force)
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a report shows.
+
+    Attributes
+    ----------
+    title, subject
+        What it is, and of what.
+    verdict, outcome
+        The answer, and whether the gates pass; "none" without gates.
+    sections
+        The parts.
+    headline
+        What an evaluation's report opens with.
+    """
+
+    title: str
+    subject: str
+    verdict: str
+    outcome: Outcome
+    sections: list[Section]
+    headline: Headline | None = None
+
+
+def write_page(page: Page, folder: Path, stem: str, force: bool) -> ReportResult:
+    """Write a page as HTML and as Markdown with its pictures beside it, all or nothing.
+
+    Parameters
+    ----------
+    page
+        What to show.
+    folder, stem
+        Where: `<stem>.html`, `<stem>.md` and `figures/`.
+    force
+        Whether to overwrite an earlier page.
+
+    Raises
+    ------
+    CovcliError
+        If the page exists already, or cannot be written.
+    """
+    html, markdown_file = folder / f"{stem}.html", folder / f"{stem}.md"
+    for path in (html, markdown_file):
+        files.refuse_existing(path, force)
+    check_within(folder, folder / "figures" / "of any name")
+    pictures = dict(
+        content for section in page.sections for block in section.blocks
+        for content in _picture(block)
+    )  # fmt: skip
+    figures = {name: folder / "figures" / f"{name}.png" for name in pictures}
+    contents = {figures[name]: content for name, content in pictures.items()}
+    contents[markdown_file] = _markdown(page).encode(errors="backslashreplace")
+    contents[html] = _html(page).encode(errors="backslashreplace")
+    with run_folders.writing(html, force):
         files.publish(contents)
-    return ReportResult(page, markdown_file, list(figures.values()))
+    return ReportResult(html, markdown_file, list(figures.values()))
 
 
 @contextmanager
@@ -156,7 +204,7 @@ def _picture(block: Block) -> Iterator[tuple[str, bytes]]:
         yield block.name, sheet(block.images)
 
 
-def _html(data: ReportData, opening: Headline, sections: list[Section]) -> str:
+def _html(page: Page) -> str:
     """Return a self-contained page that loads nothing from elsewhere."""
     environment = Environment(
         loader=PackageLoader("covcli.reporting"), autoescape=True, undefined=StrictUndefined,
@@ -172,14 +220,13 @@ def _html(data: ReportData, opening: Headline, sections: list[Section]) -> str:
     )
     charts = {
         block.name: inline(block.figure, block.name, one_line(block.seen))
-        for section in sections
+        for section in page.sections
         for block in section.blocks
         if isinstance(block, Picture)
     }
     return environment.get_template("report.html").render(
-        headline=opening, sections=sections, charts=charts, style=style, script=script,
-        policy=policy, signature=data.evaluation.signature, note=tables.FPR95_NOTE,
-        version=__version__,
+        **vars(page), charts=charts, style=style, script=script, policy=policy,
+        note=tables.FPR95_NOTE, version=__version__,
     )  # fmt: skip
 
 
@@ -199,15 +246,18 @@ def _hash(content: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
 
 
-def _markdown(opening: Headline, sections: list[Section]) -> str:
-    tiles = Table(
-        "Figures", ["figure", "value", "beside"],
-        [[tile.title, tile.value, tile.note] for tile in opening.tiles],
-    )  # fmt: skip
-    first = [tiles, opening.gates, opening.comparison]
-    blocks = ["# covcli report", f"**{markdown.escape(opening.verdict)}**"]
-    blocks += [_markdown_block(table) for table in first if table is not None]
-    for section in sections:
+def _markdown(page: Page) -> str:
+    blocks = [f"# {page.title}", f"**{markdown.escape(page.verdict)}**"]
+    if page.headline is None:
+        blocks.append(markdown.escape(page.subject))
+    else:
+        tiles = Table(
+            "Figures", ["figure", "value", "beside"],
+            [[tile.title, tile.value, tile.note] for tile in page.headline.tiles],
+        )  # fmt: skip
+        first = [tiles, page.headline.gates, page.headline.comparison]
+        blocks += [_markdown_block(table) for table in first if table is not None]
+    for section in page.sections:
         blocks.append(f"## {markdown.escape(section.title)}")
         blocks += [_markdown_block(block) for block in section.blocks]
     return markdown.document([*blocks, f"covcli {__version__}"])

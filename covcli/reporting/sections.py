@@ -60,7 +60,8 @@ def summary(data: ReportData) -> Section:
         f"{len(e.untrusted)} untrusted sets."
     )
     blocks: list[Block] = [measured, tables.false_alarms(e), e.guarantee.statement, not_shown]
-    return Section("What was measured, and what it does not show", [*blocks, *e.warnings])
+    shown = [*blocks, *e.warnings, tables.checked(e)]
+    return Section("What was measured, and what it does not show", shown)
 
 
 @SECTIONS.add("false alarms")

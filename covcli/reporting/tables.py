@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Protocol
 
+from covcli.data.images import DataRecord
 from covcli.reporting.documents import (
     ClassAlarms,
     Deceived,
@@ -437,6 +438,30 @@ def provenance(result: EvaluationResult) -> Table:
     rows.append([f"data of {result.trusted.name}", result.trusted.fingerprint])
     rows += [[f"data of {entry.name}", entry.fingerprint] for entry in result.untrusted]
     return Table("Provenance", ["what", "value"], rows)
+
+
+def checked(result: EvaluationResult) -> Table:
+    """Tabulate what was checked: network, signature, data with counts, versions."""
+    signature, made = result.signature, result.provenance
+    versions = [f"{name} {made[name]}" for name in ("covcli", "torch", "python") if name in made]
+    sets = ", ".join(f"{entry.name} ({entry.images})" for entry in result.untrusted)
+    rows = [
+        ["network", f"{signature.checkpoint}, weights {signature.checkpoint_fingerprint[:12]}"],
+        ["signature", f"{signature.parameters}, file {signature.signature_fingerprint[:12]}"],
+        ["built from", _recorded(signature.trusted)],
+        ["calibrated by",
+         f"{_recorded(signature.calibration)}, {signature.calibration_scores} scores"],
+        ["trusted", f"{result.trusted.name} ({result.trusted.images})"],
+        ["untrusted", sets],
+        ["guarantee", f"{result.guarantee.mode}, α = {result.guarantee.alpha:g}"],
+        ["versions", ", ".join(versions)],
+        ["time", str(made.get("time", ""))],
+    ]  # fmt: skip
+    return Table("What was checked", ["what", "value"], [row for row in rows if row[1]])
+
+
+def _recorded(data: DataRecord) -> str:
+    return f"{data.spec}, images {data.images[:12]}"
 
 
 def explanation(entry: Explanation) -> str:

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,13 @@ def show_rows(rows: Sequence[Sequence[str]]) -> None:
 def show_table(table: "tables.Table") -> None:
     """Print one table to stdout."""
     _show(_console(), table)
+
+
+def show_blocks(blocks: Iterable["str | tables.Table"]) -> None:
+    """Print paragraphs and tables to stdout."""
+    console = _console()
+    for block in blocks:
+        _show(console, block)
 
 
 def _show_all(console: Console, result: "EvaluationResult") -> None:

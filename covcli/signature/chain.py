@@ -17,6 +17,8 @@ class Chain(nn.Module):
     ----------
     judge
         The network, its signature, its calibration and the rule for verdicts.
+    normalised
+        Whether the images are normalised already, by the network's own mean and deviation.
 
     Raises
     ------
@@ -39,8 +41,9 @@ class Chain(nn.Module):
     ['confidence', 'evidence']
     """
 
-    def __init__(self, judge: Judge) -> None:
+    def __init__(self, judge: Judge, normalised: bool = False) -> None:
         super().__init__()
+        self.normalised = normalised
         signature = judge.signature
         if signature.method.contributions:
             raise CovcliError(
@@ -63,7 +66,8 @@ class Chain(nn.Module):
         Parameters
         ----------
         images
-            Pixels in [0, 1], float32 of the network's input shape, (B, C, H, W), on its device.
+            Pixels in [0, 1], or what they are normalised to, float32 of the network's input shape,
+            (B, C, H, W), on its device.
 
         Returns
         -------
@@ -71,7 +75,8 @@ class Chain(nn.Module):
             The attributes of `Verdicts`, by name.
         """
         with self._recorder as recorder:
-            logits = self.model(images.to(memory_format=torch.channels_last))
+            network = self.model.classify if self.normalised else self.model
+            logits = network(images.to(memory_format=torch.channels_last))
             neurons = recorder.take(logits)
         known = neurons.isfinite().all(1) & logits.isfinite().all(1)
         predicted = logits.argmax(1)

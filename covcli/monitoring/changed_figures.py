@@ -1,0 +1,353 @@
+"""What differs between two evaluations: figures side by side, with intervals of the difference.
+
+Where both scored the same images, every draw of the bootstrap takes the same images in both
+(paired): what the images have in common falls out of the difference. Else each is drawn by itself.
+Without the files of single images, the interval is put together from those of the two figures
+(Zou and Donner, "Construction of confidence limits about effect measures", 2008).
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from covcli.evaluation.config import LOWER_IS_BETTER
+from covcli.reporting.documents import Estimate, EvaluationResult
+from covcli.reporting.per_image import ImageScores
+from covcli.signature.guarantee import binomial_interval
+
+DRAWS = 1000
+TRUSTED = "trusted"
+# The figures of an untrusted set, and where an evaluation has them.
+SHOWN = (
+    ("auroc", "coverage", "auroc"), ("fpr95", "coverage", "fpr95"),
+    ("detection_rate", "coverage", "detection_rate"), ("softmax_auroc", "softmax", "auroc"),
+)  # fmt: skip
+IntervalBy: TypeAlias = Literal["paired bootstrap", "bootstrap", "both intervals"]
+Floats: TypeAlias = npt.NDArray[np.float64]
+Scores: TypeAlias = Mapping[str, ImageScores]
+
+
+@dataclass(frozen=True)
+class EvaluatedRelease:
+    """An evaluation: its name, its figures, and its scores of single images if they are there."""
+
+    name: str
+    result: EvaluationResult
+    scores: Scores | None
+
+
+@dataclass(frozen=True)
+class FigureChange:
+    """A figure of two evaluations.
+
+    Attributes
+    ----------
+    set
+        The untrusted set; for the figures of the trusted sets their name, or both.
+    figure
+        "accuracy", "false_alarm_rate", "auroc", "fpr95", "detection_rate" or "softmax_auroc".
+    before, after
+        The figures.
+    difference, low, high
+        After less before, with a 95% interval.
+    how
+        What the interval was made by.
+    """
+
+    set: str
+    figure: str
+    before: float
+    after: float
+    difference: float
+    low: float
+    high: float
+    how: IntervalBy
+
+    @property
+    def worse_by(self) -> float:
+        """By how much the figure got worse; negative where it got better."""
+        return self.difference if self.figure in LOWER_IS_BETTER else -self.difference
+
+
+@dataclass(frozen=True)
+class EvaluationChange:
+    """What differs between two evaluations.
+
+    Attributes
+    ----------
+    figures
+        Of the trusted set and of each untrusted set that both have.
+    only_before, only_after
+        Untrusted sets that only one of them has.
+    """
+
+    figures: list[FigureChange]
+    only_before: list[str]
+    only_after: list[str]
+
+
+def compare_evaluations(
+    before: EvaluatedRelease, after: EvaluatedRelease, seed: int = 0
+) -> EvaluationChange:
+    """Set the figures of two evaluations side by side.
+
+    Parameters
+    ----------
+    before, after
+        The evaluations.
+    seed
+        Of the bootstrap.
+    """
+    first, second = before.result, after.result
+    theirs = {entry.name: entry for entry in second.untrusted}
+    shared = [entry.name for entry in first.untrusted if entry.name in theirs]
+    figures = _trusted_figures(before, after, seed)
+    for name in shared:
+        figures += _set_figures(before, after, name, seed)
+    return EvaluationChange(
+        figures=figures,
+        only_before=[entry.name for entry in first.untrusted if entry.name not in theirs],
+        only_after=[name for name in theirs if name not in shared],
+    )
+
+
+# One set
+
+
+def _trusted_figures(
+    before: EvaluatedRelease, after: EvaluatedRelease, seed: int
+) -> list[FigureChange]:
+    names = dict.fromkeys(each.result.trusted.name for each in (before, after))
+    name = " → ".join(names)
+    estimates = [
+        {
+            "accuracy": _share(r.trusted.accuracy, r.trusted.images),
+            "false_alarm_rate": Estimate(
+                r.trusted.false_alarm_rate.value, r.trusted.false_alarm_rate.low,
+                r.trusted.false_alarm_rate.high,
+            ),
+        }
+        for r in (before.result, after.result)
+    ]  # fmt: skip
+    draw = _Draws.of(before, after, TRUSTED, seed)
+    changes = []
+    for figure, look in {"accuracy": _correct, "false_alarm_rate": _flagged}.items():
+        spread = None if draw is None else draw.of_shares(look)
+        pair = estimates[0][figure], estimates[1][figure]
+        changes.append(_change(name, figure, pair, spread, None if draw is None else draw.how))
+    return changes
+
+
+def _set_figures(
+    before: EvaluatedRelease, after: EvaluatedRelease, name: str, seed: int
+) -> list[FigureChange]:
+    found = [next(e for e in m.result.untrusted if e.name == name) for m in (before, after)]
+    draw = _Draws.of(before, after, name, seed)
+    spreads: dict[str, Floats] = {}
+    if draw is not None:
+        trusted = _Draws.of(before, after, TRUSTED, seed)
+        assert trusted is not None
+        if trusted.how != draw.how:
+            draw = replace(draw, how="bootstrap")
+            trusted = replace(trusted, how="bootstrap")
+        ours, softmax = (draw.of_curves(trusted, score) for score in ("coverage", "softmax"))
+        spreads = {**ours, "softmax_auroc": softmax["auroc"],
+                   "detection_rate": draw.of_shares(_flagged)}  # fmt: skip
+    how = None if draw is None else draw.how
+    changes = []
+    for figure, score, key in SHOWN:
+        one, two = (getattr(entry.scores[score], key) for entry in found)
+        if one is not None and two is not None:
+            changes.append(_change(name, figure, (one, two), spreads.get(figure), how))
+    return changes
+
+
+def _change(
+    name: str,
+    figure: str,
+    estimates: tuple[Estimate, Estimate],
+    spread: Floats | None,
+    how: IntervalBy | None,
+) -> FigureChange:
+    before, after = estimates
+    difference = after.value - before.value
+    if spread is None or how is None or float(spread.std()) == 0:
+        # Draws that never differ, as of two perfect scores, say nothing of other images.
+        low, high = both_intervals(before, after)
+        how = "both intervals"
+    else:
+        low, high = np.quantile(spread, [0.025, 0.975]).tolist()
+    return FigureChange(
+        name, figure, before.value, after.value, difference, min(low, difference),
+        max(high, difference), how,
+    )  # fmt: skip
+
+
+def both_intervals(before: Estimate, after: Estimate) -> tuple[float, float]:
+    """Return the interval of a difference of two independent figures, from their own.
+
+    Zou and Donner (2008), equations 4 and 5: squares of the distances to the ends add up.
+
+    Examples
+    --------
+    >>> both_intervals(Estimate(0.5, 0.4, 0.6), Estimate(0.8, 0.8, 0.8))
+    (0.2, 0.4)
+    """
+    difference = after.value - before.value
+    below = math.hypot(after.value - after.low, before.high - before.value)
+    above = math.hypot(after.high - after.value, before.value - before.low)
+    return round(difference - below, 12), round(difference + above, 12)
+
+
+def _share(value: float, images: int) -> Estimate:
+    low, high = binomial_interval(round(value * images), images)
+    return Estimate(value, low, high)
+
+
+def _correct(scores: ImageScores) -> Floats:
+    assert scores.label is not None
+    right: Floats = (scores.label == scores.predicted).astype(np.float64)
+    return right
+
+
+def _flagged(scores: ImageScores) -> Floats:
+    flagged: Floats = scores.untrusted.astype(np.float64)
+    return flagged
+
+
+# The bootstrap
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Images of a set in two evaluations, and how often each is drawn.
+
+    Attributes
+    ----------
+    name
+        The set's.
+    before, after
+        What each evaluation found of its images.
+    rows
+        Which rows are drawn from, int64 of shapes (n,) and (m,); those of the same images, in the
+        same order, where `how` is paired.
+    how
+        Whether the draws are paired.
+    seed
+        Of the draws.
+    """
+
+    name: str
+    before: ImageScores
+    after: ImageScores
+    rows: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+    how: IntervalBy
+    seed: int
+
+    @classmethod
+    def of(
+        cls, before: EvaluatedRelease, after: EvaluatedRelease, name: str, seed: int
+    ) -> "_Draws | None":
+        """Match the images of a set; None where a file of scores is missing."""
+        if before.scores is None or after.scores is None:
+            return None
+        one, two = before.scores.get(name), after.scores.get(name)
+        if one is None or two is None:
+            return None
+        every = np.arange(len(one.predicted)), np.arange(len(two.predicted))
+        if _fingerprint(before, name) == _fingerprint(after, name) and len(every[0]) == len(
+            every[1]
+        ):
+            return cls(name, one, two, every, "paired bootstrap", seed)
+        matched = _by_file(one, two)
+        if matched is not None:
+            return cls(name, one, two, matched, "paired bootstrap", seed)
+        return cls(name, one, two, every, "bootstrap", seed)
+
+    def counts(self, which: int) -> Iterator[npt.NDArray[np.int64]]:
+        """Yield how often each row is drawn, DRAWS times, int64 of shape (n,)."""
+        size, paired = len(self.rows[which]), self.how == "paired bootstrap"
+        stream = [self.seed, zlib.crc32(self.name.encode()), 0 if paired else which]
+        generator = np.random.default_rng(stream)
+        for _ in range(DRAWS):
+            yield np.bincount(generator.integers(0, size, size), minlength=size)
+
+    def of_shares(self, look: Callable[[ImageScores], Floats]) -> Floats:
+        """Return the differences of the mean of something seen of each image, shape (DRAWS,)."""
+        means = []
+        for which, scores in enumerate((self.before, self.after)):
+            values = look(scores)[self.rows[which]]
+            means.append([counts @ values / len(values) for counts in self.counts(which)])
+        return np.subtract(means[1], means[0])
+
+    def of_curves(self, trusted: "_Draws", score: str) -> dict[str, Floats]:
+        """Return the differences of AUROC and FPR95, shape (DRAWS,) each, by name."""
+        found = []
+        for which in (0, 1):
+            sides = [
+                (one.before, one.after)[which].scores[score][one.rows[which]]
+                for one in (trusted, self)
+            ]
+            curve = Weighted(*sides)
+            draws = zip(trusted.counts(which), self.counts(which), strict=True)
+            found.append([curve.figures(*counts) for counts in draws])
+        auroc, fpr95 = np.subtract(found[1], found[0]).T
+        return {"auroc": auroc, "fpr95": fpr95}
+
+
+def _fingerprint(measured: EvaluatedRelease, name: str) -> str:
+    result = measured.result
+    if name == TRUSTED:
+        return result.trusted.fingerprint
+    return next(entry.fingerprint for entry in result.untrusted if entry.name == name)
+
+
+def _by_file(
+    one: ImageScores, two: ImageScores
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
+    """Match images by their files, if every file of either is in the other, each once."""
+    if one.file is None or two.file is None:
+        return None
+    first, second = one.file.tolist(), two.file.tolist()
+    places = {name: row for row, name in enumerate(second)}
+    if set(first) != set(second) or len(places) < len(second) or len(first) != len(second):
+        return None
+    return np.arange(len(first)), np.array([places[name] for name in first])
+
+
+class Weighted:
+    """The ROC curve of two samples of scores, in which each image can count several times.
+
+    Parameters
+    ----------
+    trusted, untrusted
+        Scores, shapes (n,) and (m,).
+    """
+
+    def __init__(self, trusted: Floats, untrusted: Floats) -> None:
+        values, places = np.unique(np.concatenate([trusted, untrusted]), return_inverse=True)
+        self._distinct = len(values)
+        self._places = places[: len(trusted)], places[len(trusted) :]
+
+    def figures(
+        self, trusted: npt.NDArray[np.int64], untrusted: npt.NDArray[np.int64]
+    ) -> tuple[float, float]:
+        """Return AUROC and FPR95 with each image counted so often.
+
+        AUROC is the chance that an untrusted image scores higher, ties counted half. FPR95 is the
+        share of trusted images at or above the score that 95% of the untrusted ones reach.
+        """
+        negatives, positives = (
+            np.bincount(places, counts, self._distinct)
+            for places, counts in zip(self._places, (trusted, untrusted), strict=True)
+        )
+        below = np.cumsum(negatives)
+        area = positives @ (below - negatives / 2) / (positives.sum() * negatives.sum())
+        caught = np.cumsum(positives[::-1])
+        place = int(np.searchsorted(caught, 0.95 * caught[-1] * (1 - 1e-12)))
+        return float(area), float(np.cumsum(negatives[::-1])[place] / negatives.sum())

@@ -1,0 +1,484 @@
+"""What differs between two signatures: which coverage points, channels and classes moved.
+
+Points and classes are matched by name. Every distance is taken class by class and neuron by neuron,
+in units of the first signature: how far an end of the trusted range moved in widths of that range,
+and how far the activations' distribution did, as far as the method stores one.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from scipy.spatial.distance import jensenshannon
+from torch import Tensor
+
+from covcli.core.errors import CovcliError
+from covcli.methods.contributions import BinScorer
+from covcli.methods.ensemble import EnsembleScorer
+from covcli.methods.gaussian import GaussScorer
+from covcli.methods.ranges import SectionScorer
+from covcli.methods.ranks import NeuronRank
+from covcli.models.points import Point
+from covcli.models.pooling import STATISTICS
+from covcli.signature.calibration import Calibration
+from covcli.signature.record import Record
+from covcli.signature.signature import Signature
+
+RANGES = "ranges, in widths"
+MOST_CHANNELS = 10
+# A range narrower than this share of its neuron's mean width over the classes counts as that wide.
+LEAST_WIDTH = 0.05
+# What is measured; the distances; and what they would be by chance, where that is known.
+Distances: TypeAlias = tuple[str, Tensor, float | None]
+Relation: TypeAlias = Literal["same", "data", "network", "method"]
+RELATIONS: Mapping[Relation, str] = {
+    "same": "The same network, data and method: nothing should have moved.",
+    "data": "The same network on other data: what moved, the data moved.",
+    "network": (
+        "Two networks of one architecture: what moved, the release changed. Channels of a network "
+        "that was trained anew have no counterpart in the old one."
+    ),
+    "method": "The same network and data under another method: what moved, the method reads.",
+}
+
+
+@dataclass(frozen=True)
+class StoredSignature:
+    """A signature as its file holds it: a name for it, its parts and its record."""
+
+    name: str
+    signature: Signature
+    calibration: Calibration
+    record: Record
+
+
+@dataclass(frozen=True)
+class PointChange:
+    """How far a coverage point moved.
+
+    Attributes
+    ----------
+    name, neurons
+        The point.
+    moved
+        The mean distance over its neurons and the classes.
+    largest
+        The largest one.
+    classes
+        The mean distance over its neurons, of each class in the order of `Change.classes`.
+    """
+
+    name: str
+    neurons: int
+    moved: float
+    largest: float
+    classes: list[float]
+
+
+@dataclass(frozen=True)
+class ChannelChange:
+    """A neuron that moved far for one class.
+
+    Attributes
+    ----------
+    point, neuron, label, class_name
+        Which one.
+    moved
+        The distance.
+    before, after
+        The ends of its trusted range.
+    """
+
+    point: str
+    neuron: int
+    label: str
+    class_name: str
+    moved: float
+    before: tuple[float, float]
+    after: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What moved by one kind of distance.
+
+    Attributes
+    ----------
+    distance
+        What is measured, and its unit.
+    moved
+        The mean over the points.
+    by_chance
+        The mean distance that other images of the same kind would give; None where that is unknown.
+    classes
+        Names of the classes that both know from images.
+    by_class
+        The mean distance of each, over all neurons.
+    points, channels
+        The points in the network's order, and the neurons that moved farthest.
+    """
+
+    distance: str
+    moved: float
+    by_chance: float | None
+    classes: list[str]
+    by_class: list[float]
+    points: list[PointChange]
+    channels: list[ChannelChange]
+
+
+@dataclass(frozen=True)
+class SignatureChange:
+    """What differs between two signatures.
+
+    Attributes
+    ----------
+    relation, meaning
+        What the two have in common, and what a difference then means.
+    thresholds
+        The scores above which each flags whatever the class.
+    only_before, only_after
+        Coverage points and classes that only one of them has.
+    changes
+        By each kind of distance.
+    """
+
+    relation: Relation
+    meaning: str
+    thresholds: tuple[float, float]
+    only_before: list[str]
+    only_after: list[str]
+    changes: list[Change]
+
+    @property
+    def largest(self) -> float:
+        """How far the point moved that moved farthest, by the first kind of distance."""
+        return max(point.moved for point in self.changes[0].points)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two signatures, and what they have in pair.
+
+    Attributes
+    ----------
+    before, after
+        The signatures.
+    points
+        The points that both have, as the first one knows them.
+    columns
+        Where their neurons stand among those of each signature, int64 of shape (N,) each.
+    classes
+        Names of classes that both have trusted images of.
+    rows
+        Their numbers in each signature, int64 of shape (K,) each.
+    """
+
+    before: StoredSignature
+    after: StoredSignature
+    points: list[Point]
+    columns: tuple[Tensor, Tensor]
+    classes: list[str]
+    rows: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, before: StoredSignature, after: StoredSignature) -> "_Pair":
+        """Match points and classes by name; none in common is a CovcliError."""
+        first, second = before.signature, after.signature
+        theirs = {point.name: point.neurons for point in second.points}
+        points = [point for point in first.points if theirs.get(point.name) == point.neurons]
+        if not points:
+            raise CovcliError(f"shares no coverage point with {before.name}", where=after.name)
+        counts = [
+            dict(zip(each.signature.classes, each.record.trusted_counts, strict=True))
+            for each in (before, after)
+        ]
+        classes = [name for name in first.classes if all(count.get(name) for count in counts)]
+        if not classes:
+            raise CovcliError(f"shares no class with {before.name}", where=after.name)
+        rows = (torch.tensor([each.classes.index(name) for name in classes])
+                for each in (first, second))  # fmt: skip
+        columns = (_columns(each, points) for each in (first, second))
+        return cls(before, after, points, _two(columns), classes, _two(rows))
+
+    @property
+    def sides(self) -> list[tuple[StoredSignature, Tensor, Tensor]]:
+        """Each signature with the numbers of the classes, and the columns of the neurons."""
+        return [(self.before, self.rows[0], self.columns[0]),
+                (self.after, self.rows[1], self.columns[1])]  # fmt: skip
+
+
+def compare_signatures(before: StoredSignature, after: StoredSignature) -> SignatureChange:
+    """Measure what moved from one signature to another.
+
+    Raises
+    ------
+    CovcliError
+        If the two share no coverage point or no class, or read neurons of another kind.
+    """
+    first, second = before.signature, after.signature
+    if first.granularity != second.granularity:
+        raise CovcliError(
+            f"reads {second.granularity} neurons, {before.name} {first.granularity} ones",
+            where=after.name,
+        )
+    pair = _Pair.of(before, after)
+    relation = _relation(before, after)
+    kinds: list[Distances] = [(RANGES, range_distances(pair), None)]
+    if (distributions := _distributions(pair)) is not None:
+        kinds.append(distributions)
+    changes = [_measured(kind, pair) for kind in kinds if bool(kind[1].isfinite().any())]
+    if not changes:
+        raise CovcliError(f"has nothing to be measured beside {before.name}", where=after.name)
+    rules = [
+        each.calibration.rule(each.calibration.guarantee, each.signature.classes)
+        for each in (before, after)
+    ]
+    return SignatureChange(
+        relation=relation,
+        meaning=RELATIONS[relation],
+        thresholds=(rules[0].overall, rules[1].overall),
+        only_before=_only(first, second),
+        only_after=_only(second, first),
+        changes=changes,
+    )
+
+
+def _relation(before: StoredSignature, after: StoredSignature) -> Relation:
+    if before.signature.fingerprint != after.signature.fingerprint:
+        return "network"
+    if before.record.trusted.images != after.record.trusted.images:
+        return "data"
+    return "same" if before.signature.method == after.signature.method else "method"
+
+
+def _only(one: Signature, other: Signature) -> list[str]:
+    theirs = {*(point.name for point in other.points), *other.classes}
+    own = (*(point.name for point in one.points), *one.classes)
+    return [name for name in own if name not in theirs]
+
+
+def _two(values: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    one, two = values
+    return one, two
+
+
+def _columns(signature: Signature, points: Sequence[Point]) -> Tensor:
+    """Return where the neurons of some points stand among all of a signature's."""
+    begins = dict(zip((p.name for p in signature.points), np.cumsum([0, *signature.sizes]).tolist(),
+                      strict=False))  # fmt: skip
+    return torch.cat([torch.arange(begins[p.name], begins[p.name] + p.neurons) for p in points])
+
+
+# Distances, float64 of shape (classes, neurons); NaN where there is none.
+
+
+def _spans(pair: _Pair) -> list[tuple[Tensor, Tensor]]:
+    """Return the ends of the trusted ranges of each, float64 of shape (K, N)."""
+    found = []
+    for stored, rows, columns in pair.sides:
+        low, high = stored.signature.scorer.span(rows)
+        found.append((low[:, columns].double(), high[:, columns].double()))
+    return found
+
+
+def range_distances(pair: _Pair) -> Tensor:
+    """Return how far the farther end of each range moved, in widths of the first one's range.
+
+    This is the Hausdorff distance of the two intervals over the width.
+    """
+    (low, high), (new_low, new_high) = _spans(pair)
+    distance = torch.maximum((new_low - low).abs(), (new_high - high).abs())
+    return distance / _widths(low, high)
+
+
+def _widths(low: Tensor, high: Tensor) -> Tensor:
+    """Return the widths of ranges, none less than a share of its neuron's mean over the classes."""
+    width = high - low
+    typical = width.mean(0)
+    least = torch.where(typical > 0, LEAST_WIDTH * typical, 1.0)
+    return torch.maximum(width, least)
+
+
+def _distributions(pair: _Pair) -> Distances | None:
+    """Return the distances of the distributions that two signatures of one method store."""
+    if len({type(stored.signature.method) for stored, _, _ in pair.sides}) > 1:
+        return None
+    scorer = pair.before.signature.scorer
+    if isinstance(scorer, EnsembleScorer | GaussScorer):
+        return (
+            "normal distributions (2-Wasserstein), in deviations",
+            _normal(pair), _chance(pair),
+        )  # fmt: skip
+    if isinstance(scorer, SectionScorer):
+        return "activations (1-Wasserstein), in widths", _sections(pair), None
+    if isinstance(scorer, BinScorer):
+        return "contributions (Jensen–Shannon)", _bins(pair), None
+    if isinstance(pair.before.signature.method, NeuronRank):
+        return "share of images in the top", _ranks(pair), None
+    return None
+
+
+def _normal(pair: _Pair) -> Tensor:
+    """Return √((μ − μ')² + (σ − σ')²)/σ of each mean or value; NaN for maxima."""
+    parts = []
+    for stored, rows, columns in pair.sides:
+        low, high = _gauss(stored.signature).span(rows)
+        low, high = low[:, columns].double(), high[:, columns].double()
+        parts.append(((low + high) / 2, (high - low) / 6))  # three deviations to each side
+    (mean, deviation), (new_mean, new_deviation) = parts
+    return torch.hypot(new_mean - mean, new_deviation - deviation) / deviation
+
+
+def _gauss(signature: Signature) -> GaussScorer:
+    scorer = signature.scorer
+    assert isinstance(scorer, EnsembleScorer | GaussScorer)
+    return scorer.gauss if isinstance(scorer, EnsembleScorer) else scorer
+
+
+def _chance(pair: _Pair) -> float:
+    """Return the mean of |μ − μ'|/σ over the classes if all images were drawn alike."""
+    counts = [
+        torch.tensor(stored.record.trusted_counts)[rows].double() for stored, rows, _ in pair.sides
+    ]
+    return float((2 / math.pi * (1 / counts[0] + 1 / counts[1])).sqrt().mean())
+
+
+def _sections(pair: _Pair) -> Tensor:
+    """Return the 1-Wasserstein distance of activations, spread evenly over their sections."""
+    spans = _spans(pair)
+    # Class by class, for the memory of networks that tell many classes apart.
+    apart = [
+        wasserstein(*_steps(pair, spans, 0, k), *_steps(pair, spans, 1, k))
+        for k in range(len(pair.classes))
+    ]
+    return torch.stack(apart) / _widths(*spans[0])
+
+
+def _steps(
+    pair: _Pair, spans: Sequence[tuple[Tensor, Tensor]], side: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """Return the edges of a class's sections, and the share of images up to each, (N, Q + 1)."""
+    stored, rows, columns = pair.sides[side]
+    low, high = (end[k, :, None] for end in spans[side])
+    counts = stored.signature.state["sections"][rows[k]][columns].double()
+    shares = torch.nn.functional.pad(counts.cumsum(1) / counts.sum(1, keepdim=True), (1, 0))
+    return low + (high - low) * torch.linspace(0, 1, shares.shape[1], dtype=torch.float64), shares
+
+
+def wasserstein(edges: Tensor, shares: Tensor, new_edges: Tensor, new_shares: Tensor) -> Tensor:
+    """Return ∫|F⁻¹ − G⁻¹| of distribution functions that are linear between edges.
+
+    Parameters
+    ----------
+    edges, new_edges
+        Ascending, shapes (..., n) and (..., m).
+    shares, new_shares
+        The functions at the edges, ascending from 0 to 1, of the same shapes.
+    """
+    levels = torch.cat([shares, new_shares], -1).sort(-1).values
+    middle = (levels[..., 1:] + levels[..., :-1]) / 2
+    weight = levels[..., 1:] - levels[..., :-1]
+    # Between two levels both quantile functions are linear, and so is their difference.
+    ends = []
+    for towards in (levels[..., :-1], levels[..., 1:]):
+        near = middle + (towards - middle) * (1 - 1e-9)
+        ends.append(_quantiles(edges, shares, near) - _quantiles(new_edges, new_shares, near))
+    one, two = ends
+    crossing = one * two < 0
+    total = one.abs() + two.abs()
+    mean = torch.where(
+        crossing, (one.square() + two.square()) / (2 * total.clamp_min(1e-300)), total / 2
+    )
+    return (mean * weight).sum(-1)
+
+
+def _quantiles(edges: Tensor, shares: Tensor, levels: Tensor) -> Tensor:
+    """Return where a distribution function reaches levels inside (0, 1)."""
+    place = torch.searchsorted(shares.contiguous(), levels.contiguous()).clamp(
+        1, shares.shape[-1] - 1
+    )
+    below, above = (shares.gather(-1, place - k) for k in (1, 0))
+    left, right = (edges.gather(-1, place - k) for k in (1, 0))
+    rise = (above - below).clamp_min(1e-300)
+    return left + (right - left) * ((levels - below) / rise).clamp(0, 1)
+
+
+def _bins(pair: _Pair) -> Tensor:
+    """Return the Jensen–Shannon distance of the bins' counts, from 0 to 1."""
+    counts = [stored.signature.state["counts"][rows][:, columns].double().numpy()
+              for stored, rows, columns in pair.sides]  # fmt: skip
+    if counts[0].shape != counts[1].shape:
+        return torch.full(counts[0].shape[:2], math.nan, dtype=torch.float64)
+    return torch.from_numpy(np.asarray(jensenshannon(*counts, base=2, axis=2)))
+
+
+def _ranks(pair: _Pair) -> Tensor:
+    """Return by how much the share of images changed that have a neuron in their top."""
+    shares = []
+    for stored, rows, columns in pair.sides:
+        state = stored.signature.state
+        shares.append(state["top"][rows][:, columns] / state["count"][rows].double()[:, None])
+    return (shares[1] - shares[0]).abs()
+
+
+# From distances to what is shown
+
+
+def _measured(kind: Distances, pair: _Pair) -> Change:
+    name, distances, by_chance = kind
+    known = torch.where(distances.isfinite(), distances, math.nan)
+    parts = known.split([point.neurons for point in pair.points], 1)
+    points = [
+        PointChange(p.name, p.neurons, _mean(part), _most(part), [_mean(row) for row in part])
+        for p, part in zip(pair.points, parts, strict=True)
+        if bool(part.isfinite().any())
+    ]
+    return Change(
+        distance=name,
+        moved=float(np.mean([point.moved for point in points])),
+        by_chance=by_chance,
+        classes=pair.classes,
+        by_class=[_mean(row) for row in known],
+        points=points,
+        channels=_farthest(known, pair),
+    )
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.nanmean())
+
+
+def _most(values: Tensor) -> float:
+    return float(values.nan_to_num(nan=0.0).max())
+
+
+def _farthest(known: Tensor, pair: _Pair) -> list[ChannelChange]:
+    """Return the neurons that moved farthest, each for the class for which it did."""
+    worst, classes = known.nan_to_num(nan=-1.0).max(0)
+    order = worst.argsort(descending=True, stable=True)[:MOST_CHANNELS]
+    spans = _spans(pair)
+    owners = [point for point in pair.points for _ in range(point.neurons)]
+    begins = [n for point in pair.points for n in range(point.neurons)]
+    found = []
+    for column in order[worst[order] > 0].tolist():
+        k, point, neuron = int(classes[column]), owners[column], begins[column]
+        ends = [(float(low[k, column]), float(high[k, column])) for low, high in spans]
+        label = _label(point, neuron, pair.before.signature.granularity)
+        found.append(
+            ChannelChange(
+                point.name, neuron, label, pair.classes[k], float(worst[column]), ends[0], ends[1]
+            )
+        )
+    return found
+
+
+def _label(point: Point, neuron: int, granularity: str) -> str:
+    """Say what a neuron stands for, without knowing the shape of its point's output."""
+    if granularity == "channel" and point.neurons == 2 * point.values:
+        statistic, channel = divmod(neuron, point.values)
+        return f"channel {channel}, {STATISTICS[statistic]}"
+    return f"channel {neuron}" if granularity == "contribution" else f"unit {neuron}"

@@ -1,0 +1,317 @@
+"""What an exported monitor is: one graph from images to verdicts, and what its file says of it."""
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from covcli.core import settings
+from covcli.core.choices import ExportFormat, InputForm
+from covcli.core.errors import CovcliError, is_memory_error, one_line
+from covcli.methods.ensemble import EnsembleScorer
+from covcli.methods.ranges import RangeScorer
+from covcli.signature.calibration import Calibration
+from covcli.signature.chain import Chain
+from covcli.signature.judge import TRUSTED, UNSURE, UNTRUSTED, Judge
+from covcli.signature.signature import Signature
+
+# Under which name a file keeps what it says of itself, as a JSON document.
+KEY = "covcli"
+SCHEMA = 1
+MOST_IMAGES = 1 << 20
+# A score so near to a calibration score, in units of the largest one (or 1), is taken for it.
+SNAP = 1e-7
+# How far the activations of two libraries lie apart, in units of their size.
+ROUNDED = 1e-5
+OUTPUTS = ("logits", "predicted", "score", "p_value", "confidence", "untrusted")
+VERDICTS = (TRUSTED, UNSURE, UNTRUSTED)
+LONGEST_REASON = 200
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far an exported file is from the monitor that it was made of, on the same images.
+
+    Attributes
+    ----------
+    images, noise
+        How many images were run through both, and how many of them are noise, which makes up for
+        calibration images that are too few.
+    logits, score, p_value, confidence
+        The largest differences.
+    predicted, verdicts
+        On how many images the predicted class differs, and the verdict.
+    score_tolerance
+        How far two scores may lie apart.
+    beyond
+        How many images' scores lie further apart: rounding has moved a neuron over an end of its
+        range.
+    """
+
+    images: int
+    noise: int
+    logits: float
+    score: float
+    p_value: float
+    confidence: float
+    predicted: int
+    verdicts: int
+    score_tolerance: float
+    beyond: int
+
+    def __str__(self) -> str:
+        noise = f" ({self.noise} of noise)" if self.noise else ""
+        return (
+            f"{self.images} images{noise} through file and monitor: largest differences logits "
+            f"{self.logits:.2g}, score {self.score:.2g} (tolerance {self.score_tolerance:.2g}, "
+            f"{self.beyond} beyond), p-value {self.p_value:.2g}, confidence {self.confidence:.2g}; "
+            f"{self.predicted} classes and {self.verdicts} verdicts differ"
+        )
+
+
+@dataclass(frozen=True)
+class ExportedMonitor:
+    """What an exported file says of itself.
+
+    Attributes
+    ----------
+    schema
+        Version of this document.
+    format
+        "onnx" or "torch".
+    input
+        "uint8": bytes; "normalised": floats less `mean`, divided by `deviation`.
+    shape
+        Channels, height and width of an image.
+    preprocess
+        How pictures of other sizes become such, as `--preprocess` reads it.
+    mean, deviation
+        Of pixels in [0, 1], by channel; with bytes the file takes care of them itself.
+    outputs
+        Their names.
+    verdicts
+        What the numbers of the output "verdict" mean; empty without that output.
+    classes
+        Class names.
+    model, method, granularity
+        Of the network and the signature.
+    alpha, guarantee, max_error, statement
+        What is guaranteed, see `covcli.signature.guarantee.Guarantee`, and the same in words.
+    checkpoint_fingerprint, signature_fingerprint
+        Of the network's weights, and of the signature's file.
+    verification
+        How far the file is from the monitor.
+    provenance
+        Versions, command line, device and time of the export.
+    """
+
+    schema: int
+    format: ExportFormat
+    input: InputForm
+    shape: tuple[int, int, int]
+    preprocess: str
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    outputs: tuple[str, ...]
+    verdicts: tuple[str, ...]
+    classes: tuple[str, ...]
+    model: str
+    method: str
+    granularity: str
+    alpha: float
+    guarantee: str
+    max_error: float | None
+    statement: str
+    checkpoint_fingerprint: str
+    signature_fingerprint: str
+    verification: Verification
+    provenance: dict[str, Any]
+
+    def packed(self) -> str:
+        """Return the document as its file keeps it."""
+        return json.dumps(asdict(self), allow_nan=False)
+
+    @classmethod
+    def unpacked(cls, document: Any, where: object) -> "ExportedMonitor":
+        """Rebuild what `packed` wrote; another document is a CovcliError."""
+        if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
+            raise CovcliError(f"is no exported monitor of schema {SCHEMA}", where=where)
+        try:
+            return settings.read(cls, document)
+        except ValueError as error:
+            raise CovcliError(f"does not hold together ({error})", where=where) from None
+
+
+@dataclass(frozen=True)
+class SnappingCalibration(Calibration):
+    """A calibration that takes a score next to one of its own for that one.
+
+    Coverage counts, so that many images score exactly alike. Where another library rounds, such a
+    score would come to lie beside its equals, and its rank would be another by all of them.
+
+    Attributes
+    ----------
+    reach
+        How far a score may lie off.
+    """
+
+    reach: float = 0.0
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> "SnappingCalibration":
+        """Return the same calibration, but for that."""
+        own = {f.name: getattr(calibration, f.name) for f in fields(calibration)}
+        return cls(**own, reach=SNAP * max(1.0, float(calibration.scores.abs().max())))
+
+    def score(self, evidence: Tensor) -> Tensor:
+        """Return the score of evidence (B, P), float64 of shape (B,); see `Calibration.score`."""
+        score = super().score(evidence)
+        place = torch.searchsorted(self.scores, score)
+        above = self.scores[place.clamp_max(len(self.scores) - 1)]
+        below = self.scores[(place - 1).clamp_min(0)]
+        for near in (below, above):
+            score = torch.where((score - near).abs() <= self.reach, near, score)
+        return score
+
+
+class SnappingRanges(nn.Module):
+    """Ranges to which a value next to an end belongs.
+
+    Pictures with an even ground show many neurons the very same value, which then ends their
+    range. Another library rounds it otherwise, and would count all of them as outside.
+
+    Parameters
+    ----------
+    ranges
+        What scores the neurons.
+    """
+
+    reach: Tensor
+
+    def __init__(self, ranges: RangeScorer) -> None:
+        super().__init__()
+        self.ranges = ranges
+        self.layout = ranges.layout
+        self.register_buffer("reach", rounding(ranges.low, ranges.high, ranges.layout.sizes))
+
+    def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
+        """Return the evidence, see `Scorer`."""
+        low, high = self.ranges.span(classes)
+        nearest = neurons.clamp(low, high)
+        belongs = (neurons - nearest).abs() <= self.reach
+        evidence: Tensor = self.ranges(torch.where(belongs, nearest, neurons), classes)
+        return evidence
+
+
+def forgiving(signature: Signature) -> Signature:
+    """Return a signature whose ranges are `SnappingRanges`, where it has any."""
+    scorer: Any = signature.scorer
+    if isinstance(scorer, RangeScorer):
+        scorer = SnappingRanges(scorer)
+    elif isinstance(scorer, EnsembleScorer):
+        scorer = EnsembleScorer(SnappingRanges(scorer.ranges), scorer.gauss)  # type: ignore[arg-type]
+    else:
+        return signature
+    other = replace(signature)
+    other.__dict__["scorer"] = scorer  # in the place of what the cached property prepares
+    return other
+
+
+def rounding(low: Tensor, high: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return how far rounding may move each neuron, shape (N,), by the ends (classes, N) of ranges.
+
+    In units of the neuron's largest end, or of a tenth of the largest end at its coverage point.
+    """
+    ends = torch.maximum(low.abs(), high.abs())
+    largest = torch.where(ends.isfinite(), ends, 0.0).amax(0)
+    at_point = torch.cat([part.amax().expand_as(part) for part in largest.split(list(sizes))])
+    return ROUNDED * torch.maximum(largest, at_point / 10)
+
+
+class MonitorGraph(nn.Module):
+    """The chain from images to verdicts with the inputs and outputs of an exported file.
+
+    Parameters
+    ----------
+    judge
+        The network, and all that decides whether its answers are trusted.
+    form
+        What the images are: bytes, or floats that are normalised already.
+    """
+
+    def __init__(self, judge: Judge, form: InputForm) -> None:
+        super().__init__()
+        calibration = SnappingCalibration.of(judge.calibration)
+        judge = replace(judge, signature=forgiving(judge.signature), calibration=calibration)
+        self.chain = Chain(judge, normalised=form == "normalised")
+        self.form = form
+        self.bounded = judge.rule.guarantee.max_error is not None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what `forward` returns."""
+        return (*OUTPUTS, "verdict") if self.bounded else OUTPUTS
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Classify images (B, C, H, W) and judge each; return `outputs`, of length B each."""
+        found = self.chain(images.float() / 255 if self.form == "uint8" else images)
+        outputs = tuple(found[name] for name in OUTPUTS)
+        if not self.bounded:
+            return outputs
+        # Places in VERDICTS; no image is both.
+        return *outputs, 2 * found["untrusted"].long() + found["unsure"].long()
+
+    def example(self) -> Tensor:
+        """Return two black images, of the type that `forward` takes."""
+        kind = torch.uint8 if self.form == "uint8" else torch.float32
+        return torch.zeros(2, *self.chain.model.spec.shape, dtype=kind)
+
+
+def traced(graph: MonitorGraph) -> torch.export.ExportedProgram:
+    """Export the graph by torch, for any number of images.
+
+    Raises
+    ------
+    CovcliError
+        If torch cannot export the network; it gives torch's reason.
+    """
+    batch = {0: torch.export.Dim("batch", min=1, max=MOST_IMAGES)}
+    graph.eval().requires_grad_(False)
+    try:
+        # No tensor takes gradients; what is faster without them writes to memory twice.
+        with quiet(), torch.enable_grad():
+            return torch.export.export(graph, (graph.example(),), dynamic_shapes=(batch,))
+    except Exception as error:
+        raise refusal(error, "torch", graph.chain.model.spec.name) from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what libraries tell of their steps, and of graphs that failed, to themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def refusal(error: Exception, by: str, model: str) -> Exception:
+    """Return what to raise where a library cannot export a network: its reason in one line."""
+    if isinstance(error, CovcliError) or is_memory_error(error):
+        return error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = one_line(f"{type(error).__name__}: {lines[0] if lines else ''}")
+    return CovcliError(
+        f"{by} cannot export this network ({reason[:LONGEST_REASON]})", where=f"model {model!r}"
+    )
