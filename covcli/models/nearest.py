@@ -23,18 +23,12 @@ LEAST = 0.5
 CLASSES = 1013
 # How timm names the weights of its families, and the families' names: it has too many to try all.
 TIMM_FAMILIES: Sequence[tuple[str, str]] = (
-    (r"blocks\.0\.attn\.qkv\.weight$", "vit_* deit* beit*"),
+    (r"blocks\.0\.attn\.qkv\.weight$", "vit_* deit*"),
     (r"blocks\.0\.mlp_tokens\.", "mixer* gmixer*"),
     (r"layers\.0\.blocks\.0\.attn\.", "swin*"),
     (r"stages\.0\.blocks\.0\.conv_dw\.", "convnext*"),
-    (
-        r"conv_stem\.",
-        "mobilenet* efficientnet* tf_efficientnet* mnasnet* mixnet* fbnet* lcnet* tinynet*",
-    ),
-    (
-        r"layer1\.0\.conv1\.",
-        "resnet* resnext* wide_resnet* seresnet* ecaresnet* skresnet* res2net*",
-    ),
+    (r"conv_stem\.", "mobilenet* efficientnet* tf_efficientnet*"),
+    (r"layer1\.0\.conv1\.", "resnet* resnext* seresnet*"),
     (r"s1\.b1\.conv1\.", "regnet*"),
     (r"features\.denseblock1\.", "densenet*"),
     (r"pre_logits\.", "vgg*"),
