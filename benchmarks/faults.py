@@ -1,11 +1,14 @@
-"""Kill it, starve it, feed it poison: what is lost, and what gets in.
+r"""Kill it, starve it, feed it poison: what is lost, and what gets in.
 
-    python benchmarks/faults.py            # all of it, some ten minutes on 2 cores
-    python benchmarks/faults.py --json --kills 30 --limits 5 --mutations 500 --resumes 2
+    python benchmarks/faults.py            # all of it, some hours on 2 cores
+    python benchmarks/faults.py --json --kills 30 --limits 5 --mutations 500 --resumes 2 \
+        --interruptions 14 --inputs 50
 
 Trains a small network on scikit-learn's digits in a temporary folder, and then: kills a process
 that saves, at random moments; saves under a file-size limit; loads mutated and cut signatures and
-checkpoints and a corpus of hostile pickles; kills trainings and resumes them. POSIX only.
+checkpoints and a corpus of hostile pickles; kills trainings and resumes them; kills every command
+or sends it two signals (`interruptions.py`); gives every reader hostile input (`fuzz.py`).
+POSIX only.
 """
 
 import argparse
@@ -24,6 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fuzz
+import interruptions
 import torch
 
 from covcli.core import files
@@ -40,7 +45,8 @@ TINY = [*TRAIN, "--trusted", "digits", "--model", "tiny", "--epochs", "8", "--le
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, number in (("kills", 300), ("limits", 20), ("mutations", 10_000), ("resumes", 10)):
+    for name, number in (("kills", 300), ("limits", 20), ("mutations", 10_000), ("resumes", 10),
+                         ("interruptions", 200), ("inputs", 20_000)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
@@ -267,12 +273,21 @@ def main() -> None:
         note("checkpoint", mutations(path, meaning_of_checkpoint, args.mutations, chance))
         note("hostile pickles", pickles(folder))
         note("kills and resumes", resumes(folder, args.resumes, chance))
+    with tempfile.TemporaryDirectory() as name:
+        disturbed = interruptions.disturbances(Path(name), args.interruptions, chance)
+    readers = fuzz.run(args.inputs, args.seed, [])
     if args.json:
+        for kind, of_kind in disturbed.items():
+            results[kind] = {name: vars(ledger) for name, ledger in of_kind.items()}
+        results["readers"] = {name: vars(tally) for name, tally in readers.items()}
         print(json.dumps(results))
         return
     print("| fault | figures |\n| --- | --- |")
     for name, figures in results.items():
         print(f"| {name} | {', '.join(f'{k} {v}' for k, v in figures.items())} |")
+    for kind, of_kind in disturbed.items():
+        print(f"\n{interruptions.table(kind, of_kind)}")
+    print(f"\n{fuzz.table(readers)}")
 
 
 if __name__ == "__main__":

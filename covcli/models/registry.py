@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -134,8 +133,11 @@ def _weights_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.data.to("meta"), param.requires_grad)
         register(self, name, param)
 
-    with mock.patch.object(nn.Module, "register_parameter", register_on_meta):
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
         yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 MODELS: Registry[Architecture] = Registry("model")
