@@ -76,6 +76,7 @@ READERS = {
     "training log": "training_log", "scores": "scores", "samples": "samples",
     "earlier evaluation": "earlier", "signature": "signature_file", "checkpoint": "checkpoint",
     "bare weights": "bare", "paused training": "paused_training", "inspected file": "inspected",
+    "configuration": "configuration",
 }  # fmt: skip
 
 
@@ -208,6 +209,13 @@ class Target:
             arguments = [a for a in arguments if not a.startswith(str(self.folder))]
         runs.mkdir()
         _run([name, *arguments], runs)
+
+    def configuration(self, chance: random.Random) -> None:
+        """Follow a covcli.toml."""
+        folder = self.folder / "configured"
+        folder.mkdir(exist_ok=True)
+        (folder / "covcli.toml").write_bytes(mutations.configuration(chance))
+        _run(chance.choice([["config"], ["report"], ["points", "none.pt"]]), folder)
 
     def name(self, chance: random.Random) -> None:
         """Show the names of sets, classes, points and files, in everything that is shown."""

@@ -442,6 +442,28 @@ def model(chance: random.Random) -> str:
     return name + chance.choice(["", hostile_text(chance)])
 
 
+def configuration(chance: random.Random) -> bytes:
+    """Return a covcli.toml of which keys and values are mostly none."""
+    keys = ["seed", "epochs", "batch-size", "batch_size", "untrusted", "trusted", "device", "alpha",
+            "learning-rate", "runs", "plugin", "force", "points", "gates", "x", '"a b"',
+            '"\\u202e"', "max-pixels", "guarantee", "output", "threads"]  # fmt: skip
+    literals = ["3", "0.5", "true", "[]", "{}", "[[1]]", "nan", "-inf", "1e400", "0x" + "f" * 6000,
+                "9" * 6000, "1979-05-27", "07:32:00", "-0.0", "1_000", "[1, 'a']", "''",
+                "{ a = 1 }", "'digits'", "['folder:/etc']", "'~x'"]  # fmt: skip
+    lines = []
+    for _ in range(chance.randrange(1, 8)):
+        if chance.random() < 0.3:
+            name = chance.choice(["train", "evaluate", "build-signature", "report", "x", "gates"])
+            lines.append(chance.choice([f"[{name}]", f"[[{name}]]"]))
+            continue
+        text = json.dumps(hostile_text(chance), ensure_ascii=chance.random() < 0.5)
+        keys_of_gates = ["metric", "set", "fail-under", "fail_over"]
+        key = chance.choice([*keys, *keys_of_gates])
+        lines.append(f"{key} = {chance.choice([text, *literals])}")
+    content = "\n".join(lines).encode("utf-8", "surrogatepass")
+    return mutated_bytes(content, chance) if chance.random() < 0.1 else content
+
+
 def argument(chance: random.Random) -> str:
     """Return what a shell can pass to a program: bytes without a NUL."""
     text = chance.choice([hostile_text(chance), method(chance), preparation(chance), model(chance)])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from covcli.core import consent, settings, state
-from covcli.core.errors import CovcliError
+from covcli.core.errors import CovcliError, in_words
 from covcli.core.opening import exists, open_regular, real
 
 NAMES = ("covcli.toml", "pyproject.toml")
@@ -214,7 +214,7 @@ def _parsed(file: Path, content: bytes) -> dict[str, Any]:
         return tomllib.loads(content.decode())
     except UnicodeDecodeError:
         raise CovcliError("is not UTF-8", where=file) from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise CovcliError(f"is not TOML: {error}", where=file) from None
 
 
@@ -302,6 +302,6 @@ def shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(shown, value))}]"
     if isinstance(value, (int, float)):
-        return repr(value)
+        return in_words(value)
     text = json.dumps(str(value), ensure_ascii=False)
     return "".join(c if c.isprintable() else rf"\U{ord(c):08x}" for c in text)

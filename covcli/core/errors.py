@@ -71,6 +71,20 @@ def possible(advice: str, options: Collection[str]) -> str:
     return advice if len(kept) == len(alternatives) else ", or ".join(kept)
 
 
+def in_words(value: object) -> str:
+    """Return a value as text, whatever its size: Python prints no number of 5,000 digits.
+
+    Examples
+    --------
+    >>> in_words(3), in_words(1 << 20_000)
+    ('3', 'a number of 20001 bits')
+    """
+    try:
+        return str(value)
+    except ValueError:
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a value"
+
+
 def one_line(text: str) -> str:
     r"""Collapse white space and escape control characters, so that a terminal cannot be confused.
 

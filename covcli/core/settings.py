@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_origin, get_
 
 from annotated_types import Interval
 
-from covcli.core.errors import CovcliError
+from covcli.core.errors import CovcliError, in_words
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -75,7 +75,7 @@ def settle(config: Any) -> None:
             settled = _adapter(hints[field.name]).validate_python(value)
         except ValidationError as error:
             raise CovcliError(
-                _worded(error), where=f"--{field.name.replace('_', '-')} {value}"
+                _worded(error), where=f"--{field.name.replace('_', '-')} {in_words(value)}"
             ) from None
         object.__setattr__(config, field.name, settled)
 

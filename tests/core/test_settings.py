@@ -10,6 +10,7 @@ from annotated_types import Interval
 
 from covcli.core.errors import CovcliError
 from covcli.core.settings import read, settle
+from covcli.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -70,3 +71,11 @@ def test_a_document_is_read_whole_or_refused_in_one_line() -> None:
         with pytest.raises(ValueError, match=place) as caught:
             read(Outer, wrong)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
+
+
+def test_a_value_of_any_size_is_refused_in_one_line() -> None:
+    values: list[Any] = [10**5000, -(10**5000), 1e400, float("nan"), "9" * 6000, 2**63]
+    for value in values:
+        with pytest.raises(CovcliError, match="--seed ") as caught:
+            TrainConfig(seed=value)
+        assert str(caught.value).isprintable()
