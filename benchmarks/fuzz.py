@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import mutations
+import numpy as np
 import torch
 import typer
 
@@ -49,6 +50,7 @@ from covcli.methods import make_method
 from covcli.models import architectures
 from covcli.models import checkpoint as checkpoints
 from covcli.models.checkpoint import CHECKPOINT
+from covcli.monitoring.drift import STATE, DriftWatch
 from covcli.monitoring.inspect import as_table, inspect_file
 from covcli.reporting import per_image, pipelines, terminal
 from covcli.reporting import report as reports
@@ -76,7 +78,7 @@ READERS = {
     "training log": "training_log", "scores": "scores", "samples": "samples",
     "earlier evaluation": "earlier", "signature": "signature_file", "checkpoint": "checkpoint",
     "bare weights": "bare", "paused training": "paused_training", "inspected file": "inspected",
-    "configuration": "configuration",
+    "configuration": "configuration", "drift state": "drift",
 }  # fmt: skip
 
 
@@ -132,6 +134,11 @@ class Target:
         self.session = Session(config, datasets.load(config.trusted, "train"))
         self.session.save(folder / "last.pt")
         self.paused = paused.PAUSED.load(folder / "last.pt")
+        self.judge, _ = judges.load(self.checkpoint_file, self.signature)
+        watch = DriftWatch(self.judge)
+        watch.update(np.linspace(-1, 3, 50))
+        watch.save(folder / "drift.pt")
+        self.drifted = STATE.load(folder / "drift.pt")
         self.images = mutations.image_samples()
         self.shown = datasets.load("noise:uniform?limit=2", "test")
 
@@ -199,7 +206,8 @@ class Target:
                          "--trusted", "digits?limit=64", "--device", "cpu", "--output", str(runs)],
             "merge-signatures": [str(self.signature), "--output", str(runs / "m")],
             "report": [str(self.run), "--output", str(runs)],
-            "points": [network],
+            "points": [network], "inspect": [network],
+            "check": ["noise:uniform?limit=3", "--checkpoint", network, *known, "--device", "cpu"],
         }  # fmt: skip
         group: Any = typer.main.get_command(app)
         name = chance.choice(list(good))
@@ -358,6 +366,15 @@ class Target:
         if chance.random() < self.drawn:
             resume(run)
         self.session = Session(self.config, self.session.images)
+
+    def drift(self, chance: random.Random) -> None:
+        """Go on with a drift state whose digest is right."""
+        path, changed = self.folder / "drift.pt", mutations.mutated_tree(self.drifted, chance)
+        if not _can_write(lambda: STATE.save(path, changed)):
+            return
+        watch = DriftWatch.load(path, self.judge)
+        watch.update(np.linspace(-3, 9, 30), [mutations.hostile_text(chance)] * 30)
+        watch.save(path)
 
     def inspected(self, chance: random.Random) -> None:
         """Inspect a file that another reader has been given."""
