@@ -64,7 +64,7 @@ class DriftStatus:
     """
 
     delta: Share
-    run_length: Count
+    run_length: Annotated[int, Interval(ge=1, lt=2**62)]
     seed: Count
     images: Count = 0
     log10_martingale: float = 0.0

@@ -108,6 +108,9 @@ def test_bad_numbers_are_refused(monitor: Monitor) -> None:
     for delta in (0.0, 1.0, math.nan):
         with pytest.raises(CovcliError, match="delta"):
             DriftWatch(monitor, delta)
+    for length in (0, -1):  # of which there is no logarithm
+        with pytest.raises(CovcliError, match="run_length"):
+            DriftWatch(monitor, run_length=length)
     watch = DriftWatch(monitor)
     with pytest.raises(CovcliError, match="NaN"):
         watch.update([1.0, math.nan])
