@@ -333,6 +333,13 @@ def test_two_runs_are_compared_and_bounds_end_the_pipeline(evaluated: Path) -> N
             compare(one, two)
 
 
+def test_a_reader_that_leaves_early_is_no_error(run: Path) -> None:
+    command = f"{sys.executable} -m covcli compare {run} {run} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1
+
+
 def test_bounds_are_told_by_name() -> None:
     assert Bounds.parse([]) == Bounds(None, None)
     assert Bounds.parse(["points=0.1"]) == Bounds(0.1, None)
