@@ -32,7 +32,7 @@ covcli build-signature runs/demo/checkpoint.pt
 covcli evaluate --untrusted photos --untrusted noise:gaussian --untrusted noise:uniform
 """
 USERS = """
-covcli train --trusted folder:photos --model resnet18 --epochs 4 --calibration-split 0 --runs user
+covcli train --trusted folder:photos --model resnet18 --epochs 3 --calibration-split 0 --runs user
 """
 
 
