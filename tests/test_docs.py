@@ -84,8 +84,11 @@ def test_a_block_says_what_it_is_and_names_real_options(block: Block) -> None:
     for arguments in covcli_commands(block):
         name, *rest = arguments
         command = known.commands[name]  # type: ignore[attr-defined]
-        if "--help" not in rest:
+        try:
             command.make_context(name, list(rest))
+        except Exception as error:  # what is missing may stand in a file of settings
+            if type(error).__name__ not in ("MissingParameter", "Exit"):
+                raise
 
 
 def anchors(page: Path) -> set[str]:
