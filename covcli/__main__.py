@@ -1,4 +1,4 @@
-"""The error boundary: run a command, and exit with the documented code, an `ExitCode`."""
+"""The entry point: run a command, report errors in one line, and exit with an `ExitCode`."""
 
 import logging
 import os
@@ -18,10 +18,10 @@ def main(arguments: list[str] | None = None) -> None:
     signals.leave_at_once()
     args = list(sys.argv[1:] if arguments is None else arguments)
     if "--resume" in args and (args[args.index("--resume") + 1 :] or ["-"])[0].startswith("-"):
-        args.insert(args.index("--resume") + 1, "latest")  # its value may be left out
+        args.insert(args.index("--resume") + 1, "latest")  # the default value
     output.keep()
-    logging.lastResort = logging.NullHandler()  # what libraries log, covcli says in its own words
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each rank would warn of what is as intended
+    logging.lastResort = logging.NullHandler()  # hide log lines of libraries
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # hide torch's warnings on each rank
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with signals.watched():
         code = _run(args, "--debug" in args)
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     many = (ranks := _ranks()) is not None and ranks.size() > 1
     if many or (code in INTERRUPTED and arguments is None):
         sys.stderr.flush()
-        os._exit(code)  # what has failed or was told to end waits for no thread and no other rank
+        os._exit(code)  # without waiting for threads or other ranks
     sys.exit(code)
 
 
@@ -47,17 +47,17 @@ def _run(args: list[str], debug: bool) -> int:
     except SystemExit as done:  # of Typer, where the shell asks for completions
         return done.code if isinstance(done.code, int) else ExitCode.DONE
     except BaseException as error:
-        signals.leave_at_once()  # a signal from here on finds nothing to save
+        signals.leave_at_once()  # from here on there is nothing to save
         return _fail(error, *_describe(error), debug)
 
 
 def _ranks() -> Any:
-    """Return `core.distributed` if a command has loaded it: it takes torch, which is slow."""
+    """Return `core.distributed` if a command has imported it; importing it here is slow."""
     return sys.modules.get("covcli.core.distributed")
 
 
 def _describe(error: Any) -> tuple[str, ExitCode]:
-    """Return what stderr says of an error, and the exit code."""
+    """Return the error message for stderr, and the exit code."""
     if isinstance(error, Interrupted):
         return str(error), error.code
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":  # Typer's
@@ -66,12 +66,12 @@ def _describe(error: Any) -> tuple[str, ExitCode]:
         return f"error: {error}", ExitCode.BAD_INPUT
     if hasattr(error, "format_message") and getattr(error, "exit_code", None) == 2:
         command = getattr(getattr(error, "ctx", None), "command_path", "covcli")
-        told = one_line(error.format_message()).removesuffix(".")
-        return f"error: {told}; see {command} --help", ExitCode.BAD_INPUT
+        text = one_line(error.format_message()).removesuffix(".")
+        return f"error: {text}; see {command} --help", ExitCode.BAD_INPUT
     kind = type(error).__name__
     if is_memory_error(error):
         return "error: memory exhausted", ExitCode.BAD_INPUT
-    if isinstance(error, OSError):  # the place where it runs is not as it must be
+    if isinstance(error, OSError):  # a problem of the environment, such as a full disk
         place = "" if error.filename is None else f"{error.filename}: "
         return f"error: {one_line(f'{place}{error.strerror or error}')}", ExitCode.BAD_INPUT
     message = f"internal error: {kind}: {one_line(str(error))}; run again with --debug"
@@ -84,7 +84,7 @@ def _fail(error: BaseException, message: str, code: int, debug: bool) -> int:
     if (ranks := _ranks()) is not None:
         try:
             message = ranks.worded(error, message)
-        except Exception:  # torchrun has ended the wait for another rank's word
+        except Exception:  # torchrun ended the wait for another rank's message
             message = ""
     if message:
         sys.stderr.write(message + "\n")

@@ -154,7 +154,13 @@ def _per_image(values: Tensor) -> Tensor:
 
 @ATTACKS.add("fgsm")
 def fgsm(spec: Spec) -> Attack:
-    """FGSM (Goodfellow et al., 2015): one signed gradient step; `eps` (8/255), in L∞."""
+    """FGSM (Goodfellow et al., 2015): one signed gradient step; `eps` (8/255), in L∞.
+
+    Examples
+    --------
+    >>> make_attack(parse("attack:fgsm?eps=4/255")).images
+    1000
+    """
     spec.only([*PARTS, "seed", "eps"])
     epsilon = spec.take("eps", fraction, 8 / 255)
     return Attack(_within(foolbox.attacks.LinfFastGradientAttack(), epsilon))
@@ -165,6 +171,11 @@ def pgd(spec: Spec) -> Attack:
     """PGD (Madry et al., 2018) in L∞ from a random start: `eps` (8/255), `steps` (10), `step`.
 
     The default step is eps/4.
+
+    Examples
+    --------
+    >>> make_attack(parse("attack:pgd?steps=40")).images
+    1000
     """
     spec.only([*PARTS, "seed", "eps", "steps", "step"])
     epsilon = spec.take("eps", fraction, 8 / 255)
@@ -182,6 +193,11 @@ def pgd_l2(spec: Spec) -> Attack:
     eps is the L2 norm of the whole perturbation, for pixels in [0, 1]. 0.5 is the value of
     RobustBench for 32×32 images (Croce et al., 2021); larger images need more. The default step is
     2.5·eps/steps. Rounding to 8 bits adds at most √(C·H·W)/510 to the norm.
+
+    Examples
+    --------
+    >>> make_attack(parse("attack:pgd-l2?eps=1")).images
+    1000
     """
     spec.only([*PARTS, "seed", "eps", "steps", "step"])
     epsilon = spec.take("eps", fraction, 0.5)
@@ -195,6 +211,11 @@ def deepfool(spec: Spec) -> Attack:
     """DeepFool (Moosavi-Dezfooli et al., 2016) in L2: `steps` (50), `overshoot` (0.02).
 
     It has no eps: it searches for the nearest image that deceives. The default is 200 images.
+
+    Examples
+    --------
+    >>> make_attack(parse("attack:deepfool?overshoot=0.05")).images
+    200
     """
     spec.only([*PARTS, "seed", "steps", "overshoot"])
     attack = foolbox.attacks.L2DeepFoolAttack(
@@ -211,6 +232,11 @@ def carlini_wagner(spec: Spec) -> Attack:
     `steps` (40) of Adam with `stepsize` (0.05) in each of `binary_search_steps` (5) for the
     constant, starting at `initial_const` (1). `confidence` (0) is the lead of the wrong class in
     logits. It has no eps. The default is 100 images.
+
+    Examples
+    --------
+    >>> make_attack(parse("attack:cw?confidence=1")).images
+    100
     """
     names = ["steps", "confidence", "stepsize", "initial_const", "binary_search_steps"]
     spec.only([*PARTS, "seed", *names])
@@ -232,6 +258,11 @@ def boundary(spec: Spec) -> Attack:
     noise, with another predicted class; an image without such a start is not changed. The steps are
     larger and adapted more often than foolbox's, which are designed for 25,000 steps. It has no
     eps. It runs the network about 2·steps times per image, so the default is 50 images.
+
+    Examples
+    --------
+    >>> make_attack(parse("attack:boundary?steps=100")).images
+    50
     """
     spec.only([*PARTS, "seed", "steps"])
     attack = foolbox.attacks.BoundaryAttack(
@@ -281,6 +312,11 @@ def adaptive(spec: Spec) -> Attack:
 
     See `covcli.attacks.adaptive.adaptive_pgd`. The default step is 2.5·eps/steps. The default is
     200 images. It needs a signature, so it works only in `evaluate`.
+
+    Examples
+    --------
+    >>> make_attack(parse("attack:adaptive-pgd?weight=1")).images
+    200
     """
     spec.only([*PARTS, "seed", "eps", "steps", "step", "weight"])
     epsilon = spec.take("eps", fraction, 8 / 255)

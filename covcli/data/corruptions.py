@@ -110,13 +110,45 @@ def corruption(name: str, *settings: Sequence[Any]) -> Callable[[Corrupt], Corru
     (0.08, 0.12, 0.18, 0.26, 0.38),
 )  # fmt: skip
 def gaussian_noise(picture: Colours, deviation: float, generator: np.random.Generator) -> Colours:
-    """Add normal noise, as in low light."""
+    """Add normal noise, as in low light.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    deviation
+        The standard deviation of the noise.
+    generator
+        The source of randomness.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> gaussian_noise(grey, 0.1, generator).shape
+    (32, 32, 3)
+    """
     return picture + generator.normal(0, deviation, picture.shape)
 
 
 @corruption("shot_noise", (500, 250, 100, 75, 50), (250, 100, 50, 30, 15), (60, 25, 12, 5, 3))
 def shot_noise(picture: Colours, photons: float, generator: np.random.Generator) -> Colours:
-    """Draw Poisson noise: a white pixel receives `photons` photons on average."""
+    """Draw Poisson noise: a white pixel receives `photons` photons on average.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    photons
+        The mean number of photons of a white pixel.
+    generator
+        The source of randomness.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> shot_noise(grey, 60, generator).shape
+    (32, 32, 3)
+    """
     return generator.poisson(picture * photons) / photons
 
 
@@ -125,7 +157,23 @@ def shot_noise(picture: Colours, photons: float, generator: np.random.Generator)
     (0.03, 0.06, 0.09, 0.17, 0.27),
 )  # fmt: skip
 def impulse_noise(picture: Colours, share: float, generator: np.random.Generator) -> Colours:
-    """Set a share of the values to black or white."""
+    """Set a share of the values to black or white.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    share
+        The share of values to change, in [0, 1].
+    generator
+        The source of randomness.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> impulse_noise(grey, 0.05, generator).shape
+    (32, 32, 3)
+    """
     hit = generator.random(picture.shape) <= share
     return np.where(hit, generator.random(picture.shape) <= 0.5, picture)
 
@@ -135,7 +183,23 @@ def impulse_noise(picture: Colours, share: float, generator: np.random.Generator
     (0.15, 0.2, 0.35, 0.45, 0.6),
 )  # fmt: skip
 def speckle_noise(picture: Colours, deviation: float, generator: np.random.Generator) -> Colours:
-    """Add normal noise proportional to the pixel's value."""
+    """Add normal noise proportional to the pixel's value.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    deviation
+        The standard deviation of the noise at a white pixel.
+    generator
+        The source of randomness.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> speckle_noise(grey, 0.2, generator).shape
+    (32, 32, 3)
+    """
     return picture * (1 + generator.normal(0, deviation, picture.shape))
 
 
@@ -153,7 +217,21 @@ def _smooth(values: NDArray[Any], sigma: float) -> NDArray[np.float64]:
 
 @corruption("gaussian_blur", (0.4, 0.6, 0.7, 0.8, 1), (0.5, 0.75, 1, 1.25, 1.5), (1, 2, 3, 4, 6))
 def gaussian_blur(picture: Colours, sigma: float, _: np.random.Generator) -> Colours:
-    """Blur with a Gaussian."""
+    """Blur with a Gaussian.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    sigma
+        The standard deviation of the Gaussian, in pixels.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> gaussian_blur(grey, 1.0, generator).shape
+    (32, 32, 3)
+    """
     return _smooth(picture, sigma)
 
 
@@ -164,7 +242,21 @@ def gaussian_blur(picture: Colours, sigma: float, _: np.random.Generator) -> Col
     ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
 )
 def defocus_blur(picture: Colours, setting: tuple[float, float], _: np.random.Generator) -> Colours:
-    """Spread every pixel over a disk, as an unfocused lens does."""
+    """Spread every pixel over a disk, as an unfocused lens does.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    setting
+        The radius of the disk, and the deviation of the Gaussian that smooths its edge, in pixels.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> defocus_blur(grey, (1.5, 0.1), generator).shape
+    (32, 32, 3)
+    """
     radius, softness = setting
     kernel = _disk(radius, softness)
     reach = kernel.shape[0] // 2
@@ -199,6 +291,22 @@ def glass_blur(
 
     The published program intends to swap two pixels, but it assigns from views and so copies the
     second pixel over the first. The published images were made this way, and so are these.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    setting
+        The deviation of the blur in pixels, the largest displacement in pixels, and the number of
+        rounds.
+    generator
+        The source of randomness.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> glass_blur(grey, (0.4, 1, 2), generator).shape
+    (32, 32, 3)
     """
     sigma, reach, rounds = setting
     height, width = picture.shape[:2]
@@ -222,7 +330,23 @@ def glass_blur(
 def motion_blur(
     picture: Colours, setting: tuple[int, float], generator: np.random.Generator
 ) -> Colours:
-    """Blur along a straight line, at most 45 degrees from the horizontal."""
+    """Blur along a straight line, at most 45 degrees from the horizontal.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    setting
+        The radius of the kernel and the deviation of its Gaussian, in pixels.
+    generator
+        The source of randomness.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> motion_blur(grey, (6, 1.5), generator).shape
+    (32, 32, 3)
+    """
     return _moved(picture, *setting, generator.uniform(-45, 45))
 
 
@@ -252,7 +376,21 @@ def _moved(values: NDArray[Any], radius: int, sigma: float, angle: float) -> NDA
      np.arange(1, 1.26, 0.02), np.arange(1, 1.31, 0.03)),
 )  # fmt: skip
 def zoom_blur(picture: Colours, factors: NDArray[Any], _: np.random.Generator) -> Colours:
-    """Average several zooms towards the centre, as a moving camera does."""
+    """Average several zooms towards the centre, as a moving camera does.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    factors
+        The factors of the zooms, at least 1.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> zoom_blur(grey, np.array([1.0, 1.05, 1.1]), generator).shape
+    (32, 32, 3)
+    """
     total = picture + sum(_zoomed(picture, float(factor)) for factor in factors)
     return total / (len(factors) + 1)
 
@@ -284,7 +422,24 @@ def _zoomed(values: NDArray[Any], factor: float) -> NDArray[Any]:
      (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55)),
 )  # fmt: skip
 def snow(picture: Colours, setting: Sequence[float], generator: np.random.Generator) -> Colours:
-    """Add falling snow, and whiten the picture."""
+    """Add falling snow, and whiten the picture.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    setting
+        Mean and deviation of the flakes, their zoom and threshold, radius and deviation of the fall
+        in pixels, and the weight of the picture.
+    generator
+        The source of randomness.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> snow(grey, (0.1, 0.2, 1, 0.6, 8, 3, 0.95), generator).shape
+    (32, 32, 3)
+    """
     mean, deviation, zoom, least, radius, sigma, kept = setting
     flakes = _zoomed(generator.normal(mean, deviation, picture.shape[:2]), zoom)
     flakes = np.where(flakes < least, 0, flakes).clip(0, 1)
@@ -303,7 +458,17 @@ def snow(picture: Colours, setting: Sequence[float], generator: np.random.Genera
     tuple((*mix, 1.0) for mix in ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))),
 )
 def frost(picture: Colours, setting: Sequence[float], generator: np.random.Generator) -> Colours:
-    """Overlay a photograph of frost; the photographs are in the package imagecorruptions."""
+    """Overlay a photograph of frost; the photographs are in the package imagecorruptions.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    setting
+        The weights of the picture and of the frost, and the scale of the photographs.
+    generator
+        The source of randomness.
+    """
     kept, added, scale = setting
     sheets = _frost_photographs(scale)
     sheet = sheets[int(generator.integers(5))]  # of six, as the published program draws
@@ -342,7 +507,23 @@ def _frost_photographs(scale: float) -> list[Colours]:
     ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
 )
 def fog(picture: Colours, setting: tuple[float, float], generator: np.random.Generator) -> Colours:
-    """Overlay a fractal of light."""
+    """Overlay a fractal of light.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    setting
+        The density of the fog, and the decay of its roughness per scale.
+    generator
+        The source of randomness.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> fog(grey, (1.5, 1.75), generator).shape
+    (32, 32, 3)
+    """
     density, decay = setting
     height, width = picture.shape[:2]
     side = 1 << math.ceil(math.log2(max(height, width)))
@@ -387,7 +568,23 @@ def _clouds(side: int, decay: float, generator: np.random.Generator) -> Plane:
      (0.65, 0.3, 1, 0.65, 1.5, 1), (0.67, 0.4, 1, 0.65, 1.5, 1)),
 )  # fmt: skip
 def spatter(picture: Colours, setting: Sequence[float], generator: np.random.Generator) -> Colours:
-    """Splash water, or from severity 4 on mud, over the picture."""
+    """Splash water, or from severity 4 on mud, over the picture.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    setting
+        Mean, deviation and blur of the liquid, its threshold, its strength, and whether it is mud.
+    generator
+        The source of randomness.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> spatter(grey, (0.65, 0.3, 1, 0.69, 0.6, 1), generator).shape
+    (32, 32, 3)
+    """
     mean, deviation, sigma, least, strength, is_mud = setting
     liquid = _smooth(generator.normal(mean, deviation, picture.shape[:2]), sigma)
     liquid = np.where(liquid < least, 0, liquid)
@@ -459,14 +656,42 @@ def _edges(values: NDArray[np.uint8], low: float = 50, high: float = 150) -> NDA
 
 @corruption("contrast", (0.75, 0.5, 0.4, 0.3, 0.15), *[(0.4, 0.3, 0.2, 0.1, 0.05)] * 2)
 def contrast(picture: Colours, factor: float, _: np.random.Generator) -> Colours:
-    """Move every value towards the mean of its channel."""
+    """Move every value towards the mean of its channel.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    factor
+        The factor of the distance from the mean, in [0, 1].
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> contrast(grey, 0.3, generator).shape
+    (32, 32, 3)
+    """
     means: Colours = picture.mean((0, 1), keepdims=True)
     return (picture - means) * factor + means
 
 
 @corruption("brightness", (0.05, 0.1, 0.15, 0.2, 0.3), *[(0.1, 0.2, 0.3, 0.4, 0.5)] * 2)
 def brightness(picture: Colours, added: float, _: np.random.Generator) -> Colours:
-    """Increase the value channel of HSV."""
+    """Increase the value channel of HSV.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    added
+        The increase of the value, in [0, 1].
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> brightness(grey, 0.2, generator).shape
+    (32, 32, 3)
+    """
     return _in_hsv(picture, 2, 1, added)
 
 
@@ -477,7 +702,21 @@ def brightness(picture: Colours, added: float, _: np.random.Generator) -> Colour
     ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
 )
 def saturate(picture: Colours, setting: tuple[float, float], _: np.random.Generator) -> Colours:
-    """Make colours paler or stronger."""
+    """Make colours paler or stronger.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    setting
+        The factor and the increase of the saturation.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> saturate(grey, (2.0, 0.1), generator).shape
+    (32, 32, 3)
+    """
     return _in_hsv(picture, 1, *setting)
 
 
@@ -492,7 +731,21 @@ def _in_hsv(picture: Colours, part: int, factor: float, added: float) -> Colours
 
 @corruption("jpeg_compression", (80, 65, 58, 50, 40), (65, 58, 50, 40, 25), (25, 18, 15, 10, 7))
 def jpeg_compression(picture: Colours, quality: int, _: np.random.Generator) -> Colours:
-    """Store the picture as a JPEG of low quality."""
+    """Store the picture as a JPEG of low quality.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    quality
+        The quality of the JPEG file, 1 to 95.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> jpeg_compression(grey, 40, generator).shape
+    (32, 32, 3)
+    """
     buffer = io.BytesIO()
     _as_image(picture).save(buffer, "JPEG", quality=quality)
     with Image.open(buffer, formats=["JPEG"]) as image:
@@ -503,7 +756,21 @@ def jpeg_compression(picture: Colours, quality: int, _: np.random.Generator) -> 
     "pixelate", (0.95, 0.9, 0.85, 0.75, 0.65), (0.9, 0.8, 0.7, 0.6, 0.5), (0.6, 0.5, 0.4, 0.3, 0.25)
 )
 def pixelate(picture: Colours, scale: float, _: np.random.Generator) -> Colours:
-    """Reduce the picture, and enlarge it again without smoothing."""
+    """Reduce the picture, and enlarge it again without smoothing.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    scale
+        The scale of the reduced picture, in (0, 1].
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> pixelate(grey, 0.6, generator).shape
+    (32, 32, 3)
+    """
     image = _as_image(picture)
     small = image.resize([max(1, int(side * scale)) for side in image.size], Image.Resampling.BOX)
     return np.asarray(small.resize(image.size, Image.Resampling.BOX)) / 255
@@ -525,7 +792,24 @@ def _as_image(picture: Colours) -> Image.Image:
 def elastic_transform(
     picture: Colours, setting: tuple[float, float, float], generator: np.random.Generator
 ) -> Colours:
-    """Deform the picture locally, after an affine transformation given by three points."""
+    """Deform the picture locally, after an affine transformation given by three points.
+
+    Parameters
+    ----------
+    picture
+        float64 of shape (H, W, 3), in [0, 1].
+    setting
+        The strength and smoothness of the local shifts, and the reach of the affine transformation,
+        in pixels.
+    generator
+        The source of randomness.
+
+    Examples
+    --------
+    >>> grey, generator = np.full((32, 32, 3), 0.5), np.random.default_rng(0)
+    >>> elastic_transform(grey, (3.2, 0.96, 0.96), generator).shape
+    (32, 32, 3)
+    """
     strength, sigma, reach = setting
     height, width = picture.shape[:2]
     middle, arm = np.array([height // 2, width // 2]), min(height, width) // 3

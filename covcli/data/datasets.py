@@ -151,6 +151,11 @@ def check_labels(images: ImageSet, classes: int) -> Tensor:
     ------
     CovcliError
         If the set has no labels, or a label is not in 0 … classes − 1.
+
+    Examples
+    --------
+    >>> check_labels(load("digits?limit=100", "test"), classes=10).unique().tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
     labels = images.known_labels()
     low, high = int(labels.min()), int(labels.max())

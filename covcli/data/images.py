@@ -176,6 +176,12 @@ class MemorySource:
         uint8 of shape (N, C, H, W).
     ready
         Whether the images have a network's input shape already; then they are not resized to it.
+
+    Examples
+    --------
+    >>> source = MemorySource(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+    >>> source.read(torch.tensor([0, 3]), (3, 8, 8)).shape
+    torch.Size([2, 3, 8, 8])
     """
 
     images: Tensor
@@ -206,6 +212,13 @@ class NoiseSource:
         "gaussian" (mean 127.5, deviation 64) or "uniform" (0 to 255).
     seed
         The seed of all rows.
+
+    Examples
+    --------
+    >>> source, shape = NoiseSource("uniform", seed=0), (3, 8, 8)
+    >>> both = source.read(torch.tensor([4, 5]), shape)
+    >>> torch.equal(both[1:], source.read(torch.tensor([5]), shape))
+    True
     """
 
     distribution: Literal["gaussian", "uniform"]

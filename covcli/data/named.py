@@ -247,6 +247,12 @@ def digits(request: Request) -> ImageSet:
     """scikit-learn's handwritten digits, 8×8 grey: 1,437 to train, 360 to test.
 
     The split is random and stratified by class, because the images are ordered by writer.
+
+    Examples
+    --------
+    >>> from covcli.data.datasets import load
+    >>> len(load("digits", "train")), len(load("digits", "test"))
+    (1437, 360)
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

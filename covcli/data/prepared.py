@@ -233,6 +233,14 @@ def normalisation(dataset: Any) -> tuple[Sequence[float], Sequence[float]] | Non
     """Return the mean and deviation of a dataset's Normalize; None unless it has exactly one.
 
     Subsets and composed transforms are searched too.
+
+    Examples
+    --------
+    >>> from torchvision import datasets, transforms
+    >>> steps = [transforms.ToTensor(), transforms.Normalize([0.5], [0.25])]
+    >>> images = datasets.FakeData(4, transform=transforms.Compose(steps))
+    >>> normalisation(images)
+    ((0.5,), (0.25,))
     """
     while isinstance(dataset, Subset):
         dataset = dataset.dataset

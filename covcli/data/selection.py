@@ -50,6 +50,14 @@ def selected_rows(images: ImageSet, spec: Spec, limit: int) -> Tensor:
     ------
     CovcliError
         If no image is left, or a parameter is invalid.
+
+    Examples
+    --------
+    >>> from covcli.core.specs import parse
+    >>> from covcli.data.images import in_memory
+    >>> images = in_memory("grey", np.zeros((5, 1, 8, 8), np.uint8), None)
+    >>> selected_rows(images, parse("grey?offset=1&limit=2"), limit=5).tolist()
+    [1, 2]
     """
     first = spec.take("first", flag, False)
     if first and "shuffle" in spec.parameters:

@@ -83,6 +83,12 @@ def held(gate: Gate, name: str, estimate: Estimate, seconds: float) -> GateOutco
         The metric with its 95% interval.
     seconds
         The time that scoring the set took.
+
+    Examples
+    --------
+    >>> outcome = held(parse_gate("auroc.low=0.9"), "mnist", Estimate(0.95, 0.89, 0.98), 0.0)
+    >>> outcome.value, outcome.passed
+    (0.89, False)
     """
     figure = float(getattr(estimate, gate.statistic))
     passed = figure <= gate.value if gate.relation == "<=" else figure >= gate.value
@@ -135,7 +141,7 @@ def read_baseline(path: Path, tolerance: float, untrusted: tuple[str, ...]) -> l
     'auroc'
     """
     if not 0 <= tolerance <= 1:
-        raise CovcliError("must lie between 0 and 1", where=f"--tolerance {tolerance}")
+        raise CovcliError("must be between 0 and 1", where=f"--tolerance {tolerance}")
     gates = []
     earlier = {entry.name: entry for entry in read_evaluation(path).untrusted}
     for name in untrusted:

@@ -39,6 +39,12 @@ class Curves:
     ----------
     trusted, untrusted
         Scores, shapes (n,) and (m,), finite, not empty.
+
+    Examples
+    --------
+    >>> curves = Curves(np.arange(100.0), np.arange(50.0, 150.0))
+    >>> curves.auroc(), curves.fpr95()
+    (0.875, 0.45)
     """
 
     def __init__(self, trusted: Floats, untrusted: Floats) -> None:
@@ -174,7 +180,13 @@ def detection(
 
 
 def auroc(trusted: Floats, untrusted: Floats) -> Estimate:
-    """Return only the area under the ROC curve; the parameters are those of `detection`."""
+    """Return only the area under the ROC curve; the parameters are those of `detection`.
+
+    Examples
+    --------
+    >>> auroc(np.array([0.1, 0.2, 0.3]), np.array([0.25, 0.4])).value
+    0.8333333333333334
+    """
     placements = Curves(trusted, untrusted).placements()
     return estimate(placements.area, placements.span())
 
@@ -254,6 +266,12 @@ def confidence_thresholds(
     """Return the share of images above each confidence threshold, and the accuracy on them.
 
     The parameters are those of `confidence_bins`.
+
+    Examples
+    --------
+    >>> kept = confidence_thresholds("x", np.array([0.4, 0.95]), np.array([False, True]))
+    >>> [(k.threshold, k.kept, k.accuracy) for k in kept][:2]
+    [(0.0, 1.0, 0.5), (0.5, 0.5, 1.0)]
     """
     kept = [(threshold, confidence >= threshold) for threshold in THRESHOLDS]
     return [Kept(name, t, float(mask.mean()), _mean(correct[mask])) for t, mask in kept]

@@ -254,7 +254,13 @@ def aurc(tied: Counts, wrong: Counts) -> float:
 
 
 def least_aurc(tied: Counts, wrong: Counts) -> float:
-    """Return the area of a score that ranks every error last; parameters as in `aurc`."""
+    """Return the area of a score that ranks every error last; the parameters are those of `aurc`.
+
+    Examples
+    --------
+    >>> least_aurc(np.array([1, 1]), np.array([1, 0]))
+    0.25
+    """
     n, errors = int(tied.sum()), int(wrong.sum())
     parts = np.array([n - errors, errors])
     return aurc(parts[parts > 0], np.array([0, errors])[parts > 0])
@@ -264,6 +270,11 @@ def risk_curve(tied: Counts, wrong: Counts) -> list[Risk]:
     """Return the risk when k images are kept, for at most 101 evenly spread k from 1 to n.
 
     The parameters are those of `aurc`.
+
+    Examples
+    --------
+    >>> [(point.kept, point.risk) for point in risk_curve(np.array([1, 1]), np.array([0, 1]))]
+    [(0.5, 0.0), (1.0, 0.5)]
     """
     kept, errors = np.cumsum(tied), np.cumsum(wrong)
     n = int(kept[-1])

@@ -84,6 +84,18 @@ def measure(judge: Judge, images: ImageSet, progress: Progress) -> Measured:
     ------
     CovcliError
         If an image cannot be read, or an activation is not finite.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from covcli.core.progress import Silent
+    >>> from covcli.data import datasets
+    >>> from covcli.signature import judge as judges
+    >>> run = Path("runs/latest")
+    >>> judge, _ = judges.load(run / "checkpoint.pt", run / "signature-ensemble.safetensors")
+    >>> measured = measure(judge, datasets.load("digits?limit=9", "test"), Silent())
+    >>> measured.scores["coverage"].shape, len(measured.coverage)
+    ((9,), 3)
     """
     parts = []
     for batch in judge.sweep(images, progress, f"reading {images.name}"):

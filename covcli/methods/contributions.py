@@ -1,8 +1,8 @@
-"""Neuron activation coverage: what activations contribute to the network's certainty.
+"""Neuron activation coverage: the contributions of activations to the network's certainty.
 
 Liu, Tian, Li, Zhao and Xie, "Neuron Activation Coverage: Rethinking Out-of-Distribution Detection
-and Generalization", ICLR 2024 (arXiv 2306.02879), section 3. Where the paper leaves something open,
-this follows the authors' program (ood_coverage, its postprocessor for OpenOOD).
+and Generalization", ICLR 2024 (arXiv 2306.02879), section 3. Details that the paper leaves open
+follow the authors' program (ood_coverage, its postprocessor for OpenOOD).
 """
 
 import math
@@ -16,7 +16,7 @@ from covcli.methods.base import METHODS, CostScorer, Method, cell_index
 from covcli.methods.layout import Layout
 from covcli.methods.state import Expected, State
 
-# The edges of the bins are logarithms to this base, of numbers that are evenly spaced.
+# The edges of the bins are logarithms to this base of evenly spaced numbers.
 BASE = 1000.0
 
 
@@ -26,25 +26,30 @@ class ActivationCoverage(Method):
     """NAC: a neuron's state is σ(α·a·∂KL/∂a), KL the divergence of the softmax from uniform.
 
     The activation a and the derivative are each summed over a channel's positions before they are
-    multiplied. States fall into bins, narrow around ½ and wide near 0 and 1; a neuron costs
-    1 − min(c/full, 1), c the number of trusted images whose state lay in the same bin. The
-    mean over a point is one minus its coverage. With `classes=all`, as in the paper, images of
-    all classes count, with `classes=own` those of the predicted class. Computing it takes a
+    multiplied. States are divided into bins, narrow around ½ and wide near 0 and 1. The cost of a
+    neuron is 1 − min(c/full, 1), where c is the number of trusted images with a state in the same
+    bin. The mean over a point is one minus its coverage. With `classes=all`, as in the paper,
+    images of all classes are counted; with `classes=own`, those of the predicted class. It needs a
     backward pass.
 
     The defaults are those of the authors' program for the last pooling layer of a ResNet-18 on
-    CIFAR-10. There each layer has a steepness of its own; here one serves all points.
+    CIFAR-10. There, each layer has its own steepness; here, all points have the same.
 
     Parameters
     ----------
     bins
-        M of the authors' program, which makes 2·(⌊M/2⌋ − 1) bins: 48 by default.
+        M of the authors' program, at least 4. It gives 2·(⌊M/2⌋ − 1) bins: 48 by default.
     steepness
         α.
     full
-        From how many images on a bin is covered wholly (O* in the paper).
+        The number of images for full coverage of a bin (O* in the paper).
     classes
         "all" or "own".
+
+    Examples
+    --------
+    >>> ActivationCoverage(full=20).intervals
+    48
     """
 
     name: ClassVar[str] = "nac"
@@ -59,11 +64,11 @@ class ActivationCoverage(Method):
         if self.classes not in ("all", "own"):
             raise ValueError(f"classes={self.classes!r} is unknown; known: all, own")
         if self.bins < 4:
-            raise ValueError(f"bins={self.bins} tells nothing apart: take at least 4")
+            raise ValueError(f"bins={self.bins} is too few: choose at least 4")
 
     @property
     def intervals(self) -> int:
-        """How many bins there are."""
+        """The number of bins."""
         return 2 * (self.bins // 2 - 1)
 
     def begin(self, layout: Layout) -> State:
@@ -78,22 +83,22 @@ class ActivationCoverage(Method):
         counts.scatter_add_(0, places, torch.ones_like(places, dtype=torch.int32))
 
     def prepare(self, state: State, layout: Layout) -> "BinScorer":
-        """Return what scores new neurons against the counts that count, by class."""
+        """Return the scorer, with the counts of all classes or of each class."""
         counts = state["counts"]
         if self.classes == "all":
             counts = counts.sum(0, keepdim=True, dtype=torch.int32).expand_as(counts).contiguous()
         return BinScorer(layout, counts, self)
 
     def bin(self, neurons: Tensor, edges: Tensor) -> Tensor:
-        """Return the bin of each neuron's state, from 0 on; an edge belongs to the bin above it."""
+        """Return the bin of each neuron's state, from 0; an edge belongs to the upper bin."""
         states = torch.sigmoid(self.steepness * neurons)
         return torch.bucketize(states, edges, right=True) - 1
 
     def edges(self) -> Tensor:
-        """Return where the bins begin and the last one ends, shape (intervals + 1,).
+        """Return the edges of the bins, shape (intervals + 1,).
 
-        Below ½ they are log₁₀₀₀ x for x evenly spaced from 1 to √1000; above they mirror these. The
-        last one lies above 1, so that a state of 1 belongs to the last bin.
+        Below ½ they are log₁₀₀₀ x for x evenly spaced from 1 to √1000; above ½ they are mirrored.
+        The last edge is above 1, so that a state of 1 belongs to the last bin.
         """
         spaced = torch.linspace(1, math.sqrt(BASE), self.bins // 2, dtype=torch.float64)
         lower = spaced.log() / math.log(BASE)
@@ -102,7 +107,7 @@ class ActivationCoverage(Method):
         return edges.float()
 
     def expected(self, layout: Layout) -> Expected:
-        """Return what a complete state holds."""
+        """Return the tensors of a complete state."""
         shape = (layout.classes, layout.neurons, self.intervals)
         return {"counts": (torch.int32, shape)}
 
@@ -122,7 +127,7 @@ class BinScorer(CostScorer):
         return 1 - (self._seen(part, neurons, classes) / self.method.full).clamp_max(1)
 
     def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return which neurons lie in a bin where a trusted image has been."""
+        """Return which neurons are in a bin of at least one trusted image."""
         return self._seen(self.layout, neurons, classes) > 0
 
     def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,6 +141,6 @@ class BinScorer(CostScorer):
         return edges[first], edges[last + 1]
 
     def _seen(self, part: Layout, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return how many trusted images each neuron's bin has seen."""
+        """Return the number of trusted images in each neuron's bin."""
         columns = torch.arange(part.span.start, part.span.stop, device=neurons.device)
         return self.counts[classes[:, None], columns, self.method.bin(neurons, self.edges)]

@@ -58,7 +58,7 @@ class Gauss(Method):
     def __post_init__(self) -> None:
         """Check the parameter."""
         if not 0 < self.shrinkage <= 1:
-            raise ValueError(f"shrinkage={self.shrinkage} does not lie in (0, 1]")
+            raise ValueError(f"shrinkage={self.shrinkage} is not in (0, 1]")
 
     def begin(self, layout: Layout) -> State:
         """Return peaks of 0: the first pass determines the largest magnitude of each value.

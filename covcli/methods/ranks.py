@@ -51,7 +51,7 @@ class NeuronRank(Method):
     def __post_init__(self) -> None:
         """Check the parameters."""
         if not 0 < self.share <= 1:
-            raise ValueError(f"share={self.share} does not lie in (0, 1]")
+            raise ValueError(f"share={self.share} is not in (0, 1]")
         if self.direction not in DIRECTIONS:
             known = ", ".join(DIRECTIONS)
             raise ValueError(f"direction={self.direction!r} is unknown; known: {known}")

@@ -282,7 +282,13 @@ def architecture(name: str) -> Architecture:
 
 
 def input_shape(name: str, pretrained: bool) -> InputShape:
-    """Return channels, height and width of a model's input, with the preprocessing."""
+    """Return channels, height and width of a model's input, with the preprocessing.
+
+    Examples
+    --------
+    >>> tuple(input_shape("vgg11", pretrained=True))
+    (3, 224, 224)
+    """
     shape, _ = architecture(name).expects(pretrained)
     return shape
 
@@ -348,7 +354,15 @@ def check_kinds(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: o
 
 
 def pixel_statistics(images: ImageSet, shape: Shape) -> Normalisation:
-    """Return each channel's mean and deviation in [0, 1], over at most 10,000 images."""
+    """Return each channel's mean and deviation in [0, 1], over at most 10,000 images.
+
+    Examples
+    --------
+    >>> from covcli.data import datasets
+    >>> mean, deviation = pixel_statistics(datasets.load("digits", "train"), (1, 8, 8))
+    >>> round(mean[0], 2), round(deviation[0], 2)
+    (0.31, 0.38)
+    """
     rows = torch.arange(0, len(images), max(1, len(images) // 5000))
     total = torch.zeros(shape[0], dtype=torch.float64)
     squares = torch.zeros(shape[0], dtype=torch.float64)

@@ -126,7 +126,13 @@ def arrange(output: Tensor, batch: BatchPlace, images: int) -> Tensor:
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """Return the output of a module if it is a tensor, or the first of a tuple, or None."""
+    """Return the output of a module if it is a tensor, or the first of a tuple, or None.
+
+    Examples
+    --------
+    >>> first_tensor((torch.zeros(2), None)).shape
+    torch.Size([2])
+    """
     if isinstance(output, tuple | list) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None

@@ -53,6 +53,11 @@ def to_network(images: Tensor, device: torch.device) -> Tensor:
     """Convert uint8 images (B, C, H, W) to floats in [0, 1] on a device, in channels-last layout.
 
     Floating-point images are only moved.
+
+    Examples
+    --------
+    >>> to_network(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), torch.device("cpu")).item()
+    1.0
     """
     moved = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     return moved if images.is_floating_point() else moved.float().div_(255)
@@ -157,6 +162,17 @@ def sweep(
     ------
     Swept
         One batch.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from covcli.core.progress import Silent
+    >>> from covcli.data import datasets
+    >>> from covcli.models import checkpoint
+    >>> model = checkpoint.load(Path("runs/latest/checkpoint.pt")).model
+    >>> points, digits = model.points("channel"), datasets.load("digits?limit=70", "test")
+    >>> [tuple(b.neurons.shape) for b in sweep(model, digits, points, "channel", Silent(), "")]
+    [(64, 80), (6, 80)]
 
     Raises
     ------

@@ -1,1 +1,1 @@
-"""The monitor at work: images checked and watched for drift, files inspected, a registry listed."""
+"""Tools around a monitor: check images, watch drift, inspect files, list, export and compare."""

@@ -1,4 +1,4 @@
-"""inspect: what a file is that covcli or somebody else has written, without building a network."""
+"""inspect: describe a file, without building a network."""
 
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -42,15 +42,15 @@ class NetworkFacts:
     name
         The architecture.
     classes
-        How many classes it tells apart.
+        The number of classes.
     input
-        Shape of its inputs, and how images become such.
+        The shape of its inputs, and the preprocessing.
     mean, deviation
-        Of the pixels, by channel.
+        Mean and deviation of the pixels in [0, 1], per channel.
     fingerprint
-        Of its weights.
+        The fingerprint of its weights.
     parameters
-        How many numbers its weights and buffers hold; None where the file does not hold them.
+        The number of values in its weights and buffers; None if the file does not contain them.
     """
 
     name: str
@@ -75,7 +75,7 @@ class NetworkFacts:
 
 @dataclass(frozen=True)
 class PointFacts:
-    """A coverage point, and how many neurons it has."""
+    """A coverage point, and its number of neurons."""
 
     name: str
     neurons: int
@@ -83,7 +83,7 @@ class PointFacts:
 
 @dataclass(frozen=True)
 class SetFacts:
-    """Images that something was made or measured with.
+    """A set of images that a file refers to.
 
     Attributes
     ----------
@@ -92,9 +92,9 @@ class SetFacts:
     name
         The specification.
     images
-        How many there are; None where that is not recorded.
+        The number of images; None if it is not recorded.
     fingerprint
-        Of the images.
+        The fingerprint of the images.
     """
 
     role: str
@@ -114,7 +114,7 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a file is; what a kind of file does not say is None or empty.
+    """The description of a file; attributes that its kind does not have are None or empty.
 
     Attributes
     ----------
@@ -124,39 +124,39 @@ class Inspection:
         "checkpoint", "state dict", "signature", "evaluation", "training log", "paused training",
         "scores", "exported monitor" or "run"; in a run also "damaged".
     bytes, digest
-        The file's size, and the SHA-256 of its content; of a folder the size of all that it holds.
+        The file's size, and the SHA-256 of its content; for a folder, the total size of its files.
     network
-        The network that it holds or belongs to.
+        The network that it contains or belongs to.
     classes
         Class names.
     method
-        The specification of the signature's method, or of the one that training watched with.
+        The specification of the signature's method, or of the training's.
     granularity, precision
-        How the signature's neurons were made.
+        The granularity and the precision of the signature's neurons.
     points
         Its coverage points.
     data
-        The images that it was made or measured with.
+        The image sets that it refers to.
     guarantee
-        What is guaranteed of the verdicts.
+        The guarantee of the verdicts.
     signature
         The signature that an evaluation measured.
     exported
         What an exported monitor says of itself.
     settings
-        What the training was told.
+        The settings of the training.
     epochs
-        How many epochs a training log holds.
+        The number of epochs in a training log.
     provenance
-        Versions, command line, device, seed and time of its making.
+        Versions, command line, device, seed and time.
     tensors
-        Of a state dict.
+        The tensors of a state dict.
     nearest
-        Which architecture has the most tensors of the same shapes; empty if none comes near.
+        The architecture with the most tensors of the same shapes; empty if none is similar.
     files
-        Of a run: what it holds.
+        The files of a run.
     problem
-        Of a damaged file in a run: what is wrong.
+        The error of a damaged file in a run.
     """
 
     path: Path
@@ -183,7 +183,7 @@ class Inspection:
 
 
 def inspect_file(path: Path) -> Inspection:
-    """Say what a file is, by its content and not by its name; no network is built.
+    """Describe a file by its content, not by its name; no network is built.
 
     Parameters
     ----------
@@ -199,8 +199,8 @@ def inspect_file(path: Path) -> Inspection:
     Examples
     --------
     >>> from pathlib import Path
-    >>> found = inspect_file(Path("runs/latest/signature-ensemble.safetensors"))
-    >>> found.kind, found.network.name, [point.neurons for point in found.points]
+    >>> signature = inspect_file(Path("runs/latest/signature-ensemble.safetensors"))
+    >>> signature.kind, signature.network.name, [point.neurons for point in signature.points]
     ('signature', 'tiny', [16, 32, 32])
     """
     if is_folder(path):
@@ -214,7 +214,7 @@ def inspect_file(path: Path) -> Inspection:
 
 
 def _reader(path: Path, start: bytes, archive: bool) -> Callable[[Path], Inspection]:
-    """Return what reads a file that begins so."""
+    """Return the function that inspects a file with these first bytes."""
     if start[:2] == b"\x1f\x8b":
         return _scores
     if start.lstrip()[:1] == b"{":
@@ -258,12 +258,12 @@ def _checkpoint(path: Path) -> Inspection:
 
 def _paused(path: Path) -> Inspection:
     content = PAUSED.load(path)
-    told = content["settings"]
-    if not isinstance(told, dict) or not isinstance(content["history"], list):
+    settings = content["settings"]
+    if not isinstance(settings, dict) or not isinstance(content["history"], list):
         raise CovcliError("is inconsistent (settings or history)", where=path)
     return Inspection(
-        path, "paused training", 0, method=str(told.get("method", "")),
-        settings=files.plain(told), epochs=len(content["history"]),
+        path, "paused training", 0, method=str(settings.get("method", "")),
+        settings=files.plain(settings), epochs=len(content["history"]),
     )  # fmt: skip
 
 
@@ -388,7 +388,7 @@ def _run(folder: Path) -> Inspection:
 
 
 def _of_run(folder: Path) -> Iterator[Inspection]:
-    """Yield what a run folder holds, in the order in which the stages write it."""
+    """Yield the files of a run folder, in the order in which the stages write them."""
     for pattern in (
         "checkpoint.pt", PAUSED_FILE, "training_results_*.json", "*.safetensors",
         "evaluation.json", per_image.SCORES, "*.onnx", "*.pt2",
@@ -413,7 +413,7 @@ def _numbers(state: Mapping[str, Tensor]) -> int:
 
 
 def as_table(inspection: Inspection) -> Table:
-    """Return what a file is as a table of two columns."""
+    """Return the description of a file as a table of two columns."""
     rows = [[what, value] for what, value in _rows(inspection) if value]
     return Table(f"{inspection.path}: {inspection.kind}", ["what", "value"], rows)
 
@@ -483,7 +483,7 @@ def _listed(names: tuple[str, ...] | list[str]) -> str:
 
 
 def _in_short(entry: Inspection) -> str:
-    """Say in a line what a file of a run is."""
+    """Return a description of a run's file in a line."""
     parts = [entry.problem, entry.network.name if entry.network is not None else "", entry.method]
     if entry.epochs is not None:
         parts.append(f"{entry.epochs} epochs")
@@ -492,7 +492,7 @@ def _in_short(entry: Inspection) -> str:
 
 
 def _belongs(entry: Inspection, run: Inspection) -> str:
-    """Say whether a signature or an evaluation of a run is of the run's checkpoint."""
+    """Return a warning if a signature or an evaluation is not of the run's checkpoint."""
     own = [e.network.fingerprint for e in run.files if e.kind == "checkpoint" and e.network]
     if entry.kind == "signature" and entry.network is not None:
         theirs = entry.network.fingerprint

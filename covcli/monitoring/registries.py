@@ -1,4 +1,4 @@
-"""list: what covcli knows by name, read from the registries that the commands themselves ask."""
+"""list: list the entries of the registries of models, data, methods and others."""
 
 import contextlib
 import inspect
@@ -9,7 +9,7 @@ from typing import Any
 from covcli.core.choices import REGISTRIES, RegistryKind
 from covcli.core.specs import Spec, Value
 
-# What `torchvision:NAME` and `timm:NAME` stand for: whole libraries, which no registry lists.
+# Whole libraries of models, which no registry lists.
 FAMILIES = {
     "torchvision:NAME": "Any of torchvision's classifiers, as `torchvision:convnext_tiny`.",
     "timm:NAME": "Any of timm's models, as `timm:vit_tiny_patch16_224` (needs `covcli[timm]`).",
@@ -18,19 +18,19 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Registered:
-    """What covcli knows by a name.
+    """An entry of a registry.
 
     Attributes
     ----------
     kind
-        What it is: one of `covcli.core.choices.REGISTRIES`.
+        The registry, one of `covcli.core.choices.REGISTRIES`.
     name
-        What an option or a specification calls it.
+        The name in options and specifications.
     summary
-        The first sentence of its documentation; empty where its author wrote none.
+        The first sentence of its documentation; empty without documentation.
     parameters
-        What a specification can say of it, with the defaults; None where a parameter has none, or
-        where it follows from others.
+        Its parameters in a specification, with their defaults; None for a parameter without a
+        default, or whose default depends on other parameters.
     """
 
     kind: RegistryKind
@@ -46,24 +46,24 @@ class Registered:
             else f"{key}={value}"
             for key, value in self.parameters.items()
         ]  # fmt: skip
-        told = f" [{', '.join(words)}]" if words else ""
-        return [self.kind, self.name, f"{self.summary}{told}".strip()]
+        described = f" [{', '.join(words)}]" if words else ""
+        return [self.kind, self.name, f"{self.summary}{described}".strip()]
 
 
 @dataclass(frozen=True)
 class RegistryList:
-    """What `list` lists, in the order of the registries."""
+    """The result of `list`, in the order of the registries."""
 
     entries: list[Registered]
 
 
 def list_registered(kinds: Sequence[RegistryKind] = ()) -> RegistryList:
-    """List what covcli knows by name, what a plugin of this process has registered included.
+    """List the entries of registries, including those of plugins.
 
     Parameters
     ----------
     kinds
-        Which registries; none for all of them.
+        The registries; empty for all.
 
     Examples
     --------
@@ -88,14 +88,14 @@ def first_sentence(documented: object) -> str:
 
 
 class _AskedError(Exception):
-    """Ends a loader once it has said which parameters it knows."""
+    """Stops a loader after it declared its parameters."""
 
 
 @dataclass(frozen=True)
 class _Asking(Spec):
-    """A specification that notes which parameters it is asked for, with their defaults.
+    """A specification that records the parameters that are read from it, with their defaults.
 
-    With `stops`, whoever says which parameters it knows is ended there, before it does anything.
+    With `stops`, a loader is stopped when it declares its parameters, before it does anything.
     """
 
     asked: dict[str, Any] = field(default_factory=dict)
@@ -135,8 +135,7 @@ def _datasets() -> Iterator[Registered]:
     for name in DATASETS:
         loader = DATASETS.get(name)
         asking = _Asking.of(name, stops=True)
-        # Ours say what they know before they look for anything; what a plugin's would do is
-        # unknown.
+        # covcli's loaders declare their parameters first; a plugin's may not, so it is not called.
         if loader.__module__.startswith("covcli."):
             with contextlib.suppress(_AskedError):
                 loader(Request(asking, "train"))
@@ -157,7 +156,7 @@ def _attacks() -> Iterator[Registered]:
 
     for name in ATTACKS:
         maker, asking = ATTACKS.get(name), _Asking.of("attack", name)
-        maker(asking)  # which makes an attack, and attacks nothing
+        maker(asking)  # creates an attack, but does not run it
         yield Registered("attacks", name, first_sentence(maker), asking.asked)
 
 

@@ -219,6 +219,12 @@ def choose_trusted(
         The smallest confidence, in [0, 1].
     classes
         The number of classes.
+
+    Examples
+    --------
+    >>> labels, predicted = torch.tensor([0] * 12 + [1]), torch.tensor([0] * 11 + [1, 1])
+    >>> choose_trusted(labels, predicted, torch.full((13,), 0.95), 0.9, classes=2).counts
+    [11, 1]
     """
     correct = predicted == labels
     chosen = correct & (confidence >= threshold)

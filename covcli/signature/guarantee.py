@@ -202,13 +202,13 @@ class Guarantee:
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
-            raise CovcliError("must lie between 0 and 1", where=f"alpha {self.alpha}")
+            raise CovcliError("must be between 0 and 1", where=f"alpha {self.alpha}")
         if self.mode not in MODES:
             raise CovcliError(
                 f"unknown guarantee {self.mode!r}", fix=suggestion(self.mode, list(MODES))
             )
         if self.max_error is not None and not 0 < self.max_error < 1:
-            raise CovcliError("must lie between 0 and 1", where=f"max-error {self.max_error}")
+            raise CovcliError("must be between 0 and 1", where=f"max-error {self.max_error}")
 
     @property
     def certain(self) -> bool:

@@ -25,7 +25,14 @@ BLUR = 1.5 / 32  # deviation as a share of the image's side
 
 
 def noise(image: Tensor, generator: np.random.Generator) -> Tensor:
-    """Add normal noise with a deviation of 8/255 to an image, uint8 of shape (C, H, W)."""
+    """Add normal noise with a deviation of 8/255 to an image, uint8 of shape (C, H, W).
+
+    Examples
+    --------
+    >>> grey = torch.full((1, 8, 8), 128, dtype=torch.uint8)
+    >>> noise(grey, np.random.default_rng(0)).dtype
+    torch.uint8
+    """
     added = generator.standard_normal(tuple(image.shape), np.float32)
     return (image + NOISE * torch.from_numpy(added)).round().clamp(0, 255).to(torch.uint8)
 
@@ -39,7 +46,13 @@ def blur(image: Tensor, generator: np.random.Generator) -> Tensor:
 
 
 def inversion(image: Tensor, generator: np.random.Generator) -> Tensor:
-    """Return the negative of an image."""
+    """Return the negative of an image, uint8 of shape (C, H, W).
+
+    Examples
+    --------
+    >>> inversion(torch.tensor([[[0, 255]]], dtype=torch.uint8), None).tolist()
+    [[[255, 0]]]
+    """
     return 255 - image
 
 
@@ -145,6 +158,12 @@ def draw(fitting: Tensor, most: int, classes: int, seed: int) -> Drawn:
         The number of classes.
     seed
         The seed; the draw does not depend on the order of files or on batches.
+
+    Examples
+    --------
+    >>> drawn = draw(torch.tensor([True, False, True, True]), most=2, classes=10, seed=0)
+    >>> len(drawn.rows), bool((drawn.shifts > 0).all())
+    (2, True)
     """
     generator = torch.Generator().manual_seed(seed)
     rows = fitting.nonzero()[:, 0]

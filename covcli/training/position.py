@@ -1,4 +1,4 @@
-"""Where a paused training stands: looked at before it is taken over, for it may be a stranger's."""
+"""Checks of a paused training's position before it is restored; the file may be untrusted."""
 
 import math
 from collections.abc import Mapping
@@ -12,22 +12,22 @@ from covcli.methods import Layout
 from covcli.training.epoch import SUMS, Trainer
 from covcli.training.loss import RUNNING
 
-# What a step changes of a one-cycle schedule and of an optimizer's groups of weights.
+# The entries of a one-cycle schedule, and of an optimizer's groups, that a step changes.
 MOVING = {"last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial"}
 CYCLED = {"lr", "momentum"}
 
 
 def check(content: Mapping[str, Any], trainer: Trainer, steps: int, epochs: int) -> None:
-    """Raise an error that `Session.restore` words unless a position is one of this training.
+    """Raise an error unless a position belongs to this training; `Session.restore` converts it.
 
     Parameters
     ----------
     content
-        What the file of a paused training holds.
+        The content of the file.
     trainer
-        The training, at its beginning.
+        The training, at its start.
     steps, epochs
-        Steps an epoch, and epochs.
+        The number of steps per epoch, and of epochs.
     """
     done, step, sums = len(content["history"]), content["step"], content["sums"]
     if not (isinstance(step, int) and 0 <= step <= steps and done <= epochs):

@@ -278,7 +278,7 @@ def test_bad_baselines_are_refused_before_any_work(signed: SignatureResult) -> N
     squeezed = architectures.build(
         ModelSpec("torchvision:squeezenet1_1", 10, (3, 64, 64), *architectures.CIFAR10)
     )
-    with pytest.raises(CovcliError, match="no linear layer"):
+    with pytest.raises(CovcliError, match="do not come from a linear layer"):
         compare.prepare(["knn"], replace(judge, model=squeezed), record, None)
     plan = compare.prepare(["energy"], replace(judge, model=squeezed), record, None)
     assert plan.names == ("energy",)

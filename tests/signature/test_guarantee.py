@@ -428,7 +428,7 @@ def test_too_few_images_are_refused_with_the_number_needed(
         "marginal": ([*sign, *few, "--alpha", "0.01"], r"100 calibration .* at least 132 "),
         "evaluation": ([*evaluation, *certify], r"predicted as '\d' .* at least 79 calibration"),
         "no such mode": ([*evaluation, "--guarantee", "sure"], "--guarantee"),
-        "no such alpha": ([*sign, "--alpha", "1"], "must lie between 0 and 1"),
+        "no such alpha": ([*sign, "--alpha", "1"], "must be between 0 and 1"),
     }  # fmt: skip
     for name, (arguments, message) in commands.items():
         with pytest.raises(SystemExit) as caught:

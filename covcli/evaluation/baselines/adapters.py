@@ -1,4 +1,4 @@
-"""A classifier taken apart: what each batch shows at its coverage points and before its end."""
+"""Adapters from covcli's networks and image sets to the detectors of pytorch-ood."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -18,18 +18,18 @@ from covcli.models.sweep import sweep, sweep_batch, to_network
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass tells of a batch of images.
+    """The results of one forward pass on a batch of images.
 
     Attributes
     ----------
     rows
-        Which images of the set, shape (B,).
+        Positions of the images in the set, int64 of shape (B,).
     inputs
         Pixels in [0, 1], shape (B, C, H, W).
     logits
         Shape (B, classes).
     features
-        The input of the last linear layer, shape (B, D); None where the logits come from no
+        The input of the last linear layer, shape (B, D); None if the logits do not come from a
         linear layer.
     means
         Each coverage point's output, averaged over its positions, shape (B, channels).
@@ -44,18 +44,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Layer:
-    """A coverage point; a library that hooks modules takes it for a module."""
+    """A coverage point with a module's method for hooks, for a library that hooks modules."""
 
     network: nn.Module
     point: Point
 
     @property
     def channel_dim(self) -> int:
-        """Which dimension of the output counts channels."""
+        """The dimension of the channels in the output."""
         return self.point.channel_dim
 
     def register_forward_hook(self, hook: Callable[[Any, Any, Tensor], None]) -> Any:
-        """Have `hook` called with the point's output in every forward pass."""
+        """Register `hook`, which is called with the point's output in every forward pass."""
         outputs = Outputs(self.network, [self.point], partial(_pass_on, hook), raw=True)
         outputs.attach()
         return Handle(outputs)
@@ -63,12 +63,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Handle:
-    """What takes a hook off again, as torch's own handles do."""
+    """Removes a hook, as torch's own handles do."""
 
     outputs: Outputs
 
     def remove(self) -> None:
-        """Take the hook off."""
+        """Remove the hook."""
         self.outputs.detach()
 
 
@@ -77,7 +77,7 @@ def _pass_on(hook: Callable[[Any, Any, Tensor], None], _point: Point, output: Te
 
 
 class Network:
-    """A classifier, taken apart.
+    """A classifier with its coverage points and its last linear layer.
 
     Attributes
     ----------
@@ -86,9 +86,10 @@ class Network:
     points
         Its coverage points.
     layers
-        The same, for a library that hooks modules; without those whose output mixes images.
+        The same points for a library that hooks modules; without those whose output does not have
+        one image per row.
     last
-        The linear layer that the logits come from, or None.
+        The linear layer whose output are the logits, or None.
     """
 
     def __init__(self, model: Classifier) -> None:
@@ -99,11 +100,11 @@ class Network:
 
     @property
     def device(self) -> torch.device:
-        """Where the network lies."""
+        """The network's device."""
         return self.model.mean.device
 
     def read(self, images: ImageSet, progress: Progress, title: str) -> Iterator[Batch]:
-        """Run a set through the network in its order, and yield batch by batch."""
+        """Run the network over a set in order, and yield batch by batch."""
         means: dict[str, Tensor] = {}
         features: list[Tensor] = []
 
@@ -123,12 +124,12 @@ class Network:
 
 
 def channels_first(output: Tensor, channel_dim: int) -> Tensor:
-    """Turn a layer's output into (B, C, positions…); a fully connected layer has one position."""
+    """Convert a layer's output to (B, C, positions…); a fully connected layer has one position."""
     return output[..., None] if output.ndim == 2 else output.movedim(channel_dim, 1)
 
 
 def _last_linear(model: Classifier) -> nn.Linear | None:
-    """Return the linear layer whose output the logits are, found by watching one forward pass."""
+    """Return the linear layer whose output are the logits, by observing a forward pass, or None."""
     seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     with contextlib.ExitStack() as hooks, torch.no_grad():
@@ -148,16 +149,16 @@ class FittingImages:
     Parameters
     ----------
     network
-        The network that is watched.
+        The network.
     images
         Trusted training images.
     labels
         Their classes, int64 of shape (N,); every class of the network occurs.
     progress
-        Is told of every pass over them.
+        Receives the progress of every pass.
     held_out
-        Calibration images that a detector's scales may be fitted on: those that fit the
-        signature's, none that ranks scores. None where no detector asks for them.
+        The calibration images that fit the signature's combination, for detectors that fit scales;
+        images that rank scores are excluded. None if no detector needs them.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class FittingImages:
         return torch.cat([part.cpu() for part in parts if part is not None])
 
     def balanced(self, limit: int) -> "FittingImages":
-        """Return at most so many of the images, from every class the same number where it can."""
+        """Return at most `limit` images, with equal numbers of all classes as far as possible."""
         order = torch.argsort(self.labels, stable=True)
         counts = torch.bincount(self.labels)
         starts = counts.cumsum(0) - counts
@@ -191,7 +192,7 @@ class FittingImages:
 
 
 class FittingLoader:
-    """Batches of images and labels, as pytorch-ood's detectors read them."""
+    """Batches of images and labels for pytorch-ood's detectors."""
 
     def __init__(self, trusted: FittingImages, size: int, title: str) -> None:
         self._trusted, self._title = trusted, title
@@ -209,5 +210,5 @@ class FittingLoader:
 
 
 def small_batch(network: Network) -> int:
-    """Return how many images to run at once where whole activations are kept."""
+    """Return the batch size for passes that keep full activations."""
     return max(1, sweep_batch(network.model.spec.shape) // 8)

@@ -1,4 +1,4 @@
-"""The baselines of an evaluation: fitted on the signature's images, then run on every set."""
+"""The baselines of an evaluation, fitted on the signature's images and run on every set."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ from covcli.signature.guarantee import Guarantee, Rule, make_rule
 from covcli.signature.judge import Judge
 from covcli.signature.record import Record
 
-# Counts as least trusted: what a detector says where it divides by zero or overflows.
+# The score, least trusted, for NaN and infinite scores of a detector.
 HIGHEST = float(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Baselines that were checked, and the images that they are fitted and calibrated on.
+    """Checked baselines, with the images that they are fitted and calibrated on.
 
     Attributes
     ----------
     names
-        Names in BASELINES; with none of them, nothing else is loaded.
+        Names in BASELINES; if empty, the other attributes are None.
     network
-        The network that is watched.
+        The network.
     trusted
         The images that built the signature.
     fitting
-        The calibration images that fit the signature's scales.
+        The calibration images that fit the signature's combination.
     ranking
         The other calibration images, which rank scores.
     """
@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def versions(self) -> dict[str, str]:
-        """The version of pytorch-ood, where there are baselines."""
+        """The version of pytorch-ood, if there are baselines."""
         return {"pytorch-ood": metadata.version("pytorch-ood")} if self.names else {}
 
 
@@ -59,11 +59,13 @@ class Comparison:
 
     Attributes
     ----------
+    network
+        The network; None without baselines.
     detectors
-        By name.
+        The detectors by name.
     rules
-        By name: the thresholds that keep the evaluation's guarantee, taken as the signature's own
-        are, from the same calibration images.
+        The thresholds that keep the evaluation's guarantee, by name. They are computed like the
+        signature's own, from the same calibration images.
     """
 
     network: Network | None
@@ -71,19 +73,24 @@ class Comparison:
     rules: dict[str, Rule]
 
     def score(self, images: ImageSet, progress: Progress) -> dict[str, np.ndarray]:
-        """Score a set in one pass over it; return by name float64 of shape (N,)."""
+        """Score a set in one pass; return scores by name, float64 of shape (N,)."""
         if self.network is None:
             return {}
         return _score(self.network, self.detectors, images, progress)[0]
 
 
 def expand(names: Sequence[str]) -> tuple[str, ...]:
-    """Return each of the names once, and every baseline for "all".
+    """Return the names without duplicates, or every baseline for "all".
 
     Raises
     ------
     CovcliError
         If a name is unknown.
+
+    Examples
+    --------
+    >>> expand(["knn", "energy", "knn"])
+    ('knn', 'energy')
     """
     if "all" in names:
         return tuple(BASELINES)
@@ -99,26 +106,26 @@ def prepare(
     data_dir: Path | None,
     named: Collection[str | None] = (),
 ) -> Plan:
-    """Check baselines and load what they need, before any work is done.
+    """Check baselines and load their images, before any work is done.
 
     Parameters
     ----------
     names
         Names in BASELINES, or "all".
     judge
-        The network, and which calibration images rank scores.
+        The network and its calibration.
     record
-        The signature's record of the images that it was made from.
+        The signature's record of its images.
     data_dir
-        The folder that downloaded sets live in.
+        The folder of downloaded sets.
     named
-        Specifications of data that the user has named, and so allows to read.
+        Specifications of data that the user named, and so allows to read.
 
     Raises
     ------
     CovcliError
-        If a name is unknown, pytorch-ood is not installed, the network has no last linear layer
-        though a baseline reads its input, or the images are no longer there.
+        If a name is unknown, pytorch-ood is not installed, a baseline needs a last linear layer
+        that the network does not have, or the images are no longer available.
     """
     chosen = expand(names)
     if not chosen:
@@ -130,9 +137,9 @@ def prepare(
         if BASELINES.get(name).features and network.last is None:
             others = [other for other in BASELINES if not BASELINES.get(other).features]
             raise CovcliError(
-                f"its logits come from no linear layer, whose input {name!r} reads",
+                f"its logits do not come from a linear layer, whose input {name!r} needs",
                 where=f"model {model.spec.name!r}",
-                fix=f"choose of {', '.join(others)}",
+                fix=f"choose among {', '.join(others)}",
             )
     otherwise = "leave --baseline out"
     trusted = record.trusted_set(judge.signature.classes, data_dir, otherwise, named)
@@ -145,12 +152,12 @@ def prepare(
 
 
 def fit(plan: Plan, guarantee: Guarantee, progress: Progress) -> Comparison:
-    """Fit the planned baselines, and find their thresholds on the calibration images."""
+    """Fit the planned baselines, and compute their thresholds on the calibration images."""
     if plan.network is None or plan.trusted is None or plan.fitting is None or plan.ranking is None:
         return Comparison(None, {}, {})
     labels = plan.trusted.known_labels()
     trusted = FittingImages(plan.network, plan.trusted, labels, progress, plan.fitting)
-    with distributed.alone():  # the detectors want to see all images
+    with distributed.alone():  # each rank fits the detectors on all images
         detectors = {}
         for name in plan.names:
             progress.start(f"fitting {name}", len(plan.trusted))

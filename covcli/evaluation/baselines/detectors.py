@@ -1,9 +1,9 @@
-"""BASELINES: detectors of pytorch-ood, to hold the coverage scores against on the same images.
+"""BASELINES: detectors of pytorch-ood, for comparison with the coverage scores on the same images.
 
-Each maker fits one detector on trusted training images and returns what scores a batch; larger
-means less trusted. The docstrings say where hyperparameters come from. No untrusted image here
-chose any of them but the layers of the "nac" detectors, in their favour; where a paper's own
-values were chosen by untrusted images, the docstring says so.
+Each function fits one detector on trusted training images and returns a function that scores a
+batch; larger means less trusted. The docstrings give the source of the hyperparameters. None was
+chosen here with untrusted images, except the layers of the "nac" detectors, in their favour. If a
+paper chose its values with untrusted images, the docstring says so.
 """
 
 import importlib
@@ -33,7 +33,7 @@ from covcli.signature.combination import fit_combination
 from covcli.signature.fit import fold
 from covcli.signature.signature import layout_of
 
-# What a detector may keep of the images that it is fitted on.
+# The largest memory, in bytes, for the data that a detector is fitted on.
 FIT_BYTES = 1 << 30
 # Entries of a batch's Gram matrices.
 GRAM_ENTRIES = 1 << 26
@@ -46,7 +46,7 @@ Fit: TypeAlias = Callable[[FittingImages], Detector]
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline: how it is fitted, and whether it reads the input of the last linear layer."""
+    """A baseline: the function that fits it, and whether it needs the last linear layer's input."""
 
     fit: Fit
     features: bool
@@ -56,7 +56,28 @@ BASELINES: Registry[Baseline] = Registry("baseline")
 
 
 def baseline(name: str, *, features: bool = False) -> Callable[[Fit], Fit]:
-    """Register a maker under a name."""
+    """Return a decorator that registers a function that fits a detector.
+
+    The function takes `FittingImages` and returns a function that takes a `Batch` and returns
+    scores of shape (B,), where larger means less trusted.
+
+    Parameters
+    ----------
+    name
+        The name for `--baseline`.
+    features
+        Whether the detector needs the input of the last linear layer.
+
+    Examples
+    --------
+    >>> @baseline("least-logit")
+    ... def least_logit(trusted):
+    ...     return lambda batch: -batch.logits.amin(1)
+    >>> detector = BASELINES.get("least-logit").fit(None)
+    >>> logits = torch.tensor([[1.0, -3.0]])
+    >>> detector(Batch(None, None, logits, None, [])).tolist()
+    [3.0]
+    """
 
     def decorate(fit: Fit) -> Fit:
         BASELINES.add(name)(Baseline(fit, features))
@@ -66,7 +87,7 @@ def baseline(name: str, *, features: bool = False) -> Callable[[Fit], Fit]:
 
 
 def library() -> ModuleType:
-    """Import pytorch-ood's detectors; a CovcliError says how to install them."""
+    """Import pytorch-ood's detectors; raise a CovcliError with advice if it is not installed."""
     try:
         return importlib.import_module("pytorch_ood.detector")
     except ImportError:
@@ -162,11 +183,11 @@ def rmd(trusted: FittingImages) -> Detector:
 
 @baseline("vim", features=True)
 def vim(trusted: FittingImages) -> Detector:
-    """Virtual logit of the features' residual beside a principal subspace.
+    """Virtual logit of the features' residual with respect to a principal subspace.
 
     Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022. The subspace
-    has the dimension of the authors' code: 1,000 from 2,048 features on, 512 from 768 on, else
-    half of them.
+    has the dimension of the authors' code: 1,000 for at least 2,048 features, 512 for at least 768,
+    otherwise half of them.
     """
     weight, bias = _weights(trusted)
     width = weight.shape[1]
@@ -220,8 +241,8 @@ def odin(trusted: FittingImages) -> Detector:
 
     Liang, Li and Srikant, "Enhancing The Reliability of Out-of-distribution Image Detection in
     Neural Networks", ICLR 2018. The step of 0.0014 of the pixels' range is the library's default;
-    the paper chooses one for each network and set by untrusted images. Takes a backward pass and
-    two forward ones of its own.
+    the paper chooses one for each network and set with untrusted images. It needs a backward pass
+    and two forward passes of its own.
     """
     size = small_batch(trusted.network)
     detector = library().ODIN(trusted.network.model)
@@ -234,8 +255,8 @@ def multi_mahalanobis(trusted: FittingImages) -> Detector:
 
     Lee et al., "A Simple Unified Framework for Detecting Out-of-Distribution Samples and
     Adversarial Attacks", NeurIPS 2018, section 2.3, with equal weights (the paper fits them on
-    untrusted images). Fitted on as many images, of every class alike, as 1 GB of means is sure to
-    hold: more than 20,000 for VGG19.
+    untrusted images). It is fitted on at most 1 GB of means, with equal numbers of all classes:
+    more than 20,000 images for VGG19.
     """
     means, labels = _layer_means(trusted)
     detector = library().MultiMahalanobis(list(trusted.network.points))
@@ -247,9 +268,9 @@ def multi_mahalanobis(trusted: FittingImages) -> Detector:
 def multi_mahalanobis_calibrated(trusted: FittingImages) -> Detector:
     """Soft maximum of the standardised logs of the distances of "multi-mahalanobis".
 
-    They are standardised on the calibration images that fit the signature's scales, and put
-    together by the same soft maximum: it shows what calibration alone gives, which is no merit of
-    covcli's methods.
+    They are standardised on the calibration images that fit the signature's combination, and
+    combined by the same soft maximum. So this baseline shows the effect of calibration alone,
+    without covcli's methods.
     """
     assert trusted.held_out is not None
     means, labels = _layer_means(trusted)
@@ -261,7 +282,7 @@ def multi_mahalanobis_calibrated(trusted: FittingImages) -> Detector:
     def evidence(batch: Batch) -> Tensor:
         pairs = zip(layers, batch.means, strict=True)
         distances = [layer.predict_structured([mean]) for layer, mean in pairs]
-        smallest = torch.finfo(torch.float32).tiny  # a distance of 0 has a log too
+        smallest = torch.finfo(torch.float32).tiny  # so that the log of a distance of 0 is finite
         return torch.stack(distances, 1).double().clamp_min(smallest).log().cpu()
 
     title = "calibrating multi-mahalanobis"
@@ -282,7 +303,7 @@ def _layer_means(trusted: FittingImages) -> tuple[list[Tensor], Tensor]:
 
 
 class Replay:
-    """A network as the chain of layers that Gram runs: the first runs it, the others recall."""
+    """A network as the chain of layers for Gram: the first layer runs it, the others look up."""
 
     def __init__(self, network: Network) -> None:
         self._network = network
@@ -300,7 +321,7 @@ class Replay:
         self._seen[point.name] = channels_first(output, point.channel_dim).clone()
 
     def recall(self, point: Point) -> Callable[[Tensor], Tensor]:
-        """Return what returns a coverage point's output in the last run."""
+        """Return a function that returns a coverage point's output in the last run."""
         return lambda _previous: self._seen.pop(point.name)
 
     def logits(self, _previous: Tensor) -> Tensor:
@@ -313,10 +334,10 @@ def gram(trusted: FittingImages) -> Detector:
     """Deviation of the Gram matrices of all coverage points from their range in the class.
 
     Sastry and Oore, "Detecting Out-of-Distribution Examples with Gram Matrices", ICML 2020: orders
-    1 to 10, as there, where the library's default grows with the number of layers, and higher
-    powers of an activation overflow. Fitted on as many images, of every class alike, as 256 MB of
-    statistics hold, about 560 for VGG19: while it fits, the library has been seen to take up to
-    20 MB of memory an image there.
+    1 to 10, as in the paper. (The library's default grows with the number of layers, and higher
+    powers of an activation overflow.) It is fitted on at most 256 MB of statistics, with equal
+    numbers of all classes, about 560 images for VGG19: the library used up to 20 MB of memory per
+    image there.
     """
     network = trusted.network
     widths = [p.neurons for p in network.model.points("channel")]
