@@ -1,4 +1,4 @@
-"""Results belong together, planted ones are not believed, and a stranger's file reads nothing."""
+"""Results belong together, forged ones are refused, and a foreign file cannot cause a read."""
 
 import threading
 from collections.abc import Callable
