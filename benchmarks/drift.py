@@ -166,15 +166,15 @@ def watched(streams: Streams) -> tuple[Floats, Integers]:
 
 def tested(streams: Streams) -> Floats:
     """Return the KS statistic of each block of 100 images, (blocks, streams)."""
-    found = []
+    distances = []
     step = np.arange(EVERY + 1) / EVERY
     n = streams.calibration.shape[1]
     for scores, calibration in zip(streams.scores, streams.calibration, strict=True):
         blocks = np.sort(scores.reshape(-1, EVERY), 1)
         upto = np.searchsorted(calibration, blocks, "right") / n
         below = np.searchsorted(calibration, blocks, "left") / n
-        found.append(np.maximum(step[1:] - upto, below - step[:-1]).max(1))
-    return np.stack(found, 1)
+        distances.append(np.maximum(step[1:] - upto, below - step[:-1]).max(1))
+    return np.stack(distances, 1)
 
 
 def first(alarms: NDArray[np.bool_], after: int = 0, every: int = 1) -> Integers:
@@ -200,14 +200,14 @@ def alarms(args: argparse.Namespace, streams: Streams) -> dict[str, tuple[NDArra
 
 def false_alarms(args: argparse.Namespace, trusted: Floats) -> Iterator[FalseAlarms]:
     note(f"{args.streams} streams without a change")
-    found = alarms(args, Streams.draw(args, args.streams, 0, trusted))
+    alarmed = alarms(args, Streams.draw(args, args.streams, 0, trusted))
     runs = args.images / RUN_LENGTH
     promises = {
         "watch": f"at most {args.delta:g}", "KS": f"{args.delta:g} a test",
         "quick": f"at most {runs:g} a stream, in the mean",
         "KS/tests": f"at most {args.delta:g}",
     }  # fmt: skip
-    for way, (where, _) in found.items():
+    for way, (where, _) in alarmed.items():
         times = int(where.any(0).sum())
         interval = binomtest(times, args.streams).proportion_ci()
         yield FalseAlarms(way, promises[way], times / args.streams, interval.low, interval.high)
@@ -239,11 +239,11 @@ def quantile(waits: Floats, share: float) -> float | None:
 def table(rows: list[Delay]) -> Iterator[str]:
     yield f"| change | share | {' | '.join(WAYS)} |"
     yield f"| --- | --- |{' --- |' * len(WAYS)}"
-    found = {(row.change, row.share, row.way): row for row in rows}
+    by_cell = {(row.change, row.share, row.way): row for row in rows}
     for change, share in dict.fromkeys((row.change, row.share) for row in rows):
         cells = []
         for way in WAYS:
-            row = found[change, share, way]
+            row = by_cell[change, share, way]
             words = ("–" if wait is None else f"{wait:.0f}" for wait in (row.median, row.late))
             cells.append(" / ".join(words))
         yield f"| {change} | {share:.0%} | {' | '.join(cells)} |"

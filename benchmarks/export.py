@@ -104,13 +104,13 @@ def measured(name: str, method: str, args: argparse.Namespace) -> Found:
     bare_content = bare_file(model)
     file = OnnxFile(MonitorGraph(monitor.judge, "uint8"))
     content = file.content()
-    found = verify(monitor.judge, file.run, "uint8", sets[1], Silent())
+    verification = verify(monitor.judge, file.run, "uint8", sets[1], Silent())
     programs = [OnnxProgram(each, max(1, args.threads)) for each in (bare_content, content)]
     ratios: dict[str, Ratio] = {}
     for batch in map(int, args.batches.split(",")):
         pixels = common.cycled(sets[1], batch).batch(torch.arange(batch), model.spec.shape)
         ratios |= timed(programs, monitor, pixels, args.repetitions)
-    return Found(name, method, ratios, found, len(content) / 1e6, len(bare_content) / 1e6)
+    return Found(name, method, ratios, verification, len(content) / 1e6, len(bare_content) / 1e6)
 
 
 def random_sets(model: Classifier, count: int) -> tuple[ImageSet, ImageSet]:
@@ -147,12 +147,12 @@ def table(results: Sequence[Found]) -> str:
     names = list(results[0].ratios)
     head = ["network", "method", *names, "logits", "score", "beyond", "file, MB", "bare, MB"]
     lines = [head, ["---"] * len(head)]
-    for found in results:
-        v = found.verification
+    for result in results:
+        v = result.verification
         lines.append(
-            [found.network, found.method, *(f"{found.ratios[name].value:.2f}" for name in names),
+            [result.network, result.method, *(f"{result.ratios[name].value:.2f}" for name in names),
              f"{v.logits:.1e}", f"{v.score:.1e}", f"{v.beyond} of {v.images}",
-             f"{found.megabytes:.1f}", f"{found.bare_megabytes:.1f}"]
+             f"{result.megabytes:.1f}", f"{result.bare_megabytes:.1f}"]
         )  # fmt: skip
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -168,8 +168,12 @@ def main() -> None:
                 common.note(f"{name}, {method}: {error}")
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items()}
-        made = runtime.provenance(common.CPU, 0)
-        document = {"settings": settings, "provenance": made, "found": list(map(asdict, results))}
+        provenance = runtime.provenance(common.CPU, 0)
+        document = {
+            "settings": settings,
+            "provenance": provenance,
+            "found": list(map(asdict, results)),
+        }
         print(json.dumps(document, indent=2))
     elif results:
         print(table(results))

@@ -253,8 +253,8 @@ class Target:
         document = files.plain(asdict(hostile))
         document["digests"][per_image.SCORES] = files.digest_bytes(packed)
         (target / "evaluation.json").write_bytes(files.pack_json(document))
-        made = reports.report(target, force=True)
-        return [made.html.read_text(), made.markdown.read_text()]
+        report = reports.report(target, force=True)
+        return [report.html.read_text(), report.markdown.read_text()]
 
     def _report(self, changed: dict[str, bytes], chance: random.Random) -> None:
         target = self.folder / "changed"
@@ -503,20 +503,20 @@ def run(inputs: int, seed: int, only: list[str], drawn: float = DRAWN) -> dict[s
     """Attack the readers, and return what each did."""
     with tempfile.TemporaryDirectory() as name:
         readers = Target(Path(name), drawn).readers()
-        found = {}
+        tallies = {}
         for reader in only or readers:
             began = time.monotonic()
-            found[reader] = attack(readers[reader], range(seed, seed + inputs))
+            tallies[reader] = attack(readers[reader], range(seed, seed + inputs))
             took = time.monotonic() - began
-            print(f"{reader}: {took:.0f} s, {found[reader]}", file=sys.stderr, flush=True)
-    return found
+            print(f"{reader}: {took:.0f} s, {tallies[reader]}", file=sys.stderr, flush=True)
+    return tallies
 
 
-def table(found: dict[str, Tally]) -> str:
+def table(tallies: dict[str, Tally]) -> str:
     """Return the tallies as Markdown."""
     head = "| reader | inputs | refused in one line | accepted | anything else |"
     lines = [head, "| --- | --- | --- | --- | --- |"]
-    for name, t in found.items():
+    for name, t in tallies.items():
         other = ", ".join(
             f"{kind} ({count}; seed {t.else_seed[kind]})" for kind, count in t.else_count.items()
         )
@@ -534,9 +534,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.lastResort = logging.NullHandler()
-    found = run(args.inputs, args.seed, args.only, args.drawn)
-    print(table(found))
-    sys.exit(any(tally.else_count for tally in found.values()))
+    tallies = run(args.inputs, args.seed, args.only, args.drawn)
+    print(table(tallies))
+    sys.exit(any(tally.else_count for tally in tallies.values()))
 
 
 if __name__ == "__main__":

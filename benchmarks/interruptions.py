@@ -171,8 +171,8 @@ def leftovers(folder: Path) -> set[Path]:
 def meaning(path: Path) -> object:
     """Return what a file says, less what differs from one run to the next."""
     if path.name == "checkpoint.pt":
-        found = checkpoints.load(path)
-        return files.digest([dict(found.model.state_dict()), list(found.classes)])
+        checkpoint = checkpoints.load(path)
+        return files.digest([dict(checkpoint.model.state_dict()), list(checkpoint.classes)])
     if path.suffix == ".safetensors":
         signature, calibration, record = signatures.load(path)
         parts = [signature.state.tensors, calibration.scores, calibration.combination.scale]
@@ -224,12 +224,12 @@ class Trials:
 
     def results(self, command: Command, folder: Path) -> dict[Path, object]:
         """Return what a command's files say: those beside the one that it ends with too."""
-        made = folder / command.makes
-        beside = [made]
-        if made.name == "evaluation.json":
-            beside += [made.with_name("scores.csv.gz"), made.with_name("samples.npz")]
-        if made.name == "report.html":
-            beside += [made.with_name("report.md")]
+        result = folder / command.makes
+        beside = [result]
+        if result.name == "evaluation.json":
+            beside += [result.with_name("scores.csv.gz"), result.with_name("samples.npz")]
+        if result.name == "report.html":
+            beside += [result.with_name("report.md")]
         return {path.relative_to(folder): meaning(path) for path in beside}
 
     def trial(self, name: str, disturb: Callable[[int, float], str | None], tally: Ledger) -> None:
@@ -309,25 +309,25 @@ class Trials:
 def disturbances(top: Path, number: int, chance: random.Random) -> dict[str, dict[str, Ledger]]:
     """Return what became of so many kills and so many pairs of signals, by command."""
     trials = Trials(top, chance)
-    found: dict[str, dict[str, Ledger]] = {}
+    ledgers: dict[str, dict[str, Ledger]] = {}
     for kind, disturb in (("killed", trials.kill), ("two signals", trials.signal_twice)):
-        found[kind] = {name: Ledger() for name in COMMANDS}
+        ledgers[kind] = {name: Ledger() for name in COMMANDS}
         for i in range(number):
             name = list(COMMANDS)[i % len(COMMANDS)]
-            trials.trial(name, disturb, found[kind][name])
+            trials.trial(name, disturb, ledgers[kind][name])
             if i % 10 == 9:
                 print(f"{kind}: {i + 1} of {number}", file=sys.stderr, flush=True)
-    return found
+    return ledgers
 
 
-def table(kind: str, found: dict[str, Ledger]) -> str:
+def table(kind: str, ledgers: dict[str, Ledger]) -> str:
     """Return one kind's trials as Markdown."""
     lines = [f"| {kind} | trials | what went wrong |", "| --- | --- | --- |"]
-    for name, ledger in found.items():
+    for name, ledger in ledgers.items():
         wrong = ", ".join(f"{what} ({n})" for what, n in ledger.wrong.items()) or "nothing"
         lines.append(f"| {name} | {ledger.trials} | {wrong} |")
-    total = sum(ledger.trials for ledger in found.values())
-    failed = sum(ledger.wrong.total() for ledger in found.values())
+    total = sum(ledger.trials for ledger in ledgers.values())
+    failed = sum(ledger.wrong.total() for ledger in ledgers.values())
     return "\n".join([*lines, f"| all | {total} | {failed or 'nothing'} |"])
 
 
@@ -345,8 +345,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         top = args.prepared or Path(name)
-        found = disturbances(top.resolve(), args.number, random.Random(args.seed))
-    for kind, ledgers in found.items():
+        kinds = disturbances(top.resolve(), args.number, random.Random(args.seed))
+    for kind, ledgers in kinds.items():
         print(table(kind, ledgers), end="\n\n")
 
 

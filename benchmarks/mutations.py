@@ -151,7 +151,7 @@ def image_samples() -> list[bytes]:
     rgba, rgb = Image.fromarray(pixels), Image.fromarray(pixels[..., :3].copy())
     grey = rgb.convert("L")
     deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
-    made: list[tuple[Image.Image, str, dict[str, Any]]] = [
+    drawn: list[tuple[Image.Image, str, dict[str, Any]]] = [
         (rgb, "PNG", {}), (rgba, "PNG", {}), (grey, "PNG", {}), (deep, "PNG", {}),
         (rgb.quantize(5), "PNG", {"transparency": 1}), (grey.convert("1"), "PNG", {}),
         (rgb, "JPEG", {}), (grey, "JPEG", {"progressive": True}), (rgb.convert("CMYK"), "JPEG", {}),
@@ -164,16 +164,16 @@ def image_samples() -> list[bytes]:
         (rgba, "TIFF", {"compression": "tiff_adobe_deflate"}), (grey.convert("F"), "TIFF", {}),
         (rgb.convert("LAB"), "TIFF", {}), (rgb, "ICO", {}), (rgb, "EPS", {}), (rgb, "TGA", {}),
     ]  # fmt: skip
-    found = []
-    for image, name, options in made:
+    encoded = []
+    for image, name, options in drawn:
         buffer = io.BytesIO()
         image.save(buffer, name, **options)
-        found.append(buffer.getvalue())
+        encoded.append(buffer.getvalue())
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
     rgb.save(buffer, "JPEG", exif=exif)
-    return [*found, buffer.getvalue(), b"P3\n2 2\n255\n" + b"1 2 3 " * 4, b"P1\n2 2\n1 0 0 1\n"]
+    return [*encoded, buffer.getvalue(), b"P3\n2 2\n255\n" + b"1 2 3 " * 4, b"P1\n2 2\n1 0 0 1\n"]
 
 
 def mutated_image(samples: list[bytes], chance: random.Random) -> bytes:
@@ -263,12 +263,12 @@ def npz_file(chance: random.Random) -> bytes:
     with zipfile.ZipFile(buffer, "w", method) as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
-    made = bytearray(buffer.getvalue())
+    packed = bytearray(buffer.getvalue())
     if how == 7:
-        return mutated_bytes(bytes(made), chance)
+        return mutated_bytes(bytes(packed), chance)
     if how >= 8:
-        _wrong_flags(made, chance)
-    return bytes(made)
+        _wrong_flags(packed, chance)
+    return bytes(packed)
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -311,15 +311,15 @@ def _wrong_npy(original: bytes, chance: random.Random) -> bytes:
     return b"\x93NUMPY" + version + struct.pack(width, min(length, 65535)) + text + body
 
 
-def _wrong_flags(made: bytearray, chance: random.Random) -> None:
+def _wrong_flags(archive: bytearray, chance: random.Random) -> None:
     """Change a field of a header of a ZIP archive: flags, method, sizes, name, offset."""
     sign = chance.choice([b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06"])
-    places = [i for i in range(len(made) - 4) if made[i : i + 4] == sign]
+    places = [i for i in range(len(archive) - 4) if archive[i : i + 4] == sign]
     if not places:
         return
     at = chance.choice(places) + chance.randrange(4, 46)
-    if at + 2 <= len(made):
-        made[at : at + 2] = chance.choice([b"\x01\x00", b"\xff\xff", b"\x00\x00", b"\x08\x00",
+    if at + 2 <= len(archive):
+        archive[at : at + 2] = chance.choice([b"\x01\x00", b"\xff\xff", b"\x00\x00", b"\x08\x00",
                                            b"\x63\x00", chance.randbytes(2)])  # fmt: skip
 
 

@@ -196,12 +196,12 @@ def of_folder(args: argparse.Namespace, folder: Path) -> dict[str, Ratio]:
         variants[name] = partial(read_ours, images, shape, size)
         variants[f"their {name}"] = partial(read_theirs, pictures, resize, size)
     seconds = common.interleaved(variants, args.repetitions)
-    found = {name: common.ratio(seconds[f"their {name}"], seconds[name]) for name in RESIZED}
+    ratios = {name: common.ratio(seconds[f"their {name}"], seconds[name]) for name in RESIZED}
     reading = seconds["folder_throughput"]
     for name in ("first", "again"):
         again = datasets.load(f"folder:{pictures}", "test")  # remembers nothing by itself
         once = common.interleaved({name: partial(getattr, again, "fingerprint")}, 1, False)
-        found[f"folder_fingerprint_{name}"] = common.ratio(once[name], reading[:1])
+        ratios[f"folder_fingerprint_{name}"] = common.ratio(once[name], reading[:1])
     common.note("listing")
     for i in range(args.listed):
         path = listed / f"class{i % 10}" / f"{i:07d}.jpg"
@@ -210,8 +210,8 @@ def of_folder(args: argparse.Namespace, folder: Path) -> dict[str, Ratio]:
     variants = {"ours": lambda: datasets.load(f"folder:{listed}", "test"),
                 "theirs": lambda: ImageFolder(listed)}  # fmt: skip
     seconds = common.interleaved(variants, args.repetitions)
-    found["folder_listing"] = common.ratio(seconds["ours"], seconds["theirs"])
-    return found
+    ratios["folder_listing"] = common.ratio(seconds["ours"], seconds["theirs"])
+    return ratios
 
 
 def main() -> None:

@@ -70,9 +70,9 @@ def test_every_option_and_command_that_a_text_names_exists() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_error_of_a_command_advises_what_it_cannot_do(command: str) -> None:
-    found = advices()
-    assert len(found) > 50
-    for advice in found:
+    all_advice = advices()
+    assert len(all_advice) > 50
+    for advice in all_advice:
         error = CovcliError("wrong", where="file", fix=advice)
         error.advise(COMMANDS[command])
         outside = re.sub(r"`covcli [^`]*`", "", str(error))

@@ -26,8 +26,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> fuzz.Target:
 @pytest.mark.parametrize("reader", fuzz.READERS)
 def test_hostile_input_is_refused_in_one_line_or_accepted(target: fuzz.Target, reader: str) -> None:
     inputs = DEAR.get(reader, INPUTS)
-    found = fuzz.attack(target.readers()[reader], range(inputs))
-    assert found.else_count == {}, fuzz.table({reader: found})
-    assert found.refused + found.accepted == found.inputs == inputs
-    assert found.accepted > 0
-    assert found.refused > 0 or reader == "name"
+    tally = fuzz.attack(target.readers()[reader], range(inputs))
+    assert tally.else_count == {}, fuzz.table({reader: tally})
+    assert tally.refused + tally.accepted == tally.inputs == inputs
+    assert tally.accepted > 0
+    assert tally.refused > 0 or reader == "name"

@@ -343,14 +343,14 @@ def from_state(spec: ModelSpec, state: Mapping[str, Tensor], where: object) -> C
     return model
 
 
-def check_kinds(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: object) -> None:
+def check_kinds(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: object) -> None:
     """Raise a CovcliError if a network's real weights are whole or complex numbers in a file.
 
     torch would convert them, and drop an imaginary part.
     """
     for name, tensor in own.items():
-        if name in found and tensor.is_floating_point() and not found[name].is_floating_point():
-            raise CovcliError(f"weights {name!r} are of {found[name].dtype}", where=where)
+        if name in tensors and tensor.is_floating_point() and not tensors[name].is_floating_point():
+            raise CovcliError(f"weights {name!r} are of {tensors[name].dtype}", where=where)
 
 
 def pixel_statistics(images: ImageSet, shape: Shape) -> Normalisation:

@@ -50,11 +50,11 @@ def nearest_architecture(states: Sequence[Mapping[str, Tensor]]) -> str:
     wanted = Counter(tuple(tensor.shape) for tensor in largest.values())
     parameters = sum(tensor.numel() for tensor in largest.values())
     best, share = "", 0.0
-    for name, made in _known(parameters, largest):
+    for name, architecture in _known(parameters, largest):
         if share >= ENOUGH and name.startswith("timm:"):
             break
-        for pretrained in made.layouts:
-            shapes = list(made.shapes(CLASSES, pretrained).values())
+        for pretrained in architecture.layouts:
+            shapes = list(architecture.shapes(CLASSES, pretrained).values())
             shared = _shared(wanted, shapes) / max(1, wanted.total(), len(shapes))
             if shared > share:
                 best, share = name, shared

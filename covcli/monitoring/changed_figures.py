@@ -146,7 +146,7 @@ def _trusted_figures(
 def _set_figures(
     before: EvaluatedRelease, after: EvaluatedRelease, name: str, seed: int
 ) -> list[FigureChange]:
-    found = [next(e for e in m.result.untrusted if e.name == name) for m in (before, after)]
+    entries = [next(e for e in m.result.untrusted if e.name == name) for m in (before, after)]
     draw = _Draws.of(before, after, name, seed)
     spreads: dict[str, Floats] = {}
     if draw is not None:
@@ -161,7 +161,7 @@ def _set_figures(
     how = None if draw is None else draw.how
     changes = []
     for figure, score, key in SHOWN:
-        one, two = (getattr(entry.scores[score], key) for entry in found)
+        one, two = (getattr(entry.scores[score], key) for entry in entries)
         if one is not None and two is not None:
             changes.append(_change(name, figure, (one, two), spreads.get(figure), how))
     return changes
@@ -287,7 +287,7 @@ class _Draws:
 
     def of_curves(self, trusted: "_Draws", score: str) -> dict[str, Floats]:
         """Return the differences of AUROC and FPR95, shape (DRAWS,) each, by name."""
-        found = []
+        figures = []
         for which in (0, 1):
             sides = [
                 (one.before, one.after)[which].scores[score][one.rows[which]]
@@ -295,8 +295,8 @@ class _Draws:
             ]
             curve = Weighted(*sides)
             draws = zip(trusted.counts(which), self.counts(which), strict=True)
-            found.append([curve.figures(*counts) for counts in draws])
-        auroc, fpr95 = np.subtract(found[1], found[0]).T
+            figures.append([curve.figures(*counts) for counts in draws])
+        auroc, fpr95 = np.subtract(figures[1], figures[0]).T
         return {"auroc": auroc, "fpr95": fpr95}
 
 

@@ -278,11 +278,11 @@ def _columns(signature: Signature, points: Sequence[Point]) -> Tensor:
 
 def _spans(pair: _Pair) -> list[tuple[Tensor, Tensor]]:
     """Return the ends of the trusted ranges of each, float64 of shape (K, N)."""
-    found = []
+    spans = []
     for stored, rows, columns in pair.sides:
         low, high = stored.signature.scorer.span(rows)
-        found.append((low[:, columns].double(), high[:, columns].double()))
-    return found
+        spans.append((low[:, columns].double(), high[:, columns].double()))
+    return spans
 
 
 def range_distances(pair: _Pair) -> Tensor:
@@ -463,17 +463,17 @@ def _farthest(known: Tensor, pair: _Pair) -> list[ChannelChange]:
     spans = _spans(pair)
     owners = [point for point in pair.points for _ in range(point.neurons)]
     begins = [n for point in pair.points for n in range(point.neurons)]
-    found = []
+    neurons = []
     for column in order[worst[order] > 0].tolist():
         k, point, neuron = int(classes[column]), owners[column], begins[column]
         ends = [(float(low[k, column]), float(high[k, column])) for low, high in spans]
         label = _label(point, neuron, pair.before.signature.granularity)
-        found.append(
+        neurons.append(
             ChannelChange(
                 point.name, neuron, label, pair.classes[k], float(worst[column]), ends[0], ends[1]
             )
         )
-    return found
+    return neurons
 
 
 def _label(point: Point, neuron: int, granularity: str) -> str:

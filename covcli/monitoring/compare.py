@@ -75,20 +75,20 @@ class Bounds:
         >>> Bounds.parse(["0.1", "figures=0.02"])
         Bounds(points=0.1, figures=0.02)
         """
-        found: dict[str, float] = {}
+        bounds: dict[str, float] = {}
         for text in sorted(texts, key=lambda text: "=" in text):  # what names one comes later
             name, equals, value = text.rpartition("=")
             names = [name] if equals else [POINTS, FIGURES]
             try:
                 if not set(names) <= {POINTS, FIGURES}:
                     raise ValueError(f"unknown name {name!r}")
-                found |= dict.fromkeys(names, amount(value))
+                bounds |= dict.fromkeys(names, amount(value))
             except (ValueError, ZeroDivisionError):
                 raise CovcliError(
                     "cannot be read", where=f"--fail-over {text}",
                     fix="write a number from 0 on, points=NUMBER or figures=NUMBER",
                 ) from None  # fmt: skip
-        return cls(**found)
+        return cls(**bounds)
 
 
 def compare(
@@ -150,11 +150,13 @@ class _Release:
     @classmethod
     def at(cls, path: Path) -> "_Release":
         if path.is_dir():
-            found = sorted(path.glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+            signature_files = sorted(
+                path.glob("*.safetensors"), key=lambda file: file.stat().st_mtime
+            )
             evaluation = path / EVALUATION
-            if not found and not evaluation.is_file():
+            if not signature_files and not evaluation.is_file():
                 raise CovcliError("holds neither a signature nor an evaluation", where=path)
-            return cls(found, evaluation if evaluation.is_file() else None)
+            return cls(signature_files, evaluation if evaluation.is_file() else None)
         with reading(path, "cannot be read"), open_regular(path) as file:
             document = file.read(9).lstrip()[:1] == b"{"
         return cls([], path) if document else cls([path], None)

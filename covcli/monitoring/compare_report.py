@@ -23,20 +23,20 @@ NAMES = {
 }  # fmt: skip
 
 
-def verdict(found: ReleaseComparison) -> str:
+def verdict(comparison: ReleaseComparison) -> str:
     """Word a comparison in a line."""
-    if found.exceeded:
-        return f"{len(found.exceeded)} bounds exceeded"
+    if comparison.exceeded:
+        return f"{len(comparison.exceeded)} bounds exceeded"
     parts = []
-    if found.signatures is not None:
-        change = found.signatures.changes[0]
+    if comparison.signatures is not None:
+        change = comparison.signatures.changes[0]
         farthest = max(change.points, key=lambda point: point.moved)
         parts.append(
             f"coverage points moved by {change.moved:.3g} on average ({change.distance}), "
             f"{farthest.name} by {farthest.moved:.3g}"
         )
-    if found.evaluations is not None:
-        worst = max(found.evaluations.figures, key=lambda change: change.worse_by)
+    if comparison.evaluations is not None:
+        worst = max(comparison.evaluations.figures, key=lambda change: change.worse_by)
         word = "worse" if worst.worse_by > 0 else "better"
         parts.append(
             f"{NAMES[worst.figure]} of {worst.set} is {100 * abs(worst.worse_by):.1f} points {word}"
@@ -44,14 +44,14 @@ def verdict(found: ReleaseComparison) -> str:
     return "; ".join(parts)
 
 
-def blocks(found: ReleaseComparison) -> list[str | Table]:
+def blocks(comparison: ReleaseComparison) -> list[str | Table]:
     """Return a comparison as paragraphs and tables, for a terminal."""
-    shown: list[str | Table] = [f"{found.before} → {found.after}"]
-    if (signed := found.signatures) is not None:
+    shown: list[str | Table] = [f"{comparison.before} → {comparison.after}"]
+    if (signed := comparison.signatures) is not None:
         shown += [signed.meaning, *_missing(signed.only_before, signed.only_after)]
         for change in signed.changes:
             shown += [points_table(change), classes_table(change), channels_table(change)]
-    if (measured := found.evaluations) is not None:
+    if (measured := comparison.evaluations) is not None:
         shown += [figures_table(measured), *_missing(measured.only_before, measured.only_after)]
     return shown
 
@@ -91,12 +91,12 @@ def _ends(channel: ChannelChange) -> list[str]:
     return [f"{low:.3g} to {high:.3g}" for low, high in (channel.before, channel.after)]
 
 
-def figures_table(found: EvaluationChange) -> Table:
+def figures_table(evaluations: EvaluationChange) -> Table:
     """Tabulate figures side by side, with the intervals of their differences."""
     rows = [
         [c.set, NAMES[c.figure], percent(c.before, 2), percent(c.after, 2),
          f"{difference(c.difference)} [{_end(c.low)}, {_end(c.high)}]", c.how]
-        for c in found.figures
+        for c in evaluations.figures
     ]  # fmt: skip
     head = ["set", "figure, %", "before", "after", "difference [95%]", "interval by"]
     return Table("Figures side by side", head, rows)
@@ -114,7 +114,9 @@ def _missing(before: Sequence[str], after: Sequence[str]) -> list[str]:
 # The report
 
 
-def report_comparison(found: ReleaseComparison, folder: Path, force: bool = False) -> ReportResult:
+def report_comparison(
+    comparison: ReleaseComparison, folder: Path, force: bool = False
+) -> ReportResult:
     """Write a comparison as comparison.html and comparison.md with pictures.
 
     Raises
@@ -122,29 +124,30 @@ def report_comparison(found: ReleaseComparison, folder: Path, force: bool = Fals
     CovcliError
         If they exist already and may not be overwritten, or cannot be written.
     """
-    outcome: Outcome = "failed" if found.exceeded else "none"
-    with holding_together(found.after):
+    outcome: Outcome = "failed" if comparison.exceeded else "none"
+    with holding_together(comparison.after):
         page = Page(
-            "covcli comparison", f"{found.before} and {found.after}", verdict(found), outcome,
-            sections(found),
+            "covcli comparison", f"{comparison.before} and {comparison.after}",
+            verdict(comparison), outcome,
+            sections(comparison),
         )  # fmt: skip
         return write_page(page, folder, STEM, force)
 
 
-def sections(found: ReleaseComparison) -> list[Section]:
+def sections(comparison: ReleaseComparison) -> list[Section]:
     """Return a comparison as the sections of a report."""
-    made = []
-    if found.exceeded:
-        made.append(Section("Bounds exceeded", [*found.exceeded]))
-    if found.signatures is not None:
-        made += _of_signatures(found.signatures)
-    if found.evaluations is not None:
-        made.append(_of_evaluations(found.evaluations))
-    return made
+    parts = []
+    if comparison.exceeded:
+        parts.append(Section("Bounds exceeded", [*comparison.exceeded]))
+    if comparison.signatures is not None:
+        parts += _of_signatures(comparison.signatures)
+    if comparison.evaluations is not None:
+        parts.append(_of_evaluations(comparison.evaluations))
+    return parts
 
 
 def _of_signatures(signed: SignatureChange) -> list[Section]:
-    made = []
+    parts = []
     for k, change in enumerate(signed.changes):
         names = [point.name for point in change.points]
         picture = Picture(
@@ -160,8 +163,8 @@ def _of_signatures(signed: SignatureChange) -> list[Section]:
         )  # fmt: skip
         about: list[Block] = [signed.meaning, *_missing(signed.only_before, signed.only_after)]
         tables: list[Block] = [points_table(change), classes_table(change), channels_table(change)]
-        made.append(Section(f"Moved: {change.distance}", [*about, picture, heat, *tables]))
-    return made
+        parts.append(Section(f"Moved: {change.distance}", [*about, picture, heat, *tables]))
+    return parts
 
 
 def _of_evaluations(measured: EvaluationChange) -> Section:

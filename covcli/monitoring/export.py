@@ -111,8 +111,8 @@ class TorchFile:
     def run(self, images: Tensor) -> Mapping[str, np.ndarray]:
         """Run the program."""
         with torch.no_grad():
-            found = self._module(images)
-        return {name: t.numpy() for name, t in zip(self._outputs, found, strict=True)}
+            tensors = self._module(images)
+        return {name: t.numpy() for name, t in zip(self._outputs, tensors, strict=True)}
 
 
 FORMATS: Mapping[ExportFormat, Callable[[MonitorGraph], Packed]] = {
@@ -148,8 +148,8 @@ def export(config: ExportConfig, progress: Progress = Silent()) -> ExportResult:
         images = _images(config, record)
         graph = MonitorGraph(judge, config.input)
         packed = FORMATS[form](graph)
-        found = verify(judge, packed.run, config.input, images, progress)
-        monitor = _described(judge, graph, form, signature_file, found)
+        verification = verify(judge, packed.run, config.input, images, progress)
+        monitor = _described(judge, graph, form, signature_file, verification)
         files.write_bytes(path, packed.content(monitor.packed()))
     return ExportResult(path, path.stat().st_size, monitor)
 
@@ -177,7 +177,7 @@ def _described(
     graph: MonitorGraph,
     form: ExportFormat,
     signature_file: Path,
-    found: Verification,
+    verification: Verification,
 ) -> ExportedMonitor:
     spec, guarantee, signature = judge.model.spec, judge.rule.guarantee, judge.signature
     return ExportedMonitor(
@@ -200,7 +200,7 @@ def _described(
         statement=guarantee.statement(),
         checkpoint_fingerprint=signature.fingerprint,
         signature_fingerprint=files.digest_file(signature_file),
-        verification=found,
+        verification=verification,
         provenance=runtime.provenance(torch.device("cpu"), 0),
     )
 

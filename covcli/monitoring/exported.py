@@ -262,12 +262,12 @@ class MonitorGraph(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Classify images (B, C, H, W) and judge each; return `outputs`, of length B each."""
-        found = self.chain(images.float() / 255 if self.form == "uint8" else images)
-        outputs = tuple(found[name] for name in OUTPUTS)
+        judged = self.chain(images.float() / 255 if self.form == "uint8" else images)
+        outputs = tuple(judged[name] for name in OUTPUTS)
         if not self.bounded:
             return outputs
         # Places in VERDICTS; no image is both.
-        return *outputs, 2 * found["untrusted"].long() + found["unsure"].long()
+        return *outputs, 2 * judged["untrusted"].long() + judged["unsure"].long()
 
     def example(self) -> Tensor:
         """Return two black images, of the type that `forward` takes."""

@@ -58,12 +58,12 @@ def convert(program: torch.export.ExportedProgram, outputs: Sequence[str], model
         )
     try:
         with quiet():
-            made = torch.onnx.export(
+            converted = torch.onnx.export(
                 program, (), dynamo=True, opset_version=OPSET, output_names=list(outputs),
                 custom_translation_table=_translations(), verbose=False,
             )  # fmt: skip
-            assert made is not None
-            proto = made.model_proto
+            assert converted is not None
+            proto = converted.model_proto
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the innermost names the operation
@@ -182,5 +182,5 @@ class OnnxProgram:
 
     def __call__(self, images: torch.Tensor) -> Mapping[str, np.ndarray]:
         """Run images; return the outputs by name."""
-        found = self._session.run(None, {self._input: images.numpy()})
-        return dict(zip(self._names, found, strict=True))
+        arrays = self._session.run(None, {self._input: images.numpy()})
+        return dict(zip(self._names, arrays, strict=True))

@@ -442,8 +442,10 @@ def provenance(result: EvaluationResult) -> Table:
 
 def checked(result: EvaluationResult) -> Table:
     """Tabulate what was checked: network, signature, data with counts, versions."""
-    signature, made = result.signature, result.provenance
-    versions = [f"{name} {made[name]}" for name in ("covcli", "torch", "python") if name in made]
+    signature, provenance = result.signature, result.provenance
+    versions = [
+        f"{name} {provenance[name]}" for name in ("covcli", "torch", "python") if name in provenance
+    ]
     sets = ", ".join(f"{entry.name} ({entry.images})" for entry in result.untrusted)
     rows = [
         ["network", f"{signature.checkpoint}, weights {signature.checkpoint_fingerprint[:12]}"],
@@ -455,7 +457,7 @@ def checked(result: EvaluationResult) -> Table:
         ["untrusted", sets],
         ["guarantee", f"{result.guarantee.mode}, α = {result.guarantee.alpha:g}"],
         ["versions", ", ".join(versions)],
-        ["time", str(made.get("time", ""))],
+        ["time", str(provenance.get("time", ""))],
     ]  # fmt: skip
     return Table("What was checked", ["what", "value"], [row for row in rows if row[1]])
 

@@ -42,24 +42,24 @@ def check(content: Mapping[str, Any], trainer: Trainer, steps: int, epochs: int)
         _check_running(content["running"], content["reductions"], trainer)
 
 
-def _check_schedule(found: Mapping[str, Any], own: Mapping[str, Any], done: int) -> None:
-    fixed = (own.keys() & found.keys()) - MOVING
-    if not found.keys() <= own.keys() or any(found[key] != own[key] for key in fixed):
+def _check_schedule(stored: Mapping[str, Any], own: Mapping[str, Any], done: int) -> None:
+    fixed = (own.keys() & stored.keys()) - MOVING
+    if not stored.keys() <= own.keys() or any(stored[key] != own[key] for key in fixed):
         raise ValueError("another schedule")
-    rates = found["_last_lr"]
-    if found["last_epoch"] != done or not all(map(_is_number, [*rates, found["_step_count"]])):
+    rates = stored["_last_lr"]
+    if stored["last_epoch"] != done or not all(map(_is_number, [*rates, stored["_step_count"]])):
         raise ValueError("a schedule at another step")
 
 
-def _check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+def _check_optimizer(stored: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
     groups = optimizer.state_dict()["param_groups"]
-    for theirs, ours in zip(found["param_groups"], groups, strict=True):
+    for theirs, ours in zip(stored["param_groups"], groups, strict=True):
         if theirs.keys() != ours.keys() or not all(_is_number(theirs[key]) for key in CYCLED):
             raise ValueError("an optimizer of other settings")
         if any(theirs[key] != ours[key] for key in ours.keys() - CYCLED):
             raise ValueError("an optimizer of other settings")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    for number, entry in found["state"].items():
+    for number, entry in stored["state"].items():
         buffer = entry["momentum_buffer"]
         if entry.keys() != {"momentum_buffer"} or not _is_finite(buffer):
             raise ValueError("an optimizer of another kind")
@@ -67,15 +67,15 @@ def _check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer)
             raise ValueError("an optimizer of other weights")
 
 
-def _check_running(found: Any, reductions: Any, trainer: Trainer) -> None:
+def _check_running(stored: Any, reductions: Any, trainer: Trainer) -> None:
     points = trainer.points
     sizes, values = tuple(p.neurons for p in points), tuple(p.values for p in points)
     layout = Layout(trainer.model.spec.classes, sizes, values)
     expected = dict(RUNNING.expected(layout))
-    tensors = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
+    tensors = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}
     if tensors != expected or reductions.keys() != expected.keys():
         raise ValueError("a running signature of another network")
-    if any(bool(tensor.isnan().any()) for tensor in found.values()):
+    if any(bool(tensor.isnan().any()) for tensor in stored.values()):
         raise ValueError("a running signature that holds NaN")
 
 

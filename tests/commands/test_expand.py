@@ -34,7 +34,7 @@ def test_a_short_name_means_one_thing_in_every_command() -> None:
             if not name.startswith("--"):
                 meanings.setdefault(name, set()).add(option.name)
     assert meanings.pop("-c") == {"checkpoint", "calibration"}
-    assert {name: found for name, found in meanings.items() if len(found) > 1} == {}
+    assert {name: options for name, options in meanings.items() if len(options) > 1} == {}
     assert {"-q", "-o", "-m", "-f"} <= meanings.keys()
 
 

@@ -44,10 +44,10 @@ SMALL = ["timm:mobilenetv4_conv_small", "torchvision:mobilenet_v3_small", "timm:
 def network(name: str) -> architectures.Classifier:
     if name.startswith("timm"):
         pytest.importorskip("timm")
-    made = architecture(name)
+    known = architecture(name)
     torch.manual_seed(0)
     return architectures.build(
-        ModelSpec(name, 4, made.shape, *made.statistics, preprocess=made.shape.preprocess)
+        ModelSpec(name, 4, known.shape, *known.statistics, preprocess=known.shape.preprocess)
     )
 
 

@@ -169,8 +169,8 @@ def test_gates_are_no_points(how: str) -> None:
 
 @pytest.mark.parametrize("how", SWISH)
 def test_what_weighs_its_own_input_is_an_activation(how: str) -> None:
-    found = look(Gating(SWISH[how]), torch.zeros(1, 3, 8, 8), "channel").choose()
-    assert [c.what for c in found] == ["relu", "Sigmoid" if how == "module" else "sigmoid"]
+    chosen = look(Gating(SWISH[how]), torch.zeros(1, 3, 8, 8), "channel").choose()
+    assert [c.what for c in chosen] == ["relu", "Sigmoid" if how == "module" else "sigmoid"]
 
 
 def test_functions_are_told_apart_by_the_module_that_calls_them() -> None:

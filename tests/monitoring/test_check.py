@@ -55,12 +55,12 @@ def test_scores_are_those_of_evaluate_and_of_the_monitor(evaluated: Path) -> Non
     table = pd.read_csv(evaluated / "scores.csv.gz")
     for name, spec in (("trusted", "digits?split=test"), ("photos?limit=200", "photos?limit=200")):
         mine = table[table["set"] == name]
-        found = pd.DataFrame(map(vars, check(config(evaluated, spec))))
-        assert len(found) == len(mine) > 64
+        checked = pd.DataFrame(map(vars, check(config(evaluated, spec))))
+        assert len(checked) == len(mine) > 64
         for column in ("predicted", "score", "p_value", "confidence", "softmax_confidence"):
-            np.testing.assert_array_equal(found[column], mine[column])
+            np.testing.assert_array_equal(checked[column], mine[column])
         assert (
-            (found["verdict"] == "untrusted") == mine["untrusted"].astype(bool).to_numpy()
+            (checked["verdict"] == "untrusted") == mine["untrusted"].astype(bool).to_numpy()
         ).all()
 
 
@@ -69,13 +69,13 @@ def test_files_are_prepared_and_judged_as_by_the_monitor(run: Path, tmp_path: Pa
     monitor = Monitor.load(run / "checkpoint.pt", run / "signature-mrc.safetensors", max_error=0.2)
     pixels = torch.cat([adapt(decode(path), (3, 32, 32)) for path in paths])
     verdicts = monitor(pixels)
-    found = list(check(config(run, *paths, max_error=0.2)))
-    assert [image.path for image in found] == [str(path) for path in paths]
-    assert [image.verdict for image in found] == verdicts.words
-    assert [image.score for image in found] == verdicts.score.tolist()
-    assert [image.class_name for image in found] == [str(k) for k in verdicts.predicted.tolist()]
+    checked = list(check(config(run, *paths, max_error=0.2)))
+    assert [image.path for image in checked] == [str(path) for path in paths]
+    assert [image.verdict for image in checked] == verdicts.words
+    assert [image.score for image in checked] == verdicts.score.tolist()
+    assert [image.class_name for image in checked] == [str(k) for k in verdicts.predicted.tolist()]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        found[0].score = 0.0  # type: ignore[misc]
+        checked[0].score = 0.0  # type: ignore[misc]
 
 
 def test_why_names_the_points_that_an_explanation_ranks_first(run: Path) -> None:
@@ -141,9 +141,9 @@ def test_folders_follow_the_rules_of_data_folders(run: Path, tmp_path: Path) -> 
     (folder / "c").symlink_to(folder / "b")
     odd = os.fsdecode(b"caf\xe9.png")
     os.link(folder / "000.png", folder / odd)
-    found = [image.path for image in check(config(run, folder))]
+    checked = [image.path for image in check(config(run, folder))]
     names = ["000.png", "b/000.png", "b/001.png", "c/000.png", "c/001.png", "caf\\xe9.png"]
-    assert found == [f"{folder}/{name}" for name in names]
+    assert checked == [f"{folder}/{name}" for name in names]
     # Named by itself, a hidden file is meant; a name of any bytes can be an argument.
     named = list(check(config(run, folder / ".000.png", folder / odd)))
     assert [image.verdict for image in named] != ["unreadable"] * 2
@@ -157,12 +157,12 @@ def test_what_cannot_be_read_is_a_row(run: Path, tmp_path: Path) -> None:
     (tmp_path / "gone.png").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.png")
     broken = [tmp_path / name for name in ("empty.png", "text.jpg", "gone.png", "pipe.png")]
-    found = list(check(config(run, good[0], *broken, good[1], why=True, drift=0.01)))
+    checked = list(check(config(run, good[0], *broken, good[1], why=True, drift=0.01)))
     alone = [*check(config(run, *good, drift=0.01))]
-    assert [image.verdict == "unreadable" for image in found] == [False, *[True] * 4, False]
-    assert all(image.reason and image.score is None for image in found[1:5])
-    assert [found[0].score, found[5].score] == [image.score for image in alone]
-    assert found[5].log10_martingale == alone[1].log10_martingale  # the watch sees what is read
+    assert [image.verdict == "unreadable" for image in checked] == [False, *[True] * 4, False]
+    assert all(image.reason and image.score is None for image in checked[1:5])
+    assert [checked[0].score, checked[5].score] == [image.score for image in alone]
+    assert checked[5].log10_martingale == alone[1].log10_martingale  # the watch sees what is read
     table = tmp_path / "list.csv"
     table.write_text("path\np/000.png\ntext.jpg\np/001.png\n")
     listed = list(check(config(run, f"csv:{table}?first")))
@@ -213,10 +213,10 @@ def test_a_list_is_read_by_lines_or_by_nul(run: Path, tmp_path: Path) -> None:
     for text, expected in lists.items():
         done = subprocess.run(command, input=text, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr
-        found = [json.loads(line) for line in done.stdout.splitlines()]
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
         named = [os.fsencode(path).decode("utf-8", "backslashreplace") for path in expected]
-        assert [row["path"] for row in found] == named
-        assert all((row["verdict"] == "unreadable") == ("no/such" in row["path"]) for row in found)
+        assert [row["path"] for row in rows] == named
+        assert all((row["verdict"] == "unreadable") == ("no/such" in row["path"]) for row in rows)
 
 
 def started(run: Path, *options: str, **more: Any) -> subprocess.Popen[str]:
@@ -234,8 +234,8 @@ def asked(running: subprocess.Popen[str], path: Path) -> dict[str, Any]:
     assert running.stdout is not None
     running.stdin.write(f"{path}\n")
     running.stdin.flush()
-    found: dict[str, Any] = json.loads(running.stdout.readline())
-    return found
+    answer: dict[str, Any] = json.loads(running.stdout.readline())
+    return answer
 
 
 def test_a_list_is_answered_while_it_is_written(run: Path, tmp_path: Path) -> None:
@@ -400,12 +400,12 @@ def test_the_state_goes_on_from_call_to_call_and_refuses_another_bound(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = str(tmp_path / "state")
-    found = []
+    martingale = []
     for part in ("digits?split=test&limit=64", "digits?split=test&offset=64&limit=64"):
         more = {"drift": 0.01, "drift_state": state}
-        found += [image.log10_martingale for image in check(config(run, part, **more))]
+        martingale += [image.log10_martingale for image in check(config(run, part, **more))]
     whole = check(config(run, "digits?split=test&limit=128", drift=0.01))
-    assert found == [image.log10_martingale for image in whole]
+    assert martingale == [image.log10_martingale for image in whole]
     code, _, err = call(
         capsys, "check", "digits", *files_of(run), "--drift", "0.05", "--drift-state", state
     )

@@ -46,7 +46,7 @@ def halves(
 ) -> dict[str, list[StoredSignature]]:
     """Signatures of two halves of the training images, by method."""
     folder = tmp_path_factory.mktemp("halves")
-    found = {}
+    pairs = {}
     for method in ("src", "mrc", "gauss", "ensemble", "nrc", "nac"):
         paths = [
             build_signature(
@@ -56,8 +56,8 @@ def halves(
             ).path
             for i, part in enumerate(HALVES)
         ]
-        found[method] = [StoredSignature(str(path), *signatures.load(path)) for path in paths]
-    return found
+        pairs[method] = [StoredSignature(str(path), *signatures.load(path)) for path in paths]
+    return pairs
 
 
 def test_ranges_move_by_the_farther_end_in_widths(halves: dict[str, list[StoredSignature]]) -> None:
@@ -179,9 +179,9 @@ def test_points_and_classes_are_matched_by_name(
     with pytest.raises(CovcliError, match="shares no class"):
         compare_signatures(before, replace(other, signature=renamed))
     retrained = replace(after, signature=replace(signature, fingerprint="0" * 64))
-    found = compare_signatures(before, retrained)
-    assert found.relation == "network"
-    assert "release" in found.meaning
+    change = compare_signatures(before, retrained)
+    assert change.relation == "network"
+    assert "release" in change.meaning
 
 
 # Evaluations
@@ -207,7 +207,7 @@ def evaluations(
 ) -> dict[str, EvaluatedRelease]:
     """Evaluations of two signatures on the same images, and of one on other images."""
     folder = tmp_path_factory.mktemp("evaluations")
-    found = {}
+    releases = {}
     for name, method, trusted in (("a", "src", "digits"), ("b", "gauss", "digits"),
                                   ("c", "gauss", "digits?limit=250")):  # fmt: skip
         run = folder / name
@@ -221,10 +221,10 @@ def evaluations(
             )
         )  # fmt: skip
         path = run / "evaluation.json"
-        found[name] = EvaluatedRelease(
+        releases[name] = EvaluatedRelease(
             str(path), read_evaluation(path), read_scores(run / "scores.csv.gz")
         )
-    return found
+    return releases
 
 
 def test_the_same_images_are_compared_in_pairs(evaluations: dict[str, EvaluatedRelease]) -> None:
@@ -348,10 +348,10 @@ def test_bounds_are_told_by_name() -> None:
 
 
 def test_a_comparison_is_reported_once(run: Path, tmp_path: Path) -> None:
-    found = compare(run, run)
-    assert found.signatures is not None
-    assert found.signatures.largest == 0
-    report_comparison(found, tmp_path)
+    comparison = compare(run, run)
+    assert comparison.signatures is not None
+    assert comparison.signatures.largest == 0
+    report_comparison(comparison, tmp_path)
     with pytest.raises(CovcliError, match="exists"):
-        report_comparison(found, tmp_path)
-    report_comparison(found, tmp_path, force=True)
+        report_comparison(comparison, tmp_path)
+    report_comparison(comparison, tmp_path, force=True)

@@ -33,14 +33,14 @@ def test_a_state_goes_on_bit_for_bit(monitor: Monitor, tmp_path: Path) -> None:
     whole = DriftWatch(monitor, 0.05, seed=3, run_length=500)
     names = [f"image {i}" for i in range(1, 261)]
     expected = whole.update(stream, names)
-    path, found = tmp_path / "state", []
+    path, values = tmp_path / "state", []
     parted = DriftWatch(monitor, 0.05, seed=3, run_length=500)
     for begin in range(0, 260, 37):
         parted.save(path)
         parted = DriftWatch.load(path, monitor)
         part = slice(begin, begin + 37)
-        found.append(parted.update(stream[part], names[part]))
-    np.testing.assert_array_equal(np.concatenate(found), expected)
+        values.append(parted.update(stream[part], names[part]))
+    np.testing.assert_array_equal(np.concatenate(values), expected)
     assert parted.status == whole.status
     for watch in (parted, whole):
         watch.save(path)

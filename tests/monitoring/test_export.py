@@ -68,16 +68,16 @@ def drawn(count: int) -> Tensor:
     )
 
 
-def check(found: Mapping[str, np.ndarray], judge: Judge, pixels: Tensor) -> None:
+def check(outputs: Mapping[str, np.ndarray], judge: Judge, pixels: Tensor) -> None:
     verdicts = Monitor(judge)(pixels)
     for name in ("logits", "predicted", "score", "p_value", "confidence", "untrusted"):
         expected = getattr(verdicts, name).numpy()
-        assert found[name].dtype == expected.dtype, name
+        assert outputs[name].dtype == expected.dtype, name
         # Rounding may move a score over one other score, but not over those that are equal to it.
         apart = 1.5 / (1 + len(judge.calibration.scores)) if name == "p_value" else 1e-4
-        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=apart, err_msg=name)
-    if "verdict" in found:
-        assert [VERDICTS[code] for code in found["verdict"]] == verdicts.words
+        np.testing.assert_allclose(outputs[name], expected, rtol=1e-4, atol=apart, err_msg=name)
+    if "verdict" in outputs:
+        assert [VERDICTS[code] for code in outputs["verdict"]] == verdicts.words
 
 
 @pytest.mark.parametrize("method", ["src", "mrc", "mrc-paper", "gauss", "nrc", "ensemble"])
@@ -102,9 +102,9 @@ def test_so_do_other_guarantees_granularities_inputs_and_forms(
     judge = judge_of("src", guarantee, granularity)
     file, pixels = kind(MonitorGraph(judge, form)), drawn(40)
     normalised = (pixels.float() / 255 - judge.model.mean) / judge.model.deviation
-    found = file.run(pixels if form == "uint8" else normalised)
-    check(found, judge, pixels)
-    assert ("verdict" in found) == (guarantee.max_error is not None)
+    outputs = file.run(pixels if form == "uint8" else normalised)
+    check(outputs, judge, pixels)
+    assert ("verdict" in outputs) == (guarantee.max_error is not None)
 
 
 def test_a_value_at_an_end_of_its_range_is_inside_however_it_is_rounded() -> None:
@@ -191,9 +191,9 @@ def test_rounding_may_move_a_rank_and_nothing_more() -> None:
     calibrating = in_memory("again", drawn(300), None)
     unit = score_unit(judge)
     # Every score moves over its own rank: p-values change, and that is no fault of the file.
-    found = verify(judge, moved(judge, 1e-4 * unit), "uint8", calibrating, Silent())  # type: ignore[arg-type]
-    assert found.score == pytest.approx(1e-4 * unit)
-    assert (found.beyond, found.images, found.noise) == (0, 256, 0)
+    verification = verify(judge, moved(judge, 1e-4 * unit), "uint8", calibrating, Silent())  # type: ignore[arg-type]
+    assert verification.score == pytest.approx(1e-4 * unit)
+    assert (verification.beyond, verification.images, verification.noise) == (0, 256, 0)
     with pytest.raises(CovcliError, match="score differs by more than"):
         verify(judge, moved(judge, 0.1 * unit), "uint8", calibrating, Silent())  # type: ignore[arg-type]
     # A neuron that rounding moves over an end of its range: rare, told, and let pass.
@@ -204,9 +204,9 @@ def test_rounding_may_move_a_rank_and_nothing_more() -> None:
 def test_noise_makes_up_for_images_that_are_too_few() -> None:
     judge = judge_of("gauss")
     few = in_memory("few", drawn(10), None)
-    found = verify(judge, lying(judge), "uint8", few, Silent())  # type: ignore[arg-type]
-    assert (found.images, found.noise) == (256, 246)
-    assert "246 of noise" in str(found)
+    verification = verify(judge, lying(judge), "uint8", few, Silent())  # type: ignore[arg-type]
+    assert (verification.images, verification.noise) == (256, 246)
+    assert "246 of noise" in str(verification)
 
 
 # Refusals
@@ -284,8 +284,8 @@ def test_the_command_and_the_example_of_the_documentation(run: Path) -> None:
     assert monitor.classes == tuple("0123456789")
     assert (monitor.alpha, monitor.max_error, monitor.verdicts) == (0.05, 0.3, VERDICTS)
     assert monitor.verification.images == 256
-    found = inspect_file(home / "monitor.onnx")
-    assert (found.kind, found.exported) == ("exported monitor", monitor)
+    inspection = inspect_file(home / "monitor.onnx")
+    assert (inspection.kind, inspection.exported) == ("exported monitor", monitor)
 
     written = (home / "monitor.onnx").read_bytes()
     done = covcli("export", "--output", "monitor.onnx", *plugin, cwd=home)

@@ -31,12 +31,12 @@ def rounded(score: float) -> float:
 
 
 def naive_p_values(calibration: list[float], stream: list[float], drawn: np.ndarray) -> list[float]:
-    bag, found = [rounded(s) for s in calibration], []
+    bag, p_values = [rounded(s) for s in calibration], []
     for score, lot in zip(map(rounded, stream), drawn, strict=True):
         bag.append(score)
         greater, equal = sum(s > score for s in bag), sum(s == score for s in bag)
-        found.append((greater + lot * equal) / len(bag))
-    return found
+        p_values.append((greater + lot * equal) / len(bag))
+    return p_values
 
 
 @given(st.lists(FINITE, min_size=1, max_size=30), st.lists(FINITE, min_size=1, max_size=30))
@@ -64,8 +64,8 @@ def test_a_bag_that_has_merged_ranks_as_one_that_has_not(monkeypatch: pytest.Mon
 
 @given(st.lists(FINITE, min_size=2, max_size=20))
 def test_cells_keep_the_order_of_scores(scores: list[float]) -> None:
-    found = cells(scores)
-    for a, b, low, high in zip(scores, scores[1:], found, found[1:], strict=False):
+    indices = cells(scores)
+    for a, b, low, high in zip(scores, scores[1:], indices, indices[1:], strict=False):
         assert (low < high) == (rounded(a) < rounded(b))
         assert (low == high) == (rounded(a) == rounded(b))
 
@@ -118,10 +118,10 @@ def test_p_values_of_exchangeable_scores_are_uniform_and_independent(levels: int
         scores = generator.normal(size=60)
         scores = scores if levels is None else np.floor(levels * stats.norm.cdf(scores))
         runs.append(Bag.of(scores[:20]).rank(scores[20:], lots(seed, 0, 40)))
-    found = np.stack(runs)
-    assert stats.kstest(found.ravel(), "uniform").pvalue > 1e-3
-    pairs = np.corrcoef(found[:, :-1].ravel(), found[:, 1:].ravel())[0, 1]
-    assert abs(pairs) < 4 / math.sqrt(found[:, 1:].size)
+    p_values = np.stack(runs)
+    assert stats.kstest(p_values.ravel(), "uniform").pvalue > 1e-3
+    pairs = np.corrcoef(p_values[:, :-1].ravel(), p_values[:, 1:].ravel())[0, 1]
+    assert abs(pairs) < 4 / math.sqrt(p_values[:, 1:].size)
 
 
 def test_false_alarms_ever_and_the_run_to_a_quick_one_are_as_promised() -> None:

@@ -200,7 +200,7 @@ def test_a_generalist_of_some_columns_hears_no_others() -> None:
     generator = np.random.default_rng(5)
     fitted = generator.normal(size=(60, 4))
     arrangement = Arrangement(blocks=((0, 2), (2, 3)))
-    made = fit_combination(torch.from_numpy(fitted), [], arrangement)
+    combination = fit_combination(torch.from_numpy(fitted), [], arrangement)
     rows = np.concatenate([fitted, generator.normal(0, 4, (40, 4))])
 
     def voices(values: np.ndarray) -> np.ndarray:
@@ -212,8 +212,10 @@ def test_a_generalist_of_some_columns_hears_no_others() -> None:
     v = (voices(rows) - heard.mean(0)) / heard.std(0, ddof=1)
     expected = VOICES * np.log(np.exp(v / VOICES).mean(1))
     expected -= expected[:60].min()
-    np.testing.assert_allclose(made.score(torch.from_numpy(rows)).numpy(), expected, atol=1e-9)
-    shares = made.shares(torch.from_numpy(rows))[1].numpy()
+    np.testing.assert_allclose(
+        combination.score(torch.from_numpy(rows)).numpy(), expected, atol=1e-9
+    )
+    shares = combination.shares(torch.from_numpy(rows))[1].numpy()
     np.testing.assert_allclose(shares.sum(1), 1)
     assert (shares[:, 3] == 0).all()
 
