@@ -1,4 +1,4 @@
-"""check: a verdict on each image of files, folders, sets or a list, while they are read."""
+"""check: a verdict on each image of files, folders, data sets or a list, as the images are read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -36,7 +36,7 @@ POINTS = 3  # coverage points that `why` names
 
 
 def check(config: CheckConfig) -> Iterator[CheckedImage]:
-    """Yield a verdict on each image, in order, while they are read.
+    """Yield a verdict on each image, in order, as the images are read.
 
     An image that cannot be read gets the verdict "unreadable". Images are prepared as the signature
     records, and scored as `evaluate` scores them. Memory does not grow with their number.
@@ -44,21 +44,21 @@ def check(config: CheckConfig) -> Iterator[CheckedImage]:
     Parameters
     ----------
     config
-        What to check, and by which signature.
+        The images to check, and the signature.
 
     Raises
     ------
     CovcliError
-        If a file or a name is bad, or the drift state belongs to another signature, is damaged, or
-        is being written by another process.
+        If a file or a name is invalid, or if the drift state belongs to another signature, is
+        damaged, or is being written by another process.
 
     Examples
     --------
     >>> from covcli import CheckConfig, check
-    >>> found = list(check(CheckConfig(("digits?split=test&limit=3", "noise:uniform?limit=1"))))
-    >>> [image.path for image in found][2:]  # by the signature in runs/latest
+    >>> images = list(check(CheckConfig(("digits?split=test&limit=3", "noise:uniform?limit=1"))))
+    >>> [image.path for image in images][2:]  # with the signature in runs/latest
     ['digits?split=test&limit=3#2', 'noise:uniform?limit=1#0']
-    >>> found[3].verdict, found[3].p_value < 0.05
+    >>> images[3].verdict, images[3].p_value < 0.05
     ('untrusted', True)
     """
     with checking(config) as job:
@@ -68,22 +68,22 @@ def check(config: CheckConfig) -> Iterator[CheckedImage]:
 
 @contextmanager
 def checking(config: CheckConfig, interrupts: Interrupts | None = None) -> Iterator["Check"]:
-    """Load and check all that a check needs, and keep the drift state when it is over.
+    """Load and validate the inputs of a check, and write the drift state at its end.
 
-    The state is kept too where a signal or the caller ends it early: it then counts the images
-    that were handed out. An error leaves it as it was.
+    If a signal or the caller ends the check early, the state is written too. It then includes the
+    images that were yielded. After an error, the state is unchanged.
 
     Parameters
     ----------
     config
-        What to check.
+        The images to check, and the signature.
     interrupts
-        Where signals arrive; by default they are left to the caller.
+        Handles signals; by default the caller does.
 
     Raises
     ------
     CovcliError
-        As `check` does.
+        For the same reasons as `check`.
     """
     signals = interrupts or Interrupts()
     checkpoint, signature = find_files(config)
@@ -105,7 +105,7 @@ def checking(config: CheckConfig, interrupts: Interrupts | None = None) -> Itera
 
 
 def _watch(config: CheckConfig, judge: Judge) -> DriftWatch | None:
-    """Return the watch that goes on from the state's file, or begins; None without one."""
+    """Return the drift watch, continued from the state's file if there is one; None without."""
     if config.drift is None:
         return None
     path = config.drift_state
@@ -123,22 +123,22 @@ def _watch(config: CheckConfig, judge: Judge) -> DriftWatch | None:
 
 @dataclass
 class Check:
-    """Images that are being checked.
+    """A running check.
 
     Attributes
     ----------
     config
-        What was to be checked.
+        Its configuration.
     checkpoint, signature, judge
-        By what.
+        The files, and the judge that was loaded from them.
     named
         The images.
     watch
-        What watches their stream; None where nobody asked.
+        The drift watch; None without one.
     interrupts
-        Where signals arrive.
+        Handles signals.
     tally
-        Counts what was handed out.
+        Counts the yielded results.
     """
 
     config: CheckConfig
@@ -151,9 +151,9 @@ class Check:
     tally: Tally = field(default_factory=Tally)
 
     def batches(self) -> Iterator[list[CheckedImage]]:
-        """Yield the images in order, some at a time; every rank yields all of them.
+        """Yield the results in order, in batches; every rank yields all of them.
 
-        While the caller works on some of them, a signal waits.
+        Signals are deferred while the caller processes a batch.
         """
         judge, ranks = self.judge, distributed.size()
         points, shape = judge.signature.points, judge.model.spec.shape
@@ -172,11 +172,11 @@ class Check:
                         yield self._counted(images)
 
     def summary(self) -> CheckSummary:
-        """Return the sum of what was handed out so far."""
+        """Return a summary of the results that were yielded so far."""
         return self.tally.summary(None if self.watch is None else self.watch.status)
 
     def keep(self) -> None:
-        """Write the drift state, if it has a file; the first rank does."""
+        """Write the drift state, if it has a file; only the first rank writes."""
         path = self.config.drift_state
         if self.watch is not None and path is not None and distributed.is_first():
             with self.interrupts.saving():
@@ -195,7 +195,7 @@ class Check:
         ]
 
     def _judged(self, logits: Tensor, neurons: Tensor) -> list[CheckedImage]:
-        """Return what is said of each image of a batch; the names are not known here."""
+        """Return the result of each image of a batch, without its name."""
         judge = self.judge
         verdicts = judge(logits, neurons)
         softmax = 1 - softmax_score(logits.cpu())
@@ -217,20 +217,20 @@ class Check:
         ranked = shares.argsort(dim=1, descending=True, stable=True)[:, :POINTS].tolist()
         points = self.judge.signature.points
         return [
-            tuple(PointTold(points[j].name, float(shares[i, j])) for j in told)
-            for i, told in enumerate(ranked)
+            tuple(PointTold(points[j].name, float(shares[i, j])) for j in largest)
+            for i, largest in enumerate(ranked)
         ]
 
     def _counted(self, images: list[CheckedImage]) -> list[CheckedImage]:
-        """Show images to the watch, and count them."""
+        """Update the drift watch with the images, and count them."""
         if self.watch is not None:
             seen = [image for image in images if image.score is not None]
             values = self.watch.update(
                 [image.score or 0.0 for image in seen], [image.path for image in seen]
             )
-            told = iter(values.tolist())
+            logs = iter(values.tolist())
             images = [
-                image if image.score is None else replace(image, log10_martingale=next(told))
+                image if image.score is None else replace(image, log10_martingale=next(logs))
                 for image in images
             ]
         self.tally.add(images)

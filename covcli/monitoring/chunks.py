@@ -1,7 +1,7 @@
-"""What a command is to look at: files, folders, sets and lists, read in chunks as they are needed.
+"""The images of a command: files, folders, data sets and lists, read in chunks on demand.
 
-No more than a few chunks are in memory. Which images make a chunk depends on what is named alone,
-so that any number of ranks compute the same bits.
+Only a few chunks are in memory at a time. The images of a chunk depend on the names only, so any
+number of ranks computes the same bits.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ from covcli.data.registry import say_once
 
 T = TypeVar("T")
 STDIN = "-"
-BLOCK = 1 << 16  # bytes of a list that are asked for at once
-AHEAD = 1  # chunks that are read while the network is at another
+BLOCK = 1 << 16  # bytes of a list that are read at once
+AHEAD = 1  # chunks that are read in advance while the network runs
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Chunk:
     Attributes
     ----------
     names
-        What they are called, in their order.
+        Their names, in order.
     pixels
-        Those that can be read, uint8 of shape (n, C, H, W).
+        The readable ones, uint8 of shape (n, C, H, W).
     reasons
-        Why an image cannot be read, or None, for each of the names.
+        For each name, the reason why its image cannot be read, or None.
     """
 
     names: list[str]
@@ -62,19 +62,19 @@ Part: TypeAlias = "Path | ImageSet | Iterator[str]"
 
 
 class Named:
-    """Everything that was named, found and checked; nothing has been read yet.
+    """The named images; their names are resolved and validated, but no image is read yet.
 
     Parameters
     ----------
     names
         Image files, folders, specifications of data, or "-".
     data_dir
-        The folder that downloaded sets live in.
+        The folder of downloaded data sets.
 
     Raises
     ------
     CovcliError
-        If a name is of nothing, or of two things; if a folder holds no image or a set is bad.
+        If a name is unknown or ambiguous, a folder contains no image, or a data set is invalid.
     """
 
     def __init__(self, names: Sequence[str], data_dir: Path | None) -> None:
@@ -83,10 +83,10 @@ class Named:
         self._parts = [_part(name, data_dir) for name in names]
 
     def chunks(self, size: int, shape: Shape) -> Iterator[Reader]:
-        """Yield what reads each chunk of at most so many images, in their order.
+        """Yield a function for each chunk of at most `size` images that reads it, in order.
 
-        Each must be called before the next one is, or not at all. Neighbouring files, folders and
-        lists are chunked as one.
+        Call each before the next one is called, or not at all. Consecutive files, folders and
+        lists are joined before they are divided into chunks.
         """
         most = reading.current().max_pixels
         for is_set, parts in groupby(self._parts, lambda part: isinstance(part, ImageSet)):
@@ -100,7 +100,7 @@ class Named:
 
 
 def _part(name: str, data_dir: Path | None) -> Part:
-    """Return a file or folder, a set, or the names on standard input."""
+    """Return a file or folder, a data set, or the names on standard input."""
     if name == STDIN:
         return _listed()
     dataset = name.partition("?")[0].partition(":")[0]
@@ -122,7 +122,7 @@ def _part(name: str, data_dir: Path | None) -> Part:
 
 
 def _existing(name: str) -> Path | None:
-    """Return the path that a name stands for: as it is written, or with `%E9` for a byte or `~`."""
+    """Return the existing path of a name: as written, with `%E9` for a byte, or with `~`."""
     if not name:
         raise CovcliError("an empty name", where=repr(name))
     bytewise = os.fsdecode(unquote_to_bytes(name))
@@ -148,27 +148,27 @@ def _paths(part: Path | Iterator[str]) -> Iterator[str]:
 
 
 def _listed() -> Iterator[str]:
-    """Return the names on standard input; ranks get a list that the first of them reads whole."""
+    """Return the names on standard input; with several ranks, the first reads the whole list."""
     if distributed.size() == 1:
         return read_list(0)
     return iter(distributed.agree(list(read_list(0)) if distributed.is_first() else []))
 
 
 def read_list(descriptor: int) -> Iterator[str]:
-    """Yield the names of a list, each as soon as its end has come.
+    """Yield the names of a list, each as soon as it is complete.
 
-    Names end with NUL where the first block of the list holds one, else with a newline. Empty
-    names are passed over. Any bytes can be a name.
+    Names end with NUL if the first block of the list contains one, otherwise with a newline. Empty
+    names are ignored. A name may contain any other bytes.
 
     Parameters
     ----------
     descriptor
-        Where it is read.
+        The file descriptor of the list.
 
     Raises
     ------
     CovcliError
-        If it cannot be read, or NUL comes up among lines.
+        If it cannot be read, or a list of lines contains NUL.
     """
     ending, rest = b"", b""
     try:
@@ -257,10 +257,10 @@ def _names(images: ImageSet, rows: Tensor) -> list[str]:
 
 
 def ahead(items: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """Yield what each of the callables returns, calling the next one meanwhile.
+    """Yield what each of the callables returns, and call the next one in the background.
 
-    A thread calls them, which nobody waits for in the end: it may be waiting for a list whose
-    writer is still at work.
+    A thread calls them. It is not joined at the end, because it may be waiting for a list whose
+    writer is still running.
     """
     done: queue.Queue[tuple[bool, Any]] = queue.Queue(AHEAD)
     left = threading.Event()

@@ -1,4 +1,4 @@
-"""What `check` is told."""
+"""Configuration of `check`."""
 
 import os
 from dataclasses import dataclass
@@ -18,32 +18,32 @@ FAULTS = ("untrusted", "unsure", "unreadable", "drift")  # what a command can fa
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """What `check` is told; `None` takes the newest run's, or the signature's own.
+    """Configuration of `check`; `None` selects the newest run, or the signature's own value.
 
     Attributes
     ----------
     images
-        What to check, in order: image files, folders, specifications of data, or "-" for a list of
-        files on standard input.
+        The images, in order: image files, folders, specifications of data sets, or "-" for a list
+        of files on standard input.
     checkpoint, signature, method
         The files; by default the newest of the newest run, or the newest signature of a method.
     alpha, guarantee, max_error
         See `covcli.signature.guarantee.Guarantee`.
     why
-        Whether to name the three coverage points that tell most of each image.
+        Whether to name the three coverage points with the largest shares of each image's score.
     drift
-        With at least probability 1 − δ the stream raises no alarm while nothing has changed; None
-        watches for none.
+        δ in (0, 1): while nothing changes, the probability of any drift alarm is at most δ. None
+        for no drift watch.
     drift_state
-        The file that keeps what the watch has seen from one call to the next.
+        The file of the drift watch's state, which continues from one call to the next.
     batch_size
-        How many images to run at once; 0: as many as `evaluate` does.
+        How many images to run at once; 0 selects the number that `evaluate` uses.
     runs
         The folder of run folders.
     data_dir, device
         As in `covcli.SignatureConfig`.
     seed
-        Of the lots that decide between equal scores, in a watch that begins.
+        Seed of the random numbers that order equal scores, for a new drift watch.
 
     Examples
     --------

@@ -29,38 +29,37 @@ STATE = files.Format(
 
 @dataclass(frozen=True)
 class DriftStatus:
-    """What a watch has seen so far. Images are numbered from 1 on, over all calls.
+    """The state of a drift watch. Images are numbered from 1 on, over all calls.
 
     Attributes
     ----------
     delta
-        With at least probability 1 − δ there is never an alarm while nothing has changed.
+        δ: while nothing changes, the probability that there is ever an alarm is at most δ.
     run_length
-        Between two quick alarms, while nothing has changed, lie at least so many images in the
-        mean.
+        While nothing changes, the mean number of images between two quick alarms is at least this.
     seed
-        Of the lots that decide between equal scores.
+        Seed of the random numbers that order equal scores.
     images
-        How many images were seen.
+        Number of images so far.
     log10_martingale
-        The decimal logarithm of the martingale after the last of them.
+        The decimal logarithm of the martingale after the last image.
     log10_highest
-        The highest that it has been; the alarm is at log10(1/δ), and is never taken back.
+        Its highest value. The alarm is raised at log10(1/δ), and is permanent.
     log10_lowest
-        The lowest that it has been until the alarm.
+        Its lowest value before the alarm.
     lowest_image
-        The image after which that was (0: the beginning): the change came about there, if one
-        came.
+        The image after which it was lowest (0: the start). After an alarm, this is the estimate of
+        where the change began.
     alarm_image
-        The image that the alarm came with; None without one.
+        The image that raised the alarm; None without an alarm.
     alarm_name
-        What that image was called; None where nothing was said.
+        The name of that image; None if it was not given.
     log10_quick
-        The decimal logarithm of the Shiryaev-Roberts statistic; minus infinity at the beginning.
+        The decimal logarithm of the Shiryaev-Roberts statistic; minus infinity at the start.
     quick_alarms
-        How often it has reached the run length, and begun anew.
+        How often the statistic reached the run length, and was reset.
     quick_image
-        The image that the last of them came with; None without one.
+        The image that raised the last quick alarm; None without one.
     """
 
     delta: Share
@@ -86,28 +85,28 @@ class DriftStatus:
 class DriftWatch:
     """Watches whether the images of a stream are still like those that calibrated a monitor.
 
-    A verdict's false-alarm rate is promised for images that are exchangeable with the calibration
-    images. The watch tests just that, on the scores: each new image is ranked among the scores
-    that rank the monitor's p-values and all images seen since, and a martingale bets against these
-    ranks being uniform. While nothing has changed, an alarm ever comes with a probability of at
-    most δ, however long one watches. What it cannot see is a change that leaves the scores as they
-    are, and one that comes so slowly that it becomes what is usual.
+    The false-alarm rate of verdicts is guaranteed for images that are exchangeable with the
+    calibration images. The watch tests this assumption on the scores: it ranks each new image among
+    the calibration scores and all images seen since, and a martingale bets against these ranks
+    being uniform. While nothing changes, the probability that an alarm is ever raised is at most δ,
+    for a stream of any length. The watch does not detect a change that leaves the scores
+    unchanged. It may miss a change that is very slow.
 
     Parameters
     ----------
     monitor
         A monitor, or its judge.
     delta
-        The probability of ever raising a false alarm, in (0, 1).
+        The largest probability of ever raising a false alarm, in (0, 1).
     run_length
-        How many images lie between two false quick alarms, in the mean, at least.
+        The least mean number of images between two false quick alarms.
     seed
-        Of the lots that decide between equal scores.
+        Seed of the random numbers that order equal scores.
 
     Raises
     ------
     CovcliError
-        If a number is out of its bounds.
+        If a number is out of bounds.
 
     Examples
     --------
@@ -141,14 +140,14 @@ class DriftWatch:
         self._martingale = Martingale.begin()
 
     def update(self, seen: Verdicts | ArrayLike, names: Sequence[str] = ()) -> Floats:
-        """Take the next images of the stream, in their order.
+        """Process the next images of the stream, in order.
 
         Parameters
         ----------
         seen
             Their verdicts, or their scores, float64 of shape (B,).
         names
-            What they are called, to name the one that an alarm comes with; or nothing.
+            Their names, used to name the image that raises an alarm; optional.
 
         Returns
         -------
@@ -166,18 +165,18 @@ class DriftWatch:
         first = self.status.images
         ranked = self._bag.rank(scores, lots(self.status.seed, first, len(scores)))
         values = np.empty(len(scores))
-        told = _Told(asdict(self.status))
+        running = _RunningStatus(asdict(self.status))
         for i, p in enumerate(ranked.tolist()):
             self._martingale.step(p)
             values[i] = float(self._martingale.log) / math.log(10)
             quick = float(self._martingale.quick) / math.log(10)
-            if told.see(values[i], quick, names[i] if names else None):
+            if running.see(values[i], quick, names[i] if names else None):
                 self._martingale.quick = np.array(-math.inf)
-        self.status = DriftStatus(**told.fields)
+        self.status = DriftStatus(**running.fields)
         return values
 
     def save(self, path: Path | str) -> None:
-        """Write the state to a file, whole or not at all; `DriftWatch.load` goes on with it.
+        """Write the state to a file, atomically; `DriftWatch.load` continues from it.
 
         Raises
         ------
@@ -194,12 +193,12 @@ class DriftWatch:
 
     @classmethod
     def load(cls, path: Path | str, monitor: Monitor | Judge) -> Self:
-        """Read a state that `save` wrote, of the same signature.
+        """Read a state that `save` wrote, for the same signature.
 
         Raises
         ------
         CovcliError
-            If the file is missing, damaged, of another kind, or of another signature.
+            If the file is missing, damaged, of another kind, or belongs to another signature.
         """
         path = Path(path)
         content = STATE.load(path)
@@ -220,25 +219,25 @@ class DriftWatch:
 
 
 @dataclass
-class _Told:
-    """The fields of a status while images come in."""
+class _RunningStatus:
+    """The fields of a status during an update."""
 
     fields: dict[str, Any]
 
     def see(self, log10: float, quick: float, name: str | None) -> bool:
-        """Take the values after one more image; return whether the quick alarm sounds."""
-        told = self.fields
-        told["images"] += 1
-        told["log10_martingale"], told["log10_quick"] = log10, quick
-        told["log10_highest"] = max(told["log10_highest"], log10)
-        if told["alarm_image"] is None and log10 >= -math.log10(told["delta"]):
-            told["alarm_image"], told["alarm_name"] = told["images"], name
-        if told["alarm_image"] is None and log10 < told["log10_lowest"]:
-            told["log10_lowest"], told["lowest_image"] = log10, told["images"]
-        if quick < math.log10(told["run_length"]):
+        """Record the values after one more image; return whether there is a quick alarm."""
+        status = self.fields
+        status["images"] += 1
+        status["log10_martingale"], status["log10_quick"] = log10, quick
+        status["log10_highest"] = max(status["log10_highest"], log10)
+        if status["alarm_image"] is None and log10 >= -math.log10(status["delta"]):
+            status["alarm_image"], status["alarm_name"] = status["images"], name
+        if status["alarm_image"] is None and log10 < status["log10_lowest"]:
+            status["log10_lowest"], status["lowest_image"] = log10, status["images"]
+        if quick < math.log10(status["run_length"]):
             return False
-        told["quick_alarms"] += 1
-        told["quick_image"] = told["images"]
+        status["quick_alarms"] += 1
+        status["quick_image"] = status["images"]
         return True
 
 
@@ -247,7 +246,7 @@ def _judge(monitor: Monitor | Judge) -> Judge:
 
 
 def _identity(judge: Judge) -> str:
-    """Return a digest of all that scores depend on, and of those that begin the bag."""
+    """Return a digest of everything that determines scores, and of the calibration scores."""
     signature, calibration = judge.signature, judge.calibration
     state = files.fingerprint(signature.state.tensors)
     parts = [signature.fingerprint, signature.method.spec(), state, vars(calibration.combination)]

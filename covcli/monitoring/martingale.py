@@ -1,9 +1,10 @@
-"""Conformal test martingales: bets that what arrives is no longer exchangeable with what came.
+"""Conformal test martingales: bets that new data is not exchangeable with earlier data.
 
-While it is, conformal p-values over the growing bag are independent and uniform (Vovk, Gammerman
-and Shafer, "Algorithmic learning in a random world", 2nd edition, 2022, chapter 8). So whoever
-bets against that wins nothing in the mean: their capital is a martingale, and with probability at
-least 1 − δ it never reaches 1/δ times what they began with (Ville's inequality, 1939).
+While it is exchangeable, conformal p-values over the growing bag are independent and uniform
+(Vovk, Gammerman and Shafer, "Algorithmic learning in a random world", 2nd edition, 2022,
+chapter 8). Betting against this has an expected gain of zero: the capital is a martingale, and with
+probability at least 1 − δ it never reaches 1/δ times the initial capital (Ville's inequality,
+1939).
 """
 
 import math
@@ -15,25 +16,25 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-# A score is rounded down to 16 bits behind the leading one. Whatever is done to each score by
-# itself keeps scores exchangeable, and equal ones are told apart by lot: the theory stays exact,
-# while 65,536 cells hold all scores from one power of two to the next.
+# A score is rounded down to 16 bits after the leading one. A function that is applied to each score
+# separately keeps scores exchangeable, and equal scores are ordered at random: the theory stays
+# exact. 65,536 cells contain all scores from one power of two to the next.
 DROPPED_BITS = 52 - 16
-RECENT = 4096  # scores that are kept in a list before they join the array
+RECENT = 4096  # scores that are kept in a list before they are merged into the array
 EDGE = 2.0**-53
-# How much of the capital is spread over the bets anew before each image; the capital begins in
-# equal parts, one for each rate.
+# The share of the capital that is redistributed over the bets before each image; initially there
+# is an equal capital for each rate.
 RATES = np.array([1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
 POWERS = np.array([0.5, 0.75, 0.9])
 
 
 def cells(scores: ArrayLike) -> Integers:
-    """Return the cells that scores lie in, in the order of the scores.
+    """Return the cells of scores; cells are ordered as scores are.
 
     Parameters
     ----------
     scores
-        float64, no NaN among them.
+        float64, without NaN.
 
     Examples
     --------
@@ -42,23 +43,23 @@ def cells(scores: ArrayLike) -> Integers:
     (True, True)
     """
     bits = (np.asarray(scores, np.float64) + 0.0).view(np.int64)  # −0 is 0
-    # Negative numbers are stored as sign and size: turned over they ascend.
+    # Negative numbers are stored as sign and magnitude: with inverted bits they ascend.
     ordered: Integers = np.where(bits < 0, bits ^ np.int64(2**63 - 1), bits)
     return ordered >> DROPPED_BITS
 
 
 class Bag:
-    """Scores, of which new ones are ranked before they join them.
+    """A multiset of scores; new scores are ranked and then added.
 
-    Memory is 16 bytes for each cell that holds a score: some megabytes, however many scores
-    there are. A score takes the time of a binary search, and now and then that of a merge.
+    It needs 16 bytes for each cell that contains a score: a few megabytes for any number of
+    scores. Adding a score takes a binary search, and occasionally a merge.
 
     Parameters
     ----------
     held
-        Cells that hold scores, ascending, each once.
+        The cells that contain scores, ascending and distinct.
     counts
-        How many scores each of them holds.
+        The number of scores in each of them.
     """
 
     def __init__(self, held: Integers, counts: Integers) -> None:
@@ -76,25 +77,25 @@ class Bag:
 
     @property
     def content(self) -> tuple[Integers, Integers]:
-        """The cells that hold scores, ascending, and how many each of them holds."""
+        """The cells that contain scores, ascending, and the number of scores in each."""
         self._merge()
         return self._held, np.diff(self._ends)
 
     def rank(self, scores: ArrayLike, lots: ArrayLike) -> Floats:
-        """Put scores into the bag one after another, and return the p-value of each.
+        """Add scores to the bag one after another, and return the p-value of each.
 
         Parameters
         ----------
         scores
             float64 of shape (B,).
         lots
-            Numbers drawn uniformly from (0, 1), shape (B,): they decide between equal scores.
+            Numbers drawn uniformly from (0, 1), shape (B,). They order equal scores.
 
         Returns
         -------
         ndarray
-            Of each score s, (#{greater} + lot · #{equal}) / n among the n that are in the bag with
-            it, float64 of shape (B,), in (0, 1).
+            For each score, (#{greater} + lot · #{equal}) / n among the n scores in the bag, itself
+            included, float64 of shape (B,), in (0, 1).
 
         Examples
         --------
@@ -131,9 +132,9 @@ class Bag:
 
 
 def lots(seed: int, first: int, count: int) -> Floats:
-    """Return the numbers in (0, 1) that decide between equal scores, by the images' numbers.
+    """Return the random numbers in (0, 1) that order equal scores, for consecutive images.
 
-    They depend on the seed and the image's number alone, so that a watch goes on where it stood.
+    They depend on the seed and the image's number only, so a watch can continue from a file.
 
     Examples
     --------
@@ -146,11 +147,11 @@ def lots(seed: int, first: int, count: int) -> Floats:
 
 
 def payoffs(p_values: ArrayLike) -> Floats:
-    """Return what each bet pays on a p-value, for a stake of one.
+    """Return what each bet pays for a p-value, for a stake of one.
 
-    The first bet keeps its stake. The others are powers, ε·p^(ε − 1) and ε·(1 − p)^(ε − 1): the
-    first kind wins where scores grow, the second where they shrink. Each is a density, so that in
-    the mean over a uniform p none wins.
+    The first bet returns its stake. The others are powers, ε·p^(ε − 1) and ε·(1 − p)^(ε − 1): the
+    first kind gains if scores grow, the second if they shrink. Each is a density, so for a
+    uniform p the expected payoff is one.
 
     Parameters
     ----------
@@ -168,24 +169,24 @@ def payoffs(p_values: ArrayLike) -> Floats:
 
 
 BETS = 1 + 2 * len(POWERS)
-# Half of what is spread goes to the bet that keeps its stake.
+# Half of the redistributed capital goes to the bet that returns its stake.
 SPREAD = np.array([0.5] + [0.5 / (BETS - 1)] * (BETS - 1))
 
 
 @dataclass
 class Martingale:
-    """Capital that is bet against uniform p-values, for one stream or several side by side.
+    """Capital that is bet against uniform p-values, for one stream or several in parallel.
 
-    At each of several rates J some capital follows the bets that have paid: before each image the
-    share J of it is spread over all bets anew (the composite jumper; Vovk and others, "Retrain or
-    not retrain: conformal test martingales for change-point detection", 2021). What stands in the
-    bets at all rates is the martingale; that the rates share what they begin with costs a factor of
-    at most their number.
+    There is one capital for each of several rates J. Before each image, the share J of it is
+    redistributed over all bets; the rest stays with the bets that have paid (the composite jumper;
+    Vovk and others, "Retrain or not retrain: conformal test martingales for change-point
+    detection", 2021). The martingale is the mean of the capitals. Compared with the best rate,
+    it loses a factor of at most the number of rates.
 
     Attributes
     ----------
     shares
-        How the capital at each rate lies in the bets, float64 of shape (*S, rates, bets).
+        The share of each bet in the capital of each rate, float64 of shape (*S, rates, bets).
     capital
         The logarithm of the capital at each rate, float64 of shape (*S, rates).
     quick
@@ -198,7 +199,7 @@ class Martingale:
 
     @classmethod
     def begin(cls, shape: tuple[int, ...] = ()) -> "Martingale":
-        """Return streams of that shape that have seen nothing."""
+        """Return the initial state of streams, of shape S."""
         return cls(
             np.broadcast_to(SPREAD, (*shape, len(RATES), BETS)).copy(),
             np.zeros((*shape, len(RATES))),
@@ -207,20 +208,20 @@ class Martingale:
 
     @property
     def log(self) -> Floats:
-        """The natural logarithm of the martingale, float64 of shape S; it begins with 0."""
+        """The natural logarithm of the martingale, float64 of shape S; initially 0."""
         value: Floats = np.logaddexp.reduce(self.capital, axis=-1) - math.log(len(RATES))
         return value
 
     def step(self, p_values: ArrayLike) -> None:
         """Bet on the next p-value of each stream.
 
-        The Shiryaev-Roberts statistic becomes ψ' = (ψ + 1)·r, with r what the capital at the
-        highest rate has grown by: the sum over all earlier images of what betting from there on
-        would have made of one unit. ψ less the number of images is a martingale, so that with an
-        alarm and a new start at ψ ≥ c, the images from one false alarm to the next are at least
-        c in the mean (Shiryaev, 1963; Roberts, 1966; for conformal martingales Vovk and others,
-        2021). The sum is never below its largest term, the CUSUM statistic, so that it alarms
-        first.
+        The Shiryaev-Roberts statistic becomes ψ' = (ψ + 1)·r, where r is the growth factor of the
+        capital at the highest rate. ψ is a sum over all earlier images: of the capital that one
+        unit would have become if betting had started there. ψ minus the number of images is a
+        martingale. With an alarm and a reset at ψ ≥ c, the mean number of images between false
+        alarms is therefore at least c (Shiryaev, 1963; Roberts, 1966; for conformal martingales
+        Vovk and others, 2021). The sum is never below its largest term, the CUSUM statistic, so
+        it raises its alarm no later.
 
         Parameters
         ----------

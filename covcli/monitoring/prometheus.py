@@ -1,4 +1,4 @@
-"""What a check has found, as Prometheus text: for the textfile collector of a node exporter."""
+"""Results of a check as Prometheus text, for the textfile collector of a node exporter."""
 
 import math
 import time
@@ -15,7 +15,7 @@ Labelled = list[tuple[Mapping[str, str], float]]
 
 
 def write_metrics(path: Path, job: Check) -> None:
-    """Write what a check has found so far, whole or not at all.
+    """Write the results of a check so far, atomically.
 
     Raises
     ------
@@ -28,8 +28,7 @@ def write_metrics(path: Path, job: Check) -> None:
 def exposition(job: Check) -> str:
     """Return the metrics as text (Prometheus, "Exposition formats", version 0.0.4).
 
-    Each sample carries the label `signature`, so that several monitors on one machine can have a
-    file each.
+    Each sample has the label `signature`, so several monitors on one machine can each have a file.
     """
     mine = {"signature": str(real(job.signature))}
     text = ""
@@ -41,8 +40,8 @@ def exposition(job: Check) -> str:
 
 def _metrics(job: Check) -> Iterator[tuple[str, str, Labelled]]:
     summary, spec = job.summary(), job.judge.model.spec
-    told = {"version": __version__, "network": spec.name}
-    yield "covcli_monitor_info", "What checked the images.", [(told, 1.0)]
+    monitor = {"version": __version__, "network": spec.name}
+    yield "covcli_monitor_info", "What checked the images.", [(monitor, 1.0)]
     yield "covcli_check_timestamp_seconds", "When this was written.", [({}, time.time())]
     counts: Labelled = [({"verdict": v}, float(n)) for v, n in summary.verdicts.items()]
     yield "covcli_check_images", "Images of the last check, by verdict.", counts

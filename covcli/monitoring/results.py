@@ -1,4 +1,4 @@
-"""What `check` finds: a result an image, and their sum."""
+"""Results of `check`: one result for each image, and a summary."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ VERDICTS = (TRUSTED, UNSURE, UNTRUSTED, UNREADABLE)
 
 @dataclass(frozen=True)
 class PointTold:
-    """How much one coverage point adds to an image's score: its name, and its share of it."""
+    """The contribution of a coverage point to an image's score: its name, and its share."""
 
     name: str
     share: float
@@ -24,20 +24,20 @@ class PointTold:
 
 @dataclass(frozen=True)
 class CheckedImage:
-    r"""What is said of one image. Where it cannot be read, there are but its path and the reason.
+    r"""The result of one image. If it cannot be read, only path, verdict and reason are set.
 
     Attributes
     ----------
     path
-        The file, or the specification and the row; bytes that are no UTF-8 are spelled out, as in
+        The file, or the specification and the row. Bytes that are not UTF-8 are escaped, as in
         `caf\xe9.png`.
     verdict
         "trusted", "unsure" (a familiar image, an answer that does not pass), "untrusted" (a
         foreign or attacked image) or "unreadable".
     predicted
-        The number of the most probable class.
+        The index of the most probable class.
     class_name
-        Its name.
+        The name of this class.
     softmax_confidence
         The highest softmax probability.
     score, p_value, confidence
@@ -45,7 +45,7 @@ class CheckedImage:
     reason
         Why an image cannot be read; None for others.
     why
-        The coverage points that tell most, in their order; None where nobody asked.
+        The coverage points with the largest shares, in descending order; None if not requested.
     log10_martingale
         The decimal logarithm of the drift martingale after the image; None without a watch.
     """
@@ -65,16 +65,16 @@ class CheckedImage:
 
 @dataclass(frozen=True)
 class CheckSummary:
-    """What is said of all images of a call.
+    """A summary of all images of a check.
 
     Attributes
     ----------
     images
-        How many were named, those that cannot be read included.
+        The number of images, including unreadable ones.
     verdicts
-        How many got each verdict.
+        The number of images by verdict.
     drift
-        The state of the watch after them; None without one.
+        The state of the drift watch after the last image; None without a watch.
     """
 
     images: int
@@ -86,19 +86,19 @@ class CheckSummary:
         return sum(self.verdicts[v] for v in verdicts) / self.images if self.images else 0.0
 
     def faults(self, named: Sequence[str], most: float | None) -> list[str]:
-        """Return what a caller wants to fail on, a sentence each; none if all is well.
+        """Return the faults on which a command has to fail, one sentence each; empty without.
 
         Parameters
         ----------
         named
-            Verdicts, or "drift"; without a verdict, and with `most`, "untrusted".
+            Verdicts, or "drift". Without a verdict, and with `most`, "untrusted" is used.
         most
-            The share of all images that may have one of those verdicts; None for none of them.
+            The largest allowed share of images with one of these verdicts; None allows none.
 
         Raises
         ------
         CovcliError
-            If a name is none of `FAULTS`, or drift was not watched for.
+            If a name is not in `FAULTS`, or there is no drift watch.
         """
         check_faults(named, most, self.drift is not None)
         verdicts = [fault for fault in named if fault != "drift"]
@@ -115,7 +115,7 @@ class CheckSummary:
 
 
 def check_faults(named: Sequence[str], most: float | None, watched: bool) -> None:
-    """Raise a CovcliError if what a command is to fail on cannot be."""
+    """Raise a CovcliError if the options for failing are invalid."""
     if most is not None and not 0 <= most < 1:
         raise CovcliError("must be at least 0 and below 1", where=f"--max-share {most:g}")
     for fault in named:
@@ -129,7 +129,7 @@ def check_faults(named: Sequence[str], most: float | None, watched: bool) -> Non
 
 @dataclass
 class Tally:
-    """Counts results as they come, in the memory of a few: p-values have few different values."""
+    """Counts of results. They need little memory, because p-values have few distinct values."""
 
     verdicts: Counter[str] = field(default_factory=Counter)
     p_values: Counter[float] = field(default_factory=Counter)
@@ -145,7 +145,7 @@ class Tally:
         return CheckSummary(self.verdicts.total(), counts, drift)
 
     def quantile(self, share: float) -> float:
-        """Return the smallest p-value that at least this share does not exceed; NaN without any.
+        """Return the smallest p-value that at least this share of images does not exceed, or NaN.
 
         Examples
         --------

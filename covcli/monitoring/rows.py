@@ -1,4 +1,4 @@
-"""Results of a check as they come: a line an image in a table, CSV or JSON, and a summary."""
+"""Output of a check, line by line: a table, CSV or JSON, and a summary."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from covcli.monitoring.prometheus import write_metrics
 from covcli.monitoring.results import CheckedImage, CheckSummary
 from covcli.reporting.terminal import say
 
-REFRESH_SECONDS = 15.0  # how often metrics are written while images come in
+REFRESH_SECONDS = 15.0  # the interval at which metrics are written
 PLAIN = (
     "path", "predicted", "class_name", "softmax_confidence", "score", "p_value", "confidence",
     "verdict", "reason",
@@ -28,29 +28,29 @@ PLAIN = (
 
 
 class Writer(Protocol):
-    """Words results in one format."""
+    """Formats results."""
 
     def begin(self) -> str:
-        """Return what stands before the first image."""
+        """Return the text before the first image."""
 
     def lines(self, images: Sequence[CheckedImage]) -> str:
-        """Return what is written of some images."""
+        """Return the text for some images."""
 
     def end(self) -> str:
-        """Return what stands behind the last image."""
+        """Return the text after the last image."""
 
 
 def show(job: Check, form: RowFormat, metrics: Path | None, prints: bool) -> None:
-    """Check the images and write each result as it comes; stop where nobody reads any more.
+    """Check the images and write each result immediately; stop if stdout is closed.
 
     Parameters
     ----------
     job
-        What is to be checked.
+        The check.
     form
         The format on stdout.
     metrics
-        A file of metrics, written at the end and every 15 seconds; None for none.
+        A file of metrics, written every 15 seconds and at the end; None for none.
     prints
         Whether this rank writes anything.
     """
@@ -69,12 +69,12 @@ def show(job: Check, form: RowFormat, metrics: Path | None, prints: bool) -> Non
 
 
 def chosen_format(named: RowFormat | None, as_json: bool) -> RowFormat:
-    """Return the format that was asked for; by default a table on a terminal, and CSV elsewhere.
+    """Return the requested format; by default a table on a terminal, and CSV elsewhere.
 
     Raises
     ------
     CovcliError
-        If `--json` and another format are asked for.
+        If both `--json` and another format are requested.
     """
     if as_json and named not in (None, "json"):
         raise CovcliError("and --json exclude each other", where=f"--format {named}")
@@ -84,7 +84,7 @@ def chosen_format(named: RowFormat | None, as_json: bool) -> RowFormat:
 
 
 def _emit(text: str, prints: bool) -> None:
-    """Write text to stdout now: in UTF-8 to a pipe, whatever the locale, so no name is changed."""
+    """Write text to stdout immediately; to a pipe in UTF-8 in every locale, to keep names exact."""
     if not prints or not text:
         return
     stream = output.results()
@@ -110,7 +110,7 @@ def _columns(job: Check) -> list[str]:
 
 @dataclass(frozen=True)
 class _Csv:
-    """A table that other programs read; without a value a cell is empty."""
+    """Comma-separated values; without a value a cell is empty."""
 
     job: Check
 
@@ -134,16 +134,16 @@ def _row(cells: Iterable[object]) -> str:
 def _cells(image: CheckedImage, columns: Sequence[str]) -> Iterator[object]:
     for name in columns:
         value = getattr(image, name)
-        yield _told(image, "; ") if name == "why" else "" if value is None else value
+        yield _why(image, "; ") if name == "why" else "" if value is None else value
 
 
-def _told(image: CheckedImage, between: str) -> str:
+def _why(image: CheckedImage, between: str) -> str:
     return between.join(f"{point.name} {100 * point.share:.1f}%" for point in image.why or ())
 
 
 @dataclass(frozen=True)
 class _JsonLines:
-    """A JSON object a line."""
+    """One JSON object per line."""
 
     job: Check
 
@@ -163,7 +163,7 @@ def _object(image: CheckedImage, job: Check) -> str:
 
 
 class _Json:
-    """One document, written piece by piece; without its end it is none, and no reader takes it."""
+    """One JSON document, written in parts; without its end it is not valid JSON."""
 
     def __init__(self, job: Check) -> None:
         self._job = job
@@ -194,7 +194,7 @@ class _Json:
 
 
 class _Table:
-    """Columns for readers; the path comes last, and is never cut."""
+    """Aligned columns; the path is the last one, and is never truncated."""
 
     def __init__(self, job: Check) -> None:
         names = [cell_len(one_line(name)) for name in job.judge.signature.classes]
@@ -217,7 +217,7 @@ class _Table:
             return self._line(image.verdict, "", [""] * 4, "", f"{path}: {one_line(image.reason)}")
         values = (image.softmax_confidence, image.score, image.p_value, image.confidence)
         log = image.log10_martingale
-        why = f"  ({_told(image, ', ')})" if image.why else ""
+        why = f"  ({_why(image, ', ')})" if image.why else ""
         return self._line(
             image.verdict, one_line(image.class_name or ""), [f"{value:.4g}" for value in values],
             "" if log is None else f"{log:.2f}", path + why,
@@ -233,20 +233,20 @@ class _Table:
 
 
 def describe(job: Check) -> None:
-    """Tell on stderr what the images were."""
+    """Print a summary on stderr."""
     for line in sentences(job.summary(), job.judge.rule.guarantee.alpha):
         say(line)
 
 
 def sentences(summary: CheckSummary, alpha: float) -> Iterator[str]:
-    """Word a summary.
+    """Yield a summary in sentences.
 
     Parameters
     ----------
     summary
-        What was found.
+        The summary.
     alpha
-        The false-alarm rate that is promised of images like the calibration images.
+        The guaranteed false-alarm rate of images exchangeable with the calibration images.
 
     Examples
     --------
