@@ -24,7 +24,11 @@ demo: install
 	$(BIN)/covcli train --trusted digits --untrusted photos --model vgg11 --epochs 8 --calibration-split 0.25 --name demo
 	$(BIN)/covcli build-signature $(DEMO)/checkpoint.pt
 	$(BIN)/covcli evaluate $(UNTRUSTED)
-	@echo "The report: $$($(BIN)/covcli report)"
+	@echo
+	@echo "What you see: a network of handwritten digits met photographs, noise, and digits"
+	@echo "changed to deceive it (attack:pgd). \"detected at α\": what covcli flagged of them."
+	@echo "\"softmax AUROC\": how well the network's own confidence does; 50 is chance."
+	@echo "The report: $$($(BIN)/covcli report --quiet)"
 
 # Detection on several networks, some trained here: DATA holds cifar10/*.npz, MNIST and FashionMNIST, and
 # VGG19 a VGG19's weights on CIFAR-10. About two hours on one core; what was done is not done again.
