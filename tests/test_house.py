@@ -11,7 +11,7 @@ WINGS = [
     "commands", "monitoring", "training", "evaluation", "signature", "attacks", "models",
     "reporting", "methods", "data", "core",
 ]  # fmt: skip
-COMMANDS = {"__main__", "cli", "options"}
+COMMANDS = {"__main__", "cli"}
 
 
 def rooms() -> dict[str, Path]:
