@@ -37,15 +37,12 @@ class Row:
     ----------
     network, score
         Names.
-    ours
-        Whether it is calibrated, and so differs between draws.
     draws
         AUROC by group and set, of each calibration draw; one entry of a baseline.
     """
 
     network: str
     score: str
-    ours: bool
     draws: list[Figures]
 
     def groups(self, group: str) -> list[float]:
@@ -170,10 +167,10 @@ def measured(subject: Subject, choice: Choice, progress: Progress) -> list[Row]:
         for seed in range(choice.draws):
             score = pool.calibration(name, seed, choice.calibrated).score
             draws.append(figures(score(own), {key: score(part) for key, part in evidence.items()}))
-        rows.append(Row(subject.name, f"covcli {name}", True, draws))
+        rows.append(Row(subject.name, f"covcli {name}", draws))
     for name in choice.baselines:
         one = figures(trusted.baselines[name], {k: s.baselines[name] for k, s in sets.items()})
-        rows.append(Row(subject.name, name, False, [one]))
+        rows.append(Row(subject.name, name, [one]))
     accuracy = 1 - float(wrong.double().mean())
     progress.note(f"{subject.name}: accuracy {100 * accuracy:.1f}%")
     return rows

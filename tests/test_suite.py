@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 
 import covcli
 from covcli.core.progress import Silent
@@ -83,7 +84,7 @@ def test_what_is_kept_is_not_computed_again(
 
 def test_ranks_are_taken_within_each_network(suite: ModuleType) -> None:
     def row(network: str, score: str, *draws: float) -> Any:
-        return suite.Row(network, score, True, [{"far": {"x": draw}} for draw in draws])
+        return suite.Row(network, score, [{"far": {"x": draw}} for draw in draws])
 
     by_score = {
         "first": [row("n", "first", 0.9, 0.8), row("m", "first", 0.2, 0.4)],
@@ -97,3 +98,14 @@ def test_ranks_are_taken_within_each_network(suite: ModuleType) -> None:
     mean, spread = suite.over_networks(by_score["first"], "far")
     assert mean == pytest.approx(100 * (0.9 + 0.8 + 0.2 + 0.4) / 4)
     assert spread == " ± 3.5"  # of the draws' means over the networks, 55 and 60
+
+
+def test_the_loss_is_judged_by_students_interval_corrected_for_the_comparisons(
+    suite: ModuleType,
+) -> None:
+    loss = importlib.import_module("confidence_loss")
+    before, after = [0.81, 0.83, 0.80, 0.84], [0.83, 0.84, 0.835, 0.84]
+    difference = loss.Difference.of(list(zip(before, after, strict=True)), comparisons=6)
+    low, high = stats.ttest_rel(after, before).confidence_interval(1 - 0.05 / 6)
+    assert difference.mean == pytest.approx(50 * (low + high))
+    assert difference.half == pytest.approx(50 * (high - low))
