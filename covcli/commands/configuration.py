@@ -23,6 +23,7 @@ LARGEST = 1 << 20  # bytes; a file of settings is far smaller
 GATE_OPTIONS = ("fail-under", "fail-over")
 # Settings that name images, and those that need the user's word whatever they say.
 IMAGES = {"trusted", "untrusted", "calibration"}
+PATHS = {"resume"}  # which a name of a run may be too
 GRAVE = {"plugin": "runs code", "force": "overwrites results"}
 WORD = "read the file, and say `covcli config --trust`, or give the option yourself"
 
@@ -139,7 +140,8 @@ def needs_word(parameter: str, value: Any) -> str | None:
     if parameter in IMAGES:
         outside = any(_names_outside(text) for text in values)
     else:
-        outside = any(isinstance(entry, Path) and _is_outside(entry) for entry in values)
+        paths = [Path(e) for e in values if isinstance(e, Path) or parameter in PATHS]
+        outside = any(_is_outside(path) for path in paths)
     return "reaches outside this folder" if outside else None
 
 

@@ -204,6 +204,8 @@ def test_images_outside_the_folder_need_a_word_wherever_they_are_named(here: Pat
         "folder:%2Fhome", "corrupt:fog?of=folder:/home", "csv:/x?root=y", "csv:x?root=/y",
     ):  # fmt: skip
         assert needs_word("untrusted", (text,)), text
+    assert needs_word("resume", "/home/me/runs/old")
+    assert needs_word("resume", "old") is None
     for text in ("mnist", "folder:photos", "noise:uniform?limit=9", "attack:pgd?eps=8/255"):
         assert needs_word("untrusted", (text,)) is None, text
 
