@@ -23,6 +23,7 @@ import time
 import traceback
 import warnings
 import xml.etree.ElementTree as ET
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -50,7 +51,10 @@ from covcli.methods import make_method
 from covcli.models import architectures
 from covcli.models import checkpoint as checkpoints
 from covcli.models.checkpoint import CHECKPOINT
+from covcli.monitoring.compare import compare
 from covcli.monitoring.drift import STATE, DriftWatch
+from covcli.monitoring.export import EXTRA, read_exported
+from covcli.monitoring.exported import ExportedMonitor, Verification
 from covcli.monitoring.inspect import as_table, inspect_file
 from covcli.reporting import per_image, pipelines, terminal
 from covcli.reporting import report as reports
@@ -79,7 +83,15 @@ READERS = {
     "earlier evaluation": "earlier", "signature": "signature_file", "checkpoint": "checkpoint",
     "bare weights": "bare", "paused training": "paused_training", "inspected file": "inspected",
     "configuration": "configuration", "drift state": "drift",
+    "exported program": "exported", "comparison": "comparison",
 }  # fmt: skip
+
+
+EXPORTED = ExportedMonitor(
+    1, "torch", "uint8", (3, 8, 8), "resize=cover,crop=8", (0.5,) * 3, (0.2,) * 3, ("logits",), (),
+    ("a", "b"), "tiny", "src", "channel", 0.05, "marginal", None, "All is well.", "1", "2",
+    Verification(2, 0, 0.0, 0.0, 0.0, 0.0, 0, 0, 0.1, 0), {"seed": 0},
+)  # fmt: skip
 
 
 @dataclass
@@ -375,6 +387,27 @@ class Target:
         watch = DriftWatch.load(path, self.judge)
         watch.update(np.linspace(-3, 9, 30), [mutations.hostile_text(chance)] * 30)
         watch.save(path)
+
+    def exported(self, chance: random.Random) -> None:
+        """Read what an exported program says of itself."""
+        path = self.folder / "x.pt2"
+        document = mutations.mutated_document(json.loads(EXPORTED.packed()), chance)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"x/extra/{EXTRA}", mutations.json_text(document, chance))
+        if chance.random() < 0.1:
+            path.write_bytes(mutations.mutated_bytes(path.read_bytes(), chance))
+        read_exported(path)
+
+    def comparison(self, chance: random.Random) -> None:
+        """Compare an evaluation, or a signature, with another one."""
+        if chance.random() < 0.7:
+            with contextlib.suppress(CovcliError):
+                self.evaluation(chance)
+            compare(self.run / "evaluation.json", self.folder / "changed" / "evaluation.json")
+            return
+        with contextlib.suppress(CovcliError):
+            self.signature_file(chance)
+        compare(self.signature, self.folder / "x.safetensors")
 
     def inspected(self, chance: random.Random) -> None:
         """Inspect a file that another reader has been given."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from covcli.core.errors import CovcliError
 from covcli.core.files import digest_file
-from covcli.core.opening import open_regular, reading
+from covcli.core.opening import is_folder, open_regular, reading
 from covcli.core.specs import amount
 from covcli.monitoring.changed_figures import (
     EvaluatedRelease,
@@ -149,7 +149,7 @@ class _Release:
 
     @classmethod
     def at(cls, path: Path) -> "_Release":
-        if path.is_dir():
+        if is_folder(path):
             signature_files = sorted(
                 path.glob("*.safetensors"), key=lambda file: file.stat().st_mtime
             )
