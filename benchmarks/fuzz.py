@@ -431,7 +431,7 @@ def _configured(chance: random.Random) -> None:
     """Make a configuration with one value that is hard to take."""
     kind = chance.choice([TrainConfig, SignatureConfig, EvaluationConfig, MergeConfig])
     name = chance.choice([f.name for f in fields(kind)])
-    value: Any = chance.choice([mutations.hostile_text(chance), *mutations.VALUES])
+    value: Any = chance.choice([mutations.hostile_text(chance), mutations.any_value(chance)])
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         value = chance.choice([value, float(value), int(value)])
     needed: dict[str, Any] = {

@@ -12,6 +12,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ def hostile_text(chance: random.Random) -> str:
     return chance.choice(chance.choice([NAMES, NUMBERS]))
 
 
+def any_value(chance: random.Random) -> Any:
+    """Return a value at the edge of its type: a copy, which a mutation may change."""
+    return deepcopy(chance.choice(VALUES))
+
+
 def mutated_document(document: Any, chance: random.Random) -> Any:
     """Return a JSON document with one to three of its nodes changed, removed or repeated."""
     changed = json.loads(json.dumps(document))
@@ -66,7 +72,7 @@ def _mutate_node(document: Any, chance: random.Random) -> Any:
     if isinstance(document, dict | list):
         walk(document)
     if not places or chance.random() < 0.01:
-        return chance.choice(VALUES)
+        return any_value(chance)
     # Each depth as often as another: most leaves lie in long lists.
     parent, key = chance.choice(places if chance.random() < 0.5 else places[:40])
     how, old = chance.randrange(6), parent[key]
@@ -81,7 +87,7 @@ def _mutate_node(document: Any, chance: random.Random) -> Any:
     elif how == 4:
         parent[key] = chance.choice([value for _, value in _leaves(document)] or [None])
     else:
-        parent[key] = chance.choice(VALUES)
+        parent[key] = any_value(chance)
     return document
 
 
@@ -513,5 +519,5 @@ def mutated_tree(value: Any, chance: random.Random) -> Any:
     elif how == 1:
         parent[key] = hostile_text(chance)
     else:
-        parent[key] = chance.choice(VALUES)
+        parent[key] = any_value(chance)
     return tree
