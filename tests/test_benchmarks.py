@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import covcli
 from covcli.models import architectures
@@ -174,3 +176,23 @@ def test_networks_are_held_against_one_another(
     for row in rows:
         assert row["explained"][0] == row["points"] > 0
         assert min(row["signature"], row["weights"], row["monitored"]) > 0
+
+
+def test_the_repeated_test_is_scipys_and_delays_count_from_the_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drift = load(monkeypatch, "drift")
+    generator = np.random.default_rng(0)
+    scores = generator.integers(0, 40, (3, 400)) / 10  # with equal ones
+    calibration = np.sort(generator.integers(0, 50, (3, 170)) / 10, 1)
+    statistics = drift.tested(drift.Streams(scores, calibration))
+    for i in range(3):
+        for block in range(4):
+            part = scores[i, 100 * block : 100 * (block + 1)]
+            expected = stats.ks_2samp(part, calibration[i]).statistic
+            assert statistics[block, i] == pytest.approx(expected)
+    alarms = np.zeros((6, 3), bool)
+    alarms[1, 0] = alarms[4, 0] = alarms[5, 1] = True
+    assert drift.first(alarms).tolist() == [2, 6, drift.NEVER]
+    assert drift.first(alarms, 3).tolist() == [5, 6, drift.NEVER]
+    assert drift.first(alarms, 300, every=100).tolist() == [500, 600, drift.NEVER]

@@ -153,3 +153,14 @@ def test_scores_that_rise_or_fall_are_noticed(shift: float) -> None:
         values.append(float(martingale.log))
     assert max(values[:500]) < math.log(100)
     assert max(values[500:600]) > math.log(100)
+
+
+def test_streams_side_by_side_are_as_each_alone() -> None:
+    p_values = np.random.default_rng(6).beta(0.8, 1, (80, 3))
+    together, alone = Martingale.begin((3,)), [Martingale.begin() for _ in range(3)]
+    for row in p_values:
+        together.step(row)
+        for martingale, p in zip(alone, row, strict=True):
+            martingale.step(p)
+    np.testing.assert_allclose(together.log, [float(m.log) for m in alone], rtol=1e-12)
+    np.testing.assert_allclose(together.quick, [float(m.quick) for m in alone], rtol=1e-12)
