@@ -21,7 +21,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -130,11 +130,11 @@ class Streams:
 
     @classmethod
     def draw(
-        cls, args: argparse.Namespace, count: int, seed: int, trusted: Floats,
+        cls, args: argparse.Namespace, count: int, seed: Sequence[int], trusted: Floats,
         other: Floats | None = None, share: float = 0.0,
     ) -> "Streams":  # fmt: skip
         """Draw streams of trusted scores, of which a share is of others after the change."""
-        generator = np.random.default_rng([args.seed, seed])
+        generator = np.random.default_rng([args.seed, *seed])
         calibration = generator.choice(trusted, (count, args.calibration))
         scores = generator.choice(trusted, (count, args.images))
         if other is not None:
@@ -200,7 +200,7 @@ def alarms(args: argparse.Namespace, streams: Streams) -> dict[str, tuple[NDArra
 
 def false_alarms(args: argparse.Namespace, trusted: Floats) -> Iterator[FalseAlarms]:
     note(f"{args.streams} streams without a change")
-    alarmed = alarms(args, Streams.draw(args, args.streams, 0, trusted))
+    alarmed = alarms(args, Streams.draw(args, args.streams, [0], trusted))
     runs = args.images / RUN_LENGTH
     promises = {
         "watch": f"at most {args.delta:g}", "KS": f"{args.delta:g} a test",
@@ -216,17 +216,29 @@ def false_alarms(args: argparse.Namespace, trusted: Floats) -> Iterator[FalseAla
 def delays(
     args: argparse.Namespace, trusted: Floats, changed: dict[str, Floats]
 ) -> Iterator[Delay]:
-    for kind, other in changed.items():
-        for share in SHARES:
-            note(f"{kind}, {share:.0%}")
-            seed = 1 + round(100 * share)
-            streams = Streams.draw(args, args.changed, seed, trusted, other, share)
-            for way, (where, every) in alarms(args, streams).items():
-                early = first(where, every=every) <= args.change
-                late = first(where, args.change, every)[~early]
-                waits = np.where(late == NEVER, np.inf, late.astype(np.float64) - args.change)
-                ends = [quantile(waits, q) for q in (0.5, 0.9)]
-                yield Delay(kind, share, way, ends[0], ends[1], float(early.mean()))
+    for number, (kind, other) in enumerate(changed.items(), 1):
+        note(f"{kind}: {args.changed} streams of each share")
+        drawn = [
+            Streams.draw(args, args.changed, [number, i], trusted, other, share)
+            for i, share in enumerate(SHARES)
+        ]
+        together = Streams(
+            np.concatenate([streams.scores for streams in drawn]),
+            np.concatenate([streams.calibration for streams in drawn]),
+        )
+        for way, (where, every) in alarms(args, together).items():
+            for share, part in zip(SHARES, np.split(where, len(SHARES), 1), strict=True):
+                yield delay(args, part, every, (kind, share, way))
+
+
+def delay(
+    args: argparse.Namespace, where: NDArray[np.bool_], every: int, what: tuple[str, float, str]
+) -> Delay:
+    """Sum up when streams alarm, (steps, streams), of which a step is so many images."""
+    early = first(where, every=every) <= args.change
+    late = first(where, args.change, every)[~early]
+    waits = np.where(late == NEVER, np.inf, late.astype(np.float64) - args.change)
+    return Delay(*what, quantile(waits, 0.5), quantile(waits, 0.9), float(early.mean()))
 
 
 def quantile(waits: Floats, share: float) -> float | None:
@@ -249,22 +261,28 @@ def table(rows: list[Delay]) -> Iterator[str]:
         yield f"| {change} | {share:.0%} | {' | '.join(cells)} |"
 
 
+def show(rows: list[FalseAlarms]) -> None:
+    print("| without a change | promised | streams that ever alarm | 95% interval |")
+    print("| --- | --- | --- | --- |")
+    for row in rows:
+        print(f"| {row.way} | {row.promised} | {row.share:.3f} | {row.low:.3f} to {row.high:.3f} |")
+    sys.stdout.flush()
+
+
 def main() -> None:
     args = options()
     runtime.configure(args.seed, 1)
     trusted, changed = pools(scored(args))
     began = time.perf_counter()
     alone = list(false_alarms(args, trusted))
+    if not args.json:
+        show(alone)
     waits = list(delays(args, trusted, changed))
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items()}
         rows = {"false_alarms": [asdict(r) for r in alone], "delays": [asdict(r) for r in waits]}
         print(json.dumps({"settings": settings, **rows}, indent=2))
         return
-    print("| without a change | promised | streams that ever alarm | 95% interval |")
-    print("| --- | --- | --- | --- |")
-    for row in alone:
-        print(f"| {row.way} | {row.promised} | {row.share:.3f} | {row.low:.3f} to {row.high:.3f} |")
     print("\nImages from the change to the alarm, median / 90% quantile:\n")
     for line in table(waits):
         print(line)
