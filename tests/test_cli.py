@@ -1,7 +1,9 @@
 """The command line, from outside: what it prints where, and how it ends."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -419,3 +421,34 @@ def test_a_run_ends_with_what_comes_next(
     assert (code, out) == (0, "runs/tiny/report.html\n")
     assert err.splitlines()[-1] == "next: open it in a browser"
     assert call(capsys, "report", "--quiet", "--force")[2] == ""
+
+
+class TerminalStream(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_no_command_cuts_a_word_or_leaves_the_width_of_the_terminal(
+    run: Path, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    here = "runs/tiny/checkpoint.pt"
+    sets = ["-u", "noise:uniform?limit=40", "-u", "attack:pgd?limit=20&steps=3&eps=8/255"]
+    for arguments in (
+        ["build-signature", here, "--method", "src"],
+        ["points", here],
+        ["evaluate", *sets, "--explain", "1", "--fail-over", "fpr95=1"],
+        ["evaluate", *sets, "--verbose", "--force"],
+        ["inspect", "runs/tiny"],
+        ["report", "runs/tiny"],
+    ):
+        monkeypatch.setattr("sys.stderr", TerminalStream())
+        code, out, _ = call(capsys, *arguments)
+        err = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sys.stderr.getvalue())  # type: ignore[attr-defined]
+        assert code == 0, err
+        assert "…" not in out + err, arguments
+        lines = [line.rstrip() for line in re.split("[\r\n]", out + err)]
+        assert [line for line in lines if len(line) > width and " " in line] == [], arguments

@@ -5,7 +5,6 @@ covcli's own default. A file that somebody else wrote is a stranger's wish: what
 overwrite results or reach outside the folder needs the user's word, see `needs_word`.
 """
 
-import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from covcli.core import consent, settings, state
+from covcli.core import consent, settings
 from covcli.core.errors import CovcliError, in_words
 from covcli.core.opening import exists, open_regular, real
 
@@ -80,6 +79,8 @@ class Configuration:
     @property
     def trusted(self) -> bool:
         """Whether the user has said that this file, as it is now, may be followed in all."""
+        from covcli.core import state
+
         if self.file is None or (folder := state.folder()) is None:
             return False
         try:
@@ -90,6 +91,8 @@ class Configuration:
 
     def trust(self) -> None:
         """Remember that the user trusts this file as it is now; a change ends that."""
+        from covcli.core import state
+
         if self.file is None:
             raise CovcliError(f"no {NAMES[0]} and no {NAMES[1]} with [tool.covcli] here")
         if (folder := state.folder()) is None or not (seal := state.seal(*self._words)):
@@ -113,7 +116,13 @@ class Configuration:
 
 
 def _key(file: Path) -> str:
-    return hashlib.sha256(str(file.resolve()).encode(errors="surrogateescape")).hexdigest()
+    return _digest(str(file.resolve()).encode(errors="surrogateescape"))
+
+
+def _digest(content: bytes) -> str:
+    import hashlib  # not for a command's help, which has no file to read
+
+    return hashlib.sha256(content).hexdigest()
 
 
 def needs_word(parameter: str, value: Any) -> str | None:
@@ -182,7 +191,7 @@ def load(commands: Commands) -> Configuration:
     file, content, table = files[0]
     values = _Reader(file, commands).read(table)
     under, over = _gates(file, table.get("gates", []))
-    return Configuration(file, hashlib.sha256(content).hexdigest(), values, under, over)
+    return Configuration(file, _digest(content), values, under, over)
 
 
 def _files() -> Iterator[tuple[Path, bytes, dict[str, Any]]]:

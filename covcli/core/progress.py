@@ -179,7 +179,9 @@ def reporter(quiet: bool) -> Iterator[Bar | Lines]:
     logger = logging.getLogger("covcli")
     handler: logging.Handler
     if isinstance(shown, Bar):
-        handler = RichHandler(console=console, show_time=False, show_path=False, markup=False)
+        handler = RichHandler(
+            console=console, show_time=False, show_level=False, show_path=False, markup=False
+        )
     else:
         handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(message)s"))

@@ -36,8 +36,11 @@ def print_json(result: Any) -> None:
 
 
 def say(text: str) -> None:
-    """Print one line to stderr."""
-    sys.stderr.write(one_line(text) + "\n")
+    """Print one line to stderr, on a terminal wrapped between words."""
+    line = one_line(text)
+    if sys.stderr.isatty():
+        line = "\n".join(wrapped(line, Console(stderr=True).width))
+    sys.stderr.write(line + "\n")
 
 
 def _console() -> Console:
