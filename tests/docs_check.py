@@ -53,7 +53,7 @@ def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def write_images(spec: str, folder: Path, by_class: bool, enlarged: int) -> None:
     """Write a set as image files, in one subfolder a class where that is asked for."""
-    images = datasets.load(spec)
+    images = datasets.load(spec, "train")
     assert images.labels is not None
     pixels = images.batch(torch.arange(len(images)), (3, 8 * enlarged, 8 * enlarged)).numpy()
     for k, (image, label) in enumerate(zip(pixels, images.labels.tolist(), strict=True)):
