@@ -41,8 +41,10 @@ COMMANDS = [
     ["evaluate", "--untrusted", "noise:uniform?limit=20", "--checkpoint", CHECKPOINT, "--junit",
      "gates.xml", "--fail-under", "accuracy=1"],
     ["report", "runs/tiny"], ["points", CHECKPOINT], ["evaluate"],
+    ["check", "noise:uniform?limit=4", "--checkpoint", CHECKPOINT],
+    ["compare", "runs/tiny", "runs/tiny"], ["inspect", CHECKPOINT], ["list", "methods"], ["config"],
 ]  # fmt: skip
-DONE = [0, 0, 2, 1, 0, 0, 2]  # one signature is not merged, and a gate fails
+DONE = [0, 0, 2, 1, 0, 0, 2, 0, 0, 0, 0, 0]  # one signature is not merged, and a gate fails
 UNWRITTEN = [code or 2 for code in DONE]
 MADE = ["runs/new/checkpoint.pt", SIGNATURE, "gates.xml", "runs/tiny/report.html"]
 
