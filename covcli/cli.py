@@ -194,7 +194,7 @@ def evaluate(
     with working(common, config.device, config.seed) as work:
         config = replace(config, untrusted=expand(config.untrusted, config.data_dir))
         wanted = gates.parse_gates(gate_options.fail_under, gate_options.fail_over)
-        wanted += gates.parse_gates(context.obj.under, context.obj.over)
+        wanted += gates.parse_gates(context.obj.under, context.obj.over, context.obj.file)
         if gate_options.baseline_results is not None:
             wanted += gates.read_baseline(
                 gate_options.baseline_results, gate_options.tolerance, config.untrusted

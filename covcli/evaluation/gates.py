@@ -64,10 +64,23 @@ def parse_gate(text: str, option: Option = "--fail-under") -> Gate:
     return Gate(metric, value, name if colon else None, STATISTICS[statistic or "value"])
 
 
-def parse_gates(under: Sequence[str], over: Sequence[str]) -> list[Gate]:
-    """Read what `--fail-under` and `--fail-over` were given; see `parse_gate`."""
-    gates = [parse_gate(text) for text in under]
-    return [*gates, *(parse_gate(text, "--fail-over") for text in over)]
+def parse_gates(
+    under: Sequence[str], over: Sequence[str], source: Path | None = None
+) -> list[Gate]:
+    """Parse the gates of `--fail-under` and `--fail-over`, or those of a settings file.
+
+    Raises
+    ------
+    CovcliError
+        As `parse_gate` does; it starts with the name of the file, if they come from one.
+    """
+    try:
+        gates = [parse_gate(text) for text in under]
+        return [*gates, *(parse_gate(text, "--fail-over") for text in over)]
+    except CovcliError as error:
+        if source is None:
+            raise
+        raise CovcliError(str(error), where=source) from None
 
 
 def held(gate: Gate, name: str, estimate: Estimate, seconds: float) -> GateOutcome:

@@ -86,6 +86,15 @@ def test_a_file_sets_lists_flags_and_gates_of_every_command(
     assert told[1].untrusted == ("digits",)  # an option takes the place of the whole list
 
 
+def test_a_bad_gate_of_a_file_names_the_file(
+    here: Path, told: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "covcli.toml").write_text('[[gates]]\nmetric = "auc"\nfail_under = 0.9\n')
+    code, _, err = call(capsys, "evaluate", "-u", "digits")
+    assert (code, told) == (2, [])
+    assert err.startswith("error: covcli.toml: --fail-under auc=0.9: unknown metric 'auc'; did you")
+
+
 def test_every_option_can_be_set_and_is_shown(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
