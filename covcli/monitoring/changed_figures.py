@@ -1,9 +1,9 @@
-"""What differs between two evaluations: figures side by side, with intervals of the difference.
+"""The differences between two evaluations: figures before and after, with intervals.
 
-Where both scored the same images, every draw of the bootstrap takes the same images in both
-(paired): what the images have in common falls out of the difference. Else each is drawn by itself.
-Without the files of single images, the interval is put together from those of the two figures
-(Zou and Donner, "Construction of confidence limits about effect measures", 2008).
+If both evaluations scored the same images, every draw of the bootstrap takes the same images in
+both (paired): variation that the images have in common cancels in the difference. Otherwise each
+is drawn independently. Without the scores of single images, the interval is combined from those of
+the two figures (Zou and Donner, "Construction of confidence limits about effect measures", 2008).
 """
 
 import math
@@ -22,7 +22,7 @@ from covcli.signature.guarantee import binomial_interval
 
 DRAWS = 1000
 TRUSTED = "trusted"
-# The figures of an untrusted set, and where an evaluation has them.
+# The figures of an untrusted set, and their keys in an evaluation.
 SHOWN = (
     ("auroc", "coverage", "auroc"), ("fpr95", "coverage", "fpr95"),
     ("detection_rate", "coverage", "detection_rate"), ("softmax_auroc", "softmax", "auroc"),
@@ -34,7 +34,7 @@ Scores: TypeAlias = Mapping[str, ImageScores]
 
 @dataclass(frozen=True)
 class EvaluatedRelease:
-    """An evaluation: its name, its figures, and its scores of single images if they are there."""
+    """An evaluation: its name, its figures, and its scores of single images if available."""
 
     name: str
     result: EvaluationResult
@@ -48,15 +48,15 @@ class FigureChange:
     Attributes
     ----------
     set
-        The untrusted set; for the figures of the trusted sets their name, or both.
+        The untrusted set; for figures of the trusted sets their name, or both names.
     figure
         "accuracy", "false_alarm_rate", "auroc", "fpr95", "detection_rate" or "softmax_auroc".
     before, after
         The figures.
     difference, low, high
-        After less before, with a 95% interval.
+        After minus before, with a 95% interval.
     how
-        What the interval was made by.
+        How the interval was computed.
     """
 
     set: str
@@ -70,20 +70,20 @@ class FigureChange:
 
     @property
     def worse_by(self) -> float:
-        """By how much the figure got worse; negative where it got better."""
+        """By how much the figure became worse; negative if it became better."""
         return self.difference if self.figure in LOWER_IS_BETTER else -self.difference
 
 
 @dataclass(frozen=True)
 class EvaluationChange:
-    """What differs between two evaluations.
+    """The differences between two evaluations.
 
     Attributes
     ----------
     figures
-        Of the trusted set and of each untrusted set that both have.
+        The figures of the trusted set and of each common untrusted set.
     only_before, only_after
-        Untrusted sets that only one of them has.
+        Untrusted sets of one evaluation only.
     """
 
     figures: list[FigureChange]
@@ -94,14 +94,14 @@ class EvaluationChange:
 def compare_evaluations(
     before: EvaluatedRelease, after: EvaluatedRelease, seed: int = 0
 ) -> EvaluationChange:
-    """Set the figures of two evaluations side by side.
+    """Compare the figures of two evaluations.
 
     Parameters
     ----------
     before, after
         The evaluations.
     seed
-        Of the bootstrap.
+        Seed of the bootstrap.
     """
     first, second = before.result, after.result
     theirs = {entry.name: entry for entry in second.untrusted}
@@ -177,7 +177,7 @@ def _change(
     before, after = estimates
     difference = after.value - before.value
     if spread is None or how is None or float(spread.std()) == 0:
-        # Draws that never differ, as of two perfect scores, say nothing of other images.
+        # Draws without variation, such as those of two perfect scores, give no interval.
         low, high = both_intervals(before, after)
         how = "both intervals"
     else:
@@ -189,9 +189,9 @@ def _change(
 
 
 def both_intervals(before: Estimate, after: Estimate) -> tuple[float, float]:
-    """Return the interval of a difference of two independent figures, from their own.
+    """Return the interval of a difference of two independent figures, from their intervals.
 
-    Zou and Donner (2008), equations 4 and 5: squares of the distances to the ends add up.
+    Zou and Donner (2008), equations 4 and 5: squares of the distances to the ends are added.
 
     Examples
     --------
@@ -230,16 +230,16 @@ class _Draws:
     Attributes
     ----------
     name
-        The set's.
+        The set's name.
     before, after
-        What each evaluation found of its images.
+        The scores of each evaluation.
     rows
-        Which rows are drawn from, int64 of shapes (n,) and (m,); those of the same images, in the
-        same order, where `how` is paired.
+        The rows that are drawn from, int64 of shapes (n,) and (m,). If `how` is paired, they are
+        rows of the same images in the same order.
     how
         Whether the draws are paired.
     seed
-        Of the draws.
+        Seed of the draws.
     """
 
     name: str
@@ -253,7 +253,7 @@ class _Draws:
     def of(
         cls, before: EvaluatedRelease, after: EvaluatedRelease, name: str, seed: int
     ) -> "_Draws | None":
-        """Match the images of a set; None where a file of scores is missing."""
+        """Match the images of a set; return None if a file of scores is missing."""
         if before.scores is None or after.scores is None:
             return None
         one, two = before.scores.get(name), after.scores.get(name)
@@ -278,7 +278,7 @@ class _Draws:
             yield np.bincount(generator.integers(0, size, size), minlength=size)
 
     def of_shares(self, look: Callable[[ImageScores], Floats]) -> Floats:
-        """Return the differences of the mean of something seen of each image, shape (DRAWS,)."""
+        """Return the differences of the mean of `look` over the images, shape (DRAWS,)."""
         means = []
         for which, scores in enumerate((self.before, self.after)):
             values = look(scores)[self.rows[which]]
@@ -321,7 +321,7 @@ def _by_file(
 
 
 class Weighted:
-    """The ROC curve of two samples of scores, in which each image can count several times.
+    """The ROC curve of two samples of scores, in which images have weights.
 
     Parameters
     ----------
@@ -337,9 +337,9 @@ class Weighted:
     def figures(
         self, trusted: npt.NDArray[np.int64], untrusted: npt.NDArray[np.int64]
     ) -> tuple[float, float]:
-        """Return AUROC and FPR95 with each image counted so often.
+        """Return AUROC and FPR95 for these counts of each image.
 
-        AUROC is the chance that an untrusted image scores higher, ties counted half. FPR95 is the
+        AUROC is the chance that an untrusted image scores higher; ties count half. FPR95 is the
         share of trusted images at or above the score that 95% of the untrusted ones reach.
         """
         negatives, positives = (

@@ -1,8 +1,8 @@
-"""What differs between two signatures: which coverage points, channels and classes moved.
+"""The differences between two signatures: the coverage points, channels and classes that moved.
 
-Points and classes are matched by name. Every distance is taken class by class and neuron by neuron,
-in units of the first signature: how far an end of the trusted range moved in widths of that range,
-and how far the activations' distribution did, as far as the method stores one.
+Points and classes are matched by name. Every distance is computed for each class and neuron, in
+units of the first signature: how far an end of the trusted range moved, in widths of that range,
+and how far the distribution of the activations moved, if the method stores one.
 """
 
 import math
@@ -31,23 +31,23 @@ RANGES = "ranges, in widths"
 MOST_CHANNELS = 10
 # A range narrower than this share of its neuron's mean width over the classes counts as that wide.
 LEAST_WIDTH = 0.05
-# What is measured; the distances; and what they would be by chance, where that is known.
+# The name of the distance, the distances, and their mean by chance if it is known.
 Distances: TypeAlias = tuple[str, Tensor, float | None]
 Relation: TypeAlias = Literal["same", "data", "network", "method"]
 RELATIONS: Mapping[Relation, str] = {
     "same": "The same network, data and method: nothing should have moved.",
-    "data": "The same network on other data: what moved, the data moved.",
+    "data": "The same network on other data: differences come from the data.",
     "network": (
-        "Two networks of one architecture: what moved, the release changed. Channels of a network "
-        "that was trained anew have no counterpart in the old one."
+        "Two networks of one architecture: differences come from the release. Channels of a "
+        "network that was trained again have no counterpart in the old one."
     ),
-    "method": "The same network and data under another method: what moved, the method reads.",
+    "method": "The same network and data with another method: differences come from the method.",
 }
 
 
 @dataclass(frozen=True)
 class StoredSignature:
-    """A signature as its file holds it: a name for it, its parts and its record."""
+    """A signature read from a file: a name for it, its parts and its record."""
 
     name: str
     signature: Signature
@@ -68,7 +68,7 @@ class PointChange:
     largest
         The largest one.
     classes
-        The mean distance over its neurons, of each class in the order of `Change.classes`.
+        The mean distance over its neurons for each class, in the order of `Change.classes`.
     """
 
     name: str
@@ -85,7 +85,7 @@ class ChannelChange:
     Attributes
     ----------
     point, neuron, label, class_name
-        Which one.
+        The neuron and the class.
     moved
         The distance.
     before, after
@@ -103,20 +103,20 @@ class ChannelChange:
 
 @dataclass(frozen=True)
 class Change:
-    """What moved by one kind of distance.
+    """The changes by one kind of distance.
 
     Attributes
     ----------
     distance
-        What is measured, and its unit.
+        Name and unit of the distance.
     moved
         The mean over the points.
     by_chance
-        The mean distance that other images of the same kind would give; None where that is unknown.
+        The expected mean distance for other images of the same kind; None if it is unknown.
     classes
-        Names of the classes that both know from images.
+        Names of the classes of which both signatures have trusted images.
     by_class
-        The mean distance of each, over all neurons.
+        The mean distance of each class, over all neurons.
     points, channels
         The points in the network's order, and the neurons that moved farthest.
     """
@@ -132,18 +132,18 @@ class Change:
 
 @dataclass(frozen=True)
 class SignatureChange:
-    """What differs between two signatures.
+    """The differences between two signatures.
 
     Attributes
     ----------
     relation, meaning
         What the two have in common, and what a difference then means.
     thresholds
-        The scores above which each flags whatever the class.
+        The overall score threshold of each.
     only_before, only_after
-        Coverage points and classes that only one of them has.
+        Coverage points and classes of one signature only.
     changes
-        By each kind of distance.
+        The changes by each kind of distance.
     """
 
     relation: Relation
@@ -155,26 +155,26 @@ class SignatureChange:
 
     @property
     def largest(self) -> float:
-        """How far the point moved that moved farthest, by the first kind of distance."""
+        """The largest distance of a coverage point, by the first kind of distance."""
         return max(point.moved for point in self.changes[0].points)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two signatures, and what they have in pair.
+    """Two signatures with their common points and classes.
 
     Attributes
     ----------
     before, after
         The signatures.
     points
-        The points that both have, as the first one knows them.
+        The common points, as recorded in the first signature.
     columns
-        Where their neurons stand among those of each signature, int64 of shape (N,) each.
+        The indices of their neurons in each signature, int64 of shape (N,) each.
     classes
-        Names of classes that both have trusted images of.
+        Names of the classes of which both have trusted images.
     rows
-        Their numbers in each signature, int64 of shape (K,) each.
+        The indices of these classes in each signature, int64 of shape (K,) each.
     """
 
     before: StoredSignature
@@ -186,7 +186,7 @@ class _Pair:
 
     @classmethod
     def of(cls, before: StoredSignature, after: StoredSignature) -> "_Pair":
-        """Match points and classes by name; none in common is a CovcliError."""
+        """Match points and classes by name; raise a CovcliError if none are common."""
         first, second = before.signature, after.signature
         theirs = {point.name: point.neurons for point in second.points}
         points = [point for point in first.points if theirs.get(point.name) == point.neurons]
@@ -206,18 +206,18 @@ class _Pair:
 
     @property
     def sides(self) -> list[tuple[StoredSignature, Tensor, Tensor]]:
-        """Each signature with the numbers of the classes, and the columns of the neurons."""
+        """Each signature with the indices of the classes and of the neurons."""
         return [(self.before, self.rows[0], self.columns[0]),
                 (self.after, self.rows[1], self.columns[1])]  # fmt: skip
 
 
 def compare_signatures(before: StoredSignature, after: StoredSignature) -> SignatureChange:
-    """Measure what moved from one signature to another.
+    """Measure the differences from one signature to another.
 
     Raises
     ------
     CovcliError
-        If the two share no coverage point or no class, or read neurons of another kind.
+        If they have no common coverage point or no common class, or another granularity.
     """
     first, second = before.signature, after.signature
     if first.granularity != second.granularity:
@@ -267,17 +267,17 @@ def _two(values: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _columns(signature: Signature, points: Sequence[Point]) -> Tensor:
-    """Return where the neurons of some points stand among all of a signature's."""
+    """Return the indices of the neurons of some points among all neurons of a signature."""
     begins = dict(zip((p.name for p in signature.points), np.cumsum([0, *signature.sizes]).tolist(),
                       strict=False))  # fmt: skip
     return torch.cat([torch.arange(begins[p.name], begins[p.name] + p.neurons) for p in points])
 
 
-# Distances, float64 of shape (classes, neurons); NaN where there is none.
+# Distances, float64 of shape (classes, neurons); NaN for no distance.
 
 
 def _spans(pair: _Pair) -> list[tuple[Tensor, Tensor]]:
-    """Return the ends of the trusted ranges of each, float64 of shape (K, N)."""
+    """Return the ends of the trusted ranges of each signature, float64 of shape (K, N)."""
     spans = []
     for stored, rows, columns in pair.sides:
         low, high = stored.signature.scorer.span(rows)
@@ -286,9 +286,9 @@ def _spans(pair: _Pair) -> list[tuple[Tensor, Tensor]]:
 
 
 def range_distances(pair: _Pair) -> Tensor:
-    """Return how far the farther end of each range moved, in widths of the first one's range.
+    """Return the Hausdorff distance of the two ranges of each neuron, in widths of the first.
 
-    This is the Hausdorff distance of the two intervals over the width.
+    It is the larger of the distances by which the two ends moved.
     """
     (low, high), (new_low, new_high) = _spans(pair)
     distance = torch.maximum((new_low - low).abs(), (new_high - high).abs())
@@ -296,7 +296,7 @@ def range_distances(pair: _Pair) -> Tensor:
 
 
 def _widths(low: Tensor, high: Tensor) -> Tensor:
-    """Return the widths of ranges, none less than a share of its neuron's mean over the classes."""
+    """Return the widths of ranges, at least a share of the neuron's mean over the classes."""
     width = high - low
     typical = width.mean(0)
     least = torch.where(typical > 0, LEAST_WIDTH * typical, 1.0)
@@ -340,7 +340,7 @@ def _gauss(signature: Signature) -> GaussScorer:
 
 
 def _chance(pair: _Pair) -> float:
-    """Return the mean of |μ − μ'|/σ over the classes if all images were drawn alike."""
+    """Return the expected |μ − μ'|/σ, averaged over the classes, if only the draw differs."""
     counts = [
         torch.tensor(stored.record.trusted_counts)[rows].double() for stored, rows, _ in pair.sides
     ]
@@ -350,7 +350,7 @@ def _chance(pair: _Pair) -> float:
 def _sections(pair: _Pair) -> Tensor:
     """Return the 1-Wasserstein distance of activations, spread evenly over their sections."""
     spans = _spans(pair)
-    # Class by class, for the memory of networks that tell many classes apart.
+    # Class by class, to save memory with many classes.
     apart = [
         wasserstein(*_steps(pair, spans, 0, k), *_steps(pair, spans, 1, k))
         for k in range(len(pair.classes))
@@ -417,7 +417,7 @@ def _bins(pair: _Pair) -> Tensor:
 
 
 def _ranks(pair: _Pair) -> Tensor:
-    """Return by how much the share of images changed that have a neuron in their top."""
+    """Return by how much the share of images with a neuron in their top changed."""
     shares = []
     for stored, rows, columns in pair.sides:
         state = stored.signature.state
@@ -425,7 +425,7 @@ def _ranks(pair: _Pair) -> Tensor:
     return (shares[1] - shares[0]).abs()
 
 
-# From distances to what is shown
+# From distances to results
 
 
 def _measured(kind: Distances, pair: _Pair) -> Change:
@@ -457,7 +457,7 @@ def _most(values: Tensor) -> float:
 
 
 def _farthest(known: Tensor, pair: _Pair) -> list[ChannelChange]:
-    """Return the neurons that moved farthest, each for the class for which it did."""
+    """Return the neurons that moved farthest, each with the class of its largest distance."""
     worst, classes = known.nan_to_num(nan=-1.0).max(0)
     order = worst.argsort(descending=True, stable=True)[:MOST_CHANNELS]
     spans = _spans(pair)
@@ -477,7 +477,7 @@ def _farthest(known: Tensor, pair: _Pair) -> list[ChannelChange]:
 
 
 def _label(point: Point, neuron: int, granularity: str) -> str:
-    """Say what a neuron stands for, without knowing the shape of its point's output."""
+    """Describe a neuron by its channel and statistic, without the shape of the point's output."""
     if granularity == "channel" and point.neurons == 2 * point.values:
         statistic, channel = divmod(neuron, point.values)
         return f"channel {channel}, {STATISTICS[statistic]}"

@@ -1,4 +1,4 @@
-"""compare: what differs between two releases, or between what two of them were measured on."""
+"""compare: the differences between two releases: their signatures and their evaluations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,16 +27,16 @@ POINTS, FIGURES = "points", "figures"
 
 @dataclass(frozen=True)
 class ReleaseComparison:
-    """What differs between two runs, signatures or evaluations.
+    """The differences between two runs, signatures or evaluations.
 
     Attributes
     ----------
     before, after
-        What was compared.
+        The compared paths.
     signatures, evaluations
-        What differs between those of both; None where one of them has none.
+        The differences of the signatures and of the evaluations; None if either side has none.
     exceeded
-        What lies over a bound that was set, a line each.
+        One line for each exceeded bound.
     """
 
     before: Path
@@ -48,14 +48,14 @@ class ReleaseComparison:
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much may differ before a pipeline has to stop; None bounds nothing.
+    """The largest allowed differences; None for no bound.
 
     Attributes
     ----------
     points
         How far a coverage point may have moved, by the first kind of distance.
     figures
-        By how much a figure may have got worse.
+        By how much a figure may have become worse.
     """
 
     points: float | None = None
@@ -68,7 +68,7 @@ class Bounds:
         Raises
         ------
         CovcliError
-            If a text is another.
+            If a text has another form.
 
         Examples
         --------
@@ -76,7 +76,7 @@ class Bounds:
         Bounds(points=0.1, figures=0.02)
         """
         bounds: dict[str, float] = {}
-        for text in sorted(texts, key=lambda text: "=" in text):  # what names one comes later
+        for text in sorted(texts, key=lambda text: "=" in text):  # a named bound overrides
             name, equals, value = text.rpartition("=")
             names = [name] if equals else [POINTS, FIGURES]
             try:
@@ -94,22 +94,22 @@ class Bounds:
 def compare(
     before: str | Path, after: str | Path, bounds: Bounds = Bounds(), seed: int = 0
 ) -> ReleaseComparison:
-    """Compare two signatures, two evaluations, or what two run folders have of both.
+    """Compare two signatures, two evaluations, or the files of two run folders.
 
     Parameters
     ----------
     before, after
-        Signatures, `evaluation.json` files or run folders; of two folders the newest
-        signatures of one file name count, or else the newest of each.
+        Signatures, `evaluation.json` files or run folders. Of two folders, the newest signatures
+        with the same file name are compared; without a common name, the newest of each.
     bounds
-        What is told in `exceeded`.
+        Bounds of the differences; `exceeded` lists those that are exceeded.
     seed
-        Of the bootstrap that intervals come from.
+        Seed of the bootstrap for the intervals.
 
     Raises
     ------
     CovcliError
-        If a file is missing, damaged or of another kind, or the two share nothing to compare.
+        If a file is missing, damaged or of another kind, or there is nothing to compare.
 
     Examples
     --------
@@ -142,7 +142,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Release:
-    """What a path holds that can be compared: signatures, the newest last, and an evaluation."""
+    """The files of a path that can be compared: signatures, the newest last, and an evaluation."""
 
     signatures: list[Path]
     evaluation: Path | None
@@ -163,7 +163,7 @@ class _Release:
 
 
 def _of_one_name(before: list[Path], after: list[Path]) -> tuple[Path, Path]:
-    """Return the newest signatures, if there are some of one name then of that name."""
+    """Return the newest signatures with the same file name; without one, the newest of each."""
     names = {path.name: path for path in before}
     for path in reversed(after):
         if path.name in names:
@@ -183,7 +183,7 @@ def _measured(path: Path) -> EvaluatedRelease:
 
 
 def _belongs(result: documents.EvaluationResult, scores: Path) -> bool:
-    """Return whether a table of scores is of the evaluation beside it."""
+    """Return whether a table of scores belongs to the evaluation in the same folder."""
     recorded = result.digests.get(per_image.SCORES)
     return recorded is None or recorded == digest_file(scores)
 

@@ -1,4 +1,4 @@
-"""A comparison in tables and pictures."""
+"""Tables and figures of a comparison."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ NAMES = {
 
 
 def verdict(comparison: ReleaseComparison) -> str:
-    """Word a comparison in a line."""
+    """Summarise a comparison in one line."""
     if comparison.exceeded:
         return f"{len(comparison.exceeded)} bounds exceeded"
     parts = []
@@ -74,7 +74,7 @@ def _widest(change: Change, by_class: Sequence[float]) -> list[str]:
 
 
 def classes_table(change: Change) -> Table:
-    """Tabulate how far the neurons of each class moved, the farthest first."""
+    """Tabulate how far the neurons of each class moved, in descending order."""
     order = np.argsort(change.by_class)[::-1][:MOST_CLASSES]
     rows = [[change.classes[k], f"{change.by_class[k]:.3g}"] for k in order]
     return Table(f"By class: {change.distance}", ["class", "moved"], rows)
@@ -92,7 +92,7 @@ def _ends(channel: ChannelChange) -> list[str]:
 
 
 def figures_table(evaluations: EvaluationChange) -> Table:
-    """Tabulate figures side by side, with the intervals of their differences."""
+    """Tabulate figures before and after, with the intervals of their differences."""
     rows = [
         [c.set, NAMES[c.figure], percent(c.before, 2), percent(c.after, 2),
          f"{difference(c.difference)} [{_end(c.low)}, {_end(c.high)}]", c.how]
@@ -117,12 +117,12 @@ def _missing(before: Sequence[str], after: Sequence[str]) -> list[str]:
 def report_comparison(
     comparison: ReleaseComparison, folder: Path, force: bool = False
 ) -> ReportResult:
-    """Write a comparison as comparison.html and comparison.md with pictures.
+    """Write a comparison as comparison.html and comparison.md with figures.
 
     Raises
     ------
     CovcliError
-        If they exist already and may not be overwritten, or cannot be written.
+        If the files exist and `force` is False, or if they cannot be written.
     """
     outcome: Outcome = "failed" if comparison.exceeded else "none"
     with holding_together(comparison.after):
@@ -214,7 +214,7 @@ def classes_picture(change: Change) -> Figure:
 
 
 def differences_picture(figures: Sequence[FigureChange]) -> Figure:
-    """Draw differences with their intervals, a row a figure."""
+    """Draw differences with their intervals, one row for each figure."""
     figure, axes = new_axes(0.9 + 0.22 * len(figures))
     axes.axvline(0, color=TEXT, linewidth=0.8)
     for y, change in enumerate(figures):

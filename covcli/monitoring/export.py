@@ -1,4 +1,4 @@
-"""export: network and monitor in one file, which runs without covcli and says what it is."""
+"""export: network and monitor in one file, which runs without covcli and describes itself."""
 
 import io
 import zipfile
@@ -40,19 +40,19 @@ from covcli.signature.record import Record
 ENDINGS: Mapping[ExportFormat, str] = {"onnx": ".onnx", "torch": ".pt2"}
 ONNX_BEGINS = {bytes([8, version]) for version in range(3, 32)}  # its field 1, the IR's version
 LARGEST_DOCUMENT = 64 << 20
-EXTRA = f"{KEY}.json"  # what a torch program says of itself is a file beside it in its archive
+EXTRA = f"{KEY}.json"  # the description of a torch program is a file in its archive
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What `export` wrote.
+    """The result of `export`.
 
     Attributes
     ----------
     path, bytes
         The file and its size.
     monitor
-        What the file says of itself, the verification included.
+        The file's description, including the verification.
     """
 
     path: Path
@@ -64,7 +64,7 @@ class Packed(Protocol):
     """A monitor in the form of a file."""
 
     def content(self, document: str | None = None) -> bytes:
-        """Return the file's bytes, with what it says of itself."""
+        """Return the file's bytes, with its description."""
 
     def run(self, images: Tensor) -> Mapping[str, np.ndarray]:
         """Run the file on images; return its outputs by name."""
@@ -155,7 +155,7 @@ def export(config: ExportConfig, progress: Progress = Silent()) -> ExportResult:
 
 
 def _format(config: ExportConfig) -> ExportFormat:
-    """Return the format that is asked for, or that the output's ending says."""
+    """Return the requested format, or the one of the output's file name extension."""
     ending = "" if config.output is None else config.output.suffix
     by_ending = {theirs: name for name, theirs in ENDINGS.items()}.get(ending)
     if config.format is not None and by_ending not in (None, config.format):
@@ -206,7 +206,7 @@ def _described(
 
 
 def is_exported(file: IO[bytes]) -> bool:
-    """Return whether an open file looks like an exported program, of whomever."""
+    """Return whether an open file looks like an exported program, by covcli or not."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             return any(Path(name).name == "archive_format" for name in archive.namelist())
@@ -215,12 +215,12 @@ def is_exported(file: IO[bytes]) -> bool:
 
 
 def read_exported(path: Path) -> ExportedMonitor:
-    """Read what an exported file says of itself; the program in it is not loaded.
+    """Read the description in an exported file; the program in it is not loaded.
 
     Raises
     ------
     CovcliError
-        If the file is missing, damaged, or no monitor that covcli has exported.
+        If the file is missing, damaged, or not a monitor that covcli exported.
     """
     with reading(path, "is no exported monitor"):
         with open_regular(path) as file:
@@ -242,7 +242,7 @@ def _torch_document(file: IO[bytes]) -> str | None:
 
 
 def describe_export(result: ExportResult) -> None:
-    """Tell a person on stderr what export wrote; the path alone goes to stdout."""
+    """Describe the exported file on stderr; stdout gets the path only."""
     monitor = result.monitor
     say(
         f"{monitor.format}: {monitor.model} with {monitor.method}, {monitor.input} images of "

@@ -1,4 +1,4 @@
-"""What `export` is told."""
+"""Configuration of `export`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +9,17 @@ from covcli.core.settings import settle
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What `export` is told; `None` takes the newest run's, or the signature's own.
+    """Configuration of `export`; `None` selects the newest run, or the signature's own value.
 
     Attributes
     ----------
     output
-        The file; by default `monitor.onnx` or `monitor.pt2` beside the signature.
+        The file; by default `monitor.onnx` or `monitor.pt2` in the folder of the signature.
     format
-        "onnx", or "torch" for a program of torch.export; by default as the output's ending says.
+        "onnx", or "torch" for a program of torch.export; by default the output's file name
+        extension decides.
     input
-        What the file takes: "uint8", or "normalised" floats.
+        The file's form of input: "uint8", or "normalised" floats.
     checkpoint, signature, method
         The files; by default the newest of the newest run, or the newest signature of a method.
     alpha, guarantee, max_error

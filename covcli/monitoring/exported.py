@@ -1,4 +1,4 @@
-"""What an exported monitor is: one graph from images to verdicts, and what its file says of it."""
+"""An exported monitor: one graph from images to verdicts, and the description in its file."""
 
 import contextlib
 import io
@@ -23,13 +23,14 @@ from covcli.signature.chain import Chain
 from covcli.signature.judge import TRUSTED, UNSURE, UNTRUSTED, Judge
 from covcli.signature.signature import Signature
 
-# Under which name a file keeps what it says of itself, as a JSON document.
+# The key of the description in the file, a JSON document.
 KEY = "covcli"
 SCHEMA = 1
 MOST_IMAGES = 1 << 20
-# A score so near to a calibration score, in units of the largest one (or 1), is taken for it.
+# A score within this distance of a calibration score, in units of the largest one (or 1), is
+# replaced by it.
 SNAP = 1e-7
-# How far the activations of two libraries lie apart, in units of their size.
+# The largest difference between the activations of two libraries, relative to their size.
 ROUNDED = 1e-5
 OUTPUTS = ("logits", "predicted", "score", "p_value", "confidence", "untrusted")
 VERDICTS = (TRUSTED, UNSURE, UNTRUSTED)
@@ -38,22 +39,22 @@ LONGEST_REASON = 200
 
 @dataclass(frozen=True)
 class Verification:
-    """How far an exported file is from the monitor that it was made of, on the same images.
+    """The differences between an exported file and its monitor, on the same images.
 
     Attributes
     ----------
     images, noise
-        How many images were run through both, and how many of them are noise, which makes up for
-        calibration images that are too few.
+        How many images were run through both, and how many of them are noise, added because there
+        were too few calibration images.
     logits, score, p_value, confidence
         The largest differences.
     predicted, verdicts
-        On how many images the predicted class differs, and the verdict.
+        The number of images whose predicted class differs, and whose verdict differs.
     score_tolerance
-        How far two scores may lie apart.
+        The tolerance of scores.
     beyond
-        How many images' scores lie further apart: rounding has moved a neuron over an end of its
-        range.
+        The number of images whose scores differ by more: rounding has moved a neuron across an end
+        of its range.
     """
 
     images: int
@@ -79,7 +80,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class ExportedMonitor:
-    """What an exported file says of itself.
+    """The description of an exported file.
 
     Attributes
     ----------
@@ -88,27 +89,29 @@ class ExportedMonitor:
     format
         "onnx" or "torch".
     input
-        "uint8": bytes; "normalised": floats less `mean`, divided by `deviation`.
+        "uint8": bytes; "normalised": floats from which `mean` was subtracted, divided by
+        `deviation`.
     shape
         Channels, height and width of an image.
     preprocess
-        How pictures of other sizes become such, as `--preprocess` reads it.
+        How images of other sizes are resized, in the notation of `--preprocess`.
     mean, deviation
-        Of pixels in [0, 1], by channel; with bytes the file takes care of them itself.
+        Mean and deviation of pixels in [0, 1], by channel. A file that takes bytes applies them
+        itself.
     outputs
-        Their names.
+        Names of the outputs.
     verdicts
-        What the numbers of the output "verdict" mean; empty without that output.
+        The meaning of the numbers of the output "verdict"; empty without that output.
     classes
         Class names.
     model, method, granularity
-        Of the network and the signature.
+        Names of the network, the method and the granularity.
     alpha, guarantee, max_error, statement
-        What is guaranteed, see `covcli.signature.guarantee.Guarantee`, and the same in words.
+        The guarantee, see `covcli.signature.guarantee.Guarantee`, and the same as a sentence.
     checkpoint_fingerprint, signature_fingerprint
-        Of the network's weights, and of the signature's file.
+        Fingerprints of the network's weights, and of the signature's file.
     verification
-        How far the file is from the monitor.
+        The differences between the file and the monitor.
     provenance
         Versions, command line, device and time of the export.
     """
@@ -136,12 +139,12 @@ class ExportedMonitor:
     provenance: dict[str, Any]
 
     def packed(self) -> str:
-        """Return the document as its file keeps it."""
+        """Return the document as stored in the file."""
         return json.dumps(asdict(self), allow_nan=False)
 
     @classmethod
     def unpacked(cls, document: Any, where: object) -> "ExportedMonitor":
-        """Rebuild what `packed` wrote; another document is a CovcliError."""
+        """Rebuild a document that `packed` wrote; any other document raises a CovcliError."""
         if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
             raise CovcliError(f"is no exported monitor of schema {SCHEMA}", where=where)
         try:
@@ -152,10 +155,11 @@ class ExportedMonitor:
 
 @dataclass(frozen=True)
 class SnappingCalibration(Calibration):
-    """A calibration that takes a score next to one of its own for that one.
+    """A calibration that replaces a score by a calibration score that is within rounding of it.
 
-    Coverage counts, so that many images score exactly alike. Where another library rounds, such a
-    score would come to lie beside its equals, and its rank would be another by all of them.
+    Coverage counts neurons, so many images have exactly the same score. If another library rounds
+    differently, a score would be just above or below its equals, and its rank would change by
+    their number.
 
     Attributes
     ----------
@@ -183,15 +187,15 @@ class SnappingCalibration(Calibration):
 
 
 class SnappingRanges(nn.Module):
-    """Ranges to which a value next to an end belongs.
+    """Ranges that include values within rounding of their ends.
 
-    Pictures with an even ground show many neurons the very same value, which then ends their
-    range. Another library rounds it otherwise, and would count all of them as outside.
+    In images with a uniform background, many neurons have the same value, and this value is an end
+    of their range. Another library rounds it differently, and would count all of them as outside.
 
     Parameters
     ----------
     ranges
-        What scores the neurons.
+        The scorer of the neurons.
     """
 
     reach: Tensor
@@ -212,7 +216,7 @@ class SnappingRanges(nn.Module):
 
 
 def forgiving(signature: Signature) -> Signature:
-    """Return a signature whose ranges are `SnappingRanges`, where it has any."""
+    """Return the signature with `SnappingRanges` in place of its ranges, if it has any."""
     scorer: Any = signature.scorer
     if isinstance(scorer, RangeScorer):
         scorer = SnappingRanges(scorer)
@@ -221,14 +225,14 @@ def forgiving(signature: Signature) -> Signature:
     else:
         return signature
     other = replace(signature)
-    other.__dict__["scorer"] = scorer  # in the place of what the cached property prepares
+    other.__dict__["scorer"] = scorer  # replaces the value of the cached property
     return other
 
 
 def rounding(low: Tensor, high: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return how far rounding may move each neuron, shape (N,), by the ends (classes, N) of ranges.
+    """Return how far rounding may move each neuron, shape (N,), for ranges of shape (classes, N).
 
-    In units of the neuron's largest end, or of a tenth of the largest end at its coverage point.
+    It is relative to the neuron's largest end, or to a tenth of the largest at its coverage point.
     """
     ends = torch.maximum(low.abs(), high.abs())
     largest = torch.where(ends.isfinite(), ends, 0.0).amax(0)
@@ -242,9 +246,9 @@ class MonitorGraph(nn.Module):
     Parameters
     ----------
     judge
-        The network, and all that decides whether its answers are trusted.
+        The network with its signature and calibration.
     form
-        What the images are: bytes, or floats that are normalised already.
+        The form of the images: bytes, or normalised floats.
     """
 
     def __init__(self, judge: Judge, form: InputForm) -> None:
@@ -257,7 +261,7 @@ class MonitorGraph(nn.Module):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The names of what `forward` returns."""
+        """The names of the outputs of `forward`."""
         return (*OUTPUTS, "verdict") if self.bounded else OUTPUTS
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -266,7 +270,7 @@ class MonitorGraph(nn.Module):
         outputs = tuple(judged[name] for name in OUTPUTS)
         if not self.bounded:
             return outputs
-        # Places in VERDICTS; no image is both.
+        # Indices into VERDICTS; no image is both.
         return *outputs, 2 * judged["untrusted"].long() + judged["unsure"].long()
 
     def example(self) -> Tensor:
@@ -286,7 +290,7 @@ def traced(graph: MonitorGraph) -> torch.export.ExportedProgram:
     batch = {0: torch.export.Dim("batch", min=1, max=MOST_IMAGES)}
     graph.eval().requires_grad_(False)
     try:
-        # No tensor takes gradients; what is faster without them writes to memory twice.
+        # No tensor requires gradients; the faster code without them writes to memory twice.
         with quiet(), torch.enable_grad():
             return torch.export.export(graph, (graph.example(),), dynamic_shapes=(batch,))
     except Exception as error:
@@ -295,7 +299,7 @@ def traced(graph: MonitorGraph) -> torch.export.ExportedProgram:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what libraries tell of their steps, and of graphs that failed, to themselves."""
+    """Suppress the output of libraries about their steps and about failed graphs."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -307,7 +311,7 @@ def quiet() -> Iterator[None]:
 
 
 def refusal(error: Exception, by: str, model: str) -> Exception:
-    """Return what to raise where a library cannot export a network: its reason in one line."""
+    """Return the error to raise if a library cannot export a network, with its reason."""
     if isinstance(error, CovcliError) or is_memory_error(error):
         return error
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -11,7 +11,7 @@ from covcli.core.errors import CovcliError
 from covcli.monitoring.exported import KEY, quiet, refusal
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-LARGEST = 2**31 - 2**20  # what one file of Protocol Buffers holds, less some room for the graph
+LARGEST = 2**31 - 2**20  # the limit of a Protocol Buffers file, minus some space for the graph
 OPSET = 18
 FLOAT, INT64 = 1, 7  # of onnx.TensorProto.DataType
 
@@ -27,27 +27,27 @@ def library(name: str) -> Any:
 
 
 def check_packages() -> None:
-    """Raise a CovcliError unless all that an export to ONNX takes is installed."""
+    """Raise a CovcliError unless all packages for an export to ONNX are installed."""
     for name in PACKAGES:
         library(name)
 
 
 def convert(program: torch.export.ExportedProgram, outputs: Sequence[str], model: str) -> Any:
-    """Turn an exported program into an ONNX model, `onnx.ModelProto`.
+    """Convert an exported program to an ONNX model, `onnx.ModelProto`.
 
     Parameters
     ----------
     program
-        Takes one tensor of images.
+        A program that takes one tensor of images.
     outputs
-        Names of what it returns.
+        Names of its outputs.
     model
-        The network's name, for an error.
+        The network's name, for error messages.
 
     Raises
     ------
     CovcliError
-        If it is too large for one file, or onnxscript knows no form of one of its operations.
+        If it is too large for one file, or onnxscript does not support one of its operations.
     """
     size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
     if size > LARGEST:
@@ -77,11 +77,11 @@ def convert(program: torch.export.ExportedProgram, outputs: Sequence[str], model
 
 
 def _translations() -> dict[Any, Any]:
-    """Return how operations are written that onnxscript does not know, or writes otherwise.
+    """Return translations of operations that onnxscript lacks or translates differently.
 
-    Numbers keep their double precision, which onnxscript rounds to single. ONNX Runtime pools whole
-    channels where they lie, and squares by a product; the usual forms make it copy each activation
-    first, or take powers.
+    Numbers keep their double precision, which onnxscript would round to single. With these forms,
+    ONNX Runtime pools whole channels in place and squares by a product; with the usual forms it
+    copies each activation first, or computes powers.
     """
     op, helper = library("onnxscript").opset18, library("onnx").numpy_helper
     aten = torch.ops.aten
@@ -102,7 +102,7 @@ def _translations() -> dict[Any, Any]:
         return op.Clip(values, *ends)
 
     def below(ranked: Any, scores: Any, **options: Any) -> Any:
-        """Count the values below: where a sorted row takes a value up."""
+        """Count the smaller values: the position of a value in a sorted row."""
         if options.get("right") or options.get("side") not in (None, "left"):
             raise NotImplementedError("searchsorted from the right")
         flat = len(ranked.shape) == 1
@@ -117,7 +117,7 @@ def _translations() -> dict[Any, Any]:
         return op.ReduceMax(values, axes(*dim), keepdims=int(keepdim))
 
     def order(values: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
-        """Sort; of equal values TopK puts the one of the lower index first, whatever is asked."""
+        """Sort; TopK always puts the lower index first among equal values."""
         every = axes(values.shape[dim])
         return op.TopK(values, every, axis=dim, largest=int(descending), sorted=1)
 
@@ -142,7 +142,7 @@ def _whole_channels(values: Any, dim: Sequence[int]) -> bool:
 
 
 def packed(proto: Any, document: str | None = None) -> bytes:
-    """Return the bytes of a model, with what it says of itself if there is anything."""
+    """Return the bytes of a model, with its description if there is one."""
     del proto.metadata_props[:]
     if document is not None:
         proto.metadata_props.add(key=KEY, value=document)
@@ -151,7 +151,7 @@ def packed(proto: Any, document: str | None = None) -> bytes:
 
 
 def described(file: IO[bytes]) -> str | None:
-    """Return what an ONNX file says of itself under our key; None where it does not."""
+    """Return covcli's description in an ONNX file; None without one."""
     file.seek(0)
     model = library("onnx").load_model_from_string(file.read())
     properties = {entry.key: entry.value for entry in model.metadata_props}
@@ -166,7 +166,7 @@ class OnnxProgram:
     content
         The file's bytes.
     threads
-        How many threads one operation may use; 0 leaves it to the library.
+        How many threads one operation may use; 0 for the library's default.
     """
 
     def __init__(self, content: bytes, threads: int = 0) -> None:

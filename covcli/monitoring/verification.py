@@ -1,10 +1,10 @@
-"""Whether an exported file says of images what the monitor says, that it was made of.
+"""Verification of an exported file: it must give the results of the monitor that it was made from.
 
-The file computes in another order, so that its activations differ in their last bits. Most of that
-stays small: logits and distances. But coverage counts, and a neuron within rounding of an end of
-its range may be counted on the other side. So scores are held to a tolerance on all but one image
-in a hundred. What follows from a score (p-value, confidence, verdict) has no tolerance: it must be
-what the rule says of the file's own score, whose rank may be another by the difference.
+The file computes in another order, so its activations differ in their last bits. In logits and
+distances the effect is small. But coverage counts neurons, and a neuron within rounding of an end
+of its range may be counted on the other side. Scores must therefore agree within a tolerance on
+all but one image in a hundred. The results that follow from a score (p-value, confidence, verdict)
+have no tolerance: they must be those of the rule for the file's own score.
 """
 
 import math
@@ -27,13 +27,13 @@ from covcli.signature.judge import Judge, Verdicts
 from covcli.signature.monitor import Monitor
 
 LEAST_IMAGES = 256
-# How far a logit may lie off, in units of the image's largest, or of 1 if that is less.
+# Tolerance of a logit, in units of the image's largest logit, or of 1 if that is less.
 LOGITS = 1e-3
-# How far a score may lie off, in units of the distance from the median to the threshold.
+# Tolerance of a score, in units of the distance from the median to the threshold.
 SCORES = 1e-3
-# On which share of the images a score may lie further off.
+# The share of the images whose scores may exceed the tolerance.
 BEYOND = 0.01
-# What is derived in double precision differs by the last bits of another library alone.
+# Tolerance of results that are derived in double precision, by another library.
 DERIVED = 1e-9
 COMPARED = (*OUTPUTS, "unsure")
 SINGLES = 3
@@ -44,14 +44,14 @@ FileOutputs: TypeAlias = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class _Said:
-    """What file and monitor say of a batch."""
+    """The results of file and monitor for a batch."""
 
     file: dict[str, Tensor]
     monitor: Verdicts
 
 
 def verification_images(chosen: ImageSet, least: int = LEAST_IMAGES) -> tuple[ImageSet, int]:
-    """Return so many images spread evenly over a set; fewer, and how many of noise they lack."""
+    """Return images spread evenly over a set, and how many are missing to `least`."""
     rows = torch.linspace(0, len(chosen) - 1, min(least, len(chosen))).round().long()
     return chosen.select(rows.unique()), max(0, least - len(chosen))
 
@@ -68,20 +68,20 @@ def verify(
     Parameters
     ----------
     judge
-        What the file was made of.
+        The judge that the file was made from.
     program
         Runs the file on a batch; returns its outputs by name.
     form
-        What the file takes.
+        The file's form of input.
     images
-        The images; where they are fewer than 256, uniform noise makes up for the rest.
+        The images. If there are fewer than 256, images of uniform noise are added.
     progress
-        Is told of each batch.
+        Advanced after each batch.
 
     Raises
     ------
     CovcliError
-        If the file says something else than the monitor.
+        If the file's results differ from the monitor's.
     """
     chosen, missing = verification_images(images)
     parts = [chosen]
@@ -98,7 +98,7 @@ def verify(
 
 
 def _batches(images: ImageSet, judge: Judge) -> Iterator[Tensor]:
-    """Yield a few images one by one, and the others in batches, the last of which may be small."""
+    """Yield a few images one by one, then the others in batches; the last one may be smaller."""
     rows = torch.arange(len(images))
     for part in (*rows[:SINGLES].split(1), *rows[SINGLES:].split(BATCH)):
         yield images.batch(part, judge.model.spec.shape)
@@ -155,7 +155,7 @@ def _compared(judge: Judge, said: list[_Said], noise: int) -> Verification:
 def score_unit(judge: Judge) -> float:
     """Return the distance from the median of the calibration scores to the threshold.
 
-    Where there is none, their deviation; 1 where that is none either.
+    If it is 0 or infinite, return their deviation; if that is too, return 1.
     """
     scores = judge.calibration.scores
     for unit in (abs(judge.rule.overall - float(scores.median())), float(scores.std())):
@@ -165,7 +165,7 @@ def score_unit(judge: Judge) -> float:
 
 
 def _check_logits(judge: Judge, file: Mapping[str, Tensor], ours: Tensor) -> None:
-    """Refuse logits beyond the tolerance, or a class that is not the one of the largest logit."""
+    """Refuse logits beyond the tolerance, or a class without the largest logit."""
     theirs = file["logits"]
     allowed = LOGITS * ours.abs().amax(1).clamp_min(1)
     apart = (theirs - ours).abs().amax(1)
@@ -176,7 +176,7 @@ def _check_logits(judge: Judge, file: Mapping[str, Tensor], ours: Tensor) -> Non
 
 
 def _check_derived(judge: Judge, file: Mapping[str, Tensor]) -> None:
-    """Refuse what does not follow from the file's own scores, classes and logits."""
+    """Refuse results that do not follow from the file's own scores, classes and logits."""
     rule, score, predicted = judge.rule, file["score"], file["predicted"]
     for name, expected in {
         "p_value": rule.p_value(score, predicted),

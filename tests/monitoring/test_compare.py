@@ -309,7 +309,7 @@ def test_two_runs_are_compared_and_bounds_end_the_pipeline(evaluated: Path) -> N
     assert {f["difference"] for f in document["evaluations"]["figures"]} == {0}
     page = (runs / "report" / "comparison.html").read_text()
     assert "<svg" in page
-    assert "the data moved" in page
+    assert "differences come from the data" in page
     markdown = (runs / "report" / "comparison.md").read_text()
     assert "| coverage point |" in markdown
     for picture in ("moved-0.png", "differences.png"):
