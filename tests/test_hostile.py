@@ -1,4 +1,4 @@
-"""Files from strangers: refused in one line, or unchanged in meaning; no code, no bombs."""
+"""Files of other people: refused in one line, or unchanged in meaning; no code, no bombs."""
 
 import gzip
 import io

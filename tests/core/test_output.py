@@ -1,4 +1,4 @@
-"""Standard output carries results alone, whoever else writes and whatever becomes of it."""
+"""Standard output contains results only, even if others write to it or close it."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Specifications: what a number, a name and a parameter may be, whoever wrote them."""
+"""Specifications: the allowed numbers, names and parameters."""
 
 import resource
 from fractions import Fraction
