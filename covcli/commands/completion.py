@@ -1,4 +1,4 @@
-"""What the shell completes: registered names, read from the source, since importing takes torch."""
+"""Shell completion of registered names; they are read from the source, to avoid importing torch."""
 
 import ast
 from collections.abc import Callable, Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from covcli.core.choices import RegistryKind
 
-# Where names are registered, and by which decorator: `@METHODS.add("mrc")`, `@model("vgg19")`.
+# The folder and the decorator of each registry: `@METHODS.add("mrc")`, `@model("vgg19")`.
 DECORATORS: dict[RegistryKind, tuple[str, str]] = {
     "models": ("models", "model"),
     "datasets": ("data", "DATASETS.add"),
@@ -31,7 +31,7 @@ def registered(kind: RegistryKind) -> list[str]:
 
 
 def _decorated(source: str, decorator: str) -> Iterator[str]:
-    """Yield the first argument of a decorator wherever it stands in a file."""
+    """Yield the first argument of each use of a decorator in a file."""
     if f"@{decorator}(" not in source:
         return
     for node in ast.parse(source).body:
@@ -41,7 +41,7 @@ def _decorated(source: str, decorator: str) -> Iterator[str]:
 
 
 def completes(*kinds: RegistryKind) -> Callable[[str], list[str]]:
-    """Return what completes a word with names of some kinds; attacks are written attack:NAME."""
+    """Return a function that completes names of some kinds; attacks are written attack:NAME."""
 
     def complete(incomplete: str) -> list[str]:
         names = [

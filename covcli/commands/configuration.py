@@ -1,8 +1,8 @@
 """Defaults from covcli.toml, or from [tool.covcli] in pyproject.toml, of the current folder.
 
-Precedence: what the command line says, then `COVCLI_…` in the environment, then the file, then
-covcli's own default. A file that somebody else wrote is a stranger's wish: what could run code,
-overwrite results or reach outside the folder needs the user's word, see `needs_word`.
+Precedence: the command line, then `COVCLI_…` in the environment, then the file, then covcli's own
+default. Another person may have written the file. A value that could run code, overwrite results or
+reach outside the folder therefore needs the user's consent, see `needs_word`.
 """
 
 import json
@@ -20,25 +20,25 @@ from covcli.core.opening import exists, open_regular, real
 NAMES = ("covcli.toml", "pyproject.toml")
 LARGEST = 1 << 20  # bytes; a file of settings is far smaller
 GATE_OPTIONS = ("fail-under", "fail-over")
-# Settings that name images, and those that need the user's word whatever they say.
+# Settings that name images, and those that always need the user's consent.
 IMAGES = {"trusted", "untrusted", "calibration"}
-PATHS = {"resume"}  # which a name of a run may be too
+PATHS = {"resume"}  # it may also be the name of a run
 GRAVE = {"plugin": "runs code", "force": "overwrites results"}
 WORD = "read the file, and say `covcli config --trust`, or give the option yourself"
 
 
 @dataclass(frozen=True)
 class Settable:
-    """An option as a file may set it.
+    """An option that a file may set.
 
     Attributes
     ----------
     name
         Its long name without dashes, `batch-size`.
     parameter
-        What Typer calls it, `batch_size`.
+        Its name in Typer, `batch_size`.
     hint
-        The type and bounds that its value is held to.
+        The type and bounds of its value.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Settable:
     hint: Any
 
     def variables(self, command: str) -> list[str]:
-        """Return what sets it in the environment, the most particular first."""
+        """Return its environment variables, the most specific first."""
         names = [f"{command}-{self.name}", self.name]
         return [f"COVCLI_{name.upper().replace('-', '_')}" for name in names]
 
@@ -56,18 +56,18 @@ Commands = Mapping[str, Mapping[str, Settable]]
 
 @dataclass(frozen=True)
 class Configuration:
-    """What a file sets.
+    """The settings of a file.
 
     Attributes
     ----------
     file
-        The file; None where there is none.
+        The file; None without one.
     digest
-        Of its content.
+        The digest of its content.
     values
         For each command the values of its options, by Typer's name.
     under, over
-        The gates, as `--fail-under` and `--fail-over` take them.
+        The gates, in the notation of `--fail-under` and `--fail-over`.
     """
 
     file: Path | None = None
@@ -78,7 +78,7 @@ class Configuration:
 
     @property
     def trusted(self) -> bool:
-        """Whether the user has said that this file, as it is now, may be followed in all."""
+        """Whether the user has consented to all settings of this file in its present content."""
         from covcli.core import state
 
         if self.file is None or (folder := state.folder()) is None:
@@ -90,7 +90,7 @@ class Configuration:
         return state.holds(seal, *self._words)
 
     def trust(self) -> None:
-        """Remember that the user trusts this file as it is now; a change ends that."""
+        """Record that the user trusts this file's present content; a change revokes it."""
         from covcli.core import state
 
         if self.file is None:
@@ -107,7 +107,7 @@ class Configuration:
         return ("configuration", str(self.file.resolve()), self.digest)
 
     def allow(self, parameter: str, name: str, value: Any) -> None:
-        """Raise a CovcliError if a value of the file needs the user's word, and has it not."""
+        """Raise a CovcliError if a value of the file needs the user's consent and lacks it."""
         if (reason := needs_word(parameter, value)) is None or self.trusted:
             return
         question = f"{self.file} sets {name} = {shown(value)}, which {reason}. Follow it?"
@@ -126,14 +126,14 @@ def _digest(content: bytes) -> str:
 
 
 def needs_word(parameter: str, value: Any) -> str | None:
-    """Return why a value from a file needs the user's word; None where it needs none.
+    """Return why a value from a file needs the user's consent; None if it does not.
 
     Parameters
     ----------
     parameter
         The option's name in Typer.
     value
-        What the file sets.
+        The value in the file.
 
     Examples
     --------
@@ -180,8 +180,8 @@ def load(commands: Commands) -> Configuration:
     Raises
     ------
     CovcliError
-        If there are two files, or one is no TOML, or sets what no command has, or to a value that
-        the option does not take. It names the file and the key, and the nearest name.
+        If there are two files, or the file is not TOML, has an unknown key or an invalid value. The
+        message names the file, the key and the nearest name.
     """
     files = list(_files())
     if len(files) > 1:
@@ -206,7 +206,7 @@ def _files() -> Iterator[tuple[Path, bytes, dict[str, Any]]]:
         except OSError as error:
             raise CovcliError(f"cannot be read ({error.strerror})", where=file) from None
         if name != NAMES[0] and b"covcli" not in content:
-            continue  # somebody's project; whether its file is sound is no concern of ours
+            continue  # a project without settings of covcli; its file is not validated
         table: Any = _parsed(file, content)
         if name != NAMES[0]:
             tool = table.get("tool")
@@ -237,7 +237,7 @@ class _Reader:
     commands: Commands
 
     def read(self, table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Return the values for each command; a command's own table goes before the common keys."""
+        """Return the values for each command; a command's own table overrides the common keys."""
         values: dict[str, dict[str, Any]] = {name: {} for name in self.commands}
         tables = {key: value for key, value in table.items() if key in self.commands}
         for key, value in table.items():
@@ -281,7 +281,7 @@ def _name(key: str) -> str:
 
 
 def _gates(file: Path, entries: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the gates of a file as `--fail-under` and as `--fail-over` take them."""
+    """Return the gates of a file in the notation of `--fail-under` and of `--fail-over`."""
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise CovcliError("gates must be tables, each below [[gates]]", where=file)
     texts: dict[str, list[str]] = {option: [] for option in GATE_OPTIONS}
@@ -307,7 +307,7 @@ def _gates(file: Path, entries: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as TOML writes it."""
+    """Return a value in TOML's notation."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What `covcli config` prints: the default of every option, and where it comes from."""
+"""The output of `covcli config`: the default of every option, and its source."""
 
 import contextlib
 import os
@@ -22,9 +22,9 @@ class Setting:
     command, option
         The command, and the option's long name.
     value
-        A plain value; text where the environment has no other.
+        A plain value; the text of a variable if it cannot be parsed.
     source
-        The environment's variable, the file, "default", or "required" where there is no default.
+        The environment variable, the file, "default", or "required" without a default.
     """
 
     command: str
@@ -35,18 +35,18 @@ class Setting:
 
 @dataclass(frozen=True)
 class Settings:
-    """What `config` prints: where every default comes from.
+    """The output of `config`: the source of every default.
 
     Attributes
     ----------
     file
-        The file of settings; None where there is none.
+        The file of settings; None without one.
     trusted
-        Whether the user has said that it may be followed in all.
+        Whether the user has consented to all its settings.
     settings
-        Of each command, in the order of its help.
+        The settings of each command, in the order of its help.
     gates
-        Those of the file, as `--fail-under` and `--fail-over` take them.
+        The gates of the file, in the notation of `--fail-under` and `--fail-over`.
     """
 
     file: str | None
@@ -56,7 +56,7 @@ class Settings:
 
     @property
     def toml(self) -> str:
-        """The settings as a file has them, with where each comes from."""
+        """The settings in the form of a file, with the source of each."""
         lines = ["# Precedence: option, environment, covcli.toml or pyproject.toml, default."]
         command = ""
         for entry in self.settings:
@@ -75,16 +75,16 @@ class Settings:
 def describe(
     commands: Commands, defaults: Mapping[str, Mapping[str, Any]], configuration: Configuration
 ) -> Settings:
-    """Return where the default of every option comes from.
+    """Return the default of every option with its source.
 
     Parameters
     ----------
     commands
-        The options of each command that is asked for.
+        The options of each requested command.
     defaults
-        Their own defaults, by Typer's name; `...` where there is none.
+        Their own defaults, by Typer's name; `...` for no default.
     configuration
-        What the file sets.
+        The settings of the file.
     """
     entries = []
     for command, options in commands.items():
@@ -104,8 +104,8 @@ def describe(
 
 
 def _read(text: str, hint: Any) -> Any:
-    """Return what a variable says, as the type that it is read as."""
-    with contextlib.suppress(ValueError):  # TOML's errors are such too
+    """Return the value of a variable in the option's type; its text if that is impossible."""
+    with contextlib.suppress(ValueError):  # includes TOML's errors
         return settings.conform(hint, tomllib.loads(f"value = {text}")["value"])
     return text
 
@@ -117,7 +117,7 @@ def _as_plain(value: Any) -> Any:
 
 
 def unknown_variables(commands: Commands) -> list[str]:
-    """Say of each variable `COVCLI_…` that sets no option which it may have been meant to be."""
+    """Return a warning for each variable `COVCLI_…` that sets no option, with the nearest name."""
     known = {
         variable
         for command, options in commands.items()

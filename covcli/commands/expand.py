@@ -25,7 +25,7 @@ from covcli.core.errors import CovcliError, is_memory_error
 WHAT, NETWORK, IMAGES = "What to do", "Network", "Images"
 GUARANTEE, MACHINE, OUTPUT = "Guarantee", "Machine", "Output"
 METAVARS: dict[object, str] = {bool: "", int: "N", float: "X", Path: "PATH", str: "TEXT"}
-LONGEST_CHOICE = 20  # characters; what is longer than that the help must name
+LONGEST_CHOICE = 20  # characters; the help text must list longer choices
 ASKS_FOR_HELP = "covcli.help"  # of a context's notes
 PANELS = [WHAT, NETWORK, IMAGES, GUARANTEE, MACHINE, OUTPUT]
 
@@ -39,15 +39,15 @@ class Help:
     help
         One sentence; the bounds of the field are added to it.
     panel
-        The panel of the help that it stands in; "" for an argument, which has no name.
+        Its panel in the help; "" for an argument, which has no name.
     names
         Its names, if `--field-name` is not the only one.
     metavar
-        What stands for its value, if its type does not say enough.
+        The placeholder of its value, if its type is not clear enough.
     parser
-        Reads the text that was given.
+        Parses the given text.
     completes
-        Returns what the shell may complete a word with.
+        Returns the completions of a word for the shell.
     """
 
     help: str
@@ -62,9 +62,9 @@ OptionTable: TypeAlias = Mapping[type, Mapping[str, Help]]
 
 
 class Command(TyperCommand):
-    """A command whose work reaches stdout through `core.output` alone.
+    """A command that writes to stdout through `core.output` only.
 
-    The environment sets its options too: `COVCLI_EVALUATE_ALPHA`, and `COVCLI_ALPHA` of every
+    The environment sets its options too: `COVCLI_EVALUATE_ALPHA`, and `COVCLI_ALPHA` for every
     command that has such an option.
     """
 
@@ -75,7 +75,7 @@ class Command(TyperCommand):
             shown.envvar = option.variables(str(name))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments; an error says of which command, which Typer may leave out."""
+        """Parse the arguments; an error names the command, which Typer may omit."""
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
@@ -84,15 +84,15 @@ class Command(TyperCommand):
             raise
 
     def invoke(self, ctx: Any) -> Any:
-        """Do the work; what its libraries print goes to stderr.
+        """Run the command; output of libraries goes to stderr.
 
-        An error advises nothing that this command cannot do.
+        The advice in an error contains only options of this command.
         """
         try:
             self._check_file_values(ctx)
             with output.apart():
                 return super().invoke(ctx)
-        except SystemExit as end:  # a plugin's: an unfinished command must not look done
+        except SystemExit as end:  # from a plugin: an unfinished command must not exit with 0
             raise RuntimeError(f"something called exit({end.code})") from end
         except CovcliError as error:
             error.advise([name for option in self.params for name in option.opts])
@@ -107,7 +107,7 @@ class Command(TyperCommand):
             raise exhausted from error
 
     def _check_file_values(self, ctx: Any) -> None:
-        """Raise a CovcliError if a value from a file needs the user's word and lacks it."""
+        """Raise a CovcliError if a value from a file needs the user's consent and lacks it."""
         consent.ask_on_terminals()
         for option in self.params:
             source = ctx.get_parameter_source(option.name)
@@ -115,14 +115,14 @@ class Command(TyperCommand):
                 ctx.obj.allow(option.name, long_name(option), ctx.params[option.name])
 
     def get_help_option(self, ctx: Any) -> Any:
-        """Return the option --help, in a panel as the others."""
+        """Return the option --help, in a panel like the others."""
         option: Any = super().get_help_option(ctx)
         if option is not None:
             option.rich_help_panel, option.metavar = OUTPUT, ""
         return option
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help, in which a flag's --no-… would only take room."""
+        """Print the help without the --no-… forms of flags."""
         from rich.console import Console
 
         for option in self.params:
@@ -134,15 +134,15 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """The commands, as one."""
+    """The group of all commands."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments, and remember whether any of them asks for help."""
+        """Parse the arguments, and record whether help is requested."""
         ctx.meta[ASKS_FOR_HELP] = not args or bool({*ctx.help_option_names} & {*args})
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> Any:
-        """Return the options; a flag that is None would make Typer load pydantic to read it."""
+        """Return the options; flags default to False, because for None Typer imports pydantic."""
         params = super().get_params(ctx)
         for flag in params:
             if flag.default is None and getattr(flag, "is_flag", False):
@@ -170,7 +170,7 @@ class App(typer.Typer):
     def command(  # type: ignore[override]
         self, name: str | None = None, *, examples: str = "", **settings: Any
     ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-        """Return a decorator that adds a command; its help ends with the examples, one a line."""
+        """Return a decorator that adds a command; its help ends with the examples."""
         if lines := examples.strip().splitlines():
             settings["epilog"] = "\n".join(["Examples:", *(f"$ {line.strip()}" for line in lines)])
         add = super().command(name, cls=Command, **settings)
@@ -183,33 +183,33 @@ class App(typer.Typer):
 
 
 def expanded(command: Callable[..., None], table: OptionTable) -> Callable[..., None]:
-    """Return a function that Typer can read: with a parameter for each field of a dataclass.
+    """Return a function for Typer, with a parameter for each field of a dataclass.
 
-    A field that the table does not have is no option, and keeps its default.
+    A field that is not in the table is not an option, and keeps its default.
 
     Parameters
     ----------
     command
-        A function; each parameter is a dataclass of the table, or an option as Typer has it.
+        A function; each parameter is a dataclass of the table, or an option of Typer.
     table
         How the fields are shown.
 
     Examples
     --------
     >>> @dataclass(frozen=True)
-    ... class Where:
-    ...     rooms: int = 3
-    ...     secret: bool = False
-    >>> def show(where: Where) -> None:
-    ...     print(where)
-    >>> function = expanded(show, {Where: {"rooms": Help("Number of rooms.", WHAT)}})
+    ... class Config:
+    ...     epochs: int = 3
+    ...     internal: bool = False
+    >>> def show(config: Config) -> None:
+    ...     print(config)
+    >>> function = expanded(show, {Config: {"epochs": Help("Number of epochs.", WHAT)}})
     >>> list(inspect.signature(function).parameters)
-    ['rooms']
-    >>> function(rooms=4)
-    Where(rooms=4, secret=False)
+    ['epochs']
+    >>> function(epochs=4)
+    Config(epochs=4, internal=False)
     """
     kinds: dict[str, type] = {}
-    hints: dict[str, Any] = {}  # with their bounds, to hold the values of a file to
+    hints: dict[str, Any] = {}  # with their bounds, to validate the values of a file
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         kind = parameter.annotation
@@ -238,7 +238,7 @@ def expanded(command: Callable[..., None], table: OptionTable) -> Callable[..., 
 
 
 def _parameters(kind: type, table: Mapping[str, Help]) -> list[inspect.Parameter]:
-    """Return what Typer is to read of each field that the table has."""
+    """Return Typer's parameter for each field in the table."""
     hints = get_type_hints(kind, include_extras=True)
     return [
         inspect.Parameter(
@@ -256,7 +256,7 @@ def long_name(option: Any) -> str:
 
 
 def options_of(command: Any) -> dict[str, Settable]:
-    """Return what a file may set of a command: its options, by their long names."""
+    """Return the options of a command that a file may set, by their long names."""
     hints = command.callback.hints
     return {
         long_name(option): Settable(long_name(option), option.name, hints[option.name])
@@ -266,7 +266,7 @@ def options_of(command: Any) -> dict[str, Settable]:
 
 
 def defaults_of(command: Any) -> dict[str, Any]:
-    """Return the defaults of a command's options by Typer's names; `...` where there is none."""
+    """Return the defaults of a command's options by Typer's names; `...` for no default."""
     return {option.name: ... if option.required else option.default for option in command.params}
 
 
@@ -297,7 +297,7 @@ def _annotation(kind: type, field: "Field[Any]", hint: Any, shown: Help) -> Any:
 
 
 def _metavar(hint: Any) -> str:
-    """Return what stands for a value of a type in the help."""
+    """Return the placeholder of a value of a type in the help."""
     if get_origin(hint) is Literal:
         choices = "|".join(map(str, get_args(hint)))
         return choices if len(choices) <= LONGEST_CHOICE else "CHOICE"
@@ -306,7 +306,7 @@ def _metavar(hint: Any) -> str:
 
 
 def _plain(hint: Any) -> Any:
-    """Return a type as Typer takes it: without bounds, and a list for a tuple."""
+    """Return a type for Typer: without bounds, and a list for a tuple."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _plain(inner[0])
@@ -318,12 +318,12 @@ def _plain(hint: Any) -> Any:
 
 
 def _settled(value: Any) -> Any:
-    """Return what was given as a dataclass takes it."""
+    """Return a given value in the form for a dataclass."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def _place(parameter: inspect.Parameter) -> int:
-    """Return where a parameter stands: arguments first, then panel by panel."""
+    """Return the position of a parameter: arguments first, then panel by panel."""
     for entry in get_args(parameter.annotation)[1:]:
         if isinstance(entry, ArgumentInfo):
             return -1

@@ -1,4 +1,4 @@
-"""Help for narrow terminals: a line of names and its text below, where columns would cut words."""
+"""Help for narrow terminals: each parameter's text is below its names, not in a column."""
 
 import textwrap
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ def stacked(command: Any, context: Any, width: int) -> str:
     Parameters
     ----------
     command, context
-        As Typer has them.
+        Typer's command and context.
     width
         In characters.
     """

@@ -1,4 +1,4 @@
-"""What surrounds a command's work: a process that is set up, progress, and what is printed."""
+"""The frame of every command: setup of the process, progress, and output."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,16 +19,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Work:
-    """What a command knows of its process.
+    """The process of a command.
 
     Attributes
     ----------
     output
-        What the user wants printed.
+        The options of output.
     progress
-        Where its steps are reported.
+        Reports progress.
     interrupts
-        Where signals arrive.
+        Handles signals.
     first
         Whether this process prints results: under torchrun only the first rank does.
     """
@@ -41,14 +41,14 @@ class Work:
     def show(
         self, result: Result, path: Path, describe: Callable[[Result], None], then: str
     ) -> None:
-        """Print a result as JSON, or its path alone, to stdout; describe it on stderr.
+        """Print a result as JSON, or only its path, to stdout; describe it on stderr.
 
         Parameters
         ----------
         result, path
             The result, and its main file.
         describe
-            Tells a person what was done.
+            Prints a description of the result.
         then
             The command that usually comes next.
         """
@@ -66,7 +66,7 @@ class Work:
         self.advise(f"next: {then}")
 
     def advise(self, line: str) -> None:
-        """Say on stderr how to go on, as the last line of a run."""
+        """Print the next step on stderr, as the last line of a run."""
         from covcli.core.output import results
         from covcli.reporting.terminal import say
 
@@ -77,7 +77,7 @@ class Work:
 
 @contextmanager
 def working(output: OutputOptions, device: str = "cpu", seed: int = 0) -> Iterator[Work]:
-    """Set up the process for a command's work, and show its progress as long as it lasts."""
+    """Set up the process for a command, and show its progress while it runs."""
     import runpy
 
     from covcli.core import signals

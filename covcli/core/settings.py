@@ -81,15 +81,15 @@ def settle(config: Any) -> None:
 
 
 def conform(hint: Any, value: Any) -> Any:
-    """Return a plain value, as a document of TOML or JSON has it, as an annotation wants it.
+    """Return a plain value from TOML or JSON, converted to the type of an annotation.
 
-    Nothing is guessed: a text is no number. A text stands for a path, an array for a tuple, and a
-    single text for an array of one.
+    The conversion is strict: a string is never a number. A string becomes a path, an array becomes
+    a tuple, and a single string becomes an array of one.
 
     Raises
     ------
     ValueError
-        If it is not what the annotation says; it goes on after the value.
+        If the value does not match the annotation. The message is worded to follow the value.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Text in lines of a width, broken between words, and within a long word behind a mark."""
+"""Wrapping of text to a width, between words, and inside a long word after punctuation."""
 
 import re
 
@@ -6,14 +6,14 @@ from rich.cells import cell_len
 
 
 def wrapped(text: str, width: int) -> list[str]:
-    """Return text as lines; a word wider than the line is broken behind one of its marks.
+    """Return text as lines; a word wider than the line is broken after a punctuation mark.
 
     Parameters
     ----------
     text
         Words with spaces between them.
     width
-        In cells of a terminal.
+        The width in cells of a terminal.
 
     Examples
     --------
