@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from docs_check import write_images
 from pages import PAGES, ROOT, Block, blocks, commands, covcli_commands
 from test_cli import call
 
@@ -16,6 +18,7 @@ from covcli.core.specs import Registry
 from covcli.data import DATASETS
 from covcli.methods import METHODS
 from covcli.models import MODELS
+from covcli.models import checkpoint as checkpoints
 from covcli.reporting.sections import SECTIONS
 
 EVERY = [block for page in PAGES for block in blocks(page)]
@@ -68,6 +71,26 @@ def test_the_examples_of_a_page_run_where_the_demo_ends(
         elif block.language == "sh":
             for words in commands(block.text):
                 run_line(words, capsys)
+
+
+def test_the_lines_for_weights_and_folders_of_ones_own_run(
+    demo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They stand in the README; here a small network stands in for the ResNet."""
+    monkeypatch.chdir(tmp_path)
+    for name, spec in (("photos", "digits?limit=900"), ("held-out", "digits?offset=900")):
+        write_images(f"{spec}&shuffle=0", tmp_path / name, True, 4)
+    write_images("digits?split=test&limit=200", tmp_path / "test", True, 4)
+    write_images("photos?limit=60", tmp_path / "strange", False, 4)
+    model = checkpoints.load(demo / "runs" / "demo" / "checkpoint.pt").model
+    torch.save(model.network.state_dict(), "weights.pt")
+    (block,) = [b for b in blocks(ROOT / "README.md") if "weights.pt" in b.text]
+    for words in commands(block.text.replace("--model resnet18", "--model tiny")):
+        run_line(words, capsys)
+    assert (tmp_path / "runs" / "latest" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("block", EVERY, ids=lambda block: block.place)
