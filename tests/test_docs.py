@@ -73,21 +73,24 @@ def test_the_examples_of_a_page_run_where_the_demo_ends(
                 run_line(words, capsys)
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/getting-started.md", "docs/pipelines.md"])
 def test_the_lines_for_weights_and_folders_of_ones_own_run(
+    name: str,
     demo: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """They stand in the README; here a small network stands in for the ResNet."""
+    """A small network stands in for the ResNet."""
     monkeypatch.chdir(tmp_path)
-    for name, spec in (("photos", "digits?limit=900"), ("held-out", "digits?offset=900")):
-        write_images(f"{spec}&shuffle=0", tmp_path / name, True, 4)
+    for folder, spec in (("photos", "digits?limit=900"), ("held-out", "digits?offset=900")):
+        write_images(f"{spec}&shuffle=0", tmp_path / folder, True, 4)
     write_images("digits?split=test&limit=200", tmp_path / "test", True, 4)
     write_images("photos?limit=60", tmp_path / "strange", False, 4)
     model = checkpoints.load(demo / "runs" / "demo" / "checkpoint.pt").model
     torch.save(model.network.state_dict(), "weights.pt")
-    (block,) = [b for b in blocks(ROOT / "README.md") if "weights.pt" in b.text]
+    shell = [block for block in blocks(ROOT / name) if block.language == "sh"]
+    (block,) = [b for b in shell if "weights.pt" in b.text and "DATA" not in b.text]
     for words in commands(block.text.replace("--model resnet18", "--model tiny")):
         run_line(words, capsys)
     assert (tmp_path / "runs" / "latest" / "report.html").is_file()
