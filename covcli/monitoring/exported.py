@@ -31,7 +31,7 @@ MOST_IMAGES = 1 << 20
 # replaced by it.
 SNAP = 1e-7
 # The largest difference between the activations of two libraries, relative to their size.
-ROUNDED = 1e-5
+ROUNDED = 1e-6
 OUTPUTS = ("logits", "predicted", "score", "p_value", "confidence", "untrusted")
 VERDICTS = (TRUSTED, UNSURE, UNTRUSTED)
 LONGEST_REASON = 200
@@ -47,7 +47,7 @@ class Verification:
         How many images were run through both, and how many of them are noise, added because there
         were too few calibration images.
     logits, score, p_value, confidence
-        The largest differences.
+        The largest differences; but for the logits, where both predict the same class.
     predicted, verdicts
         The number of images whose predicted class differs, and whose verdict differs.
     score_tolerance
@@ -232,12 +232,12 @@ def forgiving(signature: Signature) -> Signature:
 def rounding(low: Tensor, high: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return how far rounding may move each neuron, shape (N,), for ranges of shape (classes, N).
 
-    It is relative to the neuron's largest end, or to a tenth of the largest at its coverage point.
+    It is relative to the largest end at the coverage point: a sum over a layer is as exact as its
+    terms.
     """
     ends = torch.maximum(low.abs(), high.abs())
     largest = torch.where(ends.isfinite(), ends, 0.0).amax(0)
-    at_point = torch.cat([part.amax().expand_as(part) for part in largest.split(list(sizes))])
-    return ROUNDED * torch.maximum(largest, at_point / 10)
+    return ROUNDED * torch.cat([part.amax().expand_as(part) for part in largest.split(list(sizes))])
 
 
 class MonitorGraph(nn.Module):

@@ -29,8 +29,9 @@ from covcli.signature.monitor import Monitor
 LEAST_IMAGES = 256
 # Tolerance of a logit, in units of the image's largest logit, or of 1 if that is less.
 LOGITS = 1e-3
-# Tolerance of a score, in units of the distance from the median to the threshold.
-SCORES = 1e-3
+# Tolerance of a score, in units of the distance from the median to the threshold. In a network of
+# thousands of neurons rounding moves one or another to the next section.
+SCORES = 1e-2
 # The share of the images whose scores may exceed the tolerance.
 BEYOND = 0.01
 # Tolerance of results that are derived in double precision, by another library.
@@ -127,13 +128,15 @@ def _compared(judge: Judge, said: list[_Said], noise: int) -> Verification:
     _check_logits(judge, file, ours["logits"])
     _check_derived(judge, file)
     tolerance = SCORES * score_unit(judge)
-    apart = (file["score"] - ours["score"]).abs()
+    alike = file["predicted"] == ours["predicted"]
+    # Where two classes are as probable as each other, each score is that of its own class.
+    apart = (file["score"] - ours["score"]).abs().where(alike, 0.0)
     beyond = int((apart > tolerance).sum())
     if beyond > BEYOND * len(apart):
         raise _differs(
             judge,
             f"on {beyond} of {len(apart)} images its score differs by more than {tolerance:.2g}, "
-            f"by {float(apart.max()):.2g} at most",
+            f"by {float(apart.max()):.2g} at most ({int((~alike).sum())} classes differ beside)",
         )
     differ = file["untrusted"] != ours["untrusted"]
     if "verdict" in file:
@@ -143,9 +146,9 @@ def _compared(judge: Judge, said: list[_Said], noise: int) -> Verification:
         noise=noise,
         logits=_largest(file["logits"] - ours["logits"]),
         score=_largest(apart),
-        p_value=_largest(file["p_value"] - ours["p_value"]),
-        confidence=_largest(file["confidence"] - ours["confidence"]),
-        predicted=int((file["predicted"] != ours["predicted"]).sum()),
+        p_value=_largest((file["p_value"] - ours["p_value"])[alike]),
+        confidence=_largest((file["confidence"] - ours["confidence"])[alike]),
+        predicted=int((~alike).sum()),
         verdicts=int(differ.sum()),
         score_tolerance=tolerance,
         beyond=beyond,
@@ -198,7 +201,7 @@ def _check_derived(judge: Judge, file: Mapping[str, Tensor]) -> None:
 
 
 def _largest(differences: Tensor) -> float:
-    return float(differences.abs().max())
+    return float(differences.abs().max()) if len(differences) else 0.0
 
 
 def _differs(judge: Judge, how: str) -> CovcliError:
