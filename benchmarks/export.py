@@ -104,7 +104,7 @@ def measured(name: str, method: str, args: argparse.Namespace) -> Found:
     bare_content = bare_file(model)
     file = OnnxFile(MonitorGraph(monitor.judge, "uint8"))
     content = file.content()
-    verification = verify(monitor.judge, file.run, "uint8", sets[1], Silent())
+    verification = verify(monitor.judge, file.run, "uint8", common.random_images(2), Silent())
     programs = [OnnxProgram(each, max(1, args.threads)) for each in (bare_content, content)]
     ratios: dict[str, Ratio] = {}
     for batch in map(int, args.batches.split(",")):

@@ -56,6 +56,22 @@ def test_overhead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert output.keys() == expected | {"confidence_loss_step", "build", "build_trusted_only"}
 
 
+def test_export(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    script = str(FOLDER / "export.py")
+    monkeypatch.syspath_prepend(FOLDER)
+    options = ["--quick", "--json", "--networks", "tiny-vgg", "--plugin", str(PLUGIN)]
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    runpy.run_path(script, run_name="__main__")
+    out, err = capsys.readouterr()
+    assert json.loads(out)["found"], err
+    [found] = json.loads(out)["found"]
+    expected = {f"{kind}batch_{n}" for kind in ("", "eager_", "again_") for n in (1, 4)}
+    assert found["ratios"].keys() == expected
+    assert found["verification"]["images"] == 256
+    assert found["megabytes"] > found["bare_megabytes"] > 0
+
+
 def test_build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     output = printed(monkeypatch, capsys, "build", "--no-memory")
     peers = ("gram", "nacue", "multimahalanobis", "knn")
