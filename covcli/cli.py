@@ -118,7 +118,7 @@ def train(config: TrainConfig, common: CommonOptions, resume: Resume = None) -> 
     "build-signature",
     examples="""
     covcli build-signature runs/latest/checkpoint.pt
-    covcli build-signature weights.pt -m resnet18 -t folder:photos/train -c folder:photos/held-out
+    covcli build-signature weights.pt -m resnet18 -t folder:photos --calibration folder:held-out
     covcli build-signature runs/latest/checkpoint.pt --alpha 0.01 --guarantee certified-overall
     """,
 )

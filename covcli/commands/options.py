@@ -235,7 +235,7 @@ SIGNING = {
     "model": _model("For a bare state dict: its model."),
     "logits": Help("For a bare state dict, of several outputs: the logits' name.", NETWORK),
     "trusted": _data("Images to build from; default: the training images.", "-t"),
-    "calibration": _data("Held-out trusted images; default: the recorded split.", "-c"),
+    "calibration": _data("Held-out trusted images; default: the recorded split."),
     "alpha": Help("False-alarm rate to stay below.", GUARANTEE, ("-a",)),
     "guarantee": Help(
         "marginal: in the mean over calibrations; by-class: in each predicted class; "
