@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,18 @@ PLUGIN = Path(__file__).parent / "tiny_model.py"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(doctest_folder)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escape what is no UTF-8 in captured output: reports travel between processes as UTF-8."""
+    report = yield
+    report.sections = [(title, _utf8(text)) for title, text in report.sections]
+    return report
+
+
+def _utf8(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 @pytest.fixture(scope="session", autouse=True)

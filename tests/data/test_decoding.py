@@ -407,7 +407,9 @@ def test_the_documents_name_the_formats_and_the_limit() -> None:
     root = Path(__file__).parents[2]
     page = (root / ".github" / "SECURITY.md").read_text()
     images = (root / "docs" / "images.md").read_text()
-    in_page = re.search(r"Decoded are ([\w, ]+) and (\w+), by what a file contains", page)
+    in_page = re.search(
+        r"^([\w, ]+) and (\w+) are decoded, by a file's content", page, re.MULTILINE
+    )
     in_images = re.search(r"^([\w, ]+) and (\w+) are decoded, by content", images, re.MULTILINE)
     for listed in (in_page, in_images):
         assert listed is not None

@@ -119,7 +119,7 @@ def test_a_list_of_labels_that_is_wrong_is_noticed() -> None:
     class Shifted(Items):
         targets = (LABELS + 1).tolist()
 
-    with pytest.raises(CovcliError, match="other labels than its list"):
+    with pytest.raises(CovcliError, match="labels that differ from its list"):
         read(Shifted())
 
     class Named(Items):
