@@ -23,6 +23,7 @@ from covcli import (
 from covcli.attacks.attacks import ATTACKS
 from covcli.core import runtime
 from covcli.core.specs import Registry
+from covcli.data import reading
 from covcli.data.corruptions import CORRUPTIONS
 from covcli.data.datasets import DATASETS
 from covcli.evaluation.baselines.detectors import BASELINES
@@ -34,6 +35,21 @@ TINY = Path(__file__).parent / "tiny_model.py"
 REGISTRIES: tuple[Registry[Any], ...] = (
     ATTACKS, BASELINES, CORRUPTIONS, DATASETS, METHODS, MODELS, SECTIONS,
 )  # fmt: skip
+SHIPPED = {registry.kind: frozenset(registry) for registry in REGISTRIES}
+
+
+@pytest.fixture
+def _shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registries hold what comes with covcli, and the tests' network; other tests add more."""
+    for registry in REGISTRIES:
+        known = SHIPPED[registry.kind] | {"tiny"}
+        kept = {name: entry for name, entry in registry._entries.items() if name in known}
+        monkeypatch.setattr(registry, "_entries", kept)
+
+
+@pytest.fixture(autouse=True)
+def _reading_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "_process", reading.Reading())
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +80,7 @@ def _folder_of_the_example(
         return
     caplog.set_level(logging.ERROR)  # or warnings would stand in the example's output
     monkeypatch.chdir(tmp_path)
-    for registry in REGISTRIES:  # an example's plugin is gone after it
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    request.getfixturevalue("_shipped")  # an example's plugin is gone after it
     if "runs/latest" in (request.node.dtest.docstring or ""):  # type: ignore[union-attr]
         shutil.copytree(request.getfixturevalue("demo"), tmp_path, True, dirs_exist_ok=True)
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from covcli.commands.completion import DECORATORS, registered
 from covcli.monitoring.registries import list_registered
 
 
+@pytest.mark.usefixtures("_shipped")
 @pytest.mark.parametrize("kind", DECORATORS)
 def test_the_names_in_the_source_are_those_of_the_registry(kind: str) -> None:
     listed = list_registered([kind]).entries  # type: ignore[list-item]

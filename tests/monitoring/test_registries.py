@@ -34,6 +34,7 @@ def entries(kind: str) -> dict[str, Registered]:
     return {entry.name: entry for entry in list_registered([kind]).entries}  # type: ignore[list-item]
 
 
+@pytest.mark.usefixtures("_shipped")
 def test_every_registry_is_listed_whole_and_every_entry_says_what_it_is() -> None:
     for kind, registry in {
         "models": MODELS, "datasets": DATASETS, "methods": METHODS, "attacks": ATTACKS,

@@ -94,7 +94,7 @@ def test_images_that_calibrate_do_not_build(trained: TrainResult, tmp_path: Path
     with pytest.raises(CovcliError, match="exists"):
         build_signature(config, Silent())
     again = dataclasses.replace(config, trusted="digits?limit=20&offset=310", force=True)
-    with pytest.raises(CovcliError, match="leaves no image"):
+    with pytest.raises(CovcliError, match="only images that are used for calibration"):
         build_signature(again, Silent())
 
 
