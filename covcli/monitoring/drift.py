@@ -249,8 +249,11 @@ def _identity(judge: Judge) -> str:
     """Return a digest of everything that determines scores, and of the calibration scores."""
     signature, calibration = judge.signature, judge.calibration
     state = files.fingerprint(signature.state.tensors)
-    parts = [signature.fingerprint, signature.method.spec(), state, vars(calibration.combination)]
-    return files.digest([*parts, calibration.scores])
+    # Its fields alone: `vars` holds what it has cached too, once it has scored.
+    combination = asdict(calibration.combination)
+    return files.digest(
+        [signature.fingerprint, signature.method.spec(), state, combination, calibration.scores]
+    )
 
 
 def _check(arrays: dict[str, np.ndarray], scores: int) -> None:

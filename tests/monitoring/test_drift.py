@@ -13,6 +13,7 @@ from covcli.core import run_folders
 from covcli.core.errors import CovcliError
 from covcli.data import datasets
 from covcli.monitoring.drift import DriftWatch
+from covcli.signature import judge as judges
 from covcli.signature.build import SignatureConfig, build_signature
 from covcli.signature.monitor import Monitor
 
@@ -59,6 +60,15 @@ def test_a_state_goes_on_bit_for_bit(monitor: Monitor, tmp_path: Path) -> None:
         > expected[: status.alarm_image - 1].max()
     )
     assert status.quick_alarms >= 1
+
+
+def test_a_state_fits_its_signature_whether_that_has_scored_or_not(
+    monitor: Monitor, run: Path, tmp_path: Path
+) -> None:
+    scores(monitor, ["digits?limit=5"])
+    fresh, _ = judges.load(run / "checkpoint.pt", run / "signature-mrc.safetensors")
+    DriftWatch(fresh).save(tmp_path / "state")
+    DriftWatch.load(tmp_path / "state", monitor)
 
 
 def test_verdicts_and_their_scores_are_the_same_to_a_watch(monitor: Monitor) -> None:
