@@ -18,7 +18,7 @@ from torch import Tensor
 from covcli.core.errors import CovcliError
 from covcli.methods.contributions import BinScorer
 from covcli.methods.ensemble import EnsembleScorer
-from covcli.methods.gaussian import GaussScorer
+from covcli.methods.gaussian import SPAN, GaussScorer
 from covcli.methods.ranges import SectionScorer
 from covcli.methods.ranks import NeuronRank
 from covcli.models.points import Point
@@ -328,7 +328,7 @@ def _normal(pair: _Pair) -> Tensor:
     for stored, rows, columns in pair.sides:
         low, high = _gauss(stored.signature).span(rows)
         low, high = low[:, columns].double(), high[:, columns].double()
-        parts.append(((low + high) / 2, (high - low) / 6))  # three deviations to each side
+        parts.append(((low + high) / 2, (high - low) / (2 * SPAN)))
     (mean, deviation), (new_mean, new_deviation) = parts
     return torch.hypot(new_mean - mean, new_deviation - deviation) / deviation
 
