@@ -146,7 +146,10 @@ def measured(subject: Subject, choice: Choice, progress: Progress) -> list[Row]:
     pool = Pool(
         seen.shown(POOL, lambda: subject.pool, baselines=False),
         {m: seen.surrogates(m) for m in choice.methods if make_method(m).experts},
-        {m: make_method(m).blocks(subject.layout(m)) for m in choice.methods},
+        {
+            m: Arrangement.of(make_method(m), len(subject.layout(m).sizes)).blocks
+            for m in choice.methods
+        },
     )
     assert trusted.labels is not None
     wrong = trusted.logits.argmax(1) != trusted.labels

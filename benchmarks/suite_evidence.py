@@ -256,7 +256,7 @@ class Evidence:
         granularity = method.reads("channel")
         return Signature(
             method, granularity, tuple(model.points(granularity)),
-            State(**torch.load(file, weights_only=True)), model.spec,
+            State(self.subject.layout(name), **torch.load(file, weights_only=True)), model.spec,
             fingerprint(model.state_dict()), images.classes,
         )  # fmt: skip
 

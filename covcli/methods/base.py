@@ -1,5 +1,6 @@
 """The base classes of methods: a state accumulated over batches, and a scorer computed from it."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -32,6 +33,8 @@ class Method(ABC):
     ----------
     name
         The name in the registry.
+    kinds
+        The number of kinds of evidence. Each kind has a column per coverage point.
     contributions
         Whether its neurons are contributions to the network's certainty (activations times
         gradients) instead of activations.
@@ -60,25 +63,41 @@ class Method(ABC):
     ... class Distance(Method):
     ...     name = "distance"
     ...     def begin(self, layout):
-    ...         return State.of_sums(self.expected(layout))
-    ...     def observe(self, state, layout, neurons, labels):
+    ...         return State.of_sums(layout, self.expected(layout))
+    ...     def observe(self, state, neurons, labels):
     ...         state["total"].add_((neurons.double() * 1024).round().long().sum(0))
     ...         state["count"].add_(len(neurons))
-    ...     def prepare(self, state, layout):
-    ...         return DistanceScorer(layout, {"mean": state["total"] / 1024 / state["count"]})
+    ...     def prepare(self, state):
+    ...         mean = state["total"] / 1024 / state["count"]
+    ...         return DistanceScorer(state.layout, {"mean": mean})
     ...     def expected(self, layout):
     ...         return {"total": (torch.int64, (layout.neurons,)), "count": (torch.int64, ())}
     >>> layout = Layout(classes=2, sizes=(3,), values=(3,))
     >>> batch = torch.ones(4, 3), torch.tensor([0, 1, 0, 1])
-    >>> scorer = Distance().prepare(fold(Distance(), layout, lambda: [batch]), layout)
+    >>> scorer = Distance().prepare(fold(Distance(), layout, lambda: [batch]))
     >>> scorer(torch.full((1, 3), 4.0), torch.tensor([0])).tolist()
     [[3.0]]
     """
 
     name: ClassVar[str]
+    kinds: ClassVar[int] = 1
     contributions: ClassVar[bool] = False
     experts: ClassVar[bool] = False
     plain: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Raise a CovcliError if an overridden function takes other parameters."""
+        for name in Method.__dict__.keys() & cls.__dict__.keys():
+            function, own = (getattr(kind, name) for kind in (Method, cls))
+            if name.startswith("_") or not (inspect.isfunction(function) and callable(own)):
+                continue
+            wanted, taken = (list(inspect.signature(f).parameters) for f in (function, own))
+            if len(taken) != len(wanted):
+                raise CovcliError(
+                    f"{name} takes ({', '.join(taken)})",
+                    where=f"method {cls.__name__}",
+                    fix=f"let it take ({', '.join(wanted)})",
+                )
 
     def reads(self, granularity: Granularity) -> Granularity:
         """Return the granularity of the method's neurons for a requested granularity.
@@ -96,29 +115,27 @@ class Method(ABC):
 
     @abstractmethod
     def begin(self, layout: Layout) -> State:
-        """Return the initial state of the first pass over the trusted images."""
+        """Return the initial state, for a layout, of the first pass over the trusted images."""
 
     @abstractmethod
-    def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+    def observe(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         """Accumulate one batch into the state.
 
         Parameters
         ----------
         state
             The state from `begin` or `proceed`; changed in place.
-        layout
-            The assignment of neurons to coverage points.
         neurons
             float32 of shape (B, N), finite.
         labels
             int64 of shape (B,).
         """
 
-    def proceed(self, state: State, layout: Layout) -> State | None:
+    def proceed(self, state: State) -> State | None:
         """Return the initial state of the next pass; None if the completed pass was the last."""
         return None
 
-    def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
+    def align(self, parts: Sequence[State]) -> list[State]:
         """Return complete states of disjoint images, converted so that they can be merged.
 
         The default returns them unchanged. A method whose first pass fixes values that differ
@@ -126,7 +143,7 @@ class Method(ABC):
         """
         return list(parts)
 
-    def begin_noisy(self, state: State, layout: Layout) -> State | None:
+    def begin_noisy(self, state: State) -> State | None:
         """Return the initial state of a pass over noisy copies; None if the method needs none.
 
         The copies are made from some of the trusted images. The tensors of the pass are added to
@@ -134,25 +151,22 @@ class Method(ABC):
         """
         return None
 
-    def observe_noisy(self, noisy: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+    def observe_noisy(self, noisy: State, neurons: Tensor, labels: Tensor) -> None:
         """Accumulate a batch of noisy copies into the state from `begin_noisy`."""
         raise NotImplementedError
 
     @abstractmethod
-    def prepare(self, state: State, layout: Layout) -> "Scorer":
+    def prepare(self, state: State) -> "Scorer":
         """Return the scorer of a complete state, on the state's device."""
-
-    def columns(self, layout: Layout) -> int:
-        """Return the number of evidence columns: one per point, or several blocks of that."""
-        return len(layout.sizes)
 
     @property
     def logit_evidence(self) -> str:
         """The evidence from the logits that joins the method's own: a name in LOGIT_EVIDENCE."""
         return "none"
 
-    def blocks(self, layout: Layout) -> tuple[tuple[int, int], ...]:
-        """Return the begin and end of each generalist's columns; empty for one of all columns."""
+    @property
+    def generalist_kinds(self) -> tuple[int, ...]:
+        """The kinds of evidence, from 0, with a generalist each; empty for one of all columns."""
         return ()
 
     @abstractmethod
@@ -188,7 +202,7 @@ class Scorer(nn.Module, ABC):
 
     @property
     def columns(self) -> int:
-        """The number of evidence columns: one per point, or several blocks of that."""
+        """The number of evidence columns: one per point and kind of evidence."""
         return len(self.layout.sizes)
 
     @abstractmethod

@@ -73,21 +73,21 @@ class ActivationCoverage(Method):
 
     def begin(self, layout: Layout) -> State:
         """Return counts of 0."""
-        return State.of_sums(self.expected(layout))
+        return State.of_sums(layout, self.expected(layout))
 
-    def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+    def observe(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         """Count the bins of a batch."""
         bins = self.bin(neurons, self.edges().to(neurons.device))
         places = cell_index(bins, labels, self.intervals).flatten()
         counts = state["counts"].view(-1)
         counts.scatter_add_(0, places, torch.ones_like(places, dtype=torch.int32))
 
-    def prepare(self, state: State, layout: Layout) -> "BinScorer":
+    def prepare(self, state: State) -> "BinScorer":
         """Return the scorer, with the counts of all classes or of each class."""
         counts = state["counts"]
         if self.classes == "all":
             counts = counts.sum(0, keepdim=True, dtype=torch.int32).expand_as(counts).contiguous()
-        return BinScorer(layout, counts, self)
+        return BinScorer(state.layout, counts, self)
 
     def bin(self, neurons: Tensor, edges: Tensor) -> Tensor:
         """Return the bin of each neuron's state, from 0; an edge belongs to the upper bin."""

@@ -58,6 +58,7 @@ class Ensemble(Method):
     """
 
     name: ClassVar[str] = "ensemble"
+    kinds: ClassVar[int] = 3
     experts: ClassVar[bool] = True
     shrinkage: float = Gauss.shrinkage
     logits: str = "energy"
@@ -79,72 +80,68 @@ class Ensemble(Method):
     def begin(self, layout: Layout) -> State:
         """Return the empty ranges of `src`; they also bound the values, as the peaks of `gauss`."""
         refuse_wide(layout, self.name)
-        state, ranges = State(), RANGES.begin(layout)
+        state, ranges = State(layout), RANGES.begin(layout)
         for key in RANGE_TENSORS:
             state.declare(key, ranges[key], ranges.reductions[key])
         return state
 
-    def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+    def observe(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         """Widen the ranges in the first pass; add to the sums of `gauss` in the second."""
         if "unit" in state.tensors:
-            self.gauss.add(state, layout, neurons, labels)
+            self.gauss.add(state, neurons, labels)
         else:
             RANGES.widen(state, neurons, labels)
 
-    def proceed(self, state: State, layout: Layout) -> State | None:
+    def proceed(self, state: State) -> State | None:
         """Fix ranges and units after the first pass; the second pass computes sums."""
         if "unit" in state.tensors:
             return None
         ends = torch.cat([state[key] for key in RANGE_TENSORS]).abs()
         seen = torch.where(ends.isfinite(), ends, 0.0)  # infinite: a class not seen
-        summing = self.gauss.summing(layout.values_of(seen).amax(0), layout)
+        summing = self.gauss.summing(state.layout, state.layout.values_of(seen).amax(0))
         for key in RANGE_TENSORS:
             summing.declare(key, state[key], "same")
         return summing
 
-    def begin_noisy(self, state: State, layout: Layout) -> State:
+    def begin_noisy(self, state: State) -> State:
         """Return sums of 0, in the units of the other sums."""
-        noisy = State.of_sums(noisy_sums(layout)).to(state["unit"].device)
+        noisy = State.of_sums(state.layout, noisy_sums(state.layout)).to(state["unit"].device)
         noisy.declare("unit", state["unit"], "same")
         return noisy
 
-    def observe_noisy(self, noisy: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+    def observe_noisy(self, noisy: State, neurons: Tensor, labels: Tensor) -> None:
         """Add noisy copies to their sums."""
+        layout = noisy.layout
         whole = whole_numbers(noisy, layout.values_of(neurons))
         noisy["noisy_total"].add_(sums_by_class(whole, labels, layout.classes))
         noisy["noisy_count"].add_(torch.bincount(labels, minlength=layout.classes))
 
-    def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
+    def align(self, parts: Sequence[State]) -> list[State]:
         """Return the parts in the largest unit, with the union of their ranges."""
         low, high = united(parts)
-        aligned = self.gauss.align(parts, layout)
+        aligned = self.gauss.align(parts)
         for part, given in zip(aligned, parts, strict=True):
             ratio = given["unit"] / part["unit"]
             noisy = rescaled(given["noisy_total"], ratio)
             part.tensors |= {"low": low, "high": high, "noisy_total": noisy}
         return aligned
 
-    def prepare(self, state: State, layout: Layout) -> "EnsembleScorer":
+    def prepare(self, state: State) -> "EnsembleScorer":
         """Return the scorer of all members; see `Gauss.prepare`."""
-        whitening = whiten(state, layout, self.shrinkage, self.spec())
-        return EnsembleScorer(
-            RANGES.prepare(state, layout),
-            GaussScorer(layout, whitening, noise_directions(state, layout, whitening)),
-        )
-
-    def columns(self, layout: Layout) -> int:
-        """Return the number of evidence columns: 3·L."""
-        return 3 * len(layout.sizes)
+        whitening = whiten(state, self.shrinkage, self.spec())
+        directions = noise_directions(state, whitening)
+        distances = GaussScorer(state.layout, whitening, directions)
+        return EnsembleScorer(RANGES.prepare(state), distances)
 
     @property
     def logit_evidence(self) -> str:
         """The parameter `logits`."""
         return self.logits
 
-    def blocks(self, layout: Layout) -> tuple[tuple[int, int], ...]:
-        """Return the columns of `src` and of `gauss`; only experts read the others."""
-        points = len(layout.sizes)
-        return () if self.generalists == "one" else ((0, points), (points, 2 * points))
+    @property
+    def generalist_kinds(self) -> tuple[int, ...]:
+        """`src` and `gauss`, unless one generalist reads all; only experts read the directions."""
+        return () if self.generalists == "one" else (0, 1)
 
     def expected(self, layout: Layout) -> Expected:
         """Return the tensors of a complete state."""
@@ -171,7 +168,7 @@ class EnsembleScorer(Scorer):
     @property
     def columns(self) -> int:
         """The number of evidence columns: 3·L."""
-        return 3 * len(self.layout.sizes)
+        return Ensemble.kinds * len(self.layout.sizes)
 
     def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the columns of `src`, of `gauss`, and along the direction, (B, 3·L)."""
@@ -202,13 +199,13 @@ class EnsembleScorer(Scorer):
         return self.ranges.span(classes)
 
 
-def noise_directions(state: State, layout: Layout, whitening: Whitening) -> list[Tensor]:
+def noise_directions(state: State, whitening: Whitening) -> list[Tensor]:
     """Return each point's Σ⁻¹d/√(dᵀΣ⁻¹d), shape (1, V)."""
     count = state["noisy_count"].double()
     noisy = state["noisy_total"] * state["unit"]
     shift = (noisy - count[:, None] * whitening.mean).sum(0)
     directions = []
-    for white, part in zip(whitening.matrices, shift.split(layout.values), strict=True):
+    for white, part in zip(whitening.matrices, shift.split(state.layout.values), strict=True):
         moved = white @ part
         directions.append((white.T @ moved / moved.norm().clamp_min(1e-12))[None])
     return directions

@@ -69,23 +69,24 @@ class Gauss(Method):
             If a point has more than 4,096 values: their covariance would be too large.
         """
         refuse_wide(layout, self.name)
-        state = State()
+        state = State(layout)
         state.declare("peak", torch.zeros(sum(layout.values)), "max")
         return state
 
-    def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+    def observe(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         """Find the largest values in the first pass; sum values and their products in the second.
 
         Integers are summed, so the result does not depend on the order or grouping of images.
         """
         if "unit" in state.tensors:
-            self.add(state, layout, neurons, labels)
+            self.add(state, neurons, labels)
         elif len(neurons):
-            largest = layout.values_of(neurons).abs().amax(0)
+            largest = state.layout.values_of(neurons).abs().amax(0)
             torch.maximum(state["peak"], largest, out=state["peak"])
 
-    def add(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+    def add(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         """Add a batch to the sums of the second pass."""
+        layout = state.layout
         whole = whole_numbers(state, layout.values_of(neurons))
         state["total"].add_(sums_by_class(whole, labels, layout.classes))
         state["count"].add_(torch.bincount(labels, minlength=layout.classes))
@@ -93,35 +94,35 @@ class Gauss(Method):
         for products, part in zip(_triangles(state["products"], layout), parts, strict=True):
             _add_products(products, part)
 
-    def proceed(self, state: State, layout: Layout) -> State | None:
+    def proceed(self, state: State) -> State | None:
         """Choose each value's unit after the first pass: a power of two, about peak/2^20."""
         if "unit" in state.tensors:
             return None
-        return self.summing(state["peak"], layout)
+        return self.summing(state.layout, state["peak"])
 
-    def summing(self, peaks: Tensor, layout: Layout) -> State:
+    def summing(self, layout: Layout, peaks: Tensor) -> State:
         """Return sums of 0, with units for values of at most these peaks, shape (V,)."""
         units = [math.ldexp(1.0, math.frexp(peak)[1] - BITS) for peak in peaks.tolist()]
-        summing = State.of_sums(self.sums(layout)).to(peaks.device)
+        summing = State.of_sums(layout, self.sums(layout)).to(peaks.device)
         summing.declare("unit", peaks.new_tensor(units, dtype=torch.float64), "same")
         return summing
 
-    def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
+    def align(self, parts: Sequence[State]) -> list[State]:
         """Return the parts in the largest of their units; each sum is rounded once."""
         unit = torch.stack([part["unit"] for part in parts]).amax(0)
-        return [self._scaled(part, part["unit"] / unit, unit, layout) for part in parts]
+        return [self._scaled(part, part["unit"] / unit, unit) for part in parts]
 
-    def _scaled(self, part: State, ratio: Tensor, unit: Tensor, layout: Layout) -> State:
+    def _scaled(self, part: State, ratio: Tensor, unit: Tensor) -> State:
         """Return a part in another unit; `ratio` is the old unit divided by the new one."""
-        pairs = torch.cat([_pack(r[:, None] * r) for r in ratio.split(layout.values)])
+        pairs = torch.cat([_pack(r[:, None] * r) for r in ratio.split(part.layout.values)])
         scaled = {
             "unit": unit,
             "total": rescaled(part["total"], ratio),
             "products": rescaled(part["products"], pairs),
         }
-        return State(part.tensors | scaled, dict(part.reductions))
+        return part.holding(part.tensors | scaled)
 
-    def prepare(self, state: State, layout: Layout) -> "GaussScorer":
+    def prepare(self, state: State) -> "GaussScorer":
         """Return the scorer that computes distances.
 
         Raises
@@ -129,7 +130,7 @@ class Gauss(Method):
         CovcliError
             If a point's covariance is singular: too few images for so little shrinkage.
         """
-        return GaussScorer(layout, whiten(state, layout, self.shrinkage, self.spec()))
+        return GaussScorer(state.layout, whiten(state, self.shrinkage, self.spec()))
 
     def sums(self, layout: Layout) -> Expected:
         """Return the type and shape of the tensors that the second pass sums."""
@@ -173,14 +174,14 @@ class Whitening:
     matrices: list[Tensor]
 
 
-def whiten(state: State, layout: Layout, shrinkage: float, where: str) -> Whitening:
+def whiten(state: State, shrinkage: float, where: str) -> Whitening:
     """Factor each point's covariance.
 
     Parameters
     ----------
     state
         A complete state of `gauss`.
-    layout, shrinkage
+    shrinkage
         See `Gauss`.
     where
         The method's name, for errors.
@@ -190,6 +191,7 @@ def whiten(state: State, layout: Layout, shrinkage: float, where: str) -> Whiten
     CovcliError
         If a point's covariance is singular: too few images for so little shrinkage.
     """
+    layout = state.layout
     mean, count = class_means(state), state["count"].double()
     deviations, matrices = [], []
     parts = zip(

@@ -42,7 +42,7 @@ class SingleRange(Method):
     >>> from covcli.signature.fit import fold
     >>> layout = Layout(classes=1, sizes=(2,), values=(2,))
     >>> trusted = torch.tensor([[0.0, 5.0], [1.0, 6.0]]), torch.tensor([0, 0])
-    >>> scorer = SingleRange().prepare(fold(SingleRange(), layout, lambda: [trusted]), layout)
+    >>> scorer = SingleRange().prepare(fold(SingleRange(), layout, lambda: [trusted]))
     >>> scorer.costs(torch.tensor([[0.5, 7.0]]), torch.tensor([0])).tolist()
     [[0.0, 1.0]]
     """
@@ -52,16 +52,16 @@ class SingleRange(Method):
     def begin(self, layout: Layout) -> State:
         """Return empty ranges, (+inf, -inf), and counts of 0."""
         classes, neurons = layout.classes, layout.neurons
-        state = State()
+        state = State(layout)
         state.declare("low", torch.full((classes, neurons), torch.inf), "min")
         state.declare("high", torch.full((classes, neurons), -torch.inf), "max")
         state.declare("count", torch.zeros(classes, dtype=torch.int64), "sum")
         return state
 
-    def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+    def observe(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         """Widen the ranges to include the batch, and count its images."""
         self.widen(state, neurons, labels)
-        state["count"].add_(torch.bincount(labels, minlength=layout.classes))
+        state["count"].add_(torch.bincount(labels, minlength=state.layout.classes))
 
     def widen(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         """Widen the ranges to include the batch."""
@@ -70,9 +70,9 @@ class SingleRange(Method):
             torch.minimum(state["low"][k], mine.amin(0), out=state["low"][k])
             torch.maximum(state["high"][k], mine.amax(0), out=state["high"][k])
 
-    def prepare(self, state: State, layout: Layout) -> "RangeScorer":
+    def prepare(self, state: State) -> "RangeScorer":
         """Return the scorer that compares neurons with the ranges."""
-        return RangeScorer(layout, {"low": state["low"], "high": state["high"]})
+        return RangeScorer(state.layout, {"low": state["low"], "high": state["high"]})
 
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
@@ -119,13 +119,13 @@ class MultiRange(SingleRange):
         if self.cost not in ("surprisal", "share"):
             raise ValueError(f"cost={self.cost!r} is unknown; known: surprisal, share")
 
-    def proceed(self, state: State, layout: Layout) -> State | None:
+    def proceed(self, state: State) -> State | None:
         """Fix the ranges after the first pass; the second pass counts sections."""
         if "sections" in state.tensors:
             return None
         classes, neurons = state["low"].shape
         device = state["low"].device
-        counting = State()
+        counting = State(state.layout)
         counting.declare("low", state["low"], "same")
         counting.declare("high", state["high"], "same")
         counting.declare("count", torch.zeros_like(state["count"]), "sum")
@@ -136,10 +136,10 @@ class MultiRange(SingleRange):
         )
         return counting
 
-    def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+    def observe(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         """Widen the ranges in the first pass; count sections in the second."""
         if "sections" not in state.tensors:
-            super().observe(state, layout, neurons, labels)
+            super().observe(state, neurons, labels)
             return
         size = max(1, COUNTED_AT_ONCE // neurons.shape[1])
         for some, theirs in zip(neurons.split(size), labels.split(size), strict=True):
@@ -154,7 +154,7 @@ class MultiRange(SingleRange):
         counts = state["sections"].view(-1)
         counts.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
 
-    def align(self, parts: Sequence[State], layout: Layout) -> list[State]:
+    def align(self, parts: Sequence[State]) -> list[State]:
         """Return the parts with counts in sections of the union of their ranges.
 
         The count of a section goes to the new section that contains its centre, so no image moves
@@ -173,12 +173,11 @@ class MultiRange(SingleRange):
             centre = begin + width * ((q + 0.5) / self.sections)
             places = self.section(centre, scale)
             counts.scatter_add_(2, places[:, :, None], part["sections"][:, :, q, None])
-        tensors = {**part.tensors, "low": low, "high": high, "sections": counts}
-        return State(tensors, dict(part.reductions))
+        return part.holding({**part.tensors, "low": low, "high": high, "sections": counts})
 
-    def prepare(self, state: State, layout: Layout) -> "SectionScorer":
+    def prepare(self, state: State) -> "SectionScorer":
         """Return the scorer that looks up the costs of sections."""
-        return SectionScorer(layout, state, self)
+        return SectionScorer(state, self)
 
     def table(self, state: State) -> Tensor:
         """Return the costs, float32 of shape (classes, Q + 2, N).
@@ -259,9 +258,9 @@ class PaperMultiRange(MultiRange):
         if self.cost != "share":
             raise ValueError(f"cost={self.cost!r} is not the paper's; take mrc for it")
 
-    def prepare(self, state: State, layout: Layout) -> "SectionScorer":
+    def prepare(self, state: State) -> "SectionScorer":
         """Return the scorer that looks up the costs of sections."""
-        return PlainSectionScorer(layout, state, self)
+        return PlainSectionScorer(state, self)
 
 
 def held(tensor: Tensor, part: Layout, classes: Tensor | int) -> Tensor:
@@ -356,8 +355,6 @@ class SectionScorer(RangeScorer):
 
     Parameters
     ----------
-    layout
-        The assignment of neurons to coverage points.
     state
         The method's complete state.
     method
@@ -368,16 +365,16 @@ class SectionScorer(RangeScorer):
     table: Tensor
     numbers: Tensor
 
-    def __init__(self, layout: Layout, state: State, method: MultiRange) -> None:
+    def __init__(self, state: State, method: MultiRange) -> None:
         ends = {"low": state["low"], "high": state["high"]}
         # The bounds of an empty range are infinite, and 0 times infinity is NaN.
         empty = ends["low"] > ends["high"]
         scale = torch.where(empty, 1.0, method.scale(ends["low"], ends["high"]))
         table = method.table(state)
         small = table.numel() < 1 << 31  # int32 is faster
-        numbers = torch.arange(layout.neurons, dtype=torch.int32 if small else torch.int64)
+        numbers = torch.arange(state.layout.neurons, dtype=torch.int32 if small else torch.int64)
         places = {"table": table, "numbers": numbers.to(table.device)}
-        super().__init__(layout, {**ends, "scale": scale, **places})
+        super().__init__(state.layout, {**ends, "scale": scale, **places})
         self.method = method
 
     def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:

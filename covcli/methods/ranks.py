@@ -58,18 +58,18 @@ class NeuronRank(Method):
 
     def begin(self, layout: Layout) -> State:
         """Return counts of 0."""
-        return State.of_sums(self.expected(layout))
+        return State.of_sums(layout, self.expected(layout))
 
-    def observe(self, state: State, layout: Layout, neurons: Tensor, labels: Tensor) -> None:
+    def observe(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         """Count in how many images each neuron is in the top, by class."""
-        top = rank_weights(layout, neurons, self.share) > 0
+        top = rank_weights(state.layout, neurons, self.share) > 0
         state["top"].index_add_(0, labels, top.int())
-        state["count"].add_(torch.bincount(labels, minlength=layout.classes))
+        state["count"].add_(torch.bincount(labels, minlength=state.layout.classes))
 
-    def prepare(self, state: State, layout: Layout) -> "RankScorer":
+    def prepare(self, state: State) -> "RankScorer":
         """Return the scorer, which compares with how often each neuron was in the top."""
         often = state["top"] / state["count"].clamp_min(1)[:, None]
-        return DIRECTIONS[self.direction](layout, often, self.share)
+        return DIRECTIONS[self.direction](state.layout, often, self.share)
 
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""

@@ -7,6 +7,8 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from covcli.methods.layout import Layout
+
 Reduction: TypeAlias = Literal["sum", "min", "max", "same"]
 # The type and the shape of each tensor of a state.
 Expected: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -17,7 +19,7 @@ GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
 @dataclass
 class State:
-    """Named tensors, each with the reduction that merges two parts.
+    """Named tensors for a layout, each with the reduction that merges two parts.
 
     "same" marks a tensor that an earlier pass determined; it must be equal in all parts. The other
     reductions are exact and commutative for integers and extremes, so that a state does not depend
@@ -26,6 +28,8 @@ class State:
 
     Attributes
     ----------
+    layout
+        The assignment of neurons to coverage points.
     tensors
         The tensors, by name.
     reductions
@@ -33,7 +37,8 @@ class State:
 
     Examples
     --------
-    >>> part, other = State(), State()
+    >>> layout = Layout(classes=1, sizes=(2,), values=(2,))
+    >>> part, other = State(layout), State(layout)
     >>> part.declare("count", torch.tensor([3]), "sum")
     >>> other.declare("count", torch.tensor([4]), "sum")
     >>> part.merge(other)
@@ -41,13 +46,14 @@ class State:
     7
     """
 
+    layout: Layout
     tensors: dict[str, Tensor] = field(default_factory=dict)
     reductions: dict[str, Reduction] = field(default_factory=dict)
 
     @classmethod
-    def of_sums(cls, expected: Expected) -> "State":
+    def of_sums(cls, layout: Layout, expected: Expected) -> "State":
         """Return a state of zeros with those types and shapes, and the reduction "sum"."""
-        state = cls()
+        state = cls(layout)
         for name, (dtype, shape) in expected.items():
             state.declare(name, torch.zeros(shape, dtype=dtype), "sum")
         return state
@@ -66,8 +72,10 @@ class State:
         Raises
         ------
         ValueError
-            If the parts have different tensors, or a "same" tensor differs.
+            If the parts have different layouts or tensors, or a "same" tensor differs.
         """
+        if self.layout != other.layout:
+            raise ValueError("the parts are states of different layouts")
         if self.reductions != other.reductions:
             raise ValueError("the parts are states of different methods or passes")
         for name, reduction in self.reductions.items():
@@ -91,4 +99,8 @@ class State:
 
     def to(self, device: torch.device) -> "State":
         """Return a copy of the state on a device."""
-        return State({k: v.to(device) for k, v in self.tensors.items()}, dict(self.reductions))
+        return self.holding({k: v.to(device) for k, v in self.tensors.items()})
+
+    def holding(self, tensors: Mapping[str, Tensor]) -> "State":
+        """Return a state of the same layout and reductions that holds other tensors."""
+        return State(self.layout, dict(tensors), dict(self.reductions))

@@ -14,6 +14,8 @@ from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from covcli.methods import Method
+from covcli.methods.logits import LOGIT_EVIDENCE
 from covcli.signature.tails import Tails
 
 # Temperatures of the soft maximum, over the columns and over the voices.
@@ -45,6 +47,12 @@ class Arrangement:
 
     blocks: tuple[tuple[int, int], ...] = ()
     logits: int = 0
+
+    @classmethod
+    def of(cls, method: Method, points: int) -> "Arrangement":
+        """Return the arrangement of a method's evidence at so many coverage points."""
+        blocks = tuple((kind * points, (kind + 1) * points) for kind in method.generalist_kinds)
+        return cls(blocks, len(LOGIT_EVIDENCE[method.logit_evidence]))
 
     def generalists(self, columns: int) -> Tensor:
         """Return the columns of each generalist, 1 or 0, float64 of shape (G, columns)."""

@@ -178,9 +178,9 @@ def fold(
     while state is not None:
         complete = state
         for values, labels in passes():
-            method.observe(complete, layout, values, labels)
+            method.observe(complete, values, labels)
         distributed.reduce(complete.tensors, complete.reductions)
-        state = method.proceed(complete, layout)
+        state = method.proceed(complete)
     return complete
 
 
@@ -310,8 +310,8 @@ def _observe_noisy(
     model: Classifier, signature: Signature, images: ImageSet, progress: Progress
 ) -> None:
     """Add the tensors of a pass over noisy copies to a signature's state, if its method has one."""
-    method, state, layout = signature.method, signature.state, signature.layout
-    noisy = method.begin_noisy(state, layout)
+    method, state = signature.method, signature.state
+    noisy = method.begin_noisy(state)
     if noisy is None:
         return
     if len(images):
@@ -321,7 +321,7 @@ def _observe_noisy(
         title = "reading noisy copies"
         for batch in sweep(model, copies, points, granularity, progress, title):
             mine = labels[batch.rows].to(batch.neurons.device)
-            method.observe_noisy(noisy, layout, batch.neurons, mine)
+            method.observe_noisy(noisy, batch.neurons, mine)
     distributed.reduce(noisy.tensors, noisy.reductions)
     state.include(noisy)
 

@@ -130,10 +130,9 @@ def check_parts(parts: Sequence[_Part]) -> None:
 
 def merged_state(parts: Sequence[Signature]) -> State:
     """Merge the states of parts that `check_parts` accepts."""
-    first = parts[0]
-    aligned = first.method.align([part.state for part in parts], first.layout)
-    merged = State({k: v.clone() for k, v in aligned[0].tensors.items()}, aligned[0].reductions)
-    for state in aligned[1:]:
+    first, *others = parts[0].method.align([part.state for part in parts])
+    merged = first.holding({name: tensor.clone() for name, tensor in first.tensors.items()})
+    for state in others:
         merged.merge(state)
     return merged
 

@@ -18,7 +18,7 @@ from covcli.core.errors import CovcliError
 from covcli.core.files import fingerprint, write_bytes
 from covcli.core.opening import open_regular, reading
 from covcli.methods import Layout, Method, Scorer, State, make_method
-from covcli.methods.logits import LOGIT_EVIDENCE, read_logits
+from covcli.methods.logits import read_logits
 from covcli.methods.state import GRANULARITIES, Granularity
 from covcli.models.architectures import Classifier, ModelSpec, Precision, precision
 from covcli.models.points import Point
@@ -80,17 +80,17 @@ class Signature:
         """The number of neurons of each coverage point."""
         return [point.neurons for point in self.points]
 
-    @cached_property
+    @property
     def layout(self) -> Layout:
         """The assignment of neurons to coverage points."""
-        return layout_of(self.points, len(self.classes))
+        return self.state.layout
 
     @cached_property
     def scorer(self) -> Scorer:
         """The scorer of the state, created on first use."""
         # It may be created in inference mode, but must allow gradients later.
         with torch.inference_mode(False), runtime.one_thread():
-            return self.method.prepare(self.state, self.layout)
+            return self.method.prepare(self.state)
 
     def evidence(self, logits: Tensor, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the evidence against trust, float64 of shape (B, P + L).
@@ -120,8 +120,7 @@ class Signature:
     @cached_property
     def arrangement(self) -> Arrangement:
         """The meaning of the columns of the evidence."""
-        logits = len(LOGIT_EVIDENCE[self.method.logit_evidence])
-        return Arrangement(self.method.blocks(self.layout), logits)
+        return Arrangement.of(self.method, len(self.points))
 
     def to(self, device: torch.device) -> "Signature":
         """Return a copy of the signature with its state on a device."""
@@ -207,6 +206,7 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
         points = tuple(Point(**entry) for entry in metadata["points"])
         model = ModelSpec.from_dict(metadata["model"], path)
         state = State(
+            layout_of(points, len(metadata["classes"])),
             {name: tensors[f"state.{name}"] for name in metadata["reductions"]},
             metadata["reductions"],
         )
@@ -260,7 +260,7 @@ def _check(signature: Signature, calibration: Calibration) -> None:
     numbers += [calibration.scores, calibration.softmax]
     if not all(t.dtype == torch.float64 and bool(t.isfinite().all()) for t in numbers):
         raise ValueError("a calibration that is not finite")
-    columns = signature.method.columns(signature.layout)
+    columns = signature.method.kinds * len(signature.points)
     generalists = signature.arrangement.generalists(columns)
     experts = len(combination.weights)
     voices = len(generalists) + experts

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from covcli.core import runtime
-from covcli.methods import Layout
+from covcli.signature.signature import layout_of
 from covcli.training.epoch import SUMS, Trainer
 from covcli.training.loss import RUNNING
 
@@ -68,9 +68,7 @@ def _check_optimizer(stored: Mapping[str, Any], optimizer: torch.optim.Optimizer
 
 
 def _check_running(stored: Any, reductions: Any, trainer: Trainer) -> None:
-    points = trainer.points
-    sizes, values = tuple(p.neurons for p in points), tuple(p.values for p in points)
-    layout = Layout(trainer.model.spec.classes, sizes, values)
+    layout = layout_of(trainer.points, trainer.model.spec.classes)
     expected = dict(RUNNING.expected(layout))
     tensors = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}
     if tensors != expected or reductions.keys() != expected.keys():

@@ -25,6 +25,7 @@ from covcli.models.architectures import Classifier, ModelSpec
 from covcli.models.sweep import choose_precision, sweep
 from covcli.reporting.documents import EpochLog, Watch
 from covcli.signature.fit import How, fit_signature
+from covcli.signature.signature import layout_of
 from covcli.training import position
 from covcli.training.config import TrainConfig, save_interval
 from covcli.training.epoch import SUMS, Trainer, epoch
@@ -223,7 +224,8 @@ class Session:
             self.trainer.schedule.load_state_dict(content["schedule"])
             self.trainer.model.precision = architectures.precision(content["settings"]["precision"])
             if content["running"] is not None:
-                state = State(dict(content["running"]), dict(content["reductions"]))
+                layout = layout_of(self.trainer.points, self.trainer.model.spec.classes)
+                state = State(layout, dict(content["running"]), dict(content["reductions"]))
                 self._train_towards(state.to(self.trainer.model.mean.device))
             self.history = [settings.read(EpochLog, entry) for entry in content["history"]]
             self.step = int(content["step"])

@@ -172,7 +172,7 @@ def test_explanations_are_the_naive_ones(
 def with_ranges(signature: Signature, low: float, high: float) -> Signature:
     """Return a single-range signature whose every range is the same."""
     shape = signature.state["low"].shape
-    state = State()
+    state = State(signature.layout)
     state.declare("low", torch.full(shape, low), "min")
     state.declare("high", torch.full(shape, high), "max")
     return replace(signature, method=SingleRange(), state=state)

@@ -1,5 +1,6 @@
 """The methods' arithmetic, against naive NumPy, on random inputs with ties and constants."""
 
+import copy
 import math
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_costs_follow_the_formulas(
     state = folded(spec, neurons, labels, [np.arange(len(labels))])
     x = np.concatenate([tested[0], neurons])  # values on the edges too
     classes = np.concatenate([tested[1], labels])
-    scorer = make_method(spec).prepare(state, LAYOUT)
+    scorer = make_method(spec).prepare(state)
     costs = scorer.costs(torch.from_numpy(x), torch.from_numpy(classes))
     expected = [naive_cost(spec, neurons, labels, x[i], classes[i]) for i in range(len(x))]
     np.testing.assert_allclose(costs.numpy(), expected, rtol=1e-5, atol=1e-6)
@@ -124,29 +125,40 @@ def test_merged_parts_give_the_same_bits(
     method = make_method(spec)
     state: State | None = method.begin(LAYOUT)
     while state is not None:  # each pass folded in two places, then merged
-        parts = [State({k: v.clone() for k, v in state.tensors.items()}, state.reductions)
-                 for _ in range(2)]  # fmt: skip
-        method.observe(parts[0], LAYOUT, neurons[:cut], labels[:cut])
-        method.observe(parts[1], LAYOUT, neurons[cut:], labels[cut:])
+        parts = [copy.deepcopy(state), copy.deepcopy(state)]
+        method.observe(parts[0], neurons[:cut], labels[:cut])
+        method.observe(parts[1], neurons[cut:], labels[cut:])
         parts[1].merge(parts[0])
-        complete, state = parts[1], method.proceed(parts[1], LAYOUT)
+        complete, state = parts[1], method.proceed(parts[1])
     whole = folded(spec, data[0], data[1], [np.arange(len(labels))])
     assert complete.tensors.keys() == whole.tensors.keys()
     for name, tensor in whole.tensors.items():
         assert torch.equal(tensor, complete[name]), name
 
 
+def test_a_method_whose_functions_take_other_parameters_is_refused() -> None:
+    """The layout was a parameter once: a state has it now."""
+    with pytest.raises(CovcliError, match=r"method Old: observe takes .*layout.*; let it take"):
+
+        class Old(SingleRange):
+            def observe(self, state, layout, neurons, labels):  # type: ignore[no-untyped-def]
+                """Do nothing."""
+
+
 def test_parts_that_do_not_belong_together_are_refused() -> None:
     src, mrc = SingleRange(), MultiRange()
     small = Layout(2, (3,), (3,))
     one = src.begin(small)
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match="layouts"):
         one.merge(src.begin(Layout(2, (4,), (4,))))
-    counting = mrc.proceed(mrc.begin(small), small)
+    finer = MultiRange(sections=20)
+    with pytest.raises(ValueError, match="shape"):
+        mrc.proceed(mrc.begin(small)).merge(finer.proceed(finer.begin(small)))
+    counting = mrc.proceed(mrc.begin(small))
     assert counting is not None
     with pytest.raises(ValueError, match="different methods"):
         one.merge(counting)
-    other = mrc.proceed(mrc.begin(small), small)
+    other = mrc.proceed(mrc.begin(small))
     assert other is not None
     other.tensors["low"] = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="'low'"):
@@ -163,9 +175,9 @@ def trusted_neurons(seed: int, images: int = 90) -> tuple[torch.Tensor, torch.Te
 
 def complete(method: Method, neurons: torch.Tensor, labels: torch.Tensor) -> State:
     state = fold(method, LAYOUT, lambda: zip(neurons.split(17), labels.split(17), strict=True))
-    noisy = method.begin_noisy(state, LAYOUT)
+    noisy = method.begin_noisy(state)
     if noisy is not None:
-        method.observe_noisy(noisy, LAYOUT, neurons[:30] + 0.5, labels[:30])
+        method.observe_noisy(noisy, neurons[:30] + 0.5, labels[:30])
         state.include(noisy)
     return state
 
@@ -179,13 +191,13 @@ def test_every_method_keeps_the_contract(name: str) -> None:
     state = complete(method, neurons, labels)
     kinds = {k: (v.dtype, tuple(v.shape)) for k, v in state.tensors.items()}
     assert kinds == dict(method.expected(LAYOUT))
-    scorer = method.prepare(state, LAYOUT)
+    scorer = method.prepare(state)
     costs = scorer.costs(neurons, labels)
     inside = scorer.inside(neurons, labels)
     evidence = scorer(neurons, labels)
     assert costs.shape == inside.shape == neurons.shape
-    assert evidence.shape == (len(neurons), method.columns(LAYOUT))
-    assert scorer.columns == method.columns(LAYOUT)
+    assert evidence.shape == (len(neurons), method.kinds * len(LAYOUT.sizes))
+    assert scorer.columns == method.kinds * len(LAYOUT.sizes)
     assert evidence.dtype == torch.float64
     assert bool(evidence.isfinite().all() & (costs >= 0).all())
     assert float(inside.float().mean()) > 0.95
@@ -210,7 +222,7 @@ def test_a_class_without_images_and_a_dead_neuron_are_scored(name: str) -> None:
     neurons, labels = trusted_neurons(2)
     neurons[:, 3] = 0
     state = complete(method, neurons[labels != 2], labels[labels != 2])
-    scorer = method.prepare(state, LAYOUT)
+    scorer = method.prepare(state)
     assert bool(scorer(neurons, labels).isfinite().all())
 
 
@@ -237,7 +249,7 @@ def test_gauss_sums_whole_numbers_of_a_unit(data: tuple[np.ndarray, np.ndarray])
 def test_gauss_follows_its_formula(shrinkage: float) -> None:
     neurons, labels = trusted_neurons(4)
     method = make_method(f"gauss?shrinkage={shrinkage}")
-    scorer = method.prepare(complete(method, neurons, labels), LAYOUT)
+    scorer = method.prepare(complete(method, neurons, labels))
     x, y = neurons.double().numpy(), labels.numpy()
     tested = 3 * x[::-1].copy()
     expected = []
@@ -262,7 +274,7 @@ def test_evidence_read_one_by_one_in_pieces_and_all_at_once_is_the_same(
 ) -> None:
     neurons, labels = (torch.from_numpy(part) for part in data)
     method = make_method(spec)
-    scorer = method.prepare(folded(spec, *data, [np.arange(len(labels))]), LAYOUT)
+    scorer = method.prepare(folded(spec, *data, [np.arange(len(labels))]))
     tested = 1.5 * neurons.flip(0)
     at_once = scorer(tested, labels)
     alone = [scorer(tested[i, None], labels[i, None]) for i in range(len(labels))]
@@ -282,7 +294,7 @@ def test_evidence_of_wide_points_is_the_log_of_their_mean_cost(
     neurons = torch.randn(40, sum(sizes), generator=generator).relu()
     labels = torch.randint(CLASSES, (40,), generator=generator)
     method = make_method(spec)
-    scorer = method.prepare(fold(method, layout, lambda: [(neurons, labels)]), layout)
+    scorer = method.prepare(fold(method, layout, lambda: [(neurons, labels)]))
     tested, classes = 1.2 * neurons.flip(0), labels
     costs = scorer.costs(tested, classes).double().numpy()
     parts = np.split(costs, np.cumsum(sizes)[:-1], 1)
@@ -307,13 +319,13 @@ def test_points_of_any_widths_are_summed_and_measured_apart() -> None:
         np.testing.assert_allclose(layout.means(x).numpy(), np.stack(expected, 1), rtol=1e-12)
     for name in ("src", "mrc", "gauss"):
         method = make_method(name)
-        scorer = method.prepare(fold(method, layout, lambda: [(neurons, labels)]), layout)
+        scorer = method.prepare(fold(method, layout, lambda: [(neurons, labels)]))
         evidence = scorer(2 * neurons, labels)
         for i, (size, end) in enumerate(zip(sizes, np.cumsum(sizes), strict=True)):
             mine = neurons[:, end - size : end]
             alone = Layout(2, (size,), values[i : i + 1])
             state = fold(method, alone, lambda mine=mine: [(mine, labels)])
-            part = method.prepare(state, alone)(2 * mine, labels)
+            part = method.prepare(state)(2 * mine, labels)
             np.testing.assert_allclose(evidence[:, [i]].numpy(), part.numpy(), rtol=1e-5, atol=1e-5)
 
 
@@ -321,7 +333,7 @@ def test_the_ensemble_measures_along_the_direction_of_noise() -> None:
     neurons, labels = trusted_neurons(5)
     method = make_method("ensemble")
     state = complete(method, neurons, labels)
-    scorer = method.prepare(state, LAYOUT)
+    scorer = method.prepare(state)
     x, y = neurons.double().numpy()[:, 2:], labels.numpy()
     means = np.stack([x[y == k].mean(0) for k in range(CLASSES)])
     covariance = np.cov((x - means[y]).T, bias=True)
@@ -332,7 +344,7 @@ def test_the_ensemble_measures_along_the_direction_of_noise() -> None:
     np.testing.assert_allclose(evidence[:, 5].numpy(), along, rtol=1e-3, atol=1e-3)
     for name, columns in {"src": slice(0, 2), "gauss": slice(2, 4)}.items():
         alone = make_method(name)
-        part = alone.prepare(complete(alone, neurons, labels), LAYOUT)
+        part = alone.prepare(complete(alone, neurons, labels))
         assert torch.equal(evidence[:, columns], part(neurons, labels))
 
 
@@ -350,7 +362,7 @@ def test_rank_costs_follow_the_formula(
         return order[: math.ceil(share * len(row))]
 
     method = make_method(f"nrc?share={share}&direction={direction}")
-    scorer = method.prepare(folded(method.spec(), *trusted, [np.arange(len(trusted[1]))]), LAYOUT)
+    scorer = method.prepare(folded(method.spec(), *trusted, [np.arange(len(trusted[1]))]))
     x, classes = tested
     costs = scorer.costs(torch.from_numpy(x), torch.from_numpy(classes))
     for columns in ([0], [2, 3, 4]):
@@ -399,7 +411,7 @@ def test_soft_costs_lead_back(name: str) -> None:
     method = METHODS.get(name)()
     neurons, labels = trusted_neurons(6)
     neurons[:, 2] = 0.25  # a constant neuron
-    scorer = method.prepare(complete(method, neurons, labels), LAYOUT)
+    scorer = method.prepare(complete(method, neurons, labels))
     far = (neurons + 3).double().requires_grad_()  # outside, where the cost itself is flat
     scorer.soft_costs(far, labels).sum().backward()
     assert far.grad is not None
@@ -410,7 +422,7 @@ def test_soft_costs_lead_back(name: str) -> None:
 def test_soft_evidence_has_a_true_gradient(name: str) -> None:
     method = METHODS.get(name)()
     neurons, labels = trusted_neurons(7)
-    scorer = method.prepare(complete(method, neurons, labels), LAYOUT)
+    scorer = method.prepare(complete(method, neurons, labels))
     scorer = scorer.double()
     x = neurons[:12].double() + 0.7 * torch.randn(12, NEURONS, dtype=torch.float64)
     classes = torch.arange(12) % CLASSES
@@ -435,7 +447,7 @@ def test_soft_costs_are_the_costs_where_those_are_sure(
     centres = torch.from_numpy(low + (high - low) * (place + 0.5) / sections)
     classes = torch.from_numpy(k)
     wide = (high - low) > np.maximum(1e-3, 1e-3 * np.abs(high))  # a float32 centre in its section
-    scorer = method.prepare(state, LAYOUT)
+    scorer = method.prepare(state)
     cost = scorer.costs(centres.float(), classes).numpy()
     soft = scorer.soft_costs(centres, classes).numpy()
     np.testing.assert_allclose(soft[wide], cost[wide], rtol=1e-4, atol=1e-4)

@@ -94,7 +94,7 @@ def test_nac_agrees_with_the_authors_program(trained: TrainResult) -> None:
             return forward(model, recorder, images)[1]
 
     state = fold(method, layout, lambda: [(neurons(pixels[0]), labels)])
-    scorer = method.prepare(state, layout)
+    scorer = method.prepare(state)
     expected = official_coverage(model, points, pixels, 20)
     for images, each in zip(pixels[1:], expected, strict=True):
         costs = scorer.costs(neurons(images), torch.zeros(len(images), dtype=torch.int64))
@@ -118,7 +118,7 @@ def test_gauss_agrees_with_mahalanobis() -> None:
     tested = 3 * torch.randn(80, 6, generator=generator)
     layout = Layout(3, (6,), (6,))
     method = make_method("gauss?shrinkage=1e-9")
-    scorer = method.prepare(fold(method, layout, lambda: [(trusted, labels)]), layout)
+    scorer = method.prepare(fold(method, layout, lambda: [(trusted, labels)]))
     logs = [scorer(tested, torch.full((80,), k)) for k in range(3)]
     nearest = torch.cat(logs, 1).exp().amin(1) * 6  # squared distance
     peer = Mahalanobis(None).fit_features(trusted, labels).predict_features(tested)

@@ -29,11 +29,11 @@ def scorer_of(spec: str) -> Scorer:
     method = make_method(spec)
     neurons, labels = samples(0, 120)
     state = fold(method, LAYOUT, lambda: [(neurons, labels)])
-    noisy = method.begin_noisy(state, LAYOUT)
+    noisy = method.begin_noisy(state)
     if noisy is not None:
-        method.observe_noisy(noisy, LAYOUT, neurons[:30] + 0.5, labels[:30])
+        method.observe_noisy(noisy, neurons[:30] + 0.5, labels[:30])
         state.include(noisy)
-    return method.prepare(state, LAYOUT)
+    return method.prepare(state)
 
 
 @pytest.fixture(scope="module", params=SPECS)

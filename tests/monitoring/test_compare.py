@@ -16,7 +16,6 @@ from sklearn.metrics import roc_auc_score
 
 from covcli.core.errors import CovcliError
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
-from covcli.methods.state import State
 from covcli.monitoring.changed_figures import (
     EvaluatedRelease,
     Weighted,
@@ -165,9 +164,8 @@ def test_points_and_classes_are_matched_by_name(
     turned = replace(
         signature,
         classes=tuple(signature.classes[k] for k in order),
-        state=State(
-            {name: tensor[order] for name, tensor in signature.state.tensors.items()},
-            signature.state.reductions,
+        state=signature.state.holding(
+            {name: tensor[order] for name, tensor in signature.state.tensors.items()}
         ),
     )
     counts = tuple(after.record.trusted_counts[k] for k in order)

@@ -1,5 +1,6 @@
 """Merging: parts built from different images make what all of them together would."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +22,16 @@ LAYOUT = Layout(3, (2, 3), (1, 3))
 
 def complete(method: Method, neurons: torch.Tensor, labels: torch.Tensor) -> State:
     state = fold(method, LAYOUT, lambda: [(neurons, labels)])
-    noisy = method.begin_noisy(state, LAYOUT)
+    noisy = method.begin_noisy(state)
     if noisy is not None:
-        method.observe_noisy(noisy, LAYOUT, neurons + 0.5, labels)
+        method.observe_noisy(noisy, neurons + 0.5, labels)
         state.include(noisy)
     return state
 
 
 def merged(method: Method, parts: list[State]) -> State:
-    first, *others = method.align(parts, LAYOUT)
-    whole = State({k: v.clone() for k, v in first.tensors.items()}, dict(first.reductions))
+    first, *others = method.align(parts)
+    whole = copy.deepcopy(first)
     for part in others:
         whole.merge(part)
     return whole

@@ -28,7 +28,7 @@ def state(neurons: torch.Tensor, labels: torch.Tensor, classes: int = CLASSES) -
     layout = Layout(classes, (neurons.shape[1],), (neurons.shape[1],))
     folded = fold(RUNNING, layout, lambda: [(neurons, labels)])
     tensors = {k: v.double() if v.is_floating_point() else v for k, v in folded.tensors.items()}
-    return State(tensors, folded.reductions)
+    return folded.holding(tensors)
 
 
 def random_neurons(n: int = 6) -> torch.Tensor:

@@ -393,7 +393,7 @@ def nac_official(trusted: FittingImages) -> Detector:
             yield swept.neurons, labels[swept.rows].to(swept.neurons.device)
 
     state = fold(method, layout, fitting, trusted.network.device)
-    scorer = method.prepare(state, layout)
+    scorer = method.prepare(state)
 
     def detect(batch: Batch) -> Tensor:
         with Recorder(model.network, points, "contribution") as recorder:
