@@ -119,6 +119,12 @@ class PreparedSource:
         return torch.cat([split_batch(batch)[0] for batch in loader])
 
     @cached_property
+    def extent(self) -> tuple[float, float]:
+        """The smallest and the largest value of the sample."""
+        low, high = torch.aminmax(self.sample)
+        return float(low), float(high)
+
+    @cached_property
     def scale(self) -> Scale:
         """The normalisation: from the dataset's Normalize, or from the sample's extremes."""
         if (known := normalisation(self.dataset)) is not None:
@@ -182,6 +188,44 @@ def prepared(data: Any, name: str) -> ImageSet:
     names = tuple(str(c) for c in getattr(dataset, "classes", ()))
     origin = Origin(spec=f"python:{name}")
     return ImageSet(name, source, torch.tensor(rows), tensor, names, origin=origin)
+
+
+def prepared_otherwise(images: Tensor, extent: tuple[float, float]) -> str | None:
+    """Describe the range of a batch that was hardly prepared as other images were.
+
+    A foreign image may have any value of the range. So only two signs count: values that exceed the
+    range by more than its width, such as bytes; and pixels of [0, 1] where the range has negative
+    values, such as images that were not normalised.
+
+    Parameters
+    ----------
+    images
+        Floats of any shape.
+    extent
+        The smallest and the largest value of the other images.
+
+    Returns
+    -------
+    str or None
+        Both ranges; None without a sign.
+
+    Examples
+    --------
+    >>> prepared_otherwise(torch.tensor([0.0, 255.0]), (-2.1, 2.6))
+    'from 0 to 255, where the images that built the signature are from -2.1 to 2.6'
+    >>> prepared_otherwise(torch.tensor([-2.0, 3.0]), (-2.1, 2.6)) is None
+    True
+    """
+    low, high = (float(end) for end in torch.aminmax(images))
+    width = extent[1] - extent[0]
+    outside = low < extent[0] - width or high > extent[1] + width
+    pixels = low >= 0 and high <= 1 and high - low > 0.5
+    if not outside and not (pixels and extent[0] < -0.1 * width):
+        return None
+    return (
+        f"from {low:.3g} to {high:.3g}, where the images that built the signature are "
+        f"from {extent[0]:.3g} to {extent[1]:.3g}"
+    )
 
 
 def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:

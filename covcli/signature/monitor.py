@@ -1,5 +1,6 @@
 """Monitor: a network that also returns, for each answer, whether it can be trusted."""
 
+import logging
 import math
 import weakref
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from covcli.core.choices import Mode
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress, Silent
 from covcli.data.images import adapt
+from covcli.data.prepared import prepared_otherwise
 from covcli.methods import make_method
 from covcli.methods.state import Granularity
 from covcli.models.architectures import Classifier
@@ -29,7 +31,10 @@ from covcli.signature.judge import Judge, Verdicts
 from covcli.signature.own_network import build_own, load_own
 from covcli.signature.record import Record
 
+log = logging.getLogger(__name__)
+
 __all__ = ["Monitor", "Verdicts"]
+FIRST_BATCHES = 20  # so many batches of a program's own images are checked for their range
 ROUNDING = 1e-3  # a pixel may lie outside [0, 1] by this much, the rounding of half precision
 
 
@@ -61,6 +66,7 @@ class Monitor:
     def __init__(self, judge: Judge, record: Record | None = None) -> None:
         self.judge = judge
         self.record = record
+        self._unchecked = FIRST_BATCHES if record is not None and record.extent is not None else 0
         self._modules = tuple(judge.model.modules())
         signature = judge.signature
         self._recorder = Recorder(judge.model.network, signature.points, signature.granularity)
@@ -230,7 +236,7 @@ class Monitor:
             memory layout. Either uint8 (0 to 255) of any size with 1 to 4 channels, which is
             converted to the network's size and channels; or floats in [0, 1] of any precision, with
             the network's size and channels. For a program's own network: floats as its loader
-            yields them.
+            yields them; a warning says if the first batches have quite another range.
         normalised
             Whether the floats were normalised already with the network's mean and deviation.
 
@@ -304,7 +310,18 @@ class Monitor:
                 f"got {images.dtype} of shape {tuple(images.shape)}",
                 f"pass floats of shape (B, {shape}), as the loader yielded them",
             )
+        if self._unchecked:
+            self._check_extent(images)
         return images.detach().to(self.model.mean.device, torch.float32)
+
+    def _check_extent(self, images: Tensor) -> None:
+        """Warn once if a batch seems prepared otherwise than the images of the signature."""
+        assert self.record is not None
+        assert self.record.extent is not None
+        self._unchecked -= 1
+        if sign := prepared_otherwise(images.detach().float(), self.record.extent):
+            self._unchecked = 0
+            log.warning("Monitor: got floats %s: prepare them as those were", sign)
 
 
 def _tensor(images: object) -> Tensor:

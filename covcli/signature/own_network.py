@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from covcli.core import runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
 from covcli.data.images import ImageSet
-from covcli.data.prepared import PreparedSource, prepared
+from covcli.data.prepared import PreparedSource, prepared, prepared_otherwise
 from covcli.models.architectures import Classifier
 from covcli.models.logits import named_tensors
 from covcli.models.spec import ModelSpec
@@ -127,8 +128,19 @@ def build_own(
     images.known_labels()
     images = _without_shared(images, held_out)
     model, names = own_classifier(network, images, classes, logits, points)
+    extent = _extent(images, held_out)
     with runtime.seeded(how.seed):
-        return sign(model, images.named(names), held_out, how, progress)
+        judge, record = sign(model, images.named(names), held_out, how, progress)
+    return judge, replace(record, extent=extent)
+
+
+def _extent(images: ImageSet, held_out: ImageSet) -> tuple[float, float]:
+    """Return the extent of the trusted images; warn if the others seem prepared otherwise."""
+    assert isinstance(images.source, PreparedSource)
+    assert isinstance(held_out.source, PreparedSource)
+    if sign := prepared_otherwise(held_out.source.sample, images.source.extent):
+        log.warning("the calibration images' values are %s: prepare both alike", sign)
+    return images.source.extent
 
 
 def load_own(

@@ -64,6 +64,8 @@ class Record:
         Versions, command line, device, threads, seed and time.
     parts
         The parts of a merged signature, in order; empty for a signature that was built.
+    extent
+        The smallest and the largest value of images that a program prepared; None for pixels.
 
     Examples
     --------
@@ -87,12 +89,15 @@ class Record:
     calibration_rows: tuple[Count, ...]
     provenance: dict[str, Any]
     parts: tuple[MergedPart, ...] = ()
+    extent: tuple[float, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as plain values, as in the signature's file."""
         document = asdict(self)
         if not self.parts:
             del document["parts"]
+        if self.extent is None:
+            del document["extent"]
         return document
 
     @classmethod

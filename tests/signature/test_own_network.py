@@ -112,6 +112,33 @@ def test_images_in_both_sets_only_calibrate(network: Net, caplog: pytest.LogCapt
         Monitor.build(network, held_out, whole, method="src")
 
 
+def test_images_prepared_otherwise_than_the_signatures_are_said_once(
+    network: Net, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = torch.Generator().manual_seed(6)
+    trusted = colours(90, 1).tensors[0].clamp(-2.0, 2.5)
+    pixels = torch.rand(60, 3, 16, 16, generator=generator)
+    normalised = pixels * 4.5 - 2
+    data = trusted, network(trusted).argmax(1)
+    path = Monitor.build(network, data, normalised, method="src").save(tmp_path / "m.safetensors")
+    assert not caplog.records
+
+    def said(*batches: Tensor) -> list[str]:
+        caplog.clear()
+        monitor = Monitor.load(path, network)
+        for batch in batches:
+            monitor(batch)
+        return [record.getMessage() for record in caplog.records]
+
+    grey = normalised[:1, :, :1, :1].expand(1, 3, 16, 16)
+    assert said(normalised, 1.5 * normalised, grey) == []
+    assert len(said(pixels, 255 * pixels)) == 1
+    (message,) = said(normalised, 255 * pixels.round())
+    assert "from 0 to 255, where the images that built the signature are from -2 to 2.5" in message
+    Monitor.build(network, data, 255 * pixels, method="src")
+    assert "the calibration images' values are from" in caplog.text
+
+
 def test_what_cannot_be_built_is_one_line(network: Net) -> None:
     trusted, held_out = colours(300, 1), colours(120, 2)
     wrong: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
