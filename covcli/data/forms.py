@@ -15,7 +15,7 @@ from torch import Tensor
 
 from covcli.core import file_checks
 from covcli.core.errors import CovcliError
-from covcli.core.opening import exists, is_file, is_folder, open_regular
+from covcli.core.opening import exists, is_file, is_folder, open_regular, reading
 from covcli.core.specs import Spec, count, up_to
 from covcli.data import listing
 from covcli.data.archives import ArchiveSource, stored_shape
@@ -146,6 +146,9 @@ def _numbered(labels: np.ndarray, names: tuple[str, ...], request: Request) -> T
 def _class_names(classes: np.ndarray | None, file: Path) -> tuple[str, ...]:
     if classes is None:
         return ()
+    if classes.dtype.kind == "S":
+        with reading(file, "holds class names that are not UTF-8"):
+            classes = np.char.decode(classes, "utf-8")
     if classes.dtype.kind != "U" or classes.ndim != 1 or len(set(classes.tolist())) < len(classes):
         raise CovcliError(
             f"classes are {classes.dtype} of shape {classes.shape}",

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,6 +156,25 @@ def test_archives_have_validation_splits_too(tmp_path: Path) -> None:
     (tmp_path / "train.npz").unlink()
     with pytest.raises(CovcliError, match=r"holds no train\.npz$"):
         load(f"npz:{tmp_path}", "train")
+
+
+def test_class_names_of_an_archive_may_be_bytes_and_are_never_unpickled(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    arrays: dict[str, Any] = {"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([0, 1])}
+
+    def stored(**more: Any) -> tuple[str, ...]:
+        np.savez(path, **arrays, **more)
+        return load(f"npz:{path}", "train").classes
+
+    assert stored(classes=np.array([b"cat", "dög".encode()])) == ("cat", "dög")
+    assert stored(classes=["cat", "dog"], notes=np.array([{}], object)) == ("cat", "dog")
+    for classes, said in (
+        (np.array(["cat", "dog"], object), "array 'classes': holds Python objects"),
+        (np.array([b"\xff", b"a"]), "class names that are not UTF-8"),
+        (np.array([1, 2]), "classes are int64"),
+    ):
+        with pytest.raises(CovcliError, match=said):
+            stored(classes=classes)
 
 
 def test_labels_can_be_counted_from_another_number(tmp_path: Path) -> None:
