@@ -319,8 +319,16 @@ def cell_index(cells: Tensor, classes: Tensor, count: int) -> Tensor:
     return rows * count + cells
 
 
+def add_counts(counts: Tensor, labels: Tensor) -> None:
+    """Add the number of images of each class to int64 counts (classes,), in place.
+
+    `torch.bincount` would read its size from the labels, and so wait for a GPU.
+    """
+    counts.index_add_(0, labels, torch.ones_like(labels))
+
+
 def by_class(classes: Tensor) -> Iterator[tuple[int, Rows, int]]:
-    """Yield each class that occurs, its rows, and their number."""
+    """Yield each class that occurs, its rows, and their number. This reads the values: CPU only."""
     rows: dict[int, list[int]] = {}
     for row, k in enumerate(classes.tolist()):
         rows.setdefault(k, []).append(row)

@@ -90,9 +90,12 @@ class ActivationCoverage(Method):
         return BinScorer(state.layout, counts, self)
 
     def bin(self, neurons: Tensor, edges: Tensor) -> Tensor:
-        """Return the bin of each neuron's state, from 0; an edge belongs to the upper bin."""
+        """Return the bin of each neuron's state, from 0; an edge belongs to the upper bin.
+
+        NaN, which lies above every edge, is in the last bin.
+        """
         states = torch.sigmoid(self.steepness * neurons)
-        return torch.bucketize(states, edges, right=True) - 1
+        return (torch.bucketize(states, edges, right=True) - 1).clamp_max_(self.intervals - 1)
 
     def edges(self) -> Tensor:
         """Return the edges of the bins, shape (intervals + 1,).

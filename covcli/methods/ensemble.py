@@ -7,14 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, Method, Scorer
+from covcli.methods.base import METHODS, Method, Scorer, add_counts
 from covcli.methods.gaussian import (
     Gauss,
     GaussScorer,
     Whitening,
     refuse_wide,
     rescaled,
-    sums_by_class,
     whiten,
     whole_numbers,
 )
@@ -113,8 +112,8 @@ class Ensemble(Method):
         """Add noisy copies to their sums."""
         layout = noisy.layout
         whole = whole_numbers(noisy, layout.values_of(neurons))
-        noisy["noisy_total"].add_(sums_by_class(whole, labels, layout.classes))
-        noisy["noisy_count"].add_(torch.bincount(labels, minlength=layout.classes))
+        noisy["noisy_total"].index_add_(0, labels, whole.long())
+        add_counts(noisy["noisy_count"], labels)
 
     def align(self, parts: Sequence[State]) -> list[State]:
         """Return the parts in the largest unit, with the union of their ranges."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from covcli.core.errors import CovcliError
-from covcli.methods.base import METHODS, Method, Scorer
+from covcli.methods.base import METHODS, Method, Scorer, add_counts
 from covcli.methods.layout import Layout, blocks
 from covcli.methods.state import Expected, State
 
@@ -88,8 +88,8 @@ class Gauss(Method):
         """Add a batch to the sums of the second pass."""
         layout = state.layout
         whole = whole_numbers(state, layout.values_of(neurons))
-        state["total"].add_(sums_by_class(whole, labels, layout.classes))
-        state["count"].add_(torch.bincount(labels, minlength=layout.classes))
+        state["total"].index_add_(0, labels, whole.long())
+        add_counts(state["count"], labels)
         parts = whole.split(layout.values, 1)
         for products, part in zip(_triangles(state["products"], layout), parts, strict=True):
             _add_products(products, part)
@@ -346,13 +346,6 @@ def rescaled(sums: Tensor, ratio: Tensor) -> Tensor:
 def whole_numbers(state: State, values: Tensor) -> Tensor:
     """Return values (B, V) as integer multiples of their units, in float64."""
     return values.double().div_(state["unit"]).round_()
-
-
-def sums_by_class(whole: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Return the sums of integers (B, V) by class, int64 of shape (classes, V)."""
-    members: Tensor = torch.nn.functional.one_hot(labels, classes).to(whole.dtype)
-    sums: Tensor = members.T @ whole
-    return sums.long()
 
 
 def _add_products(products: Tensor, part: Tensor) -> None:

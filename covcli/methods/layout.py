@@ -57,20 +57,20 @@ class Layout:
 
     def values_of(self, neurons: Tensor) -> Tensor:
         """Return the means and values of neurons (B, N), shape (B, V)."""
-        return neurons.index_select(1, self.value_columns.to(neurons.device))
+        parts = zip(neurons.split(self.sizes, 1), self.values, strict=True)
+        return torch.cat([part[:, :count] for part, count in parts], 1)
 
     def sums(self, values: Tensor) -> Tensor:
         """Return the sum over each point's neurons of values (B, N), shape (B, L).
 
         float64; int32 for bool, because counting is faster.
         """
-        kind = torch.int32 if values.dtype == torch.bool else torch.float64
-        return torch.cat([block.sum(2, dtype=kind) for block in blocks(values, self.sizes)], 1)
+        return torch.cat([_sums(block) for block in blocks(values, self.sizes)], 1)
 
     def means(self, values: Tensor) -> Tensor:
         """Return the mean over each point's neurons of values (B, N), float64 of shape (B, L)."""
-        sums = self.sums(values)
-        return sums / torch.tensor(self.sizes, dtype=torch.float64, device=sums.device)
+        every = blocks(values, self.sizes)
+        return torch.cat([_sums(block).double() / block.shape[2] for block in every], 1)
 
     def pieces(self, most: int) -> Iterator["Layout"]:
         """Yield runs of consecutive points, each of at most `most` neurons or a single point."""
@@ -85,6 +85,11 @@ class Layout:
     def _run(self, first: int, end: int, start: int) -> "Layout":
         sizes, values = self.sizes[first:end], self.values[first:end]
         return Layout(self.classes, sizes, values, self.start + start)
+
+
+def _sums(block: Tensor) -> Tensor:
+    """Return the sums over the last dimension, in float64, or int32 for bool."""
+    return block.sum(2, dtype=torch.int32 if block.dtype == torch.bool else torch.float64)
 
 
 def blocks(values: Tensor, widths: Sequence[int]) -> Iterator[Tensor]:

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from covcli.methods.base import METHODS, CostScorer, Method, by_class, cell_index, picked
+from covcli.methods.base import (
+    METHODS,
+    CostScorer,
+    Method,
+    add_counts,
+    by_class,
+    cell_index,
+    picked,
+)
 from covcli.methods.layout import Layout
 from covcli.methods.soft import hinge, interpolated
 from covcli.methods.state import Expected, State
@@ -61,14 +69,13 @@ class SingleRange(Method):
     def observe(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         """Widen the ranges to include the batch, and count its images."""
         self.widen(state, neurons, labels)
-        state["count"].add_(torch.bincount(labels, minlength=state.layout.classes))
+        add_counts(state["count"], labels)
 
     def widen(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         """Widen the ranges to include the batch."""
-        for k, rows, _ in by_class(labels):
-            mine = picked(neurons, rows)
-            torch.minimum(state["low"][k], mine.amin(0), out=state["low"][k])
-            torch.maximum(state["high"][k], mine.amax(0), out=state["high"][k])
+        rows = labels[:, None].expand_as(neurons)
+        state["low"].scatter_reduce_(0, rows, neurons, "amin")
+        state["high"].scatter_reduce_(0, rows, neurons, "amax")
 
     def prepare(self, state: State) -> "RangeScorer":
         """Return the scorer that compares neurons with the ranges."""
@@ -144,8 +151,7 @@ class MultiRange(SingleRange):
         size = max(1, COUNTED_AT_ONCE // neurons.shape[1])
         for some, theirs in zip(neurons.split(size), labels.split(size), strict=True):
             self._count(state, some, theirs)
-        count = state["count"]
-        count += torch.bincount(labels, minlength=len(count))
+        add_counts(state["count"], labels)
 
     def _count(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         low, high = (state[end].index_select(0, labels) for end in ("low", "high"))

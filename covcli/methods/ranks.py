@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from covcli.methods.base import METHODS, CostScorer, Method
+from covcli.methods.base import METHODS, CostScorer, Method, add_counts
 from covcli.methods.layout import Layout, blocks
 from covcli.methods.ranges import held
 from covcli.methods.state import Expected, State
@@ -64,7 +64,7 @@ class NeuronRank(Method):
         """Count in how many images each neuron is in the top, by class."""
         top = rank_weights(state.layout, neurons, self.share) > 0
         state["top"].index_add_(0, labels, top.int())
-        state["count"].add_(torch.bincount(labels, minlength=state.layout.classes))
+        add_counts(state["count"], labels)
 
     def prepare(self, state: State) -> "RankScorer":
         """Return the scorer, which compares with how often each neuron was in the top."""
