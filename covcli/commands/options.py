@@ -99,7 +99,10 @@ class GateOptions:
     fail_under: tuple[str, ...] = ()
     fail_over: tuple[str, ...] = ()
     baseline_results: Path | None = None
-    tolerance: float = 0.01
+    tolerance: Annotated[float, Interval(ge=0, le=1)] = 0.01
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 @dataclass(frozen=True)

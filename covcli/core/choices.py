@@ -23,3 +23,5 @@ RegistryKind: TypeAlias = Literal[
 REGISTRIES: tuple[RegistryKind, ...] = get_args(RegistryKind)
 
 Seed = Annotated[int, Interval(ge=0, lt=2**31)]
+# A rate of errors: of false alarms, of wrong answers, or of false alarms of the drift watch.
+Rate = Annotated[float, Interval(gt=0, lt=1)]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Interval
 
-from covcli.core.choices import Mode, Seed
+from covcli.core.choices import Mode, Rate, Seed
 from covcli.core.settings import settle
 
 LOWER_IS_BETTER = {"fpr95", "false_alarm_rate"}
@@ -89,9 +89,9 @@ class EvaluationConfig:
     signature: Path | None = None
     method: str | None = None
     trusted: str | None = None
-    alpha: float | None = None
+    alpha: Rate | None = None
     guarantee: Mode | None = None
-    max_error: float | None = None
+    max_error: Rate | None = None
     baselines: tuple[str, ...] = ()
     explain: Annotated[int, Interval(ge=0)] = 0
     gates: tuple[Gate, ...] = ()

@@ -145,16 +145,13 @@ def read_baseline(path: Path, tolerance: float, untrusted: tuple[str, ...]) -> l
     Raises
     ------
     CovcliError
-        If the file is not an evaluation, the two evaluations have no set in common, or the
-        tolerance is out of range.
+        If the file is not an evaluation, or the two evaluations have no set in common.
 
     Examples
     --------
     >>> read_baseline(Path("runs/latest/evaluation.json"), 0.01, ("photos?limit=100",))[0].metric
     'auroc'
     """
-    if not 0 <= tolerance <= 1:
-        raise CovcliError("must be between 0 and 1", where=f"--tolerance {tolerance}")
     gates = []
     earlier = {entry.name: entry for entry in read_evaluation(path).untrusted}
     for name in untrusted:

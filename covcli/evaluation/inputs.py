@@ -22,7 +22,7 @@ from covcli.methods import make_method
 from covcli.models.architectures import architecture
 from covcli.reporting.per_image import SAMPLES, SCORES
 from covcli.signature import judge as judges
-from covcli.signature.guarantee import Rule
+from covcli.signature.guarantee import GuaranteeRequest, Rule
 from covcli.signature.judge import Judge
 from covcli.signature.newest import find_files
 from covcli.signature.record import Record
@@ -91,11 +91,8 @@ def load_job(config: EvaluationConfig) -> Job:
     outputs = {name: output / name for name in ("evaluation.json", SCORES, SAMPLES)}
     for path in outputs.values():
         files.refuse_existing(path, config.force)
-    judge, record = judges.load(
-        checkpoint_path, signature_path,
-        alpha=config.alpha, guarantee=config.guarantee, max_error=config.max_error,
-        device=config.device,
-    )  # fmt: skip
+    request = GuaranteeRequest(config.alpha, config.guarantee, config.max_error)
+    judge, record = judges.load(checkpoint_path, signature_path, request, config.device)
     spec, classes = judge.model.spec, judge.signature.classes
     if config.model not in (None, spec.name):
         raise CovcliError(f"the signature is of {spec.name!r}", where=f"--model {config.model}")

@@ -28,6 +28,7 @@ from covcli.monitoring.results import (
 )
 from covcli.signature import judge as judges
 from covcli.signature.calibration import softmax_score
+from covcli.signature.guarantee import GuaranteeRequest
 from covcli.signature.judge import Judge
 from covcli.signature.newest import find_files
 
@@ -87,10 +88,8 @@ def checking(config: CheckConfig, interrupts: Interrupts | None = None) -> Itera
     """
     signals = interrupts or Interrupts()
     checkpoint, signature = find_files(config)
-    judge, _ = judges.load(
-        checkpoint, signature, alpha=config.alpha, guarantee=config.guarantee,
-        max_error=config.max_error, device=config.device,
-    )  # fmt: skip
+    request = GuaranteeRequest(config.alpha, config.guarantee, config.max_error)
+    judge, _ = judges.load(checkpoint, signature, request, config.device)
     named = Named(config.images, config.data_dir)
     path = config.drift_state
     mine = path is not None and distributed.is_first()

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Interval
 
-from covcli.core.choices import Mode, Seed
+from covcli.core.choices import Mode, Rate, Seed
 from covcli.core.errors import CovcliError
 from covcli.core.settings import settle
 from covcli.core.specs import escaped
@@ -56,11 +56,11 @@ class CheckConfig:
     checkpoint: Path | None = None
     signature: Path | None = None
     method: str | None = None
-    alpha: float | None = None
+    alpha: Rate | None = None
     guarantee: Mode | None = None
-    max_error: float | None = None
+    max_error: Rate | None = None
     why: bool = False
-    drift: Annotated[float, Interval(gt=0, lt=1)] | None = None
+    drift: Rate | None = None
     drift_state: Path | None = None
     batch_size: Annotated[int, Interval(ge=0)] = 0
     runs: Path = Path("runs")

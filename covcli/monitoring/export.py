@@ -33,6 +33,7 @@ from covcli.monitoring.exported import (
 from covcli.monitoring.verification import verify
 from covcli.reporting.terminal import say
 from covcli.signature import judge as judges
+from covcli.signature.guarantee import GuaranteeRequest
 from covcli.signature.judge import Judge
 from covcli.signature.newest import find_files
 from covcli.signature.record import Record
@@ -141,10 +142,8 @@ def export(config: ExportConfig, progress: Progress = Silent()) -> ExportResult:
     beside = run_folders.short(signature_file.parent) / f"monitor{ENDINGS[form]}"
     path = config.output or beside
     with run_folders.writing(path, config.force):
-        judge, record = judges.load(
-            checkpoint, signature_file, alpha=config.alpha, guarantee=config.guarantee,
-            max_error=config.max_error,
-        )  # fmt: skip
+        request = GuaranteeRequest(config.alpha, config.guarantee, config.max_error)
+        judge, record = judges.load(checkpoint, signature_file, request)
         images = _images(config, record)
         graph = MonitorGraph(judge, config.input)
         packed = FORMATS[form](graph)

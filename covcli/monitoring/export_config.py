@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from covcli.core.choices import ExportFormat, InputForm, Mode
+from covcli.core.choices import ExportFormat, InputForm, Mode, Rate
 from covcli.core.settings import settle
 
 
@@ -44,9 +44,9 @@ class ExportConfig:
     checkpoint: Path | None = None
     signature: Path | None = None
     method: str | None = None
-    alpha: float | None = None
+    alpha: Rate | None = None
     guarantee: Mode | None = None
-    max_error: float | None = None
+    max_error: Rate | None = None
     calibration: str | None = None
     runs: Path = Path("runs")
     data_dir: Path | None = None

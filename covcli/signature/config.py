@@ -7,7 +7,7 @@ from typing import Annotated, TypeAlias
 
 from annotated_types import Interval
 
-from covcli.core.choices import AmpMode, GranularityChoice, Mode, Seed
+from covcli.core.choices import AmpMode, GranularityChoice, Mode, Rate, Seed
 from covcli.core.errors import CovcliError
 from covcli.core.settings import settle
 
@@ -76,9 +76,9 @@ class SignatureConfig:
     trusted: str | None = None
     calibration: str | None = None
     confidence_threshold: Annotated[float, Interval(ge=0, le=1)] | None = None
-    alpha: float = 0.05
+    alpha: Rate = 0.05
     guarantee: Mode = "marginal"
-    max_error: float | None = None
+    max_error: Rate | None = None
     model: str | None = None
     statistics: tuple[PixelStatistics, PixelStatistics] | None = None
     preprocess: str | None = None

@@ -220,14 +220,18 @@ class Guarantee:
         """Whether it holds for the images predicted as each class."""
         return self.mode in ("by-class", "certified")
 
-    def changed(
-        self, alpha: float | None, mode: Mode | None, max_error: float | None = None
-    ) -> "Guarantee":
-        """Return the guarantee with another α, mode or error rate; None does not change it."""
+    def changed(self, request: "GuaranteeRequest") -> "Guarantee":
+        """Return the guarantee with what the request changes.
+
+        Raises
+        ------
+        CovcliError
+            As for `Guarantee`.
+        """
         return Guarantee(
-            self.alpha if alpha is None else alpha,
-            mode or self.mode,
-            self.max_error if max_error is None else max_error,
+            self.alpha if request.alpha is None else request.alpha,
+            request.guarantee or self.mode,
+            self.max_error if request.max_error is None else request.max_error,
         )
 
     def rank(self, scores: int) -> int:
@@ -273,6 +277,29 @@ class Guarantee:
 
 
 DEFAULT_GUARANTEE = Guarantee()
+
+
+@dataclass(frozen=True)
+class GuaranteeRequest:
+    """What a user wants of a stored guarantee; None leaves it as the signature records it.
+
+    Attributes
+    ----------
+    alpha, guarantee, max_error
+        The rate, the mode and the bound of `Guarantee`.
+
+    Examples
+    --------
+    >>> Guarantee(0.05, "certified").changed(GuaranteeRequest(alpha=0.1))
+    Guarantee(alpha=0.1, mode='certified', max_error=None)
+    """
+
+    alpha: float | None = None
+    guarantee: Mode | None = None
+    max_error: float | None = None
+
+
+AS_RECORDED = GuaranteeRequest()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from covcli.attacks.adaptive import Look, Monitored
 from covcli.core import runtime
-from covcli.core.choices import Mode
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
 from covcli.data.images import ImageSet
@@ -24,7 +23,7 @@ from covcli.models.points import Recorder
 from covcli.models.sweep import Swept, forward, sweep
 from covcli.signature import signature as signatures
 from covcli.signature.calibration import Calibration, softmax_score
-from covcli.signature.guarantee import Guarantee, Rule
+from covcli.signature.guarantee import AS_RECORDED, Guarantee, GuaranteeRequest, Rule
 from covcli.signature.record import Record
 from covcli.signature.signature import Signature
 
@@ -223,10 +222,7 @@ class Judge:
 def load(
     checkpoint: Path,
     signature_file: Path,
-    *,
-    alpha: float | None = None,
-    guarantee: Mode | None = None,
-    max_error: float | None = None,
+    request: GuaranteeRequest = AS_RECORDED,
     device: str = "cpu",
 ) -> tuple[Judge, Record]:
     """Read a checkpoint and its signature; return their judge and the signature's record.
@@ -237,12 +233,8 @@ def load(
         The checkpoint, or the bare weights that the signature was built from.
     signature_file
         The signature.
-    alpha, guarantee
-        The largest false-alarm rate, in (0, 1), and its kind, see `Guarantee`. None uses the
-        signature's.
-    max_error
-        The largest share of wrong answers among those that pass, in (0, 1). None uses the
-        signature's.
+    request
+        The guarantee; by default the signature's.
     device
         The device: "cpu", "cuda", "cuda:1" or "auto".
 
@@ -257,13 +249,14 @@ def load(
     >>> from pathlib import Path
     >>> run = Path("runs/latest")
     >>> signature_file = run / "signature-ensemble.safetensors"
-    >>> judge, record = load(run / "checkpoint.pt", signature_file, alpha=0.1)
+    >>> request = GuaranteeRequest(alpha=0.1)
+    >>> judge, record = load(run / "checkpoint.pt", signature_file, request)
     >>> judge.rule.guarantee.alpha
     0.1
     """
     place = runtime.choose_device(device)
     signature, calibration, record = signatures.load(signature_file)
-    wanted = calibration.guarantee.changed(alpha, guarantee, max_error)
+    guarantee = calibration.guarantee.changed(request)
     model = checkpoints.load(checkpoint, signature.model).model
     signature.check_model(model, signature_file)
-    return Judge.of(model.on(place), signature.to(place), calibration, wanted), record
+    return Judge.of(model.on(place), signature.to(place), calibration, guarantee), record

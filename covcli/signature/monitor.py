@@ -26,7 +26,7 @@ from covcli.signature import judge as judges
 from covcli.signature import signature as signatures
 from covcli.signature.build import DEFAULT_METHOD
 from covcli.signature.fit import How
-from covcli.signature.guarantee import DEFAULT_GUARANTEE, Guarantee
+from covcli.signature.guarantee import DEFAULT_GUARANTEE, Guarantee, GuaranteeRequest
 from covcli.signature.judge import Judge, Verdicts
 from covcli.signature.own_network import build_own, load_own
 from covcli.signature.record import Record
@@ -214,17 +214,11 @@ class Monitor:
         >>> monitor.judge.rule.guarantee.alpha
         0.1
         """
+        request = GuaranteeRequest(alpha, guarantee, max_error)
         if isinstance(signature_file, nn.Module):
-
-            def wanted(stored: Guarantee) -> Guarantee:
-                return stored.changed(alpha, guarantee, max_error)
-
-            return cls(*load_own(Path(checkpoint), signature_file, wanted, device))
-        judge, record = judges.load(
-            Path(checkpoint), Path(signature_file), alpha=alpha, guarantee=guarantee,
-            max_error=max_error, device=device or "auto",
-        )  # fmt: skip
-        return cls(judge, record)
+            return cls(*load_own(Path(checkpoint), signature_file, request, device))
+        files = Path(checkpoint), Path(signature_file)
+        return cls(*judges.load(*files, request, device or "auto"))
 
     def __call__(self, images: Tensor | np.ndarray, *, normalised: bool = False) -> Verdicts:
         """Classify a batch of images and judge each.

@@ -21,6 +21,7 @@ from covcli.models.spec import ModelSpec
 from covcli.signature import signature as signatures
 from covcli.signature.build import sign
 from covcli.signature.fit import How
+from covcli.signature.guarantee import GuaranteeRequest
 from covcli.signature.judge import Judge
 from covcli.signature.record import Record
 
@@ -146,7 +147,7 @@ def _extent(images: ImageSet, held_out: ImageSet) -> tuple[float, float]:
 def load_own(
     signature_file: Path,
     network: nn.Module,
-    wanted: Any,
+    request: GuaranteeRequest,
     device: str | None,
 ) -> tuple[Judge, Record]:
     """Read the signature of a program's own network.
@@ -157,8 +158,8 @@ def load_own(
         The signature.
     network
         The network that it was built from.
-    wanted
-        Maps the signature's guarantee to the requested one.
+    request
+        The guarantee.
     device
         The device for the computation; None does not move the network.
 
@@ -171,7 +172,7 @@ def load_own(
     place = place_of(network) if device is None else runtime.choose_device(device)
     model = Classifier(signature.model, network)
     signature.check_model(model.eval(), signature_file)
-    guarantee = wanted(calibration.guarantee)
+    guarantee = calibration.guarantee.changed(request)
     return Judge.of(model.to(place), signature.to(place), calibration, guarantee), record
 
 

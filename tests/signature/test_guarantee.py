@@ -28,6 +28,7 @@ from covcli.signature.combination import fit_combination
 from covcli.signature.guarantee import (
     MODES,
     Guarantee,
+    GuaranteeRequest,
     binomial_interval,
     make_rule,
     minimum_certified,
@@ -315,13 +316,13 @@ def test_the_exact_interval_is_that_of_clopper_and_pearson(alarms: int, images: 
 
 def test_a_guarantee_changes_only_where_told() -> None:
     stored = Guarantee(0.2, "certified")
-    assert stored.changed(None, None) == stored
-    assert stored.changed(0.1, None) == Guarantee(0.1, "certified")
-    assert stored.changed(None, "marginal") == Guarantee(0.2, "marginal")
-    assert stored.changed(None, None, 0.02) == Guarantee(0.2, "certified", 0.02)
-    assert Guarantee(max_error=0.1).changed(0.1, None).max_error == 0.1
+    assert stored.changed(GuaranteeRequest()) == stored
+    assert stored.changed(GuaranteeRequest(0.1)) == Guarantee(0.1, "certified")
+    assert stored.changed(GuaranteeRequest(guarantee="marginal")) == Guarantee(0.2, "marginal")
+    assert stored.changed(GuaranteeRequest(max_error=0.02)) == Guarantee(0.2, "certified", 0.02)
+    assert Guarantee(max_error=0.1).changed(GuaranteeRequest(0.1)).max_error == 0.1
     with pytest.raises(CovcliError, match="did you mean 'certified'"):
-        stored.changed(None, "certifed")  # type: ignore[arg-type]
+        stored.changed(GuaranteeRequest(guarantee="certifed"))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -428,7 +429,7 @@ def test_too_few_images_are_refused_with_the_number_needed(
         "marginal": ([*sign, *few, "--alpha", "0.01"], r"100 calibration .* at least 132 "),
         "evaluation": ([*evaluation, *certify], r"predicted as '\d' .* at least 79 calibration"),
         "no such mode": ([*evaluation, "--guarantee", "sure"], "--guarantee"),
-        "no such alpha": ([*sign, "--alpha", "1"], "must be between 0 and 1"),
+        "no such alpha": ([*sign, "--alpha", "1"], "--alpha 1.0: must be less than 1"),
     }  # fmt: skip
     for name, (arguments, message) in commands.items():
         with pytest.raises(SystemExit) as caught:
