@@ -135,8 +135,14 @@ def neurons_of(path: Path, images: datasets.ImageSet) -> tuple[np.ndarray, np.nd
     return torch.cat(parts, 1).numpy(), logits.numpy(), [p.shape[1] for p in parts]
 
 
+@pytest.fixture(scope="session")
+def foolbox() -> None:
+    """Skip the test if the library of attacks, an optional package, is not installed."""
+    pytest.importorskip("foolbox")
+
+
 @pytest.fixture
-def evaluated(run: Path) -> Path:
+def evaluated(run: Path, foolbox: None) -> Path:
     evaluate(
         EvaluationConfig(UNTRUSTED, runs=run.parent, baselines=("energy",), explain=1), Silent()
     )

@@ -428,6 +428,7 @@ class TerminalStream(io.StringIO):
         return True
 
 
+@pytest.mark.usefixtures("foolbox")
 @pytest.mark.parametrize("width", [60, 80])
 def test_no_command_cuts_a_word_or_leaves_the_width_of_the_terminal(
     run: Path, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

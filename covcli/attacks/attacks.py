@@ -1,15 +1,18 @@
-"""ATTACKS: attacks on the network, by the library foolbox, and on the monitor, by covcli."""
+"""ATTACKS: attacks on the network, by the library foolbox, and on the monitor, by covcli.
+
+foolbox is an optional package; only what runs one of its attacks imports it.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import foolbox
 import torch
 from torch import Tensor, nn
 
 from covcli.attacks.adaptive import Monitored, adaptive_pgd, rounded
+from covcli.attacks.library import by_foolbox, for_foolbox, library
 from covcli.core import distributed, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
@@ -35,12 +38,12 @@ class Target:
     Attributes
     ----------
     model
-        The network, wrapped for foolbox.
+        The network, in evaluation mode; takes images with pixels in [0, 1].
     monitored
         The network with its coverage score; None without a signature.
     """
 
-    model: foolbox.PyTorchModel
+    model: Classifier
     monitored: Monitored | None
 
 
@@ -65,6 +68,8 @@ class Attack:
         attack.
     needs_signature
         Whether it attacks the signature too.
+    needs_foolbox
+        Whether it runs an attack of foolbox.
 
     Examples
     --------
@@ -81,6 +86,7 @@ class Attack:
     perturb: Perturb
     images: int = ATTACKED_IMAGES
     needs_signature: bool = False
+    needs_foolbox: bool = False
 
 
 AttackMaker: TypeAlias = Callable[[Spec], Attack]
@@ -103,40 +109,62 @@ def make_attack(spec: Spec) -> Attack:
     return ATTACKS.get(spec.argument)(spec)
 
 
+def check_attack(spec: Spec) -> Attack:
+    """Create the attack of `attack:NAME?…`, and check that it can run here.
+
+    Raises
+    ------
+    CovcliError
+        As `make_attack`, or if the attack needs foolbox, which cannot be imported.
+    """
+    attack = make_attack(spec)
+    if attack.needs_foolbox:
+        library(spec.text)
+    return attack
+
+
 def check_without_signature(text: str) -> None:
-    """Raise a CovcliError if the attack that `text` names needs a signature."""
-    if make_attack(parse(text)).needs_signature:
+    """Check that the attack that `text` names can run here and needs no signature.
+
+    Raises
+    ------
+    CovcliError
+        As `check_attack`, or if it needs a signature.
+    """
+    if check_attack(parse(text)).needs_signature:
         raise CovcliError(
             "attacks a signature, and there is none here", where=text, fix="use it in `evaluate`"
         )
 
 
-def _within(attack: Any, epsilon: float) -> Perturb:
-    """Run a foolbox attack that keeps within a distance of the image."""
+def _within(create: Callable[[], Any], epsilon: float) -> Attack:
+    """Return an attack of foolbox that keeps within a distance of the image."""
 
     def perturb(target: Target, images: Tensor, labels: Tensor) -> Tensor:
-        _, clipped, _ = attack(target.model, images, labels, epsilons=epsilon)
+        _, clipped, _ = create()(
+            for_foolbox(target.model, images.device), images, labels, epsilons=epsilon
+        )
         result: Tensor = clipped
         return result
 
-    return perturb
+    return Attack(perturb, needs_foolbox=True)
 
 
-def _nearest(attack: Any) -> Perturb:
-    """Run a foolbox attack that searches for the nearest image that deceives."""
+def _nearest(create: Callable[[], Any], images: int) -> Attack:
+    """Return an attack of foolbox that searches for the nearest image that deceives."""
 
     def perturb(target: Target, images: Tensor, labels: Tensor) -> Tensor:
-        _, nearest, _ = attack(target.model, images, labels, epsilons=None)
+        _, nearest, _ = create()(
+            for_foolbox(target.model, images.device), images, labels, epsilons=None
+        )
         missing = (nearest == 0).flatten(1).all(1)  # foolbox's mark of failure, a black image
         nearest = torch.where(_per_image(missing), images, nearest)
         return _as_stored(target.model, images, nearest, labels)
 
-    return perturb
+    return Attack(perturb, images, needs_foolbox=True)
 
 
-def _as_stored(
-    model: foolbox.PyTorchModel, images: Tensor, attacked: Tensor, labels: Tensor
-) -> Tensor:
+def _as_stored(model: Classifier, images: Tensor, attacked: Tensor, labels: Tensor) -> Tensor:
     """Stretch each perturbation just enough that the image deceives after rounding to 8 bits.
 
     An image that does not deceive with any factor is returned without a perturbation.
@@ -163,7 +191,7 @@ def fgsm(spec: Spec) -> Attack:
     """
     spec.only([*PARTS, "seed", "eps"])
     epsilon = spec.take("eps", fraction, 8 / 255)
-    return Attack(_within(foolbox.attacks.LinfFastGradientAttack(), epsilon))
+    return _within(by_foolbox("LinfFastGradientAttack"), epsilon)
 
 
 @ATTACKS.add("pgd")
@@ -179,11 +207,12 @@ def pgd(spec: Spec) -> Attack:
     """
     spec.only([*PARTS, "seed", "eps", "steps", "step"])
     epsilon = spec.take("eps", fraction, 8 / 255)
-    attack = foolbox.attacks.LinfPGD(
+    attack = by_foolbox(
+        "LinfPGD",
         abs_stepsize=spec.take("step", fraction, epsilon / 4),
         steps=spec.take("steps", STEPS, 10),
     )
-    return Attack(_within(attack, epsilon))
+    return _within(attack, epsilon)
 
 
 @ATTACKS.add("pgd-l2")
@@ -203,7 +232,7 @@ def pgd_l2(spec: Spec) -> Attack:
     epsilon = spec.take("eps", fraction, 0.5)
     steps = spec.take("steps", STEPS, 20)
     step = spec.take("step", fraction, 2.5 * epsilon / steps)
-    return Attack(_within(foolbox.attacks.L2PGD(abs_stepsize=step, steps=steps), epsilon))
+    return _within(by_foolbox("L2PGD", abs_stepsize=step, steps=steps), epsilon)
 
 
 @ATTACKS.add("deepfool")
@@ -218,11 +247,12 @@ def deepfool(spec: Spec) -> Attack:
     200
     """
     spec.only([*PARTS, "seed", "steps", "overshoot"])
-    attack = foolbox.attacks.L2DeepFoolAttack(
+    attack = by_foolbox(
+        "L2DeepFoolAttack",
         steps=spec.take("steps", STEPS, 50),
         overshoot=spec.take("overshoot", amount, 0.02),
     )
-    return Attack(_nearest(attack), images=200)
+    return _nearest(attack, images=200)
 
 
 @ATTACKS.add("cw")
@@ -240,14 +270,15 @@ def carlini_wagner(spec: Spec) -> Attack:
     """
     names = ["steps", "confidence", "stepsize", "initial_const", "binary_search_steps"]
     spec.only([*PARTS, "seed", *names])
-    attack = foolbox.attacks.L2CarliniWagnerAttack(
+    attack = by_foolbox(
+        "L2CarliniWagnerAttack",
         steps=spec.take("steps", STEPS, 40),
         confidence=spec.take("confidence", amount, 0.0),
         stepsize=spec.take("stepsize", fraction, 0.05),
         initial_const=spec.take("initial_const", fraction, 1.0),
         binary_search_steps=spec.take("binary_search_steps", STEPS, 5),
     )
-    return Attack(_nearest(attack), images=100)
+    return _nearest(attack, images=100)
 
 
 @ATTACKS.add("boundary")
@@ -265,7 +296,8 @@ def boundary(spec: Spec) -> Attack:
     50
     """
     spec.only([*PARTS, "seed", "steps"])
-    attack = foolbox.attacks.BoundaryAttack(
+    create = by_foolbox(
+        "BoundaryAttack",
         steps=spec.take("steps", STEPS, 500),
         spherical_step=0.1,
         source_step=0.02,
@@ -273,18 +305,21 @@ def boundary(spec: Spec) -> Attack:
     )
 
     def perturb(target: Target, images: Tensor, labels: Tensor) -> Tensor:
-        starts, usable = _starts(target.model, images, labels)
+        starts, usable = boundary_starts(target.model, images, labels)
         attacked = images.clone()
         if len(usable):
-            attacked[usable] = attack.run(
-                target.model, images[usable], labels[usable], starting_points=starts[usable]
-            )
+            attacked[usable] = create().run(
+                for_foolbox(target.model, images.device), images[usable], labels[usable],
+                starting_points=starts[usable],
+            )  # fmt: skip
         return _as_stored(target.model, images, attacked, labels)
 
-    return Attack(perturb, images=50)
+    return Attack(perturb, images=50, needs_foolbox=True)
 
 
-def _starts(model: foolbox.PyTorchModel, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def boundary_starts(
+    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return a start for each image, and the rows of correct images that have a start.
 
     The start is at the decision boundary, on the line to the nearest image of another class.
@@ -376,7 +411,8 @@ def run_attack(
     Raises
     ------
     CovcliError
-        If the attack or a parameter is unknown, or the attack needs a signature and has none.
+        If the attack or a parameter is unknown, or the attack needs a signature and has none, or
+        foolbox, which cannot be imported.
 
     Examples
     --------
@@ -395,7 +431,7 @@ def run_attack(
         check_without_signature(spec.text)
     seed = spec.take("seed", count, 0)
     device = model.mean.device
-    target = Target(foolbox.PyTorchModel(model.eval(), bounds=(0, 1), device=device), monitored)
+    target = Target(model.eval(), monitored)
     attacked = []
     parts = distributed.share(torch.arange(len(trusted)).split(sweep_batch(model.spec.shape)))
     progress.start(f"making {spec.text}", sum(map(len, parts)))

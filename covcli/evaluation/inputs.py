@@ -108,11 +108,11 @@ def load_job(config: EvaluationConfig) -> Job:
 
 
 def _check_names(config: EvaluationConfig) -> None:
-    """Raise a CovcliError if a name is unknown, before anything is read."""
+    """Raise a CovcliError if a name is unknown or needs a package, before anything is read."""
     for text in config.untrusted:
         spec = parse(text)
         if attacks.is_attack(spec):
-            attacks.make_attack(spec)
+            attacks.check_attack(spec)
         else:
             datasets.check_name(text)
     if config.trusted is not None:

@@ -22,6 +22,7 @@ from covcli.signature.build import SignatureConfig, SignatureResult, build_signa
 from covcli.signature.judge import Judge
 from covcli.training.train import TrainResult, train
 
+pytestmark = pytest.mark.usefixtures("foolbox")
 # Parameters for a test; the norm and the budget that the attack keeps, where it has one.
 CASES = {
     "fgsm": ("eps=16/255", math.inf, 16 / 255),

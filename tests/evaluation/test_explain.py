@@ -226,6 +226,7 @@ def test_a_range_without_a_width_to_measure_by_orders_by_distance(
     explanation_picture(e, [p.name for p in signature.points])  # arrows, not marks at infinity
 
 
+@pytest.mark.usefixtures("foolbox")
 def test_evaluate_explains_the_most_suspicious_of_each_set(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

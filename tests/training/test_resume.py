@@ -248,6 +248,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path, interrupts: Interrupt
     assert path.exists()
 
 
+@pytest.mark.usefixtures("foolbox")
 def test_a_cut_evaluation_does_not_repeat_finished_sets(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

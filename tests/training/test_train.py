@@ -55,6 +55,7 @@ def test_the_calibration_split_is_apart_whole_and_seeded() -> None:
     assert not torch.equal(split_rows(103, 0.25, 6)[1], held_out)
 
 
+@pytest.mark.usefixtures("foolbox")
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
     weights = []
     for name in ("a", "b"):
