@@ -38,20 +38,32 @@ class Look:
 Monitored: TypeAlias = Callable[[Tensor], Look]
 
 
+@dataclass(frozen=True)
+class Search:
+    """The settings of an adaptive attack.
+
+    Attributes
+    ----------
+    epsilon, step
+        Largest change of a pixel, and change in one step, for pixels in [0, 1].
+    steps
+        The number of steps.
+    weight
+        The score's weight in the gradient; with 0, it only selects among the iterates.
+    """
+
+    epsilon: float
+    step: float
+    steps: int
+    weight: float
+
+
 def rounded(images: Tensor) -> Tensor:
     """Round images, floats in [0, 1], to multiples of 1/255, as 8-bit files store them."""
     return (images * 255).round() / 255
 
 
-def adaptive_pgd(
-    look: Monitored,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    steps: int,
-    step: float,
-    weight: float,
-) -> Tensor:
+def adaptive_pgd(look: Monitored, images: Tensor, labels: Tensor, search: Search) -> Tensor:
     """Search within ±epsilon for images that deceive the network and have a low score.
 
     The attack starts at a random point and takes signed gradient steps. It ascends the margin
@@ -71,12 +83,8 @@ def adaptive_pgd(
         The network with its coverage score.
     images, labels
         Shape (B, C, H, W), in [0, 1], and their true classes, int64 of shape (B,).
-    epsilon, step
-        Largest change of a pixel, and change in one step, for pixels in [0, 1].
-    steps
-        The number of steps.
-    weight
-        The score's weight in the gradient; with 0, it only selects among the iterates.
+    search
+        The settings.
 
     Returns
     -------
@@ -92,27 +100,33 @@ def adaptive_pgd(
     ...     brightness = flat.mean(1).double()
     ...     return Look(flat @ torch.eye(4)[:, :2], brightness.detach(), brightness)
     >>> images = torch.tensor([0.5, 0.4, 0.5, 0.5]).view(1, 1, 2, 2)
-    >>> attacked = adaptive_pgd(look, images, torch.tensor([0]), 0.1, 10, 0.05, weight=1.0)
+    >>> search = Search(epsilon=0.1, step=0.05, steps=10, weight=1.0)
+    >>> attacked = adaptive_pgd(look, images, torch.tensor([0]), search)
     >>> look(attacked).logits.argmax(1).item(), bool(look(attacked).score < look(images).score)
     (1, True)
     """
+    epsilon = search.epsilon
     moving = (images + torch.empty_like(images).uniform_(-epsilon, epsilon)).clamp(0, 1)
     best = images
     lowest = torch.full((len(images),), torch.inf, dtype=torch.float64)
-    for _ in range(steps):
+    for _ in range(search.steps):
         stored = rounded(moving).requires_grad_()
         seen = look(stored)
         best, lowest = _better(seen, stored.detach(), labels, best, lowest)
-        margin = _margin(seen.logits, labels).cpu().double()
-        cost = torch.where(margin > 0, weight * seen.soft_score, 0.0)
-        goal = (margin.clamp_max(SAFE_MARGIN) - cost).sum()
-        (gradient,) = torch.autograd.grad(goal, stored)
-        moved = moving + step * gradient.sign()
+        (gradient,) = torch.autograd.grad(_goal(seen, labels, search.weight), stored)
+        moved = moving + search.step * gradient.sign()
         moving = (images + (moved - images).clamp(-epsilon, epsilon)).clamp(0, 1)
     last = rounded(moving)
     with torch.no_grad():
         best, lowest = _better(look(last), last, labels, best, lowest)
     return torch.where(lowest.isfinite().to(images.device)[:, None, None, None], best, last)
+
+
+def _goal(seen: Look, labels: Tensor, weight: float) -> Tensor:
+    """Return the sum over the images of what the attack ascends."""
+    margin = _margin(seen.logits, labels).cpu().double()
+    cost = torch.where(margin > 0, weight * seen.soft_score, 0.0)
+    return (margin.clamp_max(SAFE_MARGIN) - cost).sum()
 
 
 def _better(

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from covcli.attacks.adaptive import Monitored, adaptive_pgd, rounded
+from covcli.attacks.adaptive import Monitored, Search, adaptive_pgd, rounded
 from covcli.attacks.library import by_foolbox, for_foolbox, library
 from covcli.core import distributed, runtime
 from covcli.core.errors import CovcliError
@@ -357,11 +357,11 @@ def adaptive(spec: Spec) -> Attack:
     epsilon = spec.take("eps", fraction, 8 / 255)
     steps = spec.take("steps", STEPS, 20)
     step = spec.take("step", fraction, 2.5 * epsilon / steps)
-    weight = spec.take("weight", amount, 5.0)
+    search = Search(epsilon, step, steps, spec.take("weight", amount, 5.0))
 
     def perturb(target: Target, images: Tensor, labels: Tensor) -> Tensor:
         assert target.monitored is not None
-        return adaptive_pgd(target.monitored, images, labels, epsilon, steps, step, weight)
+        return adaptive_pgd(target.monitored, images, labels, search)
 
     return Attack(perturb, images=200, needs_signature=True)
 

@@ -6,7 +6,8 @@ the type, the default, the choices and the bounds are the field's own.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -90,21 +91,13 @@ class Command(TyperCommand):
         """
         try:
             self._check_file_values(ctx)
-            with output.apart():
+            with output.apart(), _memory_errors_worded():
                 return super().invoke(ctx)
         except SystemExit as end:  # from a plugin: an unfinished command must not exit with 0
             raise RuntimeError(f"something called exit({end.code})") from end
         except CovcliError as error:
             error.advise([name for option in self.params for name in option.opts])
             raise
-        except Exception as error:
-            if not is_memory_error(error):
-                raise
-            exhausted = CovcliError(
-                "memory exhausted", fix="try a smaller --batch-size, or try another --device"
-            )
-            exhausted.advise([name for option in self.params for name in option.opts])
-            raise exhausted from error
 
     def _check_file_values(self, ctx: Any) -> None:
         """Raise a CovcliError if a value from a file needs the user's consent and lacks it."""
@@ -131,6 +124,21 @@ class Command(TyperCommand):
             formatter.write(stacked.stacked(self, ctx, width))
         else:
             super().format_help(ctx, formatter)
+
+
+@contextmanager
+def _memory_errors_worded() -> Iterator[None]:
+    """Raise a CovcliError where memory is exhausted, whatever a library raises there."""
+    try:
+        yield
+    except CovcliError:
+        raise
+    except Exception as error:
+        if not is_memory_error(error):
+            raise
+        raise CovcliError(
+            "memory exhausted", fix="try a smaller --batch-size, or try another --device"
+        ) from error
 
 
 class Group(TyperGroup):

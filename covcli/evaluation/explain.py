@@ -53,7 +53,6 @@ def explain(judge: Judge, images: ImageSet, rows: Sequence[int]) -> list[Explana
     signature = judge.signature
     chosen = images.select(torch.tensor(rows, dtype=torch.int64))
     shapes: dict[str, tuple[int, ...]] = {}
-    reads = signature.arrangement.logits > 0
 
     def see(point: Point, output: Tensor) -> None:
         shapes[point.name] = tuple(output.shape[1:])
@@ -65,25 +64,25 @@ def explain(judge: Judge, images: ImageSet, rows: Sequence[int]) -> list[Explana
             z, shares = by_point(judge, verdicts.evidence)
             view = _View.at(signature, shapes, batch.neurons, verdicts.predicted)
             for i, row in enumerate(batch.rows.tolist()):
-                ranked = view.points(i, z[i], shares[i])
-                explanations.append(
-                    Explanation(
-                        set=images.name,
-                        row=int(rows[row]),
-                        predicted=signature.classes[int(verdicts.predicted[i])],
-                        label=_label(chosen, row),
-                        score=float(verdicts.score[i]),
-                        p_value=float(verdicts.p_value[i]),
-                        untrusted=bool(verdicts.untrusted[i]),
-                        points=ranked,
-                        logits=max(0.0, 1 - float(shares[i].sum())) if reads else 0.0,
-                        mapped=next(
-                            (p.name for p in ranked if p.channels and len(shapes[p.name]) == 3),
-                            None,
-                        ),
-                    )
+                points = view.points(i, z[i], shares[i])
+                explanation = Explanation(
+                    set=images.name,
+                    row=int(rows[row]),
+                    predicted=signature.classes[int(verdicts.predicted[i])],
+                    label=_label(chosen, row),
+                    score=float(verdicts.score[i]),
+                    p_value=float(verdicts.p_value[i]),
+                    untrusted=bool(verdicts.untrusted[i]),
+                    points=points,
+                    logits=_share_of_logits(signature, shares[i]),
+                    mapped=view.mapped(points),
                 )
+                explanations.append(explanation)
     return explanations
+
+
+def _share_of_logits(signature: Signature, shares: Tensor) -> float:
+    return max(0.0, 1 - float(shares.sum())) if signature.arrangement.logits else 0.0
 
 
 def heat_map(judge: Judge, images: ImageSet, explanation: Explanation) -> np.ndarray | None:
@@ -207,6 +206,11 @@ class _View:
                 PointShare(point.name, float(z[j]), float(shares[j]), coverage, len(left), channels)
             )
         return ranked
+
+    def mapped(self, points: Sequence[PointShare]) -> str | None:
+        """Return the first point with listed channels whose output has positions; None without."""
+        shown = (p.name for p in points if p.channels and len(self.shapes[p.name]) == 3)
+        return next(shown, None)
 
     def _channels(self, i: int, point: Point, begin: int, left: np.ndarray) -> list[LeftChannel]:
         """List the worst neurons outside their range; `begin` is the point's first column."""

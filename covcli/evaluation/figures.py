@@ -101,28 +101,14 @@ def result_of(
     job: Job, sets: dict[str, MeasuredSet], explanations: list[Explanation]
 ) -> EvaluationResult:
     """Compute the result of an evaluation from its measured sets."""
-    config, judge, record = job.config, job.judge, job.record
-    signature, rule = judge.signature, judge.rule
+    config, judge = job.config, job.judge
     measured = {name: entry.measured for name, entry in sets.items()}
     trusted = measured["trusted"]
     return EvaluationResult(
         schema=EVALUATION_SCHEMA,
         provenance=runtime.provenance(judge.model.mean.device, config.seed) | job.plan.versions,
-        signature=EvaluatedSignature(
-            method=signature.method.name,
-            parameters=signature.method.spec(),
-            granularity=signature.granularity,
-            precision=signature.precision,
-            path=str(job.signature),
-            checkpoint=str(job.checkpoint),
-            checkpoint_fingerprint=signature.fingerprint,
-            signature_fingerprint=files.digest_file(job.signature),
-            trusted=record.trusted,
-            calibration=record.calibration,
-            calibration_scores=len(judge.calibration.scores),
-            threshold=rule.overall,
-        ),
-        guarantee=guaranteed(rule.guarantee),
+        signature=_signature_figures(job),
+        guarantee=guaranteed(judge.rule.guarantee),
         trusted=_trusted_figures(job, trusted),
         untrusted=[
             _untrusted_figures(job, sets[t].images, trusted, measured[t]) for t in config.untrusted
@@ -130,7 +116,7 @@ def result_of(
         mean_over_sets=_means(config, measured),
         points=[
             PointCoverage(p.name, p.neurons, {t: m.coverage[i] for t, m in measured.items()})
-            for i, p in enumerate(signature.points)
+            for i, p in enumerate(judge.signature.points)
         ],
         confidence_bins=[
             entry
@@ -145,6 +131,24 @@ def result_of(
         explanations=explanations,
         files={name: str(path) for name, path in job.files.items()},
         warnings=job.warnings,
+    )
+
+
+def _signature_figures(job: Job) -> EvaluatedSignature:
+    signature, record = job.judge.signature, job.record
+    return EvaluatedSignature(
+        method=signature.method.name,
+        parameters=signature.method.spec(),
+        granularity=signature.granularity,
+        precision=signature.precision,
+        path=str(job.signature),
+        checkpoint=str(job.checkpoint),
+        checkpoint_fingerprint=signature.fingerprint,
+        signature_fingerprint=files.digest_file(job.signature),
+        trusted=record.trusted,
+        calibration=record.calibration,
+        calibration_scores=len(job.judge.calibration.scores),
+        threshold=job.judge.rule.overall,
     )
 
 

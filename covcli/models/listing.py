@@ -10,6 +10,7 @@ from covcli.methods.state import Granularity
 from covcli.models import architectures
 from covcli.models import checkpoint as checkpoints
 from covcli.models.architectures import Classifier, ModelSpec
+from covcli.models.survey import Candidate
 from covcli.models.weights import Foreign
 from covcli.reporting.tables import Table
 
@@ -122,22 +123,10 @@ def list_points(
         model, trained = source.model, tuple(source.training.get("points", ()))
     else:
         model, trained = _random(foreign, classes), ()
-    survey = model.survey(granularity)
+    survey, spec = model.survey(granularity), model.spec
     chosen = survey.choose(patterns or trained)
-    names = {each.point.name for each in chosen}
-    points = [
-        ListedPoint(
-            name=each.point.name,
-            kind=each.kind,
-            what=each.what,
-            shape=each.shape,
-            channel_dim=each.point.channel_dim % (len(each.shape) + 1) - 1,
-            neurons=each.point.neurons,
-            watched=each.point.name in names,
-        )
-        for each in (survey.candidates if every else chosen)
-    ]
-    spec = model.spec
+    watched = {each.point.name for each in chosen}
+    places = survey.candidates if every else chosen
     return PointList(
         model=spec.name,
         classes=spec.classes,
@@ -146,7 +135,19 @@ def list_points(
         watched=len(chosen),
         neurons=sum(each.point.neurons for each in chosen),
         unwatchable=list(survey.unwatchable),
-        points=points,
+        points=[_listed(each, each.point.name in watched) for each in places],
+    )
+
+
+def _listed(place: Candidate, watched: bool) -> ListedPoint:
+    return ListedPoint(
+        name=place.point.name,
+        kind=place.kind,
+        what=place.what,
+        shape=place.shape,
+        channel_dim=place.point.channel_dim % (len(place.shape) + 1) - 1,
+        neurons=place.point.neurons,
+        watched=watched,
     )
 
 

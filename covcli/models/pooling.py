@@ -100,7 +100,7 @@ def locate(
     -------
     tuple
         The channel's number, and a label such as "channel 37, maximum", "channel 3 at (4, 7)" (row
-        and column) or, in a fully connected layer, "unit 12".
+        and column), "channel 37" (of a contribution) or, in a fully connected layer, "unit 12".
 
     Examples
     --------
@@ -114,5 +114,18 @@ def locate(
         positions = [size for d, size in enumerate(shape) if d != dim]
         *place, channel = map(int, np.unravel_index(neuron, (*positions, shape[dim])))
         return channel, f"channel {channel} at ({', '.join(map(str, place))})"
-    statistic, channel = divmod(neuron, shape[dim])
+    return name_channel(neuron, shape[dim], granularity)
+
+
+def name_channel(neuron: int, channels: int, granularity: Granularity) -> tuple[int, str]:
+    """Return the channel of a neuron in a layer with positions, and a label; not for units.
+
+    Examples
+    --------
+    >>> name_channel(37, 64, "channel"), name_channel(37, 64, "contribution")
+    ((37, 'channel 37, mean'), (37, 'channel 37'))
+    """
+    if granularity == "contribution":
+        return neuron, f"channel {neuron}"
+    statistic, channel = divmod(neuron, channels)
     return channel, f"channel {channel}, {STATISTICS[statistic]}"

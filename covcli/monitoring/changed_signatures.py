@@ -8,6 +8,7 @@ and how far the distribution of the activations moved, if the method stores one.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -21,8 +22,9 @@ from covcli.methods.ensemble import EnsembleScorer
 from covcli.methods.gaussian import SPAN, GaussScorer
 from covcli.methods.ranges import SectionScorer
 from covcli.methods.ranks import NeuronRank
+from covcli.methods.state import Granularity
 from covcli.models.points import Point
-from covcli.models.pooling import STATISTICS
+from covcli.models.pooling import name_channel
 from covcli.signature.calibration import Calibration
 from covcli.signature.record import Record
 from covcli.signature.signature import Signature
@@ -210,6 +212,15 @@ class _Pair:
         return [(self.before, self.rows[0], self.columns[0]),
                 (self.after, self.rows[1], self.columns[1])]  # fmt: skip
 
+    @cached_property
+    def spans(self) -> list[tuple[Tensor, Tensor]]:
+        """The ends of the trusted ranges of each signature, float64 of shape (K, N)."""
+        spans = []
+        for stored, rows, columns in self.sides:
+            low, high = stored.signature.scorer.span(rows)
+            spans.append((low[:, columns].double(), high[:, columns].double()))
+        return spans
+
 
 def compare_signatures(before: StoredSignature, after: StoredSignature) -> SignatureChange:
     """Measure the differences from one signature to another.
@@ -276,21 +287,12 @@ def _columns(signature: Signature, points: Sequence[Point]) -> Tensor:
 # Distances, float64 of shape (classes, neurons); NaN for no distance.
 
 
-def _spans(pair: _Pair) -> list[tuple[Tensor, Tensor]]:
-    """Return the ends of the trusted ranges of each signature, float64 of shape (K, N)."""
-    spans = []
-    for stored, rows, columns in pair.sides:
-        low, high = stored.signature.scorer.span(rows)
-        spans.append((low[:, columns].double(), high[:, columns].double()))
-    return spans
-
-
 def range_distances(pair: _Pair) -> Tensor:
     """Return the Hausdorff distance of the two ranges of each neuron, in widths of the first.
 
     It is the larger of the distances by which the two ends moved.
     """
-    (low, high), (new_low, new_high) = _spans(pair)
+    (low, high), (new_low, new_high) = pair.spans
     distance = torch.maximum((new_low - low).abs(), (new_high - high).abs())
     return distance / _widths(low, high)
 
@@ -349,21 +351,17 @@ def _chance(pair: _Pair) -> float:
 
 def _sections(pair: _Pair) -> Tensor:
     """Return the 1-Wasserstein distance of activations, spread evenly over their sections."""
-    spans = _spans(pair)
     # Class by class, to save memory with many classes.
     apart = [
-        wasserstein(*_steps(pair, spans, 0, k), *_steps(pair, spans, 1, k))
-        for k in range(len(pair.classes))
+        wasserstein(*_steps(pair, 0, k), *_steps(pair, 1, k)) for k in range(len(pair.classes))
     ]
-    return torch.stack(apart) / _widths(*spans[0])
+    return torch.stack(apart) / _widths(*pair.spans[0])
 
 
-def _steps(
-    pair: _Pair, spans: Sequence[tuple[Tensor, Tensor]], side: int, k: int
-) -> tuple[Tensor, Tensor]:
+def _steps(pair: _Pair, side: int, k: int) -> tuple[Tensor, Tensor]:
     """Return the edges of a class's sections, and the share of images up to each, (N, Q + 1)."""
     stored, rows, columns = pair.sides[side]
-    low, high = (end[k, :, None] for end in spans[side])
+    low, high = (end[k, :, None] for end in pair.spans[side])
     counts = stored.signature.state["sections"][rows[k]][columns].double()
     shares = torch.nn.functional.pad(counts.cumsum(1) / counts.sum(1, keepdim=True), (1, 0))
     return low + (high - low) * torch.linspace(0, 1, shares.shape[1], dtype=torch.float64), shares
@@ -460,13 +458,12 @@ def _farthest(known: Tensor, pair: _Pair) -> list[ChannelChange]:
     """Return the neurons that moved farthest, each with the class of its largest distance."""
     worst, classes = known.nan_to_num(nan=-1.0).max(0)
     order = worst.argsort(descending=True, stable=True)[:MOST_CHANNELS]
-    spans = _spans(pair)
     owners = [point for point in pair.points for _ in range(point.neurons)]
     begins = [n for point in pair.points for n in range(point.neurons)]
     neurons = []
     for column in order[worst[order] > 0].tolist():
         k, point, neuron = int(classes[column]), owners[column], begins[column]
-        ends = [(float(low[k, column]), float(high[k, column])) for low, high in spans]
+        ends = [(float(low[k, column]), float(high[k, column])) for low, high in pair.spans]
         label = _label(point, neuron, pair.before.signature.granularity)
         neurons.append(
             ChannelChange(
@@ -476,9 +473,8 @@ def _farthest(known: Tensor, pair: _Pair) -> list[ChannelChange]:
     return neurons
 
 
-def _label(point: Point, neuron: int, granularity: str) -> str:
-    """Describe a neuron by its channel and statistic, without the shape of the point's output."""
-    if granularity == "channel" and point.neurons == 2 * point.values:
-        statistic, channel = divmod(neuron, point.values)
-        return f"channel {channel}, {STATISTICS[statistic]}"
-    return f"channel {neuron}" if granularity == "contribution" else f"unit {neuron}"
+def _label(point: Point, neuron: int, granularity: Granularity) -> str:
+    """Describe a neuron as `locate` does, without the shape of the point's output."""
+    if granularity == "contribution" or point.neurons == 2 * point.values:
+        return name_channel(neuron, point.values, granularity)[1]
+    return f"unit {neuron}"

@@ -421,30 +421,19 @@ def as_table(inspection: Inspection) -> Table:
 def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield "size", f"{inspection.bytes:,} bytes"
     yield "SHA-256", inspection.digest
-    if (network := inspection.network) is not None:
-        yield "network", f"{network.name}, {network.classes} classes"
-        yield "input", network.input
-        yield "numbers in weights", "" if network.parameters is None else f"{network.parameters:,}"
-        yield "weights' fingerprint", network.fingerprint
+    if inspection.network is not None:
+        yield from _of_network(inspection.network)
     yield "classes", _listed(inspection.classes)
     yield "method", inspection.method
     yield "granularity", inspection.granularity
     yield "precision", inspection.precision
     yield "coverage points", _points(inspection.points)
-    for entry in inspection.data:
-        count = "" if entry.images is None else f", {entry.images:,} images"
-        known = f", fingerprint {entry.fingerprint[:12]}" if entry.fingerprint else ""
-        yield entry.role, f"{entry.name}{count}{known}"
+    yield from map(_of_data, inspection.data)
     if inspection.guarantee is not None:
         yield "guarantee", f"{inspection.guarantee.mode}, α = {inspection.guarantee.alpha:g}"
         yield "which means", inspection.guarantee.statement
     if inspection.signature is not None:
-        yield (
-            "signature",
-            f"{inspection.signature.path}, SHA-256 {inspection.signature.signature_fingerprint}",
-        )
-        yield "checkpoint", inspection.signature.checkpoint
-        yield "weights' fingerprint", inspection.signature.checkpoint_fingerprint
+        yield from _of_evaluated(inspection.signature)
     if inspection.exported is not None:
         yield "outputs", ", ".join(inspection.exported.outputs)
         yield "signature", f"SHA-256 {inspection.exported.signature_fingerprint}"
@@ -457,6 +446,25 @@ def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield from _of_tensors(inspection)
     for inside in inspection.files:
         yield inside.path.name, f"{_in_short(inside)}{_belongs(inside, inspection)}"
+
+
+def _of_network(network: NetworkFacts) -> Iterator[tuple[str, str]]:
+    yield "network", f"{network.name}, {network.classes} classes"
+    yield "input", network.input
+    yield "numbers in weights", "" if network.parameters is None else f"{network.parameters:,}"
+    yield "weights' fingerprint", network.fingerprint
+
+
+def _of_data(data: SetFacts) -> tuple[str, str]:
+    count = "" if data.images is None else f", {data.images:,} images"
+    known = f", fingerprint {data.fingerprint[:12]}" if data.fingerprint else ""
+    return data.role, f"{data.name}{count}{known}"
+
+
+def _of_evaluated(signature: EvaluatedSignature) -> Iterator[tuple[str, str]]:
+    yield "signature", f"{signature.path}, SHA-256 {signature.signature_fingerprint}"
+    yield "checkpoint", signature.checkpoint
+    yield "weights' fingerprint", signature.checkpoint_fingerprint
 
 
 def _of_tensors(inspection: Inspection) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,8 @@ from sklearn.metrics import roc_curve
 from covcli.core.specs import Registry
 from covcli.reporting import tables
 from covcli.reporting.blocks import Block, Gallery, Picture, ReportData, Section, Thumbnail
+from covcli.reporting.documents import Explanation
+from covcli.reporting.per_image import ExplainedImage
 from covcli.reporting.pictures import (
     TEXT,
     Line,
@@ -37,6 +39,14 @@ from covcli.reporting.tables import percent
 from covcli.reporting.thumbnails import heat
 
 FLAGGED = ("share of trusted images flagged", "share of untrusted images flagged")
+EXPLAINED = (
+    "The most suspicious images of each set. Flagged images of the trusted set are false "
+    "alarms. A coverage point's share is its part of the score. For the three points with the "
+    "largest shares, the channels farthest outside the range of the predicted class are "
+    "shown: the band is that range, and the mark is the image's value, in widths of the "
+    "range. An arrow marks a value beyond the scale, or a range of zero width. The small map "
+    "shows where a channel is active, not why."
+)
 
 SectionMaker: TypeAlias = Callable[[ReportData], Section | None]
 SECTIONS: Registry[SectionMaker] = Registry("report section")
@@ -283,33 +293,29 @@ def explanations(data: ReportData) -> Section | None:
     if not entries:
         return None
     order = [point.name for point in data.evaluation.points]
-    blocks: list[Block] = [
-        "The most suspicious images of each set. Flagged images of the trusted set are false "
-        "alarms. A coverage point's share is its part of the score. For the three points with the "
-        "largest shares, the channels farthest outside the range of the predicted class are "
-        "shown: the band is that range, and the mark is the image's value, in widths of the "
-        "range. An arrow marks a value beyond the scale, or a range of zero width. The small map "
-        "shows where a channel is active, not why."
-    ]
+    blocks: list[Block] = [EXPLAINED]
     for k, (entry, pixels) in enumerate(zip(entries, data.samples.explained, strict=True)):
-        title = tables.explanation(entry)
-        images = [Thumbnail(pixels.image, (f"image {entry.row}",), title)]
-        worst = {point.name: point.channels[0] for point in entry.points if point.channels}
-        if pixels.fires is not None and entry.mapped is not None:
-            place = f"{entry.mapped}, channel {worst[entry.mapped].channel}"
-            mapped = heat(pixels.image, pixels.fires)
-            images.append(
-                Thumbnail(mapped, (f"where {place} is active",), f"Where {place} is active")
-            )
         points = ", ".join(f"{p.name} {percent(p.share)}%" for p in entry.points[:3])
         picture = Picture(
             f"explanation-{k}", "Shares of the score, and the channels that left their range",
             f"Largest shares of the score: {points}.", explanation_picture(entry, order),
         )  # fmt: skip
-        blocks += [Gallery(f"explained-{k}", title, images), picture]
+        gallery = Gallery(f"explained-{k}", tables.explanation(entry), _explained(entry, pixels))
+        blocks += [gallery, picture]
         if (left := tables.left_channels(entry)) is not None:
             blocks.append(left)
     return Section("Why images were flagged", blocks)
+
+
+def _explained(entry: Explanation, pixels: ExplainedImage) -> list[Thumbnail]:
+    """Return the image, and where its worst channel is active if that is known."""
+    images = [Thumbnail(pixels.image, (f"image {entry.row}",), tables.explanation(entry))]
+    if pixels.fires is not None and entry.mapped is not None:
+        worst = next(point.channels[0] for point in entry.points if point.name == entry.mapped)
+        place = f"{entry.mapped}, channel {worst.channel}"
+        mapped = heat(pixels.image, pixels.fires)
+        images.append(Thumbnail(mapped, (f"where {place} is active",), f"Where {place} is active"))
+    return images
 
 
 @SECTIONS.add("provenance")

@@ -255,31 +255,7 @@ def _check_trusted(
 
 def _images(config: SignatureConfig, source: Checkpoint) -> tuple[ImageSet, ImageSet]:
     """Load the images for building and for calibration; the two sets are disjoint."""
-    if config.trusted is not None:
-        images = datasets.load(config.trusted, "train", config.data_dir)
-    elif source.trusted is not None:
-        fix = f"name it by --trusted {source.trusted.spec}"
-        images = datasets.reload(source.trusted, "train", config.data_dir, fix)
-    else:
-        raise CovcliError("name the --trusted images", where=source.path)
-    if config.calibration is not None:
-        held_out = datasets.load(config.calibration, "test", config.data_dir)
-    elif source.trusted is not None and len(source.calibration_rows):
-        fix = "name held-out images by --calibration"
-        trained = datasets.reload(source.trusted, "train", config.data_dir, fix, [config.trusted])
-        if trained.fingerprint != source.trusted.images:
-            raise CovcliError(
-                "is no longer the data that the network was trained on",
-                where=source.trusted.spec,
-                fix="restore it, or name held-out images by --calibration",
-            )
-        held_out = trained.select(source.calibration_rows)
-    else:
-        raise CovcliError(
-            "records no calibration split",
-            where=source.path,
-            fix="name trusted images that did not train the network by --calibration SPEC",
-        )
+    images, held_out = _trusted_images(config, source), _held_out_images(config, source)
     images = less(images, held_out.source.fingerprint, held_out.rows)
     if len(images) == 0:
         raise CovcliError("holds only images that are used for calibration", where=images.name)
@@ -288,6 +264,37 @@ def _images(config: SignatureConfig, source: Checkpoint) -> tuple[ImageSet, Imag
     if held_out.labels is not None:
         held_out = labels.matched(held_out, classes).said()
     return labels.matched(images, classes).said(), held_out
+
+
+def _trusted_images(config: SignatureConfig, source: Checkpoint) -> ImageSet:
+    """Load the named trusted images, or those of the training."""
+    if config.trusted is not None:
+        return datasets.load(config.trusted, "train", config.data_dir)
+    if source.trusted is None:
+        raise CovcliError("name the --trusted images", where=source.path)
+    fix = f"name it by --trusted {source.trusted.spec}"
+    return datasets.reload(source.trusted, "train", config.data_dir, fix)
+
+
+def _held_out_images(config: SignatureConfig, source: Checkpoint) -> ImageSet:
+    """Load the named calibration images, or those that the training held out."""
+    if config.calibration is not None:
+        return datasets.load(config.calibration, "test", config.data_dir)
+    if source.trusted is None or not len(source.calibration_rows):
+        raise CovcliError(
+            "records no calibration split",
+            where=source.path,
+            fix="name trusted images that did not train the network by --calibration SPEC",
+        )
+    fix = "name held-out images by --calibration"
+    trained = datasets.reload(source.trusted, "train", config.data_dir, fix, [config.trusted])
+    if trained.fingerprint != source.trusted.images:
+        raise CovcliError(
+            "is no longer the data that the network was trained on",
+            where=source.trusted.spec,
+            fix="restore it, or name held-out images by --calibration",
+        )
+    return trained.select(source.calibration_rows)
 
 
 def _default_path(config: SignatureConfig, source: Checkpoint, method: Method) -> Path:

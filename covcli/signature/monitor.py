@@ -28,7 +28,7 @@ from covcli.signature.build import DEFAULT_METHOD
 from covcli.signature.fit import How
 from covcli.signature.guarantee import DEFAULT_GUARANTEE, Guarantee, GuaranteeRequest
 from covcli.signature.judge import Judge, Verdicts
-from covcli.signature.own_network import build_own, load_own
+from covcli.signature.own_network import OwnNetwork, build_own, load_own
 from covcli.signature.record import Record
 
 log = logging.getLogger(__name__)
@@ -143,11 +143,8 @@ class Monitor:
             make_method(method), granularity, confidence_threshold,
             Guarantee(alpha, guarantee, max_error), seed,
         )  # fmt: skip
-        judge, record = build_own(
-            network, trusted, calibration, how, progress, classes=classes, logits=logits,
-            points=points,
-        )  # fmt: skip
-        return cls(judge, record)
+        own = OwnNetwork(network, classes, logits, points)
+        return cls(*build_own(own, trusted, calibration, how, progress))
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write the signature, and return its path; `Monitor.load(path, network)` reads it.

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from covcli.core import runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
 from covcli.data.images import ImageSet
+from covcli.data.labels import numbered
 from covcli.data.prepared import PreparedSource, prepared, prepared_otherwise
 from covcli.models.architectures import Classifier
 from covcli.models.logits import named_tensors
@@ -28,40 +29,37 @@ from covcli.signature.record import Record
 log = logging.getLogger(__name__)
 
 
-def own_classifier(
-    network: nn.Module,
-    images: ImageSet,
-    classes: Sequence[str] = (),
-    logits: str = "",
-    points: Sequence[str] = (),
-) -> tuple[Classifier, tuple[str, ...]]:
-    """Wrap a program's network as a classifier of prepared images.
+@dataclass(frozen=True)
+class OwnNetwork:
+    """A program's own network.
 
-    Parameters
+    Attributes
     ----------
     network
-        The network; it is not copied or moved.
-    images
-        Prepared images.
+        Maps prepared images to logits; it is not copied or moved.
     classes
         Class names; by default those of the dataset, or numbers.
     logits, points
         See `covcli.training.config.TrainConfig`.
-
-    Returns
-    -------
-    tuple
-        The classifier, and the class names.
     """
-    source = images.source
-    assert isinstance(source, PreparedSource)
-    shape = tuple(source.sample.shape[1:])
-    count = len(classes) or _count(network, source.sample[:2], images.labels, logits)
-    spec = ModelSpec.own(network, count, (shape[0], shape[1], shape[2]), logits)
-    model = Classifier(spec, network).to(place_of(network))
-    model.watched = tuple(points)
-    names = tuple(classes) or images.classes
-    return model, names if len(names) == count else tuple(str(k) for k in range(count))
+
+    network: nn.Module
+    classes: Sequence[str] = ()
+    logits: str = ""
+    points: Sequence[str] = ()
+
+    def classifier(self, images: ImageSet) -> tuple[Classifier, tuple[str, ...]]:
+        """Return a classifier of prepared images, and its class names."""
+        source, network = images.source, self.network
+        assert isinstance(source, PreparedSource)
+        _, channels, height, width = source.sample.shape
+        known = len(self.classes)
+        count = known or _count(network, source.sample[:2], images.labels, self.logits)
+        spec = ModelSpec.own(network, count, (channels, height, width), self.logits)
+        model = Classifier(spec, network).to(place_of(network))
+        model.watched = tuple(self.points)
+        names = tuple(self.classes) or images.classes
+        return model, names if len(names) == count else numbered(count)
 
 
 def place_of(network: nn.Module) -> torch.device:
@@ -94,22 +92,14 @@ def _count(network: nn.Module, images: Tensor, labels: Tensor | None, logits: st
 
 
 def build_own(
-    network: nn.Module,
-    trusted: Any,
-    calibration: Any,
-    how: How,
-    progress: Progress,
-    *,
-    classes: Sequence[str] = (),
-    logits: str = "",
-    points: Sequence[str] = (),
+    own: OwnNetwork, trusted: Any, calibration: Any, how: How, progress: Progress
 ) -> tuple[Judge, Record]:
     """Build and calibrate the signature of a program's own network.
 
     Parameters
     ----------
-    network
-        Maps prepared images to logits.
+    own
+        The network.
     trusted, calibration
         Prepared images, see `covcli.data.prepared.prepared`: those that trained the network, and
         others for calibration.
@@ -117,8 +107,6 @@ def build_own(
         The method and its settings.
     progress
         Receives the progress.
-    classes, logits, points
-        See `own_classifier`.
 
     Raises
     ------
@@ -128,7 +116,7 @@ def build_own(
     images, held_out = prepared(trusted, "trusted"), prepared(calibration, "calibration")
     images.known_labels()
     images = _without_shared(images, held_out)
-    model, names = own_classifier(network, images, classes, logits, points)
+    model, names = own.classifier(images)
     extent = _extent(images, held_out)
     with runtime.seeded(how.seed):
         judge, record = sign(model, images.named(names), held_out, how, progress)

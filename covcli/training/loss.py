@@ -18,7 +18,7 @@ from covcli.data.prepared import prepared
 from covcli.methods import MultiRange, State
 from covcli.models.points import Recorder
 from covcli.signature.fit import How, fit_signature
-from covcli.signature.own_network import own_classifier
+from covcli.signature.own_network import OwnNetwork
 
 # The running signature, with enough sections to find the outermost tenths of a class.
 RUNNING = MultiRange(sections=32)
@@ -206,7 +206,8 @@ class AttachedLoss:
     def _fit(self, trusted: Any) -> None:
         images = prepared(trusted, "trusted").spread(SIGNATURE_IMAGES)
         images.known_labels()
-        model, _ = own_classifier(self.network, images, logits=self._logits, points=self._patterns)
+        own = OwnNetwork(self.network, logits=self._logits, points=self._patterns)
+        model, _ = own.classifier(images)
         how = How(RUNNING, threshold=self._threshold)
         signature, _, _ = fit_signature(model, images, how, Silent())
         self._loss = ConfidenceLoss(signature.state, signature.sizes).to(model.mean.device)

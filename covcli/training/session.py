@@ -68,25 +68,10 @@ class Session:
         self.training = images.select(training_rows)
         self.labels = self.training.known_labels()
         self.held_out = images.select(self.calibration_rows)
-        self.untrusted = {
-            text: None
-            if attacks.is_attack(parse(text))
-            else datasets.load(text, "test", config.data_dir, ran_in)
-            for text in config.untrusted
-        }
-        self.how: Augmentation = (
-            ("crop-flip" if images.flips else "crop")
-            if config.augment == "auto"
-            else config.augment
-        )
+        self.untrusted = _untrusted(config, ran_in)
+        self.how = _augmentation(config, images)
         self.steps = _steps(len(self.training), config.batch_size)
-        if distributed.size() > 1 and len(self.training) // self.steps < 2 * distributed.size():
-            raise CovcliError(
-                f"batches of {len(self.training) // self.steps} images are too few for "
-                f"{distributed.size()} ranks",
-                where=f"--batch-size {config.batch_size}",
-                fix=f"make it at least {2 * distributed.size()}, or start fewer ranks",
-            )
+        _check_ranks(config.batch_size, len(self.training) // self.steps)
         self.trainer = _trainer(config, model, self.steps)
         self.running: State | None = None  # the state of the running signature
         self.history: list[EpochLog] = []
@@ -109,6 +94,20 @@ class Session:
         due = since >= 0 and since % self.config.signature_every == 0
         if self.step == 0 and due and self.config.confidence_weight > 0:
             self._refresh_penalty()
+        self._take_steps(number, progress, interrupts, saver)
+        entry = self._log(number, self._watch(), time.perf_counter() - began)
+        with interrupts.deferred():  # so that the position is updated completely
+            self.history.append(entry)
+            self.step = 0
+            self.sums = torch.zeros_like(self.sums)
+        progress.note(describe(entry, self.config.epochs))
+        if number < self.config.epochs:
+            saver.after_epoch()
+
+    def _take_steps(
+        self, number: int, progress: Progress, interrupts: Interrupts, saver: "_Saver"
+    ) -> None:
+        """Take the remaining steps of an epoch, whose seed determines the order of the images."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + number)
         order = torch.randperm(len(self.training), generator=generator)
         parts = order.tensor_split(self.steps)  # of nearly equal size, for normalisation layers
@@ -128,14 +127,6 @@ class Session:
                 interrupts.check()
                 if self.step < self.steps:
                     saver.after_step()
-        entry = self._log(number, self._watch(), time.perf_counter() - began)
-        with interrupts.deferred():  # so that the position is updated completely
-            self.history.append(entry)
-            self.step = 0
-            self.sums = torch.zeros_like(self.sums)
-        progress.note(describe(entry, self.config.epochs))
-        if number < self.config.epochs:
-            saver.after_epoch()
 
     def _log(self, number: int, watched: Watch | None, seconds: float) -> EpochLog:
         sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
@@ -272,6 +263,33 @@ def _steps(images: int, batch_size: int) -> int:
             f"{images} training images are too few: a batch needs two", where="--trusted"
         )
     return min(-(-images // batch_size), images // 2)
+
+
+def _untrusted(config: TrainConfig, ran_in: Path | None) -> dict[str, ImageSet | None]:
+    """Load the untrusted sets to watch; None for an attack, which depends on the network."""
+    return {
+        text: None
+        if attacks.is_attack(parse(text))
+        else datasets.load(text, "test", config.data_dir, ran_in)
+        for text in config.untrusted
+    }
+
+
+def _augmentation(config: TrainConfig, images: ImageSet) -> Augmentation:
+    if config.augment != "auto":
+        return config.augment
+    return "crop-flip" if images.flips else "crop"
+
+
+def _check_ranks(batch_size: int, images: int) -> None:
+    """Raise a CovcliError if batches of so many images are too few for all ranks."""
+    ranks = distributed.size()
+    if ranks > 1 and images < 2 * ranks:
+        raise CovcliError(
+            f"batches of {images} images are too few for {ranks} ranks",
+            where=f"--batch-size {batch_size}",
+            fix=f"make it at least {2 * ranks}, or start fewer ranks",
+        )
 
 
 def _model(config: TrainConfig, images: ImageSet, device: torch.device) -> Classifier:

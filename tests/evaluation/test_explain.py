@@ -60,7 +60,7 @@ def named_value(label: str, output: np.ndarray) -> float:
         return float(output[numbers[0]])
     if " at (" in label:
         return float(output[tuple(numbers)])
-    whole = {"mean": np.mean, "maximum": np.max}[label.rpartition(", ")[2]]
+    whole = {"mean": np.mean, "maximum": np.max, "": np.sum}[label.partition(", ")[2]]
     return float(whole(output[numbers[0]]))
 
 
@@ -68,7 +68,7 @@ def named_value(label: str, output: np.ndarray) -> float:
     ("shape", "dim"),
     [((5,), 1), ((3, 4, 2), 1), ((4, 2, 3), -1), ((4, 2, 3), 3), ((6, 5), -1), ((6, 5), 1)],
 )
-@pytest.mark.parametrize("granularity", ["channel", "unit"])
+@pytest.mark.parametrize("granularity", ["channel", "unit", "contribution"])
 def test_labels_say_what_a_neuron_is(shape: tuple[int, ...], dim: int, granularity: str) -> None:
     output = torch.randn(2, *shape, generator=torch.Generator().manual_seed(len(shape)))
     neurons = pool(output, dim, granularity)[1].numpy()
