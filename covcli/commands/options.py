@@ -247,6 +247,9 @@ SIGNING = {
         GUARANTEE,
     ),
     "output": Help("Signature file; default: beside the checkpoint.", OUTPUT, ("-o",)),
+    "mergeable": Help(
+        "Keep what merge-signatures needs; a file of ensemble or gauss is much larger then.", OUTPUT
+    ),
     **GRANULARITY, **NETWORKS, **MAX_ERROR, **AMP, **COMPUTING, **DATA_DIR, **FORCE, **RUNS,
 }  # fmt: skip
 MERGING = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from covcli.core.errors import CovcliError
 from covcli.core.specs import Registry, fraction, parse, up_to
 from covcli.methods.layout import Layout
-from covcli.methods.state import Expected, Granularity, State
+from covcli.methods.state import Expected, Granularity, State, check_tensors
 
 # At most this many neurons of each image are scored at once, or those of one point if it has more.
 PIECE = 1 << 16
@@ -42,6 +42,8 @@ class Method(ABC):
         Whether its calibration learns weights of the evidence columns from surrogate outliers.
     plain
         Whether its score is the mean of its columns, without standardisation.
+    mergeable
+        Whether condensed states can be merged; otherwise only the states before.
 
     Examples
     --------
@@ -84,6 +86,7 @@ class Method(ABC):
     contributions: ClassVar[bool] = False
     experts: ClassVar[bool] = False
     plain: ClassVar[bool] = False
+    mergeable: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         """Raise a CovcliError if an overridden function takes other parameters."""
@@ -155,9 +158,24 @@ class Method(ABC):
         """Accumulate a batch of noisy copies into the state from `begin_noisy`."""
         raise NotImplementedError
 
+    def condense(self, sums: State, room: int | None = None) -> State:
+        """Return what scoring reads, from the complete state that the passes accumulated.
+
+        The default returns the state itself. A method whose sums are much larger than what scoring
+        reads computes that here, and sets `mergeable` to False.
+
+        Parameters
+        ----------
+        sums
+            The complete state, with the tensors of the pass over noisy copies.
+        room
+            The number of bytes that the result should take at most; None for no limit.
+        """
+        return sums
+
     @abstractmethod
     def prepare(self, state: State) -> "Scorer":
-        """Return the scorer of a complete state, on the state's device."""
+        """Return the scorer of a condensed state, on the state's device."""
 
     @property
     def logit_evidence(self) -> str:
@@ -172,6 +190,10 @@ class Method(ABC):
     @abstractmethod
     def expected(self, layout: Layout) -> Expected:
         """Return the type and shape of each tensor of a complete state, to check files."""
+
+    def check(self, state: State) -> None:
+        """Raise a ValueError unless a state from a file can be a condensed one."""
+        check_tensors(state, self.expected(state.layout))
 
     def spec(self) -> str:
         """Return the specification from which `make_method` recreates this method."""

@@ -2,25 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from covcli.methods.base import METHODS, Method, Scorer, add_counts
-from covcli.methods.gaussian import (
-    Gauss,
-    GaussScorer,
-    Whitening,
-    refuse_wide,
-    rescaled,
-    whiten,
-    whole_numbers,
-)
+from covcli.methods.codes import Coding, coding_expected, coding_of, coding_tensors
+from covcli.methods.gaussian import Gauss, GaussScorer, whole_numbers
 from covcli.methods.layout import Layout
 from covcli.methods.logits import LOGIT_EVIDENCE
+from covcli.methods.moments import rescaled
+from covcli.methods.normal import (
+    StoredModel,
+    check_normal,
+    class_means,
+    expected_normal,
+    fit_normal,
+    within,
+)
 from covcli.methods.ranges import RangeScorer, SingleRange, united
-from covcli.methods.state import Expected, State
+from covcli.methods.state import Expected, State, check_tensors
 
 RANGES = SingleRange()
 RANGE_TENSORS = ("low", "high")
@@ -59,6 +62,7 @@ class Ensemble(Method):
     name: ClassVar[str] = "ensemble"
     kinds: ClassVar[int] = 3
     experts: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = False
     shrinkage: float = Gauss.shrinkage
     logits: str = "energy"
     generalists: str = "each"
@@ -78,7 +82,6 @@ class Ensemble(Method):
 
     def begin(self, layout: Layout) -> State:
         """Return the empty ranges of `src`; they also bound the values, as the peaks of `gauss`."""
-        refuse_wide(layout, self.name)
         state, ranges = State(layout), RANGES.begin(layout)
         for key in RANGE_TENSORS:
             state.declare(key, ranges[key], ranges.reductions[key])
@@ -125,12 +128,32 @@ class Ensemble(Method):
             part.tensors |= {"low": low, "high": high, "noisy_total": noisy}
         return aligned
 
+    def condense(self, sums: State, room: int | None = None) -> State:
+        """Return the ranges, the normal model of each point and the directions of noise.
+
+        Raises
+        ------
+        CovcliError
+            If a point's covariance is singular: too few images for so little shrinkage.
+        """
+        device, sums = sums["unit"].device, sums.to(torch.device("cpu"))
+        shift = noise_shift(sums)
+        model = fit_normal(sums, self.shrinkage, self.spec(), shift)
+        ranges = {key: sums[key].clone() for key in RANGE_TENSORS}
+        coded = cache(lambda: coded_ranges(**ranges))
+        return within(
+            sums.layout,
+            room,
+            lambda: ranges | model.exact(),
+            lambda rank: coded() | model.compact(rank),
+        ).to(device)
+
     def prepare(self, state: State) -> "EnsembleScorer":
-        """Return the scorer of all members; see `Gauss.prepare`."""
-        whitening = whiten(state, self.shrinkage, self.spec())
-        directions = noise_directions(state, whitening)
-        distances = GaussScorer(state.layout, whitening, directions)
-        return EnsembleScorer(RANGES.prepare(state), distances)
+        """Return the scorer of all members; a state of sums is condensed first."""
+        if "unit" in state.tensors:
+            state = self.condense(state)
+        ranges = RangeScorer(state.layout, stored_ranges(state))
+        return EnsembleScorer(ranges, GaussScorer(state.layout, StoredModel.of(state)))
 
     @property
     def logit_evidence(self) -> str:
@@ -146,6 +169,17 @@ class Ensemble(Method):
         """Return the tensors of a complete state."""
         ranges = {key: RANGES.expected(layout)[key] for key in RANGE_TENSORS}
         return {**self.gauss.expected(layout), **ranges, **noisy_sums(layout)}
+
+    def check(self, state: State) -> None:
+        """Raise a ValueError unless a state from a file can be a condensed one."""
+        layout = state.layout
+        normal = expected_normal(state, directed=True)
+        coded = normal["mean"][0] == torch.uint8
+        shape = (layout.classes, layout.neurons)
+        ranges = dict.fromkeys(RANGE_TENSORS, (torch.uint8 if coded else torch.float32, shape))
+        scale = coding_expected("range", layout.neurons) if coded else {}
+        check_tensors(state, {**normal, **ranges, **scale})
+        check_normal(state)
 
 
 class EnsembleScorer(Scorer):
@@ -167,23 +201,17 @@ class EnsembleScorer(Scorer):
     @property
     def columns(self) -> int:
         """The number of evidence columns: 3·L."""
-        return Ensemble.kinds * len(self.layout.sizes)
+        return 3 * len(self.layout.sizes)
 
     def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the columns of `src`, of `gauss`, and along the direction, (B, 3·L)."""
         outside = self.ranges(neurons, classes)
-        return torch.cat([outside, *self._distances(neurons, classes)], 1)
+        return torch.cat([outside, *self.gauss.measure(neurons, classes)], 1)
 
     def soft(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return the evidence with the soft costs of `src`."""
         outside = self.ranges.soft(neurons, classes)
-        return torch.cat([outside, *self._distances(neurons, classes)], 1)
-
-    def _distances(self, neurons: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the columns of `gauss`, and those along the direction, (B, L) each."""
-        products = self.gauss.products(neurons, classes)
-        along = torch.cat([part[:, -1] for part in products]).T
-        return self.gauss.distances(products), along.double()
+        return torch.cat([outside, *self.gauss.measure(neurons, classes)], 1)
 
     def costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return 1 outside the range, 0 inside."""
@@ -198,16 +226,41 @@ class EnsembleScorer(Scorer):
         return self.ranges.span(classes)
 
 
-def noise_directions(state: State, whitening: Whitening) -> list[Tensor]:
-    """Return each point's Σ⁻¹d/√(dᵀΣ⁻¹d), shape (1, V)."""
+def coded_ranges(low: Tensor, high: Tensor) -> dict[str, Tensor]:
+    """Return ranges (classes, N) as codes, rounded outward.
+
+    The code of the lower end of a class without images is larger than that of the upper end.
+    """
+    known = low <= high
+    lowest = torch.where(known, low, torch.inf).amin(0)
+    highest = torch.where(known, high, -torch.inf).amax(0)
+    seen = known.any(0)
+    coding = Coding.over(torch.where(seen, lowest, 0.0), torch.where(seen, highest, 0.0), power=2)
+    empty = ~known
+    return {
+        "low": coding.encode(low.masked_fill(empty, 0.0), torch.floor).masked_fill_(empty, 1),
+        "high": coding.encode(high.masked_fill(empty, 0.0), torch.ceil).masked_fill_(empty, 0),
+        **coding_tensors(coding, "range"),
+    }
+
+
+def stored_ranges(state: State) -> dict[str, Tensor]:
+    """Return the ends of a condensed state's ranges, float32 of shape (classes, N) each."""
+    low, high = (state[key] for key in RANGE_TENSORS)
+    if low.dtype != torch.uint8:
+        return {"low": low, "high": high}
+    coding, empty = coding_of(state.tensors, "range", power=2), low > high
+    return {
+        "low": coding.decode(low).to(low.device).masked_fill_(empty, torch.inf),
+        "high": coding.decode(high).to(low.device).masked_fill_(empty, -torch.inf),
+    }
+
+
+def noise_shift(state: State) -> Tensor:
+    """Return the sum over noisy copies of their displacement from their class, shape (V,)."""
     count = state["noisy_count"].double()
     noisy = state["noisy_total"] * state["unit"]
-    shift = (noisy - count[:, None] * whitening.mean).sum(0)
-    directions = []
-    for white, part in zip(whitening.matrices, shift.split(state.layout.values), strict=True):
-        moved = white @ part
-        directions.append((white.T @ moved / moved.norm().clamp_min(1e-12))[None])
-    return directions
+    return (noisy - count[:, None] * class_means(state)).sum(0)
 
 
 def noisy_sums(layout: Layout) -> Expected:

@@ -6,29 +6,32 @@ the distance to the predicted class is computed at every coverage point, with a 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from covcli.core.errors import CovcliError
 from covcli.methods.base import METHODS, Method, Scorer, add_counts
 from covcli.methods.layout import Layout, blocks
-from covcli.methods.state import Expected, State
+from covcli.methods.moments import bits, common_peaks, expected_moments, moments, rescaled
+from covcli.methods.normal import (
+    StoredModel,
+    check_normal,
+    expected_normal,
+    fit_normal,
+    within,
+)
+from covcli.methods.state import Expected, State, check_tensors
 
-# The smallest deviation of a neuron, as a share of its point's root mean square deviation. Without
-# it, a neuron that never fired on trusted images would outweigh all others.
-LEAST_DEVIATION = 0.01
-MOST_VALUES = 4096
 SPAN = 3.0
-# Values are rounded to integers of at most this many bits. Products of two integers, and their sums
-# over a batch, are then exact in float64; sums over 8 million images are exact in int64.
-BITS = 20
-STRIP = 128
+# Values farther away than this many deviations count as that far, so that squares stay finite.
+FARTHEST = 1e15
+# The number of images whose products are summed in float64 at once.
+EXACT_IMAGES = 2048
 
 
 @METHODS.add("gauss")
@@ -39,7 +42,9 @@ class Gauss(Method):
     With μ_k the mean of class k's trusted images and Σ the covariance around these means, shared
     by the classes, a point of V channel means x costs d²/V, where d² = (x − μ_k)ᵀ Σ⁻¹ (x − μ_k):
     about 1 for trusted images. Σ is shrunk towards its diagonal (Ledoit and Wolf, 2004, with a
-    fixed intensity). Maxima are not used.
+    fixed intensity). Of a point with more than 64 values, the 64 leading directions of the
+    correlation are kept, and one variance for all others (see `covcli.methods.normal`). Maxima are
+    not used.
 
     Parameters
     ----------
@@ -53,6 +58,7 @@ class Gauss(Method):
     """
 
     name: ClassVar[str] = "gauss"
+    mergeable: ClassVar[bool] = False
     shrinkage: float = 0.05
 
     def __post_init__(self) -> None:
@@ -61,14 +67,7 @@ class Gauss(Method):
             raise ValueError(f"shrinkage={self.shrinkage} is not in (0, 1]")
 
     def begin(self, layout: Layout) -> State:
-        """Return peaks of 0: the first pass determines the largest magnitude of each value.
-
-        Raises
-        ------
-        CovcliError
-            If a point has more than 4,096 values: their covariance would be too large.
-        """
-        refuse_wide(layout, self.name)
+        """Return peaks of 0: the first pass determines the largest magnitude of each value."""
         state = State(layout)
         state.declare("peak", torch.zeros(sum(layout.values)), "max")
         return state
@@ -90,19 +89,28 @@ class Gauss(Method):
         whole = whole_numbers(state, layout.values_of(neurons))
         state["total"].index_add_(0, labels, whole.long())
         add_counts(state["count"], labels)
-        parts = whole.split(layout.values, 1)
-        for products, part in zip(_triangles(state["products"], layout), parts, strict=True):
-            _add_products(products, part)
+        for images in whole.split(EXACT_IMAGES):
+            parts = images.split(layout.values, 1)
+            for products, part in zip(moments(state), parts, strict=True):
+                products.add(part)
 
     def proceed(self, state: State) -> State | None:
-        """Choose each value's unit after the first pass: a power of two, about peak/2^20."""
+        """Choose each value's unit after the first pass: a power of two, about peak/2^20.
+
+        The values of a point with more than 4,096 have one unit, of fewer bits.
+        """
         if "unit" in state.tensors:
             return None
         return self.summing(state.layout, state["peak"])
 
     def summing(self, layout: Layout, peaks: Tensor) -> State:
         """Return sums of 0, with units for values of at most these peaks, shape (V,)."""
-        units = [math.ldexp(1.0, math.frexp(peak)[1] - BITS) for peak in peaks.tolist()]
+        peaks = common_peaks(peaks, layout)
+        widths = [bits(n) for n in layout.values for _ in range(n)]
+        units = [
+            math.ldexp(1.0, math.frexp(peak)[1] - width)
+            for peak, width in zip(peaks.tolist(), widths, strict=True)
+        ]
         summing = State.of_sums(layout, self.sums(layout)).to(peaks.device)
         summing.declare("unit", peaks.new_tensor(units, dtype=torch.float64), "same")
         return summing
@@ -114,121 +122,47 @@ class Gauss(Method):
 
     def _scaled(self, part: State, ratio: Tensor, unit: Tensor) -> State:
         """Return a part in another unit; `ratio` is the old unit divided by the new one."""
-        pairs = torch.cat([_pack(r[:, None] * r) for r in ratio.split(part.layout.values)])
-        scaled = {
-            "unit": unit,
-            "total": rescaled(part["total"], ratio),
-            "products": rescaled(part["products"], pairs),
-        }
-        return part.holding(part.tensors | scaled)
+        scaled = part.holding({k: v.clone() for k, v in part.tensors.items()})
+        factors = ratio.split(part.layout.values)
+        for products, factor in zip(moments(scaled), factors, strict=True):
+            products.rescale(factor)
+        scaled.tensors |= {"unit": unit, "total": rescaled(part["total"], ratio)}
+        return scaled
 
-    def prepare(self, state: State) -> "GaussScorer":
-        """Return the scorer that computes distances.
+    def condense(self, sums: State, room: int | None = None) -> State:
+        """Return the normal model of each point, exact or compact as there is room.
 
         Raises
         ------
         CovcliError
             If a point's covariance is singular: too few images for so little shrinkage.
         """
-        return GaussScorer(state.layout, whiten(state, self.shrinkage, self.spec()))
+        device = sums["unit"].device
+        model = fit_normal(sums.to(torch.device("cpu")), self.shrinkage, self.spec())
+        return within(sums.layout, room, model.exact, model.compact).to(device)
+
+    def prepare(self, state: State) -> "GaussScorer":
+        """Return the scorer that computes distances; a state of sums is condensed first."""
+        if "unit" in state.tensors:
+            state = self.condense(state)
+        return GaussScorer(state.layout, StoredModel.of(state))
 
     def sums(self, layout: Layout) -> Expected:
         """Return the type and shape of the tensors that the second pass sums."""
-        packed = sum(n * (n + 1) // 2 for n in layout.values)
         return {
             "count": (torch.int64, (layout.classes,)),
             "total": (torch.int64, (layout.classes, sum(layout.values))),
-            "products": (torch.int64, (packed,)),
+            **expected_moments(layout),
         }
 
     def expected(self, layout: Layout) -> Expected:
         """Return the tensors of a complete state."""
         return {**self.sums(layout), "unit": (torch.float64, (sum(layout.values),))}
 
-
-def refuse_wide(layout: Layout, method: str) -> None:
-    """Raise a CovcliError if a point has too many values for a covariance."""
-    if max(layout.values) > MOST_VALUES:
-        raise CovcliError(
-            f"{method} cannot hold the covariance of {max(layout.values)} neurons",
-            fix="use --granularity channel, or take the method src or mrc",
-        )
-
-
-@dataclass(frozen=True)
-class Whitening:
-    """The mean and covariance of trusted values, in float64.
-
-    Attributes
-    ----------
-    mean
-        The mean of each class, shape (classes, V).
-    deviation
-        The deviation around the class means, shape (V,).
-    matrices
-        For each point, a lower triangular W of shape (V, V) with WᵀW = Σ⁻¹.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-    matrices: list[Tensor]
-
-
-def whiten(state: State, shrinkage: float, where: str) -> Whitening:
-    """Factor each point's covariance.
-
-    Parameters
-    ----------
-    state
-        A complete state of `gauss`.
-    shrinkage
-        See `Gauss`.
-    where
-        The method's name, for errors.
-
-    Raises
-    ------
-    CovcliError
-        If a point's covariance is singular: too few images for so little shrinkage.
-    """
-    layout = state.layout
-    mean, count = class_means(state), state["count"].double()
-    deviations, matrices = [], []
-    parts = zip(
-        _triangles(state["products"], layout),
-        mean.split(layout.values, 1),
-        state["unit"].split(layout.values),
-        strict=True,
-    )
-    for number, (triangle, center, unit) in enumerate(parts):
-        products = _unpack(triangle, len(unit)) * unit * unit[:, None]
-        between = (center * count[:, None]).T @ center
-        covariance = (products - between) / count.sum().clamp_min(1)
-        deviation, matrix = _factor(covariance, shrinkage)
-        if matrix is None:
-            raise CovcliError(
-                f"the covariance at coverage point {number + 1} is singular",
-                where=where,
-                fix="take more trusted images or more shrinkage",
-            )
-        deviations.append(deviation)
-        matrices.append(matrix)
-    return Whitening(mean, torch.cat(deviations), matrices)
-
-
-def _factor(covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor | None]:
-    """Return the deviations and the whitening matrix of a covariance; None if it is singular."""
-    deviation = covariance.diagonal().clamp_min(0).sqrt()
-    typical = float(deviation.square().mean().sqrt())
-    deviation = deviation.clamp_min(LEAST_DEVIATION * typical if typical > 0 else 1.0)
-    correlation = covariance / deviation / deviation[:, None]
-    shrunk = (1 - shrinkage) * correlation
-    shrunk.diagonal().copy_(torch.ones_like(deviation))  # shrinkage does not change the diagonal
-    factor, failed = torch.linalg.cholesky_ex(shrunk)
-    if bool(failed):
-        return deviation, None
-    unit = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    return deviation, torch.linalg.solve_triangular(factor, unit, upper=False) / deviation
+    def check(self, state: State) -> None:
+        """Raise a ValueError unless a state from a file can be a condensed one."""
+        check_tensors(state, expected_normal(state, directed=False))
+        check_normal(state)
 
 
 class GaussScorer(Scorer):
@@ -238,62 +172,55 @@ class GaussScorer(Scorer):
     ----------
     layout
         The assignment of neurons to coverage points.
-    whitening
-        The mean and covariance of trusted values.
-    directions
-        For each point, further vectors to multiply with its values, shape (directions, V). They are
-        multiplied together with the whitening matrix, which costs little.
+    model
+        The normal models of trusted values.
     """
 
     mean: Tensor
     deviation: Tensor
     places: Tensor
     counts: Tensor
+    precision: Tensor
 
-    def __init__(
-        self, layout: Layout, whitening: Whitening, directions: Sequence[Tensor] | None = None
-    ) -> None:
-        matrices = whitening.matrices
-        if directions is not None:
-            matrices = [torch.cat(pair) for pair in zip(matrices, directions, strict=True)]
-        device = whitening.mean.device
+    def __init__(self, layout: Layout, model: StoredModel) -> None:
+        device = model.mean.device
         buffers = {
-            "mean": whitening.mean.float(),
-            "deviation": whitening.deviation.float(),
+            "mean": model.mean,
+            "deviation": model.deviation,
             "places": layout.value_columns.to(device, copy=True),
             "counts": torch.tensor(layout.values, dtype=torch.float64, device=device),
+            "precision": 1 / model.rest,
         }
-        super().__init__(layout, {**buffers, **_halves(matrices)})
+        super().__init__(layout, {**buffers, **_stacked(model, layout)})
 
     def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return log(d²/V) of each point, float64 of shape (B, L)."""
-        return self.distances(self.products(neurons, classes))
+        return self.measure(neurons, classes)[0]
 
-    def products(self, neurons: Tensor, classes: Tensor) -> list[Tensor]:
-        """Return the product of each point's matrix with its values minus the class means.
+    def measure(self, neurons: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log(d²/V), made finite, and the displacement along the directions, (B, L) each.
 
-        Returns
-        -------
-        list of Tensor
-            One tensor per run of points of equal width V, of shape (points, V + directions, B).
+        With z the values in deviations from the class, q their leading components, Λ these
+        components' variances and σ² that of the rest, d² = ‖z − Uᵀq‖²/σ² + Σ q²/λ. No term is
+        negative, and none cancels another.
         """
-        products = []
-        for number, block in enumerate(blocks(self._away(neurons, classes), self.layout.values)):
-            upper, lower = (self.get_buffer(f"{half}_{number}") for half in ("upper", "lower"))
-            values = block.permute(1, 2, 0)
-            products.append(torch.cat([upper @ values[:, : upper.shape[2]], lower @ values], 1))
-        return products
-
-    def distances(self, products: list[Tensor]) -> Tensor:
-        """Return log(d²/V), made finite, float64 of shape (B, L)."""
-        widths = [width for width, _ in groupby(self.layout.values)]
-        squares = [
-            part[:, :width].square().sum(1, dtype=torch.float64)
-            for part, width in zip(products, widths, strict=True)
-        ]
+        squares, along, first = [], [], 0
+        values = (self._away(neurons, classes) / self.deviation).clamp(-FARTHEST, FARTHEST)
+        for number, block in enumerate(blocks(values, self.layout.values)):
+            basis, inverse, directions = (
+                self.get_buffer(f"{name}_{number}") for name in ("basis", "inverse", "direction")
+            )
+            last = first + block.shape[1]
+            mine = block.permute(1, 2, 0)
+            leading = basis @ mine
+            rest = (mine - basis.mT @ leading).square().sum(1, dtype=torch.float64)
+            known = (leading.square() * inverse).sum(1, dtype=torch.float64)
+            squares.append(rest * self.precision[first:last, None] + known)
+            along.append((directions @ mine).flatten(0, 1))
+            first = last
         limits = torch.finfo(torch.float64)
         costs = torch.cat(squares).T / self.counts
-        return torch.log(costs.clamp(limits.tiny, limits.max))
+        return torch.log(costs.clamp(limits.tiny, limits.max)), torch.cat(along).T.double()
 
     def costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return each value's squared distance in units of its deviation; 0 for maxima."""
@@ -316,72 +243,33 @@ class GaussScorer(Scorer):
         return neurons.index_select(1, self.places) - self.mean.index_select(0, classes)
 
 
-def _halves(matrices: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Split lower triangular matrices into upper and lower halves; zero quarters are omitted.
+def _stacked(model: StoredModel, layout: Layout) -> dict[str, Tensor]:
+    """Stack the models of consecutive points of equal width.
 
-    Consecutive matrices of equal width become one tensor, float32 of shape (points, rows, columns).
+    Per run: `basis`, (points, r, V), with rows of 0 at points of a lower rank; `inverse`, the
+    inverse eigenvalues, (points, r, 1); `direction`, (points, 1, V), or no rows without directions.
     """
-    halves = {}
-    runs = groupby(matrices, lambda matrix: matrix.shape[1])
-    for number, (width, run) in enumerate(runs):
-        whole = torch.stack(list(run)).float()
-        halves[f"upper_{number}"] = whole[:, : width // 2, : width // 2].contiguous()
-        halves[f"lower_{number}"] = whole[:, width // 2 :].contiguous()
-    return halves
-
-
-def class_means(state: State) -> Tensor:
-    """Return each class's mean (K, V), float64; the overall mean for a class without images."""
-    count = state["count"].to(torch.float64)[:, None]
-    total = state["total"] * state["unit"]
-    overall = total.sum(0) / count.sum().clamp_min(1)
-    return torch.where(count > 0, total / count.clamp_min(1), overall)
-
-
-def rescaled(sums: Tensor, ratio: Tensor) -> Tensor:
-    """Return integer sums times a power of two, rounded; unchanged where the factor is 1."""
-    return torch.where(ratio == 1, sums, (sums * ratio).round().long())
+    stacked, first = {}, 0
+    for number, (width, run) in enumerate(groupby(layout.values)):
+        mine = slice(first, first + len(list(run)))
+        bases, values = model.bases[mine], model.eigenvalues[mine]
+        rank = max(len(basis) for basis in bases)
+        stacked[f"basis_{number}"] = torch.stack(
+            [pad(basis, (0, 0, 0, rank - len(basis))) for basis in bases]
+        )
+        stacked[f"inverse_{number}"] = torch.stack(
+            [pad(1 / part, (0, rank - len(part))) for part in values]
+        )[:, :, None]
+        directions = model.directions[mine]
+        stacked[f"direction_{number}"] = (
+            torch.stack(list(directions))[:, None]
+            if directions
+            else model.mean.new_zeros(len(bases), 0, width)
+        )
+        first = mine.stop
+    return stacked
 
 
 def whole_numbers(state: State, values: Tensor) -> Tensor:
     """Return values (B, V) as integer multiples of their units, in float64."""
     return values.double().div_(state["unit"]).round_()
-
-
-def _add_products(products: Tensor, part: Tensor) -> None:
-    """Add partᵀ·part to a packed lower triangle, in strips that skip most of the upper half."""
-    width = part.shape[1]
-    for begin in range(0, width, STRIP):
-        end = min(begin + STRIP, width)
-        strip = part[:, begin:end].T @ part[:, :end]
-        first, last = begin * (begin + 1) // 2, end * (end + 1) // 2
-        lower = _lower(begin, end).to(part.device)
-        products[first:last] += strip.view(-1).index_select(0, lower).long()
-
-
-@cache
-def _lower(begin: int, end: int) -> Tensor:
-    """Return the indices of the lower triangle in its flattened rows `begin` to `end`."""
-    rows, columns = torch.tril_indices(end - begin, end, begin)
-    places: Tensor = rows * end + columns
-    return places
-
-
-def _triangles(flat: Tensor, layout: Layout) -> Iterator[Tensor]:
-    """Yield each point's part of the flat tensor of lower triangles."""
-    yield from flat.split([n * (n + 1) // 2 for n in layout.values])
-
-
-def _pack(square: Tensor) -> Tensor:
-    """Return the lower triangle of a symmetric matrix, row by row."""
-    rows, columns = torch.tril_indices(len(square), len(square), device=square.device)
-    return square[rows, columns]
-
-
-def _unpack(triangle: Tensor, n: int) -> Tensor:
-    """Return the symmetric matrix of a packed lower triangle, in float64."""
-    square = triangle.new_zeros(n, n, dtype=torch.float64)
-    rows, columns = torch.tril_indices(n, n, device=triangle.device)
-    square[rows, columns] = triangle.double()
-    square[columns, rows] = triangle.double()
-    return square

@@ -12,6 +12,7 @@ from covcli.methods.layout import Layout
 Reduction: TypeAlias = Literal["sum", "min", "max", "same"]
 # The type and the shape of each tensor of a state.
 Expected: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 
 Granularity: TypeAlias = Literal["channel", "unit", "contribution"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
@@ -104,3 +105,14 @@ class State:
     def holding(self, tensors: Mapping[str, Tensor]) -> "State":
         """Return a state of the same layout and reductions that holds other tensors."""
         return State(self.layout, dict(tensors), dict(self.reductions))
+
+
+def check_tensors(state: State, expected: Expected) -> None:
+    """Raise a ValueError unless a state has the tensors expected, without NaN."""
+    tensors = {name: (t.dtype, tuple(t.shape)) for name, t in state.tensors.items()}
+    if tensors != dict(expected):
+        raise ValueError("tensors of other shapes than the points and classes require")
+    if not set(state.reductions.values()) <= set(REDUCTIONS):
+        raise ValueError("an unknown reduction")
+    if any(bool(t.isnan().any()) for t in state.tensors.values() if t.is_floating_point()):
+        raise ValueError("a state that holds NaN")

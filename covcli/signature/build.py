@@ -27,6 +27,7 @@ from covcli.signature.fit import MINIMUM_TRUSTED, How, Trusted, fit_judge, fit_s
 from covcli.signature.guarantee import Guarantee
 from covcli.signature.judge import Judge
 from covcli.signature.record import Record, less
+from covcli.signature.signature import weights_bytes
 
 log = logging.getLogger(__name__)
 DEFAULT_METHOD = "ensemble"
@@ -60,8 +61,10 @@ class SignatureResult:
         The number of coverage points, and of all their neurons.
     precision
         The precision of the network's computation: "float32" or "bfloat16".
-    bytes
-        The file's size in bytes.
+    bytes, weights_bytes
+        The sizes of the file and of the network's weights, in bytes.
+    mergeable
+        Whether the file holds what `merge-signatures` needs.
     checkpoint_fingerprint, signature_fingerprint
         The fingerprint of the weights, and the digest of the signature's file.
     data, calibration_data
@@ -82,6 +85,8 @@ class SignatureResult:
     neurons: int
     precision: str
     bytes: int
+    weights_bytes: int
+    mergeable: bool
     checkpoint_fingerprint: str
     signature_fingerprint: str
     data: DataRecord
@@ -143,7 +148,7 @@ def _build(
         default_threshold if config.confidence_threshold is None else config.confidence_threshold
     )
     guarantee = Guarantee(config.alpha, config.guarantee, config.max_error)
-    how = How(method, config.granularity, threshold, guarantee, config.seed)
+    how = How(method, config.granularity, threshold, guarantee, config.seed, config.mergeable)
     images, held_out = _images(config, source)
     check_images(len(held_out), guarantee, len(images.classes))
     model = source.model.on(device)
@@ -227,6 +232,8 @@ def save(path: Path, judge: Judge, record: Record) -> SignatureResult:
         neurons=sum(signature.sizes),
         precision=signature.precision,
         bytes=size,
+        weights_bytes=weights_bytes(judge.model),
+        mergeable=signature.to_merge is not None,
         checkpoint_fingerprint=signature.fingerprint,
         signature_fingerprint=digest,
         data=record.trusted,
@@ -319,5 +326,6 @@ def describe_signature(result: "SignatureResult") -> None:
         f"{result.method}: {sum(result.trusted.values())} trusted of {result.images} images "
         f"(accuracy {result.accuracy:.1%}), {result.points} coverage points, {result.neurons} "
         f"neurons, {result.calibration_images} calibration images, {result.guarantee.mode} "
-        f"α = {result.guarantee.alpha:g}, {result.bytes / 1e6:.1f} MB"
+        f"α = {result.guarantee.alpha:g}, {result.bytes / 1e6:.2f} MB "
+        f"({result.bytes / max(1, result.weights_bytes):.1%} of the weights)"
     )

@@ -51,6 +51,9 @@ class SignatureConfig:
         The folder of downloaded sets; None: the user's cache.
     force
         Whether to overwrite an existing signature.
+    mergeable
+        Whether to keep what `merge-signatures` needs. The file of `ensemble` or `gauss` is then
+        much larger; other methods' files can always be merged.
     device
         The device: cpu, cuda, cuda:1 or auto.
     amp
@@ -88,6 +91,7 @@ class SignatureConfig:
     data_dir: Path | None = None
     output: Path | None = None
     force: bool = False
+    mergeable: bool = False
     device: str = "auto"
     amp: AmpMode = "off"
     seed: Seed = 0

@@ -25,7 +25,7 @@ from covcli.models.sweep import Swept, sweep
 from covcli.signature.calibration import FIT_EVERY, Observed, calibrate, fits, softmax_score
 from covcli.signature.guarantee import DEFAULT_GUARANTEE, Guarantee
 from covcli.signature.judge import Judge
-from covcli.signature.signature import Signature, layout_of
+from covcli.signature.signature import Signature, condensed, layout_of
 from covcli.signature.surrogates import DISTORTIONS, EXPERTS, OTHER_CLASS, Drawn, distorted, draw
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ class How:
         The guarantee of the calibration.
     seed
         The seed of the calibration's random choices.
+    mergeable
+        Whether the signature keeps what `merge-signatures` needs.
 
     Examples
     --------
@@ -71,6 +73,7 @@ class How:
     threshold: float = 0.9
     guarantee: Guarantee = DEFAULT_GUARANTEE
     seed: int = 0
+    mergeable: bool = False
 
 
 class Recording(AbstractContextManager["Recording"]):
@@ -296,14 +299,14 @@ def fit_signature(
                 yield mine, labels[rows[kept]].to(device)
 
         layout = layout_of(points, len(classes))
-        state = fold(method, layout, passes, device)
+        sums = fold(method, layout, passes, device)
         accuracy = float((recording.predicted == labels).double().mean())
     signature = Signature(
-        method, granularity, tuple(points), state, model.spec,
+        method, granularity, tuple(points), sums, model.spec,
         files.fingerprint(model.state_dict()), classes, model.precision,
     )  # fmt: skip
     _observe_noisy(model, signature, images.select(trusted.chosen.nonzero()[:, 0]), progress)
-    return signature, trusted, accuracy
+    return condensed(signature, sums, model, how.mergeable), trusted, accuracy
 
 
 def _observe_noisy(

@@ -19,7 +19,7 @@ from covcli.signature.calibration import Calibration, check_images
 from covcli.signature.config import MergeConfig
 from covcli.signature.fit import fit_judge
 from covcli.signature.record import MergedPart, Record
-from covcli.signature.signature import Signature
+from covcli.signature.signature import Signature, condensed
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ COMMON: dict[str, Callable[[_Part], Any]] = {
 def merge_signatures(config: MergeConfig, progress: Progress = Silent()) -> SignatureResult:
     """Merge the states of signatures of one network, then calibrate and write the result.
 
+    Parts of `ensemble` and `gauss` must have been built with `mergeable`. The result can be merged
+    again.
+
     All parts must have the same calibration images, so that no part was built from them. The
     network runs over these images again. Merging is exact for src, nrc and nac; for other methods
     see their `align`.
@@ -60,9 +63,9 @@ def merge_signatures(config: MergeConfig, progress: Progress = Silent()) -> Sign
     Raises
     ------
     CovcliError
-        If there are fewer than two parts, they differ in the model, the method or another property
-        that must be equal, two were built from the same images, a file or the data is invalid, or
-        the output exists already or is being written.
+        If there are fewer than two parts, one does not hold what merging needs, they differ in the
+        model, the method or another property that must be equal, two were built from the same
+        images, a file or the data is invalid, or the output exists already or is being written.
 
     Examples
     --------
@@ -104,8 +107,8 @@ def _merge(config: MergeConfig, progress: Progress) -> SignatureResult:
     held_out = labels.matched(calibrating, first.signature.classes).images
     guarantee = first.calibration.guarantee
     check_images(len(held_out), guarantee, len(first.signature.classes))
-    state = merged_state([part.signature for part in parts])
-    signature = replace(first.signature, state=state).to(device)
+    sums = merged_sums([part.signature for part in parts])
+    signature = condensed(first.signature, sums, model, keep=True).to(device)
     judge = fit_judge(model, signature, held_out, progress, guarantee, config.seed)
     provenance = distributed.agree(runtime.provenance(device, config.seed))
     record = merged_record(parts, provenance)
@@ -115,9 +118,15 @@ def _merge(config: MergeConfig, progress: Progress) -> SignatureResult:
 
 
 def check_parts(parts: Sequence[_Part]) -> None:
-    """Raise a CovcliError unless parts have one network and method, and different images."""
+    """Raise a CovcliError unless parts can be merged: of one network, of different images."""
     first = parts[0]
     for i, part in enumerate(parts):
+        if part.signature.to_merge is None:
+            raise CovcliError(
+                "does not hold what merging needs",
+                where=part.path,
+                fix="build it again with build-signature --mergeable",
+            )
         for what, look in COMMON.items():
             if look(part) != look(first):
                 raise CovcliError(f"differs in {what} from {first.path}", where=part.path)
@@ -128,9 +137,10 @@ def check_parts(parts: Sequence[_Part]) -> None:
                 )
 
 
-def merged_state(parts: Sequence[Signature]) -> State:
-    """Merge the states of parts that `check_parts` accepts."""
-    first, *others = parts[0].method.align([part.state for part in parts])
+def merged_sums(parts: Sequence[Signature]) -> State:
+    """Merge the complete states of parts that `check_parts` accepts."""
+    states = [part.to_merge for part in parts]
+    first, *others = parts[0].method.align([state for state in states if state is not None])
     merged = first.holding({name: tensor.clone() for name, tensor in first.tensors.items()})
     for state in others:
         merged.merge(state)

@@ -19,7 +19,7 @@ from covcli.core.files import fingerprint, write_bytes
 from covcli.core.opening import open_regular, reading
 from covcli.methods import Layout, Method, Scorer, State, make_method
 from covcli.methods.logits import read_logits
-from covcli.methods.state import GRANULARITIES, Granularity
+from covcli.methods.state import GRANULARITIES, Granularity, Reduction, check_tensors
 from covcli.models.architectures import Classifier, ModelSpec, Precision, precision
 from covcli.models.points import Point
 from covcli.signature.calibration import Calibration
@@ -33,12 +33,15 @@ RANKING = ("fitting", "scores", "softmax", "predicted")
 
 TAILS = ("knots", "slopes")
 
-SIGNATURE_SCHEMA = 4  # up to 3, without evidence from the logits
+SIGNATURE_SCHEMA = 5  # up to 4, with the sums that merging needs in place of a condensed state
+# The share of the weights' bytes that a state may take. A signature takes at most a tenth with its
+# calibration and record; below the least room, they are larger than the state anyway.
+SHARE, LEAST_ROOM = 0.09, 128 << 10
 
 
 @dataclass(frozen=True)
 class Signature:
-    """A method's complete state over trusted images, for one network.
+    """A method's condensed state over trusted images, for one network.
 
     Attributes
     ----------
@@ -49,7 +52,7 @@ class Signature:
     points
         The coverage points; their neurons are concatenated in this order.
     state
-        The method's complete state.
+        The method's condensed state, which scoring reads.
     model
         The specification of the network that it belongs to.
     fingerprint
@@ -58,6 +61,9 @@ class Signature:
         Class names.
     precision
         The precision in which the network computed the activations; scoring uses the same.
+    sums
+        The complete state that was condensed; None if it was not kept, or if the condensed state
+        can be merged itself.
 
     Examples
     --------
@@ -74,6 +80,12 @@ class Signature:
     fingerprint: str
     classes: tuple[str, ...]
     precision: Precision = "float32"
+    sums: State | None = None
+
+    @property
+    def to_merge(self) -> State | None:
+        """The state that can be merged with another's; None if the signature does not have it."""
+        return self.state if self.method.mergeable else self.sums
 
     @property
     def sizes(self) -> list[int]:
@@ -144,6 +156,32 @@ def layout_of(points: Sequence[Point], classes: int) -> Layout:
     return Layout(classes, tuple(sizes), tuple(values))
 
 
+def condensed(signature: Signature, sums: State, model: Classifier, keep: bool) -> Signature:
+    """Return a signature with the condensed state of complete sums.
+
+    Parameters
+    ----------
+    signature
+        The signature.
+    sums
+        The complete state.
+    model
+        The network; the state takes at most 9% of its weights' bytes if its classes are few.
+    keep
+        Whether to keep the sums for merging.
+    """
+    room = max(LEAST_ROOM, int(SHARE * weights_bytes(model)))
+    with torch.inference_mode(False), runtime.one_thread():
+        state = signature.method.condense(sums, room)
+    kept = sums if keep and not signature.method.mergeable else None
+    return replace(signature, state=state, sums=kept)
+
+
+def weights_bytes(model: Classifier) -> int:
+    """Return the bytes of a network's weights and buffers."""
+    return sum(tensor.nbytes for tensor in model.network.state_dict().values())
+
+
 def save(path: Path, signature: Signature, calibration: Calibration, record: Record) -> None:
     """Write a signature with its calibration and its record, atomically.
 
@@ -161,6 +199,8 @@ def save(path: Path, signature: Signature, calibration: Calibration, record: Rec
     True
     """
     tensors = {f"state.{name}": tensor for name, tensor in signature.state.tensors.items()}
+    if signature.sums is not None:
+        tensors |= {f"sums.{name}": tensor for name, tensor in signature.sums.tensors.items()}
     combination = calibration.combination
     tensors |= {f"combination.{name}": getattr(combination, name) for name in COMBINATION}
     if combination.tails is not None:
@@ -173,6 +213,7 @@ def save(path: Path, signature: Signature, calibration: Calibration, record: Rec
         "granularity": signature.granularity,
         "points": [vars(point) for point in signature.points],
         "reductions": signature.state.reductions,
+        "sums": None if signature.sums is None else signature.sums.reductions,
         "model": signature.model.as_dict(),
         "fingerprint": signature.fingerprint,
         "classes": list(signature.classes),
@@ -205,11 +246,9 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
         granularity = metadata["granularity"]
         points = tuple(Point(**entry) for entry in metadata["points"])
         model = ModelSpec.from_dict(metadata["model"], path)
-        state = State(
-            layout_of(points, len(metadata["classes"])),
-            {name: tensors[f"state.{name}"] for name in metadata["reductions"]},
-            metadata["reductions"],
-        )
+        layout = layout_of(points, len(metadata["classes"]))
+        state = _state(layout, tensors, "state", metadata["reductions"])
+        sums = metadata["sums"]
         scales = {name: tensors[f"combination.{name}"] for name in COMBINATION}
         tails = (
             Tails(*(tensors[f"tails.{n}"] for n in TAILS))
@@ -225,6 +264,7 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
             method, granularity, points, state, model,
             str(metadata["fingerprint"]), tuple(str(name) for name in metadata["classes"]),
             precision(metadata["precision"]),
+            None if sums is None else _state(layout, tensors, "sums", sums),
         )  # fmt: skip
         _check(signature, calibration)
         record = Record.from_dict(metadata["record"], len(signature.classes))
@@ -232,6 +272,13 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CovcliError(f"is inconsistent ({error!r})", where=path) from None
     return signature, calibration, record
+
+
+def _state(
+    layout: Layout, tensors: Mapping[str, Tensor], kind: str, reductions: dict[str, Reduction]
+) -> State:
+    """Return the state of a kind from a file's tensors; raise a KeyError if one is missing."""
+    return State(layout, {name: tensors[f"{kind}.{name}"] for name in reductions}, reductions)
 
 
 def _read_guarantee(entry: dict[str, Any]) -> Guarantee:
@@ -251,10 +298,11 @@ def _check(signature: Signature, calibration: Calibration) -> None:
         raise ValueError(f"granularity {signature.granularity!r}")
     if not signature.points or any(not 1 <= p.values <= p.neurons for p in signature.points):
         raise ValueError("a coverage point without neurons")
-    expected = signature.method.expected(signature.layout)
-    tensors = {k: (v.dtype, tuple(v.shape)) for k, v in signature.state.tensors.items()}
-    if tensors != dict(expected) or len(signature.classes) != signature.model.classes:
-        raise ValueError("tensors of other shapes than the points and classes require")
+    if len(signature.classes) != signature.model.classes:
+        raise ValueError("other classes than the network has")
+    signature.method.check(signature.state)
+    if signature.sums is not None:
+        check_tensors(signature.sums, signature.method.expected(signature.layout))
     combination = calibration.combination
     numbers = [getattr(combination, name) for name in COMBINATION]
     numbers += [calibration.scores, calibration.softmax]
@@ -289,10 +337,6 @@ def _check(signature: Signature, calibration: Calibration) -> None:
         raise ValueError("a calibration without scale")
     if not math.isfinite(combination.floor) or bool((combination.weights < 0).any()):
         raise ValueError("an invalid combination")
-    if any(
-        bool(t.isnan().any()) for t in signature.state.tensors.values() if t.is_floating_point()
-    ):
-        raise ValueError("a state that holds NaN")
 
 
 def _check_tails(tails: Tails | None, columns: int) -> None:

@@ -50,7 +50,11 @@ def halves(
         paths = [
             build_signature(
                 SignatureConfig(
-                    trained.checkpoint, method, trusted=part, output=folder / f"{method}-{i}"
+                    trained.checkpoint,
+                    method,
+                    trusted=part,
+                    output=folder / f"{method}-{i}",
+                    mergeable=True,
                 )
             ).path
             for i, part in enumerate(HALVES)
@@ -95,7 +99,8 @@ def test_normal_distributions_move_in_deviations(
     assert "deviations" in change.distance
     means, deviations = [], []
     for stored in (before, after):
-        state = stored.signature.state
+        state = stored.signature.to_merge
+        assert state is not None
         count = state["count"].double().numpy()[:, None]
         means.append((state["total"] * state["unit"]).numpy() / count)
         gauss = getattr(stored.signature.scorer, "gauss", stored.signature.scorer)

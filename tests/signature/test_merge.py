@@ -115,6 +115,36 @@ def test_merged_signatures_are_calibrated_like_the_whole(
         merge_signatures(MergeConfig(tuple(halves), output, trained.checkpoint), Silent())
 
 
+def test_only_signatures_that_kept_their_sums_are_merged(
+    trained: TrainResult, tmp_path: Path
+) -> None:
+    plain = built(trained, tmp_path, "plain", method="ensemble", trusted="digits?limit=700")
+    halves = [
+        built(trained, tmp_path, name, method="ensemble", trusted=half, mergeable=True)
+        for name, half in (("a", "digits?limit=700"), ("b", "digits?offset=700"))
+    ]
+    without, kept = load_file(plain), load_file(halves[0])
+    assert {key for key in kept if not key.startswith("sums.")} == without.keys()
+    for key, tensor in without.items():  # the same verdicts, to the last bit
+        assert torch.equal(kept[key], tensor), key
+    assert plain.stat().st_size < halves[0].stat().st_size
+    output = tmp_path / "merged.safetensors"
+    refused = MergeConfig((halves[1], plain), output, trained.checkpoint)
+    with pytest.raises(CovcliError, match=r"plain.*build-signature --mergeable"):
+        merge_signatures(refused, Silent())
+    assert not output.exists()
+    result = merge_signatures(MergeConfig(tuple(halves), output, trained.checkpoint), Silent())
+    merged_again = load_file(result.path)
+    assert result.mergeable
+    assert merged_again.keys() == kept.keys()
+    # The noisy copies of the parts are not those of the whole; all else is.
+    whole = load_file(built(trained, tmp_path, "whole", method="ensemble", mergeable=True))
+    for key in ("low", "high", "mean", "deviation"):
+        np.testing.assert_allclose(
+            merged_again[f"state.{key}"], whole[f"state.{key}"], rtol=1e-5, atol=1e-6
+        )
+
+
 def test_of_two_merges_into_one_file_the_second_is_refused(
     trained: TrainResult, tmp_path: Path
 ) -> None:
