@@ -13,12 +13,11 @@ import pytest
 import torch
 from scipy import stats
 
-import covcli
 from covcli.models import architectures
 from covcli.models.architectures import Classifier, ModelSpec
 from covcli.models.points import Recorder
 
-FOLDER = Path(covcli.__file__).parents[1] / "benchmarks"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 PLUGIN = Path(__file__).parent / "tiny_vgg.py"
 
 

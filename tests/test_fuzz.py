@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import covcli
-
-sys.path.insert(0, str(Path(covcli.__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import fuzz
 

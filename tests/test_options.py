@@ -11,7 +11,6 @@ import typer
 from annotated_types import Interval
 from test_cli import call
 
-import covcli
 from covcli.cli import app
 from covcli.core.errors import CovcliError, ExitCode
 from covcli.evaluation.config import EvaluationConfig
@@ -87,7 +86,7 @@ def test_a_value_out_of_bounds_is_refused_alike_by_command_and_library(
 
 
 def test_the_documents_list_every_exit_code() -> None:
-    page = Path(covcli.__file__).parents[1] / "docs" / "pipelines.md"
+    page = Path(__file__).parents[1] / "docs" / "pipelines.md"
     table = re.search(r"\| exit code.*?\n\n", page.read_text(), re.DOTALL)
     assert table is not None
     rows = re.findall(r"^\| ([\d, ]+) \|", table[0], re.MULTILINE)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from scipy import stats
 
-import covcli
 from covcli.core.progress import Silent
 from covcli.data import datasets
 from covcli.data.images import ImageSet
@@ -21,7 +20,7 @@ from covcli.models import architectures
 from covcli.models.architectures import ModelSpec
 from covcli.signature.fit import How, fit_judge, fit_signature
 
-FOLDER = Path(covcli.__file__).parents[1] / "benchmarks"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 CLASSES = ("a", "b", "c")
 
 
