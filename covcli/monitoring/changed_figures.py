@@ -57,6 +57,11 @@ class FigureChange:
         After minus before, with a 95% interval.
     how
         How the interval was computed.
+
+    Examples
+    --------
+    >>> FigureChange("mnist", "fpr95", 0.1, 0.12, 0.02, -0.01, 0.05, "bootstrap").worse_by
+    0.02
     """
 
     set: str

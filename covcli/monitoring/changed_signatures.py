@@ -146,6 +146,14 @@ class SignatureChange:
         Coverage points and classes of one signature only.
     changes
         The changes by each kind of distance.
+
+    Examples
+    --------
+    >>> from covcli import compare
+    >>> signature = "runs/latest/signature-ensemble.safetensors"
+    >>> change = compare(signature, signature).signatures
+    >>> [point.moved for point in change.changes[0].points]
+    [0.0, 0.0, 0.0]
     """
 
     relation: Relation

@@ -37,6 +37,13 @@ class ReleaseComparison:
         The differences of the signatures and of the evaluations; None if either side has none.
     exceeded
         One line for each exceeded bound.
+
+    Examples
+    --------
+    >>> signature = "runs/latest/signature-ensemble.safetensors"
+    >>> comparison = compare(signature, signature)
+    >>> comparison.signatures.relation, comparison.signatures.largest, comparison.evaluations
+    ('same', 0.0, None)
     """
 
     before: Path

@@ -60,6 +60,12 @@ class DriftStatus:
         How often the statistic reached the run length, and was reset.
     quick_image
         The image that raised the last quick alarm; None without one.
+
+    Examples
+    --------
+    >>> status = DriftStatus(delta=0.01, run_length=1000, seed=0, images=50, alarm_image=42)
+    >>> status.alarm
+    True
     """
 
     delta: Share

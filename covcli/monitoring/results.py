@@ -48,6 +48,14 @@ class CheckedImage:
         The coverage points with the largest shares, in descending order; None if not requested.
     log10_martingale
         The decimal logarithm of the drift martingale after the image; None without a watch.
+
+    Examples
+    --------
+    >>> from covcli import CheckConfig, check
+    >>> config = CheckConfig(["digits?split=test&limit=1"], why=True)
+    >>> (image,) = check(config)  # with the signature in runs/latest
+    >>> image.path, 0 < image.p_value <= 1, len(image.why)
+    ('digits?split=test&limit=1#0', True, 3)
     """
 
     path: str
@@ -75,6 +83,13 @@ class CheckSummary:
         The number of images by verdict.
     drift
         The state of the drift watch after the last image; None without a watch.
+
+    Examples
+    --------
+    >>> verdicts = {"trusted": 8, "unsure": 0, "untrusted": 2, "unreadable": 0}
+    >>> summary = CheckSummary(10, verdicts)
+    >>> summary.share(["untrusted"]), summary.faults(["untrusted"], most=0.1)
+    (0.2, ['2 of 10 images are untrusted, more than 0.1'])
     """
 
     images: int

@@ -60,6 +60,14 @@ class Detection:
         Share of trusted inputs flagged at the threshold that catches 95% of the untrusted.
     detection_rate
         Share of untrusted inputs above their calibrated threshold; None without a threshold.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> evaluation = read_evaluation(Path("runs/latest/evaluation.json"))
+    >>> found = evaluation.untrusted[0].scores["coverage"]
+    >>> found.auroc.value > 0.9, found.fpr95.low <= found.fpr95.value <= found.fpr95.high
+    (True, True)
     """
 
     auroc: Estimate
@@ -71,7 +79,15 @@ class Detection:
 
 @dataclass(frozen=True)
 class MeanDetection:
-    """The mean metrics of a score over the untrusted sets, with equal weight of the sets."""
+    """The mean metrics of a score over the untrusted sets, with equal weight of the sets.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> evaluation = read_evaluation(Path("runs/latest/evaluation.json"))
+    >>> [mean.score for mean in evaluation.mean_over_sets]
+    ['coverage', 'softmax']
+    """
 
     score: str
     auroc: Estimate
@@ -128,6 +144,13 @@ class OwnErrors:
         Area under the generalised risk: the mean, over the shares of images kept, of the share of
         all images that are kept and misclassified. It is half the error rate for a random score;
         lower is better. None in documents of earlier versions.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> evaluation = read_evaluation(Path("runs/latest/evaluation.json"))
+    >>> for score, errors in (evaluation.trusted.errors or {}).items():
+    ...     assert errors.excess_aurc.value <= errors.aurc.value, score
     """
 
     wrong: int
@@ -152,6 +175,14 @@ class FalseAlarms:
         The 95% interval of the share among that many images, over the draw of calibration and test
         images. For a certified guarantee, `promised_low` is 0 and `promised_high` a one-sided 95%
         bound.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> evaluation = read_evaluation(Path("runs/latest/evaluation.json"))
+    >>> rate = evaluation.trusted.false_alarm_rate
+    >>> rate.alpha, rate.low <= rate.value <= rate.high
+    (0.05, True)
     """
 
     alpha: float
@@ -181,6 +212,14 @@ class ClassAlarms:
     promised_high
         The 95% upper bound of the share among that many images; None if nothing is guaranteed for a
         single class, or without images.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> evaluation = read_evaluation(Path("runs/latest/evaluation.json"))
+    >>> classes = evaluation.trusted.false_alarms_by_class
+    >>> sum(entry.images for entry in classes) == evaluation.trusted.images
+    True
     """
 
     name: str
@@ -208,6 +247,13 @@ class Guaranteed:
         0.95, over the draw of the calibration images, if the rate is certified; else None.
     statement
         The guarantee in words, with its limits.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> evaluation = read_evaluation(Path("runs/latest/evaluation.json"))
+    >>> evaluation.guarantee.mode, evaluation.guarantee.statement[:42]
+    ('marginal', 'An image like the calibration images raise')
     """
 
     mode: str
@@ -263,6 +309,13 @@ class TrustedSet:
         The answers that pass; None without a bound on the error rate.
     unreadable
         The number of files skipped because they cannot be read.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> evaluation = read_evaluation(Path("runs/latest/evaluation.json"))
+    >>> evaluation.trusted.name, evaluation.trusted.images
+    ('digits', 360)
     """
 
     name: str
@@ -317,6 +370,14 @@ class UntrustedSet:
         The number of images that are not untrusted, but whose answers do not pass.
     unreadable
         The number of files skipped because they cannot be read.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> evaluation = read_evaluation(Path("runs/latest/evaluation.json"))
+    >>> photos = evaluation.untrusted[0]
+    >>> photos.name, photos.images, sorted(photos.scores)
+    ('photos?limit=100', 100, ['coverage', 'softmax'])
     """
 
     name: str
@@ -332,7 +393,16 @@ class UntrustedSet:
 
 @dataclass(frozen=True)
 class PointCoverage:
-    """Share of a point's neurons inside the range, by set."""
+    """Share of a point's neurons inside the range, by set.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> evaluation = read_evaluation(Path("runs/latest/evaluation.json"))
+    >>> point = evaluation.points[0]
+    >>> point.neurons, point.coverage["trusted"] > point.coverage["photos?limit=100"]
+    (16, True)
+    """
 
     name: str
     neurons: int
@@ -444,6 +514,13 @@ class EvaluatedSignature:
         The number of calibration scores.
     threshold
         The threshold on the score that is computed from all calibration scores.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> evaluation = read_evaluation(Path("runs/latest/evaluation.json"))
+    >>> evaluation.signature.method, evaluation.signature.trusted.spec
+    ('ensemble', 'digits')
     """
 
     method: str
@@ -480,6 +557,11 @@ class GateOutcome:
         Whether the set passes the gate.
     seconds
         The time that scoring the set took; 0 if an earlier evaluation scored it.
+
+    Examples
+    --------
+    >>> print(GateOutcome("auroc", "low", ">=", 0.95, "mnist", 0.96, 0.96, 0.98, True, 0.2))
+    gate passed: auroc.low >= 0.95, mnist has 0.9600
     """
 
     metric: str
@@ -531,6 +613,14 @@ class EvaluationResult:
     digests
         The SHA-256 of the files with results of single images, by name. They detect files of
         another evaluation.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> evaluation = read_evaluation(Path("runs/latest/evaluation.json"))
+    >>> best, *others = evaluation.mean_over_sets
+    >>> best.score, best.auroc.value > 0.9, evaluation.warnings
+    ('coverage', True, [])
     """
 
     schema: int
@@ -607,6 +697,14 @@ class EpochLog:
         The duration of the epoch since its start or the last resumption.
     watched
         The coverage of trusted and untrusted images; None without `untrusted`.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> log = read_training_log(next(Path("runs/latest").glob("training_results_*.json")))
+    >>> first, *_, last = log.epochs
+    >>> first.loss > last.loss, last.epoch
+    (True, 4)
     """
 
     epoch: int

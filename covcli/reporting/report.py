@@ -38,6 +38,13 @@ class ReportResult:
         The two reports.
     figures
         The pictures of the Markdown file; those of the HTML file are embedded.
+
+    Examples
+    --------
+    >>> page = Page("title", "subject", "verdict", "none", [Section("Section", ["Some text."])])
+    >>> result = write_page(page, Path("."), "page", force=False)
+    >>> result.html, result.markdown, result.figures
+    (PosixPath('page.html'), PosixPath('page.md'), [])
     """
 
     html: Path

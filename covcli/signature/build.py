@@ -71,6 +71,14 @@ class SignatureResult:
         The records of the trusted images and of the calibration images.
     provenance
         Versions, command line, device, threads, seed and time.
+
+    Examples
+    --------
+    >>> from covcli import SignatureConfig
+    >>> config = SignatureConfig("runs/latest/checkpoint.pt", "src", trusted="digits?limit=300")
+    >>> result = build_signature(config)
+    >>> result.method, result.points, result.neurons, len(result.trusted)
+    ('src', 3, 80, 10)
     """
 
     path: Path

@@ -54,6 +54,16 @@ class Verdicts:
     unsure
         Whether the image is familiar but the answer unreliable, bool of shape (B,). Always False
         unless the guarantee bounds the share of wrong answers (`max_error`).
+
+    Examples
+    --------
+    >>> from covcli import Monitor
+    >>> monitor = Monitor.load(
+    ...     "runs/latest/checkpoint.pt", "runs/latest/signature-ensemble.safetensors"
+    ... )
+    >>> verdicts = monitor(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))  # black images
+    >>> verdicts.words, verdicts.logits.shape, bool((verdicts.p_value < 0.05).all())
+    (['untrusted', 'untrusted'], torch.Size([2, 10]), True)
     """
 
     logits: Tensor

@@ -48,6 +48,19 @@ class TrainResult:
         The fingerprint of the trained weights.
     provenance
         Versions, command line, device, threads, seed and time.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from covcli import TrainConfig
+    >>> from covcli.models.architectures import model
+    >>> @model("linear", size=8)
+    ... def linear(classes, pretrained):
+    ...     head = nn.Linear(4 * 6 * 6, classes)
+    ...     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), head)
+    >>> result = train(TrainConfig(trusted="digits?limit=64", model="linear", epochs=2))
+    >>> [entry.epoch for entry in result.epochs], result.checkpoint.parent == result.run
+    ([1, 2], True)
     """
 
     run: Path
