@@ -99,9 +99,9 @@ def measure(judge: Judge, images: ImageSet, progress: Progress) -> Measured:
     """
     parts = []
     for batch in judge.sweep(images, progress, f"reading {images.name}"):
-        v = judge(batch.logits, batch.neurons)
+        v = judge.on_device(batch.logits, batch.neurons)
         inside = judge.signature.scorer.coverage(batch.neurons, v.predicted)
-        softmax = softmax_score(batch.logits.cpu())
+        softmax = softmax_score(batch.logits)
         verdicts = (v.predicted, v.score, v.p_value, v.confidence, v.untrusted, v.unsure)
         parts.append((batch.rows, *verdicts, inside, softmax))
     predicted, *columns = distributed.collect(parts)

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from covcli.models.points import Point, Recorder
 SWEEP_IMAGES = 64
 SWEEP_POSITIONS = 1 << 21
 SWEEP_NEURONS = 1 << 26
+CHECKED_TOGETHER = 16
 MEASURED: tuple[Precision, ...] = ("float32", "bfloat16")
 
 
@@ -59,6 +60,8 @@ def to_network(images: Tensor, device: torch.device) -> Tensor:
     >>> to_network(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), torch.device("cpu")).item()
     1.0
     """
+    if device.type == "cuda" and images.is_cpu:
+        images = images.pin_memory()  # from other memory, a copy waits for the device
     moved = images.to(device, non_blocking=True, memory_format=torch.channels_last)
     return moved if images.is_floating_point() else moved.float().div_(255)
 
@@ -87,7 +90,24 @@ def batch_size(shape: Shape, points: Sequence[Point]) -> int:
 def forward(
     network: Callable[[Tensor], Tensor], recorder: Recorder, images: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run a network on a batch, and return its logits and neurons.
+    """Run a network on a batch, and return its logits and neurons, which are finite.
+
+    Parameters and shapes are those of `run`.
+
+    Raises
+    ------
+    CovcliError
+        If a logit or a neuron is NaN or infinite.
+    """
+    logits, neurons = run(network, recorder, images)
+    refuse_not_finite(recorder.points, logits, neurons)
+    return logits, neurons
+
+
+def run(
+    network: Callable[[Tensor], Tensor], recorder: Recorder, images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run a network on a batch, and return its logits and neurons; no device is waited for.
 
     Contributions need a backward pass, also in the caller's inference mode; no graph is kept.
 
@@ -104,11 +124,6 @@ def forward(
     -------
     tuple of Tensor
         Logits (B, classes) and neurons (B, N).
-
-    Raises
-    ------
-    CovcliError
-        If a logit or a neuron is NaN or infinite.
     """
     if recorder.granularity == "contribution":
         with torch.inference_mode(False), torch.enable_grad():
@@ -120,19 +135,69 @@ def forward(
         neurons = recorder.take(logits)
     if neurons.shape[0] > logits.shape[0]:  # an image was run twice
         neurons = neurons[: logits.shape[0]]
-    # A sum is not finite if a value is not. Sums of large numbers can overflow too, so then each
-    # value is checked.
-    if not math.isfinite(float((neurons.sum() + logits.sum()).detach())):
-        _refuse_not_finite(recorder.points, neurons, logits)
     return logits, neurons
 
 
-def _refuse_not_finite(points: Sequence[Point], neurons: Tensor, logits: Tensor) -> None:
+def doubtful(logits: Tensor, neurons: Tensor) -> Tensor:
+    """Return a number that is finite if all of them are; it may overflow if some are large."""
+    return (neurons.sum() + logits.sum()).detach()
+
+
+def refuse_not_finite(points: Sequence[Point], logits: Tensor, neurons: Tensor) -> None:
+    """Raise a CovcliError if a logit or a neuron is NaN or infinite."""
+    if math.isfinite(float(doubtful(logits, neurons))):
+        return
     parts = neurons.split([point.neurons for point in points], 1)
     names = [f"activations at coverage point {point.name!r}" for point in points]
     for name, part in zip([*names, "logits"], [*parts, logits], strict=True):
         if not bool(part.isfinite().all()):
             raise CovcliError(f"{name} are NaN or infinite", where="the network")
+
+
+def checked_together(device: torch.device) -> int:
+    """Return the number of a sweep's batches that are checked together for finite values.
+
+    Each check waits for the device. A batch is rarely not finite, and then it is found some batches
+    later, but before the sweep ends.
+    """
+    return 1 if device.type == "cpu" else CHECKED_TOGETHER
+
+
+@dataclass
+class _Checks:
+    """Refuses batches of a sweep that are not finite.
+
+    Attributes
+    ----------
+    points
+        The coverage points.
+    again
+        Runs the batch of some rows again, to name what is not finite.
+    every
+        The number of batches that are checked together.
+    """
+
+    points: Sequence[Point]
+    again: Callable[[Tensor], tuple[Tensor, Tensor]]
+    every: int
+    waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, rows: Tensor, logits: Tensor, neurons: Tensor) -> None:
+        """Note a batch; raise a CovcliError if one that is checked now is not finite."""
+        self.waiting.append((rows, doubtful(logits, neurons)))
+        if len(self.waiting) == self.every:
+            self.finish()
+
+    def finish(self) -> None:
+        """Raise a CovcliError if a batch that was noted is not finite."""
+        if not self.waiting:
+            return
+        marks = torch.stack([mark for _, mark in self.waiting]).isfinite().tolist()
+        doubted = [rows for (rows, _), known in zip(self.waiting, marks, strict=True) if not known]
+        self.waiting.clear()
+        for rows in doubted:
+            with torch.inference_mode():
+                refuse_not_finite(self.points, *self.again(rows))
 
 
 def sweep(
@@ -185,12 +250,19 @@ def sweep(
     parts = distributed.share(torch.arange(len(images)).split(batch))
     progress.start(title, sum(map(len, parts)))
     with Recorder(model.network, points, granularity) as recorder:
+
+        def again(rows: Tensor) -> tuple[Tensor, Tensor]:
+            return run(model, recorder, to_network(images.batch(rows, model.spec.shape), device))
+
+        checks = _Checks(points, again, checked_together(device))
         for rows, pixels in batches(images, parts, model.spec.shape):
             inputs = to_network(pixels, device)
             with torch.inference_mode():
-                logits, neurons = forward(model, recorder, inputs)
+                logits, neurons = run(model, recorder, inputs)
+            checks.add(rows, logits, neurons)
             yield Swept(rows, logits, neurons, inputs)
             progress.advance(len(rows))
+        checks.finish()
 
 
 def choose_precision(

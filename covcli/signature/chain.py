@@ -1,17 +1,24 @@
 """The chain from images to verdicts, in one module that can be exported."""
 
 import math
+import weakref
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 
 from covcli.core.errors import CovcliError
 from covcli.models.points import Recorder
-from covcli.signature.judge import Judge
+from covcli.signature.judge import Judge, Verdicts
+
+OUTPUTS = tuple(field.name for field in fields(Verdicts))
 
 
 class Chain(nn.Module):
-    """A network and its judge in one module, which `torch.export.export` accepts.
+    """A network and its judge in one module, which `torch.export` and `torch.compile` accept.
+
+    Nothing in it waits for the network's device, where all results stay. Hooks stay on the network
+    as long as the module exists; they do nothing outside its calls.
 
     Parameters
     ----------
@@ -55,6 +62,9 @@ class Chain(nn.Module):
         self.model = judge.model
         self.scorer = signature.scorer
         self._recorder = Recorder(judge.model.network, signature.points, signature.granularity)
+        # Hooks cannot be registered in a graph.
+        self._recorder.stay()
+        weakref.finalize(self, self._recorder.leave)
         judge.warm_up()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -82,11 +92,7 @@ class Chain(nn.Module):
         predicted = logits.argmax(1)
         seen, shown = (part.where(known[:, None], 0.0) for part in (logits, neurons))
         evidence = self.judge.evidence(seen, shown, predicted)
-        score = self.judge.calibration.score(evidence)
-        verdicts = self.judge.verdicts(
-            logits,
-            predicted,
-            evidence.where(known[:, None].cpu(), math.inf),
-            score.where(known.cpu(), math.inf),
-        )
-        return vars(verdicts)
+        score = self.judge.score(evidence).where(known, math.inf)
+        evidence = evidence.where(known[:, None], math.inf)
+        verdicts = self.judge.verdicts(logits, predicted, evidence, score)
+        return {name: getattr(verdicts, name) for name in OUTPUTS}

@@ -103,13 +103,14 @@ class Recording(AbstractContextManager["Recording"]):
         self._rows: list[Tensor] = []
         # Allocated once: small tensors allocated between large temporary ones would fragment the
         # memory.
-        predicted = torch.empty(len(images), dtype=torch.int64)
-        confidence = torch.empty(len(images))
+        predicted = torch.empty(len(images), dtype=torch.int64, device=self._device)
+        confidence = torch.empty(len(images), device=self._device)
         for batch in self._sweep("reading trusted images"):
-            sure, best = batch.logits.softmax(1).max(1)
-            predicted[batch.rows], confidence[batch.rows] = best.cpu(), sure.cpu()
+            mine = slice(int(batch.rows[0]), int(batch.rows[-1]) + 1)
+            confidence[mine], predicted[mine] = batch.logits.softmax(1).max(1)
             self._rows.append(batch.rows)
             self._spill(batch)
+        predicted, confidence = predicted.cpu(), confidence.cpu()
         parts = [(rows, predicted[rows], confidence[rows]) for rows in self._rows]
         self.predicted, self.confidence = distributed.collect(parts)
 
@@ -399,10 +400,10 @@ def _observe(
     for batch in sweep(model, images, points, signature.granularity, progress, title):
         best = batch.logits.argmax(1)
         evidence = signature.evidence(batch.logits, batch.neurons, best)
-        every.append((batch.rows, evidence, softmax_score(batch.logits.cpu()), best))
+        every.append((batch.rows, evidence, softmax_score(batch.logits), best))
         mine = torch.isin(batch.rows, drawn.rows)
         if bool(mine.any()):
-            rows, places = batch.rows[mine], mine.to(best.device)
+            rows, places = batch.rows[mine], mine.nonzero()[:, 0].to(best.device)
             others = drawn.other_classes(rows, best[places], len(signature.classes))
             against = signature.evidence(batch.logits[places], batch.neurons[places], others)
             elsewhere.append((rows, against))

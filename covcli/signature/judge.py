@@ -5,7 +5,8 @@ adaptive attack use it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from covcli.attacks.adaptive import Look, Monitored
 from covcli.core import runtime
 from covcli.core.errors import CovcliError
+from covcli.core.placement import fetched, placed
 from covcli.core.progress import Progress
 from covcli.data.images import ImageSet
 from covcli.models import checkpoint as checkpoints
@@ -27,6 +29,8 @@ from covcli.signature.guarantee import AS_RECORDED, Guarantee, GuaranteeRequest,
 from covcli.signature.record import Record
 from covcli.signature.signature import Signature
 
+# The parts of verdicts that leave the network's device.
+ON_CPU = ("evidence", "score", "p_value", "confidence", "untrusted", "unsure")
 TRUSTED, UNSURE, UNTRUSTED = "trusted", "unsure", "untrusted"
 
 
@@ -40,6 +44,9 @@ class Verdicts:
         float32 of shape (B, classes), on the network's device.
     predicted
         The most probable class, int64 of shape (B,), on the network's device.
+
+    The others are on the CPU, unless the judge was asked to leave them on the device:
+
     evidence
         The evidence against trust in that class, by column, float64 of shape (B, P).
     score
@@ -74,6 +81,19 @@ class Verdicts:
     confidence: Tensor
     untrusted: Tensor
     unsure: Tensor
+
+    def fetched(self, *others: Tensor) -> tuple["Verdicts", list[Tensor]]:
+        """Return the verdicts on the CPU, except `logits` and `predicted`, by one copy.
+
+        Parameters
+        ----------
+        *others
+            Further tensors on the device that the same copy returns, shape (B,) or (B, n).
+        """
+        columns = (getattr(self, name) for name in ON_CPU)
+        copied = fetched([*columns, *others])
+        mine = dict(zip(ON_CPU, copied, strict=False))
+        return replace(self, **mine), copied[len(ON_CPU) :]
 
     @property
     def words(self) -> list[str]:
@@ -143,12 +163,26 @@ class Judge:
         neurons
             The neurons of its coverage points, shape (B, N).
         """
+        return self.on_device(logits, neurons).fetched()[0]
+
+    def on_device(self, logits: Tensor, neurons: Tensor) -> Verdicts:
+        """Judge a batch without waiting for the network's device, where the results stay."""
         predicted = logits.argmax(1)
         evidence = self.evidence(logits, neurons, predicted)
-        return self.verdicts(logits, predicted, evidence, self.calibration.score(evidence))
+        return self.verdicts(logits, predicted, evidence, self.score(evidence))
+
+    @cached_property
+    def _there(self) -> tuple[Calibration, Rule]:
+        """The calibration and the rule on the network's device."""
+        device = self.model.mean.device
+        return placed(self.calibration, device), placed(self.rule, device)
+
+    def score(self, evidence: Tensor) -> Tensor:
+        """Return the score of evidence on the network's device, float64 of shape (B,)."""
+        return self._there[0].score(evidence)
 
     def evidence(self, logits: Tensor, neurons: Tensor, predicted: Tensor) -> Tensor:
-        """Return the evidence against trust in the predicted classes, on the CPU.
+        """Return the evidence against trust in the predicted classes, on the network's device.
 
         Parameters
         ----------
@@ -165,22 +199,22 @@ class Judge:
             float64 of shape (B, P + L), with L columns of the logits.
         """
         with torch.autocast(neurons.device.type, enabled=False):  # the caller may have enabled it
-            return self.signature.evidence(logits, neurons, predicted).cpu()
+            return self.signature.evidence(logits, neurons, predicted)
 
     def verdicts(
         self, logits: Tensor, predicted: Tensor, evidence: Tensor, score: Tensor
     ) -> Verdicts:
         """Return the verdicts of scores; the parameters are attributes of `Verdicts`."""
-        classes = predicted.cpu()
+        rule = self._there[1]
         return Verdicts(
             logits=logits,
             predicted=predicted,
             evidence=evidence,
             score=score,
-            p_value=self.rule.p_value(score, classes),
-            confidence=self.rule.confidence(score, classes),
-            untrusted=self.rule.untrusted(score, classes),
-            unsure=self._unsure(logits, score, classes),
+            p_value=rule.p_value(score, predicted),
+            confidence=rule.confidence(score, predicted),
+            untrusted=rule.untrusted(score, predicted),
+            unsure=self._unsure(logits, score, predicted),
         )
 
     def warm_up(self) -> None:
@@ -191,7 +225,7 @@ class Judge:
     def _unsure(self, logits: Tensor, score: Tensor, classes: Tensor) -> Tensor:
         if self.rule.guarantee.max_error is None:
             return torch.zeros_like(score, dtype=torch.bool)
-        return self.rule.unsure(score, classes, softmax_score(logits.cpu()))
+        return self._there[1].unsure(score, classes, softmax_score(logits))
 
     def sweep(self, images: ImageSet, progress: Progress, title: str) -> Iterator[Swept]:
         """Run the network over a set; see `covcli.models.sweep.sweep`."""
@@ -224,7 +258,7 @@ class Judge:
         with torch.no_grad():
             verdicts = self(logits, neurons)
         evidence = signature.soft_evidence(logits, neurons, verdicts.predicted)
-        soft = self.calibration.score(evidence.cpu())
+        soft = self.score(evidence).cpu()
         unit = self.rule.overall if self.rule.overall > 0 else 1.0
         return Look(logits, verdicts.score, soft / unit)
 

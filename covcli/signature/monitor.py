@@ -21,7 +21,7 @@ from covcli.methods import make_method
 from covcli.methods.state import Granularity
 from covcli.models.architectures import Classifier
 from covcli.models.points import Recorder
-from covcli.models.sweep import forward, to_network
+from covcli.models.sweep import doubtful, refuse_not_finite, run, to_network
 from covcli.signature import judge as judges
 from covcli.signature import signature as signatures
 from covcli.signature.build import DEFAULT_METHOD
@@ -252,12 +252,23 @@ class Monitor:
         (['untrusted', 'untrusted'], True)
         """
         self._refuse_training()
-        inputs = self._inputs(images, normalised)
+        given = _tensor(images)
+        inputs = self._inputs(given, normalised)
         network = self.model.classify if normalised else self.model
         with torch.inference_mode(), self._recorder as recorder:
-            logits, neurons = forward(network, recorder, inputs)
+            logits, neurons = run(network, recorder, inputs)
+            checks = [doubtful(logits, neurons)]
+            if given.is_floating_point() and not self.model.spec.is_own:
+                checks += torch.aminmax(self.model.pixels(inputs) if normalised else inputs)
         self._refuse_training()  # another thread may have set it meanwhile
-        verdicts = self.judge(logits, neurons)
+        judged = self.judge.on_device(logits, neurons)
+        # The checks leave the device together with the verdicts, so that it is waited for once.
+        verdicts, checks = judged.fetched(*(check.expand(len(logits)) for check in checks))
+        mark, *ends = (float(check[0]) for check in checks)
+        if ends:
+            _check_range(*ends, normalised=normalised)
+        if not math.isfinite(mark):
+            refuse_not_finite(self.judge.signature.points, logits, neurons)
         self._recorder.reuse(neurons)
         return verdicts
 
@@ -265,9 +276,9 @@ class Monitor:
         if any(module.training for module in self._modules):
             _refuse("the network is in training mode", "call monitor.model.eval() first")
 
-    def _inputs(self, given: object, normalised: bool) -> Tensor:
+    def _inputs(self, images: Tensor, normalised: bool) -> Tensor:
         """Return the network's input, on its device; raise a CovcliError for unsuitable images."""
-        images, shape = _tensor(given), self.model.spec.shape
+        shape = self.model.spec.shape
         if images.ndim != 4 or images.numel() == 0:
             _refuse(
                 f"expected images of shape (B, C, H, W), got {tuple(images.shape)}",
@@ -289,9 +300,7 @@ class Monitor:
                 f"pass {kind} of shape (B, {', '.join(map(str, shape))})",
             )
         device = self.model.mean.device
-        inputs = images.detach().to(device, torch.float32, memory_format=torch.channels_last)
-        _check_range(self.model.pixels(inputs) if normalised else inputs, normalised)
-        return inputs
+        return images.detach().to(device, torch.float32, memory_format=torch.channels_last)
 
     def _prepared(self, images: Tensor) -> Tensor:
         """Return images as the program's loader yields them, on the network's device."""
@@ -327,9 +336,8 @@ def _tensor(images: object) -> Tensor:
     return images
 
 
-def _check_range(pixels: Tensor, normalised: bool) -> None:
+def _check_range(low: float, high: float, normalised: bool) -> None:
     """Raise a CovcliError for pixels outside [0, 1], for which results would be meaningless."""
-    low, high = (float(end) for end in torch.aminmax(pixels))
     if not math.isfinite(high - low):
         _refuse("the images hold NaN or infinity")
     if low >= -ROUNDING and high <= 1 + ROUNDING:

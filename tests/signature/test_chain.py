@@ -2,28 +2,32 @@
 
 import subprocess
 import sys
-from functools import cache
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fake_cuda import fake_cuda, on_cuda
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from covcli.core import runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
 from covcli.data.images import in_memory
-from covcli.methods import make_method
+from covcli.methods import METHODS, make_method
 from covcli.models import architectures
 from covcli.models.architectures import ModelSpec
 from covcli.signature.chain import Chain
 from covcli.signature.fit import How, fit_judge, fit_signature
-from covcli.signature.guarantee import Guarantee
+from covcli.signature.guarantee import Guarantee, make_rule
 from covcli.signature.judge import Judge
 from covcli.signature.monitor import Monitor
 
-SIZES = {"vgg11": 32, "resnet18": 16}
+SIZES = {"vgg11": 32, "resnet18": 16, "tiny": 32}
 CLASSES = ("bird", "cat", "dog", "frog")
 MARGINAL = Guarantee(alpha=0.3)
 
@@ -72,14 +76,69 @@ def check(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
-@pytest.mark.parametrize("method", ["src", "mrc", "gauss", "nrc", "ensemble"])
-@pytest.mark.parametrize("network", list(SIZES))
+@pytest.mark.parametrize(
+    ("network", "method"),
+    [("vgg11", "src"), ("vgg11", "gauss"), ("vgg11", "ensemble"), ("resnet18", "mrc"),
+     ("resnet18", "nrc")],
+)  # fmt: skip
 def test_the_exported_chain_says_what_the_monitor_says(network: str, method: str) -> None:
     judge = judge_of(network, method)
     monitor, program = Monitor(judge), exported(network, method).module()
     for count in (1, 5):
         images = images_for(judge, count)
         check(program(images), vars(monitor(images)))
+
+
+def guaranteed_by_class(judge: Judge) -> Judge:
+    """Return a judge with another rule, as random images are all predicted as one class."""
+    predicted = torch.arange(40) % len(CLASSES)
+    scores = judge.calibration.scores.mean() + torch.arange(40.0).double().sin()
+    guarantee = Guarantee(alpha=0.3, mode="by-class")
+    return replace(judge, rule=make_rule(scores, predicted, len(CLASSES), guarantee))
+
+
+def judges() -> dict[str, Callable[[], Judge]]:
+    """Return a judge of every registered method, and of every kind of rule."""
+    every = {name: partial(judge_of, "tiny", name) for name in METHODS}
+    bounded = partial(judge_of, "tiny", "src", Guarantee(alpha=0.3, max_error=0.5))
+    return {**every, "by class": lambda: guaranteed_by_class(every["src"]()), "bounded": bounded}
+
+
+@pytest.mark.parametrize("case", judges())
+def test_the_chain_of_every_method_compiles_in_one_graph(case: str) -> None:
+    judge = judges()[case]()
+    if judge.signature.method.contributions:
+        return  # see test_a_method_that_takes_gradients_is_refused
+    torch.compiler.reset()
+    compiled = torch.compile(Chain(judge), fullgraph=True, backend="eager", dynamic=True)
+    monitor = Monitor(judge)
+    with torch.no_grad():
+        for count in (5, 3):
+            images = images_for(judge, count)
+            check(compiled(images), vars(monitor(images)))
+
+
+@pytest.mark.parametrize("case", judges())
+def test_a_call_waits_for_its_device_once(case: str) -> None:
+    """A chain does not wait at all. Gradients need a real device, so there neurons are given."""
+    judge = judges()[case]()
+    judge.warm_up()
+    neurons = torch.rand(6, sum(judge.signature.sizes))
+    with fake_cuda() as device:
+        moved, *given = device.moved((judge, torch.rand(6, len(CLASSES)), neurons))
+        images, copies = device.moved(images_for(judge, 6)), device.copies
+        assert not on_cuda(vars(moved(*given)))
+        assert copies.back == 1
+        if not judge.signature.method.contributions:
+            monitor, before = Monitor(moved), copies.back
+            for count, normalised in enumerate((False, True), 1):
+                # The results are on the CPU then, where a fake tensor has no value either.
+                with pytest.raises(DataDependentOutputException):
+                    monitor(images, normalised=normalised)
+                assert copies.back == before + count
+            chain, before = Chain(moved), copies.back
+            assert on_cuda(chain(images))
+            assert copies.back == before
 
 
 def test_errors_are_bounded_in_the_graph_too() -> None:
