@@ -110,15 +110,18 @@ class Calibration:
             )
         classes = len(rule.thresholds)
         by_class = rule.guarantee.mode == "by-class"
-        groups = range(classes) if by_class else [None]
         familiar = self.scores < rule.error_limits[self.predicted]
-        doubts = torch.empty(classes, dtype=torch.float64)
+        groups = [familiar.nonzero()[:, 0]]
+        if by_class:
+            kinds, order = self.predicted[groups[0]].sort(stable=True)
+            sizes = torch.bincount(kinds, minlength=classes).tolist()
+            groups = list(groups[0][order].split(sizes))
         failure = (1 - CONFIDENCE) / len(groups)
-        for k in groups:
-            mine = familiar if k is None else familiar & (self.predicted == k)
-            doubts[slice(None) if k is None else k] = doubt_threshold(
-                self.softmax[mine], self.wrong[mine], max_error, failure
-            )
+        found = [
+            doubt_threshold(self.softmax[mine], self.wrong[mine], max_error, failure)
+            for mine in groups
+        ]
+        doubts = torch.tensor(found, dtype=torch.float64).expand(classes).clone()
         if bool((doubts == -math.inf).all()):
             wrong = int(self.wrong[familiar].sum())
             raise self._no_answer_passes(rule.guarantee, int(familiar.sum()), wrong, failure)

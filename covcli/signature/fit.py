@@ -233,14 +233,13 @@ def choose_trusted(
     """
     correct = predicted == labels
     chosen = correct & (confidence >= threshold)
-    relaxed = []
-    for k in range(classes):
-        mine = labels == k
-        if int((chosen & mine).sum()) < MINIMUM_TRUSTED and bool((correct & mine & ~chosen).any()):
-            chosen = chosen | (correct & mine)
-            relaxed.append(k)
-    counts = torch.bincount(labels[chosen], minlength=classes)
-    return Trusted(chosen, counts.tolist(), relaxed)
+    confident, known = (
+        torch.bincount(labels[some], minlength=classes) for some in (chosen, correct)
+    )
+    relaxed = (confident < MINIMUM_TRUSTED) & (known > confident)
+    chosen = chosen | (correct & relaxed[labels])
+    counts = torch.where(relaxed, known, confident)
+    return Trusted(chosen, counts.tolist(), relaxed.nonzero()[:, 0].tolist())
 
 
 def fit_signature(

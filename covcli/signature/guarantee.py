@@ -21,7 +21,6 @@ from scipy.signal import fftconvolve
 from scipy.special import betaincinv
 from scipy.stats import betabinom, binom
 from torch import Tensor
-from torch.nn.functional import pad
 
 from covcli.core.choices import Mode
 from covcli.core.errors import CovcliError
@@ -119,14 +118,22 @@ def total_alarms_interval(groups: Sequence[tuple[int, int, int]]) -> tuple[float
     >>> total_alarms_interval([(5, 99, 100)]) == alarms_interval(5, 99, 100)
     True
     """
-    law = np.ones(1)
-    for rank, scores, images in groups:
-        own = betabinom(images, rank, scores + 1 - rank).pmf(np.arange(images + 1))
-        law = fftconvolve(law, own) if len(law) * len(own) > 1 << 20 else np.convolve(law, own)
-    below = law.clip(0).cumsum()
+    laws = [
+        betabinom(images, rank, scores + 1 - rank).pmf(np.arange(images + 1))
+        for rank, scores, images in groups
+    ]
+    while len(laws) > 1:  # of neighbours, so that the work hardly grows with the groups
+        pairs = zip(laws[::2], [*laws[1::2], np.ones(1)], strict=False)
+        laws = [_convolved(*pair) for pair in pairs]
+    below = laws[0].clip(0).cumsum()
     low, high = (int(np.searchsorted(below, end * below[-1])) for end in (0.025, 0.975))
     images = sum(images for _, _, images in groups)
     return low / images, high / images
+
+
+def _convolved(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    large = len(one) * len(other) > 1 << 20
+    return fftconvolve(one, other) if large else np.convolve(one, other)
 
 
 def alarms_bound(rank: int, scores: int, images: int) -> float:
@@ -318,8 +325,10 @@ class Rule:
     counts
         The number of calibration scores of images predicted as each class, int64 of shape (C,).
     ranked
-        The calibration scores, ascending, float64 of shape (1, n); for "by-class" those of each
-        class, shape (C, m), padded at the front with minus infinity.
+        The calibration scores, ascending, float64 of shape (n,).
+    keys
+        For each score, class·(n + 1) + the number of smaller scores of all classes, ascending,
+        int64 of shape (n,). So the scores of a class are consecutive and ascending.
     doubts
         The softmax score below which an answer passes, for each predicted class, float64 of shape
         (C,); infinity without a bound on the error rate.
@@ -338,6 +347,7 @@ class Rule:
     thresholds: Tensor
     counts: Tensor
     ranked: Tensor
+    keys: Tensor
     doubts: Tensor
 
     def untrusted(self, scores: Tensor, predicted: Tensor) -> Tensor:
@@ -410,14 +420,20 @@ class Rule:
         The certified modes flag fewer images, and p keeps its marginal meaning. The parameters are
         those of `untrusted`.
         """
-        scores = scores.to(self.ranked).contiguous()
-        if len(self.ranked) == 1:
-            n = self.ranked.shape[1]
-            below = torch.searchsorted(self.ranked[0], scores, side="left")
+        n = len(self.ranked)
+        below = torch.searchsorted(self.ranked, scores.to(self.ranked).contiguous(), side="left")
+        if self.guarantee.mode != "by-class":
             return (1 + n - below).double() / (n + 1)
-        rows = self.ranked[predicted]
-        below = torch.searchsorted(rows, scores[:, None], side="left")[:, 0]
-        return (1 + self.ranked.shape[1] - below).double() / (self.counts[predicted] + 1)
+        counts = self.counts[predicted]
+        # A score of the class is smaller exactly if fewer scores are smaller than it.
+        below = torch.searchsorted(self.keys, predicted * (n + 1) + below, side="left")
+        below = below - self._earlier[predicted]
+        return (1 + counts - below).double() / (counts + 1)
+
+    @cached_property
+    def _earlier(self) -> Tensor:
+        """The number of calibration scores of earlier classes, int64 of shape (C,)."""
+        return self.counts.cumsum(0) - self.counts
 
     def confidence(self, scores: Tensor, predicted: Tensor) -> Tensor:
         """Return 2^(−s/τ), and 1 for s ≤ 0: below 0.5 exactly if the verdict is "untrusted".
@@ -454,31 +470,41 @@ def make_rule(scores: Tensor, predicted: Tensor, classes: int, guarantee: Guaran
     guarantee
         The guarantee.
     """
-    own = [scores[predicted == k] for k in range(classes)] if guarantee.each_class else [scores]
-    of_group = torch.tensor(
-        [_largest(mine, guarantee.rank(len(mine))) for mine in own], dtype=torch.float64
-    )
-    overall = _largest(scores, guarantee.rank(len(scores)))
-    thresholds = of_group.expand(classes)
-    if guarantee.mode == "certified":
-        thresholds = thresholds.clamp_min(overall)
+    ranked, order = scores.double().sort()
+    n, counts = len(ranked), torch.bincount(predicted, minlength=classes)
+    smaller = torch.searchsorted(ranked, ranked, side="left")
+    keys = (predicted[order] * (n + 1) + smaller).sort().values
+    overall = float(_largest(ranked, torch.tensor([n]), guarantee)[0])
+    thresholds = torch.full((classes,), overall, dtype=torch.float64)
+    if guarantee.each_class:
+        own = _largest(ranked[keys % (n + 1)], counts, guarantee)
+        thresholds = own.clamp_min(overall) if guarantee.mode == "certified" else own
     return Rule(
         guarantee=guarantee,
         overall=overall,
-        thresholds=thresholds.clone(),
-        counts=torch.bincount(predicted, minlength=classes),
-        ranked=_ranked(own if guarantee.mode == "by-class" else [scores]),
+        thresholds=thresholds,
+        counts=counts,
+        ranked=ranked,
+        keys=keys,
         doubts=torch.full((classes,), math.inf, dtype=torch.float64),
     )
 
 
-def _ranked(groups: Sequence[Tensor]) -> Tensor:
-    """Return each group's scores in a row, ascending, padded at the front with minus infinity."""
-    rows = [scores.double().sort().values for scores in groups]
-    most = max(map(len, rows))
-    return torch.stack([pad(row, (most - len(row), 0), value=-math.inf) for row in rows])
+def _largest(scores: Tensor, counts: Tensor, guarantee: Guarantee) -> Tensor:
+    """Return the score of the guarantee's rank in each group; infinity for rank 0.
 
-
-def _largest(scores: Tensor, rank: int) -> float:
-    """Return the score of that rank, 1 for the largest; infinity for rank 0."""
-    return float(scores.sort(descending=True).values[rank - 1]) if rank else math.inf
+    Parameters
+    ----------
+    scores
+        The scores group by group, ascending in each, float64 of shape (n,).
+    counts
+        The number of scores of each group, int64 of shape (groups,).
+    guarantee
+        The guarantee.
+    """
+    sizes, group = counts.unique(return_inverse=True)
+    ranks = torch.tensor([guarantee.rank(size) for size in sizes.tolist()])[group]
+    places = (counts.cumsum(0) - ranks).clamp_max(max(0, len(scores) - 1))
+    if len(scores) == 0:
+        return torch.full(counts.shape, math.inf, dtype=torch.float64)
+    return scores[places].where(ranks > 0, math.inf)

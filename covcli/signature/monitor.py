@@ -266,7 +266,7 @@ class Monitor:
         verdicts, checks = judged.fetched(*(check.expand(len(logits)) for check in checks))
         mark, *ends = (float(check[0]) for check in checks)
         if ends:
-            _check_range(*ends, normalised=normalised)
+            _check_range(ends[0], ends[1], normalised)
         if not math.isfinite(mark):
             refuse_not_finite(self.judge.signature.points, logits, neurons)
         self._recorder.reuse(neurons)
