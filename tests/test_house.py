@@ -1,6 +1,10 @@
 """The wings of the house: imports point downwards between wings, and go round in no circle."""
 
 import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import covcli
@@ -90,3 +94,31 @@ def test_the_reporting_rooms_need_no_torch() -> None:
                 a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
             ]
             assert "torch" not in imported
+
+
+def loaded(nodes: list[ast.stmt]) -> Iterator[str]:
+    """Yield what statements import when their module is imported, not when a function runs."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from loaded(node.orelse)
+        elif not isinstance(node, ast.FunctionDef):
+            yield from loaded([n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)])
+
+
+def test_what_a_plain_installation_has_not_is_imported_late() -> None:
+    page = Path(__file__).parents[1] / "pyproject.toml"
+    texts = tomllib.loads(page.read_text())["project"]["dependencies"]
+    packages = {re.split(r"[^\w-]", text)[0].replace("-", "_") for text in texts}
+    modules = {"pillow": "PIL", "scikit_learn": "sklearn"}
+    known = {modules.get(name, name) for name in packages} | sys.stdlib_module_names | {"covcli"}
+    unknown = {
+        f"{room} -> {target}"
+        for room, path in rooms().items()
+        for target in loaded(ast.parse(path.read_text()).body)
+        if target not in known
+    }
+    assert unknown == set()

@@ -115,4 +115,5 @@ def blocks(values: Tensor, widths: Sequence[int]) -> Iterator[Tensor]:
 
 def _places(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield each point's first column, and its size."""
-    return zip(accumulate(sizes, initial=0), sizes, strict=False)
+    ends = accumulate(sizes)
+    return ((end - size, size) for end, size in zip(ends, sizes, strict=True))
