@@ -18,6 +18,7 @@ from covcli.methods.state import Expected, Granularity, State, check_tensors
 PIECE = 1 << 16
 # Row numbers, int64; or a slice of all rows.
 Rows: TypeAlias = Tensor | slice
+COUNT_TYPES = (torch.uint8, torch.int16, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Method(ABC):
     plain
         Whether its score is the mean of its columns, without standardisation.
     mergeable
-        Whether condensed states can be merged; otherwise only the states before.
+        Whether condensed states can be merged; otherwise only complete ones.
+    counts
+        The names of the state's int32 tensors of many counts.
 
     Examples
     --------
@@ -87,6 +90,7 @@ class Method(ABC):
     experts: ClassVar[bool] = False
     plain: ClassVar[bool] = False
     mergeable: ClassVar[bool] = True
+    counts: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         """Raise a CovcliError if an overridden function takes other parameters."""
@@ -161,8 +165,9 @@ class Method(ABC):
     def condense(self, sums: State, room: int | None = None) -> State:
         """Return what scoring reads, from the complete state that the passes accumulated.
 
-        The default returns the state itself. A method whose sums are much larger than what scoring
-        reads computes that here, and sets `mergeable` to False.
+        By default that is the state itself, with `counts` in the smallest type of integers that
+        holds them. A method whose sums are much larger than what scoring reads computes that here,
+        and sets `mergeable` to False.
 
         Parameters
         ----------
@@ -171,7 +176,13 @@ class Method(ABC):
         room
             The number of bytes that the result should take at most; None for no limit.
         """
-        return sums
+        counts = {name: smallest(sums[name]) for name in self.counts}
+        return sums.holding({**sums.tensors, **counts})
+
+    def complete(self, state: State) -> State:
+        """Return the complete state of a condensed one, if the method is `mergeable`."""
+        kinds = self.expected(state.layout)
+        return state.holding({name: t.to(kinds[name][0]) for name, t in state.tensors.items()})
 
     @abstractmethod
     def prepare(self, state: State) -> "Scorer":
@@ -193,7 +204,13 @@ class Method(ABC):
 
     def check(self, state: State) -> None:
         """Raise a ValueError unless a state from a file can be a condensed one."""
-        check_tensors(state, self.expected(state.layout))
+        expected = dict(self.expected(state.layout))
+        for name in state.tensors.keys() & set(self.counts):
+            if state[name].dtype in COUNT_TYPES:
+                expected[name] = (state[name].dtype, expected[name][1])
+            if bool((state[name] < 0).any()):
+                raise ValueError("a negative count")
+        check_tensors(state, expected)
 
     def spec(self) -> str:
         """Return the specification from which `make_method` recreates this method."""
@@ -322,6 +339,12 @@ class CostScorer(Scorer):
     def of_sums(self, sums: Tensor) -> Tensor:
         """Return the evidence from the sums of each point's costs, (B, L)."""
         return torch.log((sums + 1) / self.widths)
+
+
+def smallest(counts: Tensor) -> Tensor:
+    """Return counts in the smallest type of integers that holds all of them."""
+    most = int(counts.max()) if counts.numel() else 0
+    return counts.to(next(kind for kind in COUNT_TYPES if most <= torch.iinfo(kind).max))
 
 
 def cell_index(cells: Tensor, classes: Tensor, count: int) -> Tensor:

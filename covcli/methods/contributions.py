@@ -53,6 +53,7 @@ class ActivationCoverage(Method):
     """
 
     name: ClassVar[str] = "nac"
+    counts: ClassVar[tuple[str, ...]] = ("counts",)
     contributions: ClassVar[bool] = True
     bins: int = 50
     steepness: float = 100.0
@@ -84,7 +85,7 @@ class ActivationCoverage(Method):
 
     def prepare(self, state: State) -> "BinScorer":
         """Return the scorer, with the counts of all classes or of each class."""
-        counts = state["counts"]
+        counts = state["counts"].int()
         if self.classes == "all":
             counts = counts.sum(0, keepdim=True, dtype=torch.int32).expand_as(counts).contiguous()
         return BinScorer(state.layout, counts, self)

@@ -118,6 +118,7 @@ class MultiRange(SingleRange):
     """
 
     name: ClassVar[str] = "mrc"
+    counts: ClassVar[tuple[str, ...]] = ("sections",)
     sections: int = 10
     cost: str = "surprisal"
 

@@ -45,6 +45,7 @@ class NeuronRank(Method):
     """
 
     name: ClassVar[str] = "nrc"
+    counts: ClassVar[tuple[str, ...]] = ("top",)
     share: float = 0.1
     direction: str = "signature"
 

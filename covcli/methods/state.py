@@ -112,7 +112,8 @@ def check_tensors(state: State, expected: Expected) -> None:
     tensors = {name: (t.dtype, tuple(t.shape)) for name, t in state.tensors.items()}
     if tensors != dict(expected):
         raise ValueError("tensors of other shapes than the points and classes require")
-    if not set(state.reductions.values()) <= set(REDUCTIONS):
-        raise ValueError("an unknown reduction")
+    known = set(state.reductions.values()) <= set(REDUCTIONS)
+    if state.reductions.keys() != state.tensors.keys() or not known:
+        raise ValueError("other reductions than a state can have")
     if any(bool(t.isnan().any()) for t in state.tensors.values() if t.is_floating_point()):
         raise ValueError("a state that holds NaN")

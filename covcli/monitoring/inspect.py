@@ -137,6 +137,8 @@ class Inspection:
         Its coverage points.
     data
         The image sets that it refers to.
+    mergeable
+        Whether the signature holds what `merge-signatures` needs.
     guarantee
         The guarantee of the verdicts.
     signature
@@ -170,6 +172,7 @@ class Inspection:
     precision: str = ""
     points: tuple[PointFacts, ...] = ()
     data: tuple[SetFacts, ...] = ()
+    mergeable: bool | None = None
     guarantee: Guaranteed | None = None
     signature: EvaluatedSignature | None = None
     exported: ExportedMonitor | None = None
@@ -301,6 +304,7 @@ def _signature(path: Path) -> Inspection:
             _set("trusted", record.trusted, record.trusted_images),
             _set("calibration", record.calibration, record.calibration_images),
         ),
+        mergeable=signature.mergeable,
         guarantee=Guaranteed(
             guarantee.mode, guarantee.alpha, CONFIDENCE if guarantee.certain else None,
             guarantee.statement(),
@@ -427,6 +431,8 @@ def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield "method", inspection.method
     yield "granularity", inspection.granularity
     yield "precision", inspection.precision
+    if inspection.mergeable is not None:
+        yield "can be merged", "yes" if inspection.mergeable else "no, built without --mergeable"
     yield "coverage points", _points(inspection.points)
     yield from map(_of_data, inspection.data)
     if inspection.guarantee is not None:

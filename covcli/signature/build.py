@@ -241,7 +241,7 @@ def save(path: Path, judge: Judge, record: Record) -> SignatureResult:
         precision=signature.precision,
         bytes=size,
         weights_bytes=weights_bytes(judge.model),
-        mergeable=signature.to_merge is not None,
+        mergeable=signature.mergeable,
         checkpoint_fingerprint=signature.fingerprint,
         signature_fingerprint=digest,
         data=record.trusted,

@@ -121,7 +121,7 @@ def check_parts(parts: Sequence[_Part]) -> None:
     """Raise a CovcliError unless parts can be merged: of one network, of different images."""
     first = parts[0]
     for i, part in enumerate(parts):
-        if part.signature.to_merge is None:
+        if not part.signature.mergeable:
             raise CovcliError(
                 "does not hold what merging needs",
                 where=part.path,

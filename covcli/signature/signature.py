@@ -83,9 +83,14 @@ class Signature:
     sums: State | None = None
 
     @property
+    def mergeable(self) -> bool:
+        """Whether the signature holds what merging needs."""
+        return self.method.mergeable or self.sums is not None
+
+    @property
     def to_merge(self) -> State | None:
         """The state that can be merged with another's; None if the signature does not have it."""
-        return self.state if self.method.mergeable else self.sums
+        return self.method.complete(self.state) if self.method.mergeable else self.sums
 
     @property
     def sizes(self) -> list[int]:

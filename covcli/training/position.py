@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from covcli.core import runtime
+from covcli.methods import State
 from covcli.signature.signature import layout_of
 from covcli.training.epoch import SUMS, Trainer
 from covcli.training.loss import RUNNING
@@ -69,12 +70,7 @@ def _check_optimizer(stored: Mapping[str, Any], optimizer: torch.optim.Optimizer
 
 def _check_running(stored: Any, reductions: Any, trainer: Trainer) -> None:
     layout = layout_of(trainer.points, trainer.model.spec.classes)
-    expected = dict(RUNNING.expected(layout))
-    tensors = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}
-    if tensors != expected or reductions.keys() != expected.keys():
-        raise ValueError("a running signature of another network")
-    if any(bool(tensor.isnan().any()) for tensor in stored.values()):
-        raise ValueError("a running signature that holds NaN")
+    RUNNING.check(State(layout, dict(stored), dict(reductions)))
 
 
 def _is_finite(tensor: Tensor) -> bool:

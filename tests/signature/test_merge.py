@@ -65,6 +65,30 @@ def test_merged_parts_are_close_to_the_whole(name: str) -> None:
         assert torch.equal(again[key], backwards[key]), key
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS.get(name).mergeable])
+@pytest.mark.parametrize(("images", "kind"), [(200, torch.uint8), (2000, torch.int16)])
+def test_a_condensed_state_gives_back_the_complete_one(
+    name: str, images: int, kind: torch.dtype
+) -> None:
+    method = METHODS.get(name)()
+    neurons, labels = neurons_and_labels(0, images)
+    whole = complete(method, neurons.round(), labels)  # few values: many images in a section
+    condensed = method.condense(whole)
+    method.check(condensed)
+    assert all(condensed[count].dtype == kind for count in method.counts)
+    again = method.complete(condensed)
+    assert again.reductions == whole.reductions
+    for key, tensor in whole.tensors.items():
+        assert torch.equal(again[key], tensor), key
+        assert again[key].dtype == tensor.dtype
+    scorers = method.prepare(whole), method.prepare(condensed)
+    evidence = [scorer(2 * neurons, labels) for scorer in scorers]
+    assert torch.equal(*evidence)
+    for count in method.counts:
+        with pytest.raises(ValueError, match="negative"):
+            method.check(condensed.holding({**condensed.tensors, count: -whole[count] - 1}))
+
+
 def test_parts_with_equal_ranges_merge_to_the_same_sections() -> None:
     neurons, labels = neurons_and_labels(1)
     ends = torch.cat([neurons.amin(0)[None], neurons.amax(0)[None]]).repeat_interleave(3, 0)
