@@ -4,7 +4,7 @@ Rossolini, Biondi and Buttazzo, "Increasing the Confidence of Deep Neural Networ
 Analysis", IEEE TSE 2022 (arXiv 2101.12100), section IV: single-range and multi-range coverage.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -27,6 +27,8 @@ from covcli.methods.layout import Layout
 from covcli.methods.soft import hinge, interpolated
 from covcli.methods.state import Expected, State
 
+# How far rounding may move an activation, in units of the largest end of a range at its point.
+ROUNDED = 1e-5
 # In soft costs, the smallest width of a range, as a share of its neuron's mean width.
 LEAST_WIDTH = 0.05
 # The number of neurons counted at once; their memory fits into the CPU's cache.
@@ -79,7 +81,7 @@ class SingleRange(Method):
 
     def prepare(self, state: State) -> "RangeScorer":
         """Return the scorer that compares neurons with the ranges."""
-        return RangeScorer(state.layout, {"low": state["low"], "high": state["high"]})
+        return RangeScorer(state.layout, Ranges(state["low"], state["high"]))
 
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
@@ -292,11 +294,61 @@ def united(parts: Sequence[State]) -> tuple[Tensor, Tensor]:
     return low, torch.stack([part["high"] for part in parts]).amax(0)
 
 
-class RangeScorer(CostScorer):
-    """Compares neurons with ranges, see `SingleRange`."""
+@dataclass(frozen=True)
+class Ranges:
+    """The ends of each class's ranges.
+
+    Attributes
+    ----------
+    low, high
+        float32 of shape (classes, N); +inf and -inf for a class without images.
+    """
 
     low: Tensor
     high: Tensor
+
+    def reach(self, sizes: Sequence[int]) -> Tensor:
+        """Return how far rounding may move each neuron, shape (N,), for points of these sizes.
+
+        It is relative to the largest end at the coverage point: a sum over a layer is as exact as
+        its terms.
+        """
+        ends = torch.maximum(self.low.abs(), self.high.abs())
+        largest = torch.where(ends.isfinite(), ends, 0.0).amax(0)
+        parts = largest.split(list(sizes))
+        return ROUNDED * torch.cat([part.amax().expand_as(part) for part in parts])
+
+
+class RangeScorer(CostScorer):
+    """Compares neurons with ranges, see `SingleRange`.
+
+    Values within rounding of a range belong to it. In images with a uniform background, many
+    neurons have the same value, and this value is an end of their range. A batch of another size,
+    another device or library rounds it differently, and would count all of them as outside.
+
+    Parameters
+    ----------
+    layout
+        The assignment of neurons to coverage points.
+    ranges
+        The ranges.
+    more
+        Further buffers, by name.
+    """
+
+    low: Tensor
+    high: Tensor
+    reach: Tensor
+
+    def __init__(
+        self, layout: Layout, ranges: Ranges, more: Mapping[str, Tensor] | None = None
+    ) -> None:
+        reach, most = ranges.reach(layout.sizes), torch.finfo(ranges.low.dtype).max
+        ends = {
+            "low": (ranges.low - reach).clamp_min(-most),
+            "high": (ranges.high + reach).clamp_max(most),
+        }
+        super().__init__(layout, {**ends, "reach": reach, **(more or {})})
 
     def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:
         """Return 1 outside the range, 0 inside; `classes` may be one class for all images."""
@@ -333,12 +385,12 @@ class RangeScorer(CostScorer):
         return part.sums(self.costs_at(part, neurons, k))
 
     def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return which neurons are in the closed range of their class."""
+        """Return which neurons are in the closed range of their class, or within rounding of it."""
         low, high = self.span(classes)
         return (neurons >= low) & (neurons <= high)
 
     def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ranges of those classes."""
+        """Return the ranges of those classes, and what is within rounding of them."""
         return self.low.index_select(0, classes), self.high.index_select(0, classes)
 
     def soft_costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
@@ -349,8 +401,8 @@ class RangeScorer(CostScorer):
     def _finite(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return finite bounds and a positive width of each class's ranges, each (classes, N)."""
         known = self.low <= self.high  # a class without images has an empty range
-        low = torch.where(known, self.low, 0.0).to(dtype)
-        high = torch.where(known, self.high, 0.0).to(dtype)
+        low = torch.where(known, self.low + self.reach, 0.0).to(dtype)
+        high = torch.where(known, self.high - self.reach, 0.0).to(dtype)
         width = high - low
         typical = width.sum(0) / known.sum(0).clamp_min(1)
         least = torch.where(typical > 0, LEAST_WIDTH * typical, 1.0)
@@ -368,20 +420,21 @@ class SectionScorer(RangeScorer):
         Defines the sections and their costs.
     """
 
+    start: Tensor
     scale: Tensor
     table: Tensor
     numbers: Tensor
 
     def __init__(self, state: State, method: MultiRange) -> None:
-        ends = {"low": state["low"], "high": state["high"]}
+        ranges = Ranges(state["low"], state["high"])
         # The bounds of an empty range are infinite, and 0 times infinity is NaN.
-        empty = ends["low"] > ends["high"]
-        scale = torch.where(empty, 1.0, method.scale(ends["low"], ends["high"]))
+        empty = ranges.low > ranges.high
+        scale = torch.where(empty, 1.0, method.scale(ranges.low, ranges.high))
         table = method.table(state)
         small = table.numel() < 1 << 31  # int32 is faster
         numbers = torch.arange(state.layout.neurons, dtype=torch.int32 if small else torch.int64)
-        places = {"table": table, "numbers": numbers.to(table.device)}
-        super().__init__(state.layout, {**ends, "scale": scale, **places})
+        sections = {"start": ranges.low, "scale": scale, "table": table}
+        super().__init__(state.layout, ranges, {**sections, "numbers": numbers.to(table.device)})
         self.method = method
 
     def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:
@@ -404,7 +457,7 @@ class SectionScorer(RangeScorer):
         """Return the index of each neuron's cost in the flattened table."""
         nearest = self._nearest(part, neurons, classes)
         outside = nearest.ne(neurons)
-        above = nearest.sub_(held(self.low, part, classes))
+        above = nearest.sub_(held(self.start, part, classes))
         row = self.method.place(above, held(self.scale, part, classes))
         row.masked_fill_(outside, self.method.sections + 1)
         rows, width = self.table.shape[1:]

@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -16,12 +16,9 @@ from torch import Tensor, nn
 from covcli.core import settings
 from covcli.core.choices import ExportFormat, InputForm
 from covcli.core.errors import CovcliError, is_memory_error, one_line
-from covcli.methods.ensemble import EnsembleScorer
-from covcli.methods.ranges import RangeScorer
 from covcli.signature.calibration import Calibration
 from covcli.signature.chain import Chain
 from covcli.signature.judge import TRUSTED, UNSURE, UNTRUSTED, Judge
-from covcli.signature.signature import Signature
 
 # The key of the description in the file, a JSON document.
 KEY = "covcli"
@@ -30,8 +27,6 @@ MOST_IMAGES = 1 << 20
 # A score within this distance of a calibration score, in units of the largest one (or 1), is
 # replaced by it.
 SNAP = 1e-7
-# The largest difference between the activations of two libraries, relative to their size.
-ROUNDED = 1e-6
 OUTPUTS = ("logits", "predicted", "score", "p_value", "confidence", "untrusted")
 VERDICTS = (TRUSTED, UNSURE, UNTRUSTED)
 LONGEST_REASON = 200
@@ -186,60 +181,6 @@ class SnappingCalibration(Calibration):
         return score
 
 
-class SnappingRanges(nn.Module):
-    """Ranges that include values within rounding of their ends.
-
-    In images with a uniform background, many neurons have the same value, and this value is an end
-    of their range. Another library rounds it differently, and would count all of them as outside.
-
-    Parameters
-    ----------
-    ranges
-        The scorer of the neurons.
-    """
-
-    reach: Tensor
-
-    def __init__(self, ranges: RangeScorer) -> None:
-        super().__init__()
-        self.ranges = ranges
-        self.layout = ranges.layout
-        self.register_buffer("reach", rounding(ranges.low, ranges.high, ranges.layout.sizes))
-
-    def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        """Return the evidence, see `Scorer`."""
-        low, high = self.ranges.span(classes)
-        nearest = neurons.clamp(low, high)
-        belongs = (neurons - nearest).abs() <= self.reach
-        evidence: Tensor = self.ranges(torch.where(belongs, nearest, neurons), classes)
-        return evidence
-
-
-def forgiving(signature: Signature) -> Signature:
-    """Return the signature with `SnappingRanges` in place of its ranges, if it has any."""
-    scorer: Any = signature.scorer
-    if isinstance(scorer, RangeScorer):
-        scorer = SnappingRanges(scorer)
-    elif isinstance(scorer, EnsembleScorer):
-        scorer = EnsembleScorer(SnappingRanges(scorer.ranges), scorer.gauss)  # type: ignore[arg-type]
-    else:
-        return signature
-    other = replace(signature)
-    other.__dict__["scorer"] = scorer  # replaces the value of the cached property
-    return other
-
-
-def rounding(low: Tensor, high: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return how far rounding may move each neuron, shape (N,), for ranges of shape (classes, N).
-
-    It is relative to the largest end at the coverage point: a sum over a layer is as exact as its
-    terms.
-    """
-    ends = torch.maximum(low.abs(), high.abs())
-    largest = torch.where(ends.isfinite(), ends, 0.0).amax(0)
-    return ROUNDED * torch.cat([part.amax().expand_as(part) for part in largest.split(list(sizes))])
-
-
 class MonitorGraph(nn.Module):
     """The chain from images to verdicts with the inputs and outputs of an exported file.
 
@@ -254,7 +195,7 @@ class MonitorGraph(nn.Module):
     def __init__(self, judge: Judge, form: InputForm) -> None:
         super().__init__()
         calibration = SnappingCalibration.of(judge.calibration)
-        judge = replace(judge, signature=forgiving(judge.signature), calibration=calibration)
+        judge = replace(judge, calibration=calibration)
         self.chain = Chain(judge, normalised=form == "normalised")
         self.form = form
         self.bounded = judge.rule.guarantee.max_error is not None

@@ -56,17 +56,28 @@ def naive_section(value: float, low: float, high: float, sections: int) -> int:
         width = np.float64(high) - np.float64(low)
         scale = np.float32(min(sections / width, np.finfo(np.float32).max))
         place = (np.float32(value) - np.float32(low)) * scale
-    return int(min(place, sections - 1))
+    return int(np.clip(place, 0, sections - 1))
+
+
+def naive_reach(neurons: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return how far rounding may move each neuron: a share of the largest end at its point."""
+    classes = [neurons[labels == k] for k in set(labels.tolist())]
+    ends = np.max([np.maximum(abs(c.min(0)), abs(c.max(0))) for c in classes], axis=0)
+    points = np.split(ends, np.cumsum(LAYOUT.sizes)[:-1])
+    return np.concatenate([np.full(len(p), p.max() * np.float32(1e-5)) for p in points])
 
 
 def naive_cost(spec: str, neurons: np.ndarray, labels: np.ndarray, x: np.ndarray, k: int) -> list:
     """Follow the formulas word by word, one neuron at a time."""
     method = make_method(spec)
-    mine = neurons[labels == k]
+    mine, reach = neurons[labels == k], naive_reach(neurons, labels)
     costs = []
     for j in range(NEURONS):
         column = mine[:, j]
-        outside = len(column) == 0 or x[j] < column.min() or x[j] > column.max()
+        with np.errstate(over="ignore"):
+            outside = (
+                len(column) == 0 or x[j] < column.min() - reach[j] or x[j] > column.max() + reach[j]
+            )
         if isinstance(method, MultiRange):
             c = 0
             if not outside:

@@ -14,7 +14,8 @@ from torch import nn
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
 from covcli.data import datasets
-from covcli.methods import make_method
+from covcli.methods import METHODS, make_method
+from covcli.models import checkpoint as checkpoints
 from covcli.models.architectures import Classifier, ModelSpec
 from covcli.signature.build import SignatureConfig, build_signature
 from covcli.signature.fit import How, fit_judge, fit_signature
@@ -80,6 +81,22 @@ def test_another_number_of_threads_changes_the_last_bits_only(run: Path) -> None
     for other in scores[1:]:
         np.testing.assert_allclose(scores[0], other, rtol=0, atol=0.05)
         assert np.median(np.abs(scores[0] - other)) < 1e-5
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_an_image_gets_its_score_whatever_images_are_beside_it(
+    name: str, trained: TrainResult
+) -> None:
+    """The black margin of digits gives many neurons one value, which is an end of their range."""
+    model = checkpoints.load(trained.checkpoint).model
+    images, held_out = (datasets.load("digits?limit=300", split) for split in ("train", "test"))
+    signature, _, _ = fit_signature(model, images, How(make_method(name)), Silent())
+    monitor = Monitor(fit_judge(model, signature, held_out, Silent()))
+    some = pixels(40)
+    single = torch.cat([monitor(image[None]).score for image in some])
+    for size in (40, 7):
+        together = torch.cat([monitor(part).score for part in some.split(size)])
+        torch.testing.assert_close(together, single, rtol=0, atol=1e-3)
 
 
 def batches() -> list[torch.Tensor]:
