@@ -193,6 +193,24 @@ def test_networks_are_held_against_one_another(
         assert min(row["signature"], row["weights"], row["monitored"]) > 0
 
 
+def test_signatures_take_at_most_a_tenth_of_their_networks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the smallest networks: the larger ones have more room for the same ranges."""
+    sizes = load(monkeypatch, "sizes")
+    names = ["torchvision:mobilenet_v3_small", "torchvision:squeezenet1_1"]
+    options = ["--quick", "--json", "--classes", "3", "10", "--networks", *names]
+    monkeypatch.setattr(sys, "argv", ["sizes.py", *options])
+    sizes.main()
+    rows = json.loads(capsys.readouterr().out)["networks"]
+    assert [(row["network"], row["classes"]) for row in rows] == [(n, k) for n in names
+                                                                  for k in (3, 10)]  # fmt: skip
+    for row in rows:
+        assert 0 < row["signature"] < 0.1 * row["weights"]
+        assert row["rank"] >= 8
+        assert not row["exact"]
+
+
 def test_the_repeated_test_is_scipys_and_delays_count_from_the_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

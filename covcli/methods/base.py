@@ -208,9 +208,9 @@ class Method(ABC):
         for name in state.tensors.keys() & set(self.counts):
             if state[name].dtype in COUNT_TYPES:
                 expected[name] = (state[name].dtype, expected[name][1])
-            if bool((state[name] < 0).any()):
-                raise ValueError("a negative count")
         check_tensors(state, expected)
+        if any(bool((state[name] < 0).any()) for name in self.counts):
+            raise ValueError("a negative count")
 
     def spec(self) -> str:
         """Return the specification from which `make_method` recreates this method."""

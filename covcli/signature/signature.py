@@ -380,7 +380,9 @@ def load_signature(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = safetensors.torch.load(content)
     if not isinstance(metadata, dict) or metadata.get("schema") != SIGNATURE_SCHEMA:
         reason = f"has another schema, this covcli reads {SIGNATURE_SCHEMA}"
-        raise CovcliError(reason, where=path, fix="build it again with build-signature")
+        raise CovcliError(
+            reason, where=path, fix="build it again: covcli build-signature CHECKPOINT"
+        )
     if metadata.get("checksum") != _checksum(tensors, metadata):
         raise CovcliError("is damaged: its content does not match its checksum", where=path)
     return tensors, metadata

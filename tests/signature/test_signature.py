@@ -11,8 +11,10 @@ from covcli.core.progress import Silent
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
 from covcli.models import checkpoint as checkpoints
 from covcli.signature import signature as signatures
-from covcli.signature.build import SignatureResult
+from covcli.signature.build import SignatureResult, build_signature
+from covcli.signature.config import SignatureConfig
 from covcli.signature.monitor import Monitor
+from covcli.training.train import TrainResult
 
 
 def test_a_signature_comes_back_whole(signed: SignatureResult, tmp_path: Path) -> None:
@@ -44,6 +46,47 @@ def test_a_signature_comes_back_whole(signed: SignatureResult, tmp_path: Path) -
         signatures.save(tmp_path / "wrong", signature, other, record)
         with pytest.raises(CovcliError, match="is inconsistent"):
             signatures.load(tmp_path / "wrong")
+
+
+def test_an_older_signature_names_the_command_that_replaces_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run / "signature-mrc.safetensors"
+    tensors, metadata = signatures.load_signature(path)
+    with monkeypatch.context() as older:
+        older.setattr(signatures, "SIGNATURE_SCHEMA", signatures.SIGNATURE_SCHEMA - 1)
+        older.setitem(metadata, "schema", signatures.SIGNATURE_SCHEMA)
+        signatures.save_signature(path, tensors, metadata)
+    with pytest.raises(CovcliError, match=r"another schema.*covcli build-signature") as caught:
+        signatures.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_crafted_state_is_refused(trained: TrainResult, tmp_path: Path) -> None:
+    """Of every tensor, another type, another shape, and NaN; of the ranks, more than there are."""
+    path = tmp_path / "x.safetensors"
+    config = SignatureConfig(trained.checkpoint, "ensemble", output=path, mergeable=True)
+    build_signature(config, Silent())
+    tensors, metadata = signatures.load_signature(path)
+    states = [name for name in tensors if name.startswith(("state.", "sums."))]
+    assert len(states) > 12
+    changes = {"state.ranks": [tensors["state.ranks"] + 1, -tensors["state.ranks"]]}
+    for name in states:
+        tensor = tensors[name]
+        others = [tensor.to(kind) for kind in (torch.complex64, torch.bool, torch.float16)]
+        others += [tensor.flatten()[1:], tensor[None], *changes.get(name, [])]
+        if tensor.is_floating_point():
+            others.append(tensor * torch.nan)
+        for other in others:
+            if other.dtype == tensor.dtype and torch.equal(other, tensor):
+                continue
+            signatures.save_signature(path, {**tensors, name: other.contiguous()}, metadata)
+            with pytest.raises(CovcliError, match="is inconsistent"):
+                signatures.load(path)
+    for sums in ({}, {"count": "sum"}, {**metadata["sums"], "count": "mean"}, 3):
+        signatures.save_signature(path, tensors, {**metadata, "sums": sums})
+        with pytest.raises(CovcliError, match="is inconsistent"):
+            signatures.load(path)
 
 
 def test_a_crafted_signature_or_checkpoint_is_refused(run: Path) -> None:
