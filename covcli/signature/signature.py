@@ -34,9 +34,9 @@ RANKING = ("fitting", "scores", "softmax", "predicted")
 TAILS = ("knots", "slopes")
 
 SIGNATURE_SCHEMA = 5  # up to 4, with the sums that merging needs in place of a condensed state
-# The share of the weights' bytes that a state may take. A signature takes at most a tenth with its
-# calibration and record; below the least room, they are larger than the state anyway.
-SHARE, LEAST_ROOM = 0.09, 128 << 10
+# A signature takes at most a tenth of the weights' bytes, of which so many are for the record and a
+# calibration on a thousand images. The least room of a state is for networks that are tiny.
+PART, RECORDED, LEAST_ROOM = 10, 50_000, 128 << 10
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,12 @@ def condensed(signature: Signature, sums: State, model: Classifier, keep: bool) 
     sums
         The complete state.
     model
-        The network; the state takes at most 9% of its weights' bytes if its classes are few.
+        The network; the signature takes at most a tenth of its weights' bytes if it has few
+        classes.
     keep
         Whether to keep the sums for merging.
     """
-    room = max(LEAST_ROOM, int(SHARE * weights_bytes(model)))
+    room = max(LEAST_ROOM, weights_bytes(model) // PART - RECORDED)
     with torch.inference_mode(False), runtime.one_thread():
         state = signature.method.condense(sums, room)
     kept = sums if keep and not signature.method.mergeable else None
