@@ -27,6 +27,7 @@ from covcli.data.images import ImageSet
 from covcli.methods.state import Granularity
 from covcli.models.architectures import Classifier
 from covcli.signature.build import DEFAULT_METHOD
+from covcli.signature.signature import Signature
 
 BATCH = 64
 BARE_IMAGES = 2000
@@ -146,11 +147,17 @@ def measured(args: argparse.Namespace, table: str, cases: dict[str, Case]) -> li
     scored = common.interleaved(scoring, 3 * args.repetitions)
     return [
         Row(table, name, sum(signature.sizes),
-            sum(t.nbytes for t in signature.state.tensors.values()) / 1e6,
+            megabytes(signature),
             common.ratio(built[name], built[f"bare {name}"]),
             common.ratio(scored[name], scored[f"bare {name}"]))
         for name, signature in results.items()
     ]  # fmt: skip
+
+
+def megabytes(signature: Signature) -> float:
+    """Return the size of the state that is summed; of the condensed one if that is all there is."""
+    state = signature.to_merge or signature.state
+    return sum(tensor.nbytes for tensor in state.tensors.values()) / 1e6
 
 
 def figures(rows: list[Row]) -> dict[str, Ratio]:
@@ -202,7 +209,7 @@ def main() -> None:
     for rows in tables:
         report.ratios |= figures(rows)
     legend = (
-        "MB: of the whole process in the table of images, of the signature in the others. "
+        "MB: of the whole process in the table of images, of the signature's state in the others. "
         "Each figure: the script's first lines."
     )
     report.show(args, legend, {})
