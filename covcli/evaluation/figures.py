@@ -24,15 +24,12 @@ from covcli.reporting.documents import (
     EvaluationResult,
     Explanation,
     FalseAlarms,
-    Guaranteed,
     MeanDetection,
     PointCoverage,
     TrustedSet,
     UntrustedSet,
 )
 from covcli.signature.guarantee import (
-    CONFIDENCE,
-    Guarantee,
     Rule,
     binomial_interval,
 )
@@ -91,12 +88,6 @@ def _of_class(rule: Rule, k: int, flagged: Tensor, name: str) -> ClassAlarms:
     )
 
 
-def guaranteed(guarantee: Guarantee) -> Guaranteed:
-    """Return a guarantee for the results, in words."""
-    confidence = CONFIDENCE if guarantee.certain else None
-    return Guaranteed(guarantee.mode, guarantee.alpha, confidence, guarantee.statement())
-
-
 def result_of(
     job: Job, sets: dict[str, MeasuredSet], explanations: list[Explanation]
 ) -> EvaluationResult:
@@ -108,7 +99,7 @@ def result_of(
         schema=EVALUATION_SCHEMA,
         provenance=runtime.provenance(judge.model.mean.device, config.seed) | job.plan.versions,
         signature=_signature_figures(job),
-        guarantee=guaranteed(judge.rule.guarantee),
+        guarantee=judge.rule.guarantee.described(),
         trusted=_trusted_figures(job, trusted),
         untrusted=[
             _untrusted_figures(job, sets[t].images, trusted, measured[t]) for t in config.untrusted

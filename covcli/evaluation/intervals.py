@@ -33,6 +33,7 @@ from scipy.special import expit, logit
 from scipy.stats import binom, norm
 from scipy.stats import t as student
 
+from covcli.reporting.documents import Estimate
 from covcli.signature.guarantee import binomial_interval
 
 Floats = npt.NDArray[np.float64]
@@ -63,6 +64,11 @@ class Span:
     def holding(self, value: float) -> "Span":
         """Return the smallest interval that contains this one and a value."""
         return self.joined(Span(value, value))
+
+    def around(self, value: float) -> Estimate:
+        """Return a value with this interval, which is extended to contain it."""
+        wide = self.holding(value)
+        return Estimate(value, wide.low, wide.high)
 
 
 @dataclass(frozen=True)
@@ -195,6 +201,10 @@ class Placements:
         """Return the interval of the area."""
         own = logit_span(self.area, self.influence)
         return self.backed(own, lambda area: area)
+
+    def estimate(self) -> Estimate:
+        """Return the area with its interval."""
+        return self.span().around(self.area)
 
     def backed(self, own: Span | None, modelled: Callable[[Span], Span]) -> Span:
         """Return the interval of a metric of the same curve, with a model if few are misordered.
@@ -342,12 +352,16 @@ class Fpr95:
         """Return the interval."""
         return combined(self.value, *self.reach())
 
+    def estimate(self) -> Estimate:
+        """Return the share with its interval."""
+        return self.span().around(self.value)
+
 
 # Means over sets that share their trusted images
 
 
-def mean_area_span(sets: list[Placements]) -> Span:
-    """Return the interval of the mean area of sets that share their trusted images.
+def mean_area(sets: list[Placements]) -> Estimate:
+    """Return the mean area of sets that share their trusted images, with its interval.
 
     It combines the interval of each set. The correlation of two sets comes from their trusted
     placements; it is 1 if a variance is 0.
@@ -358,11 +372,12 @@ def mean_area_span(sets: list[Placements]) -> Span:
     above = np.array([span.high - area for area, span in zip(areas, spans, strict=True)])
     shared = _covariance(np.stack([one.trusted for one in sets])) / len(sets[0].trusted)
     own = np.array([one.influence.variance for one in sets])
-    return combined(value, below / len(sets), above / len(sets), _correlation(shared, own))
+    correlation = _correlation(shared, own)
+    return combined(value, below / len(sets), above / len(sets), correlation).around(value)
 
 
-def mean_fpr95_span(sets: list[Fpr95]) -> Span:
-    """Return the interval of the mean FPR95 of sets that share their trusted images.
+def mean_fpr95(sets: list[Fpr95]) -> Estimate:
+    """Return the mean FPR95 of sets that share their trusted images, with its interval.
 
     The correlation of the binomial parts is that of the flags on the shared trusted images. The
     sets' thresholds are independent. But the distances of thresholds that are not bounded are added
@@ -377,7 +392,7 @@ def mean_fpr95_span(sets: list[Fpr95]) -> Span:
     reaches = [one.reach() for one in sets]
     below, above = (np.stack([reach[side] for reach in reaches]).T.ravel() for side in (0, 1))
     value = float(np.mean([one.value for one in sets]))
-    return combined(value, below / k, above / k, correlation)
+    return combined(value, below / k, above / k, correlation).around(value)
 
 
 def _covariance(rows: Floats) -> Floats:

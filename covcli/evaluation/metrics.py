@@ -21,8 +21,8 @@ from covcli.evaluation.intervals import (
     Span,
     exponential_curves,
     logit_span,
-    mean_area_span,
-    mean_fpr95_span,
+    mean_area,
+    mean_fpr95,
 )
 from covcli.reporting.documents import Bin, Detection, Estimate, Kept, MeanDetection
 from covcli.signature.guarantee import binomial_interval
@@ -82,22 +82,16 @@ class Curves:
 
     def detection(self) -> Detection:
         """Return all four metrics with their intervals, without a detection rate."""
-        placements, rate = self.placements(), Fpr95.of(*self._scores)
+        placements = self.placements()
         out = (self.positives, self.negatives)
         inwards = (self.negatives[::-1], self.positives[::-1])
         return Detection(
-            auroc=estimate(placements.area, placements.span()),
+            auroc=placements.estimate(),
             aupr_out=_estimate_precision(*out, placements),
             aupr_in=_estimate_precision(*inwards, placements),
-            fpr95=estimate(rate.value, rate.span()),
+            fpr95=Fpr95.of(*self._scores).estimate(),
             detection_rate=None,
         )
-
-
-def estimate(value: float, span: Span) -> Estimate:
-    """Return a value with its interval, which is extended to contain it."""
-    wide = span.holding(value)
-    return Estimate(value, wide.low, wide.high)
 
 
 def average_precision(hits: Counts, others: Counts) -> tuple[float, Influence]:
@@ -130,8 +124,7 @@ def _estimate_precision(hits: Counts, others: Counts, placements: Placements) ->
     value, influence = average_precision(hits, others)
     share = float(hits.sum() / (hits.sum() + others.sum()))
     own = logit_span(value, influence)
-    span = placements.backed(own, lambda area: modelled_precision(area, share))
-    return estimate(value, span)
+    return placements.backed(own, lambda area: modelled_precision(area, share)).around(value)
 
 
 def modelled_precision(area: Span, share: float) -> Span:
@@ -187,8 +180,7 @@ def auroc(trusted: Floats, untrusted: Floats) -> Estimate:
     >>> auroc(np.array([0.1, 0.2, 0.3]), np.array([0.25, 0.4])).value
     0.8333333333333334
     """
-    placements = Curves(trusted, untrusted).placements()
-    return estimate(placements.area, placements.span())
+    return Curves(trusted, untrusted).placements().estimate()
 
 
 def mean_detection(score: str, trusted: Floats, untrusted: Sequence[Floats]) -> MeanDetection:
@@ -213,11 +205,7 @@ def mean_detection(score: str, trusted: Floats, untrusted: Sequence[Floats]) -> 
     """
     areas = [Curves(trusted, scores).placements() for scores in untrusted]
     rates = [Fpr95.of(trusted, scores) for scores in untrusted]
-    return MeanDetection(
-        score,
-        estimate(float(np.mean([one.area for one in areas])), mean_area_span(areas)),
-        estimate(float(np.mean([one.value for one in rates])), mean_fpr95_span(rates)),
-    )
+    return MeanDetection(score, mean_area(areas), mean_fpr95(rates))
 
 
 def share(flags: npt.NDArray[np.bool_]) -> Estimate:

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import xlogy
 
-from covcli.evaluation import metrics
 from covcli.evaluation.intervals import (
     RATES,
     Floats,
@@ -29,7 +28,7 @@ from covcli.evaluation.intervals import (
     exponential_curves,
     log_span,
 )
-from covcli.evaluation.metrics import Counts, Curves, estimate
+from covcli.evaluation.metrics import Counts, Curves
 from covcli.reporting.documents import Estimate, OwnErrors, Risk
 from covcli.signature.guarantee import binomial_interval
 
@@ -71,13 +70,14 @@ def own_errors(
 def _own_errors(scores: Floats, correct: npt.NDArray[np.bool_]) -> OwnErrors:
     _, places = np.unique(scores, return_inverse=True)
     tied, wrong = _count(places, correct)
-    ranking = Ranking(tied, wrong, Curves(scores[correct], scores[~correct]).placements())
+    placements = Curves(scores[correct], scores[~correct]).placements()
+    ranking = Ranking(tied, wrong, placements)
     area, least = aurc(tied, wrong), least_aurc(tied, wrong)
     return OwnErrors(
         wrong=int(wrong.sum()),
-        auroc=metrics.auroc(scores[correct], scores[~correct]),
-        aurc=estimate(area, ranking.aurc_span()),
-        excess_aurc=estimate(area - least, ranking.excess_span()),
+        auroc=placements.estimate(),
+        aurc=ranking.aurc_span().around(area),
+        excess_aurc=ranking.excess_span().around(area - least),
         curve=risk_curve(tied, wrong),
         augrc=ranking.augrc(),
     )
@@ -115,11 +115,11 @@ class Ranking:
 
     def augrc(self) -> Estimate:
         """Return p²/2 + (1 − A)·p·(1 − p), with A the AUROC of the errors."""
-        areas = self.placements.span()
-        value = _augrc(self.rate, self.placements.area)
-        by_rate = Span(*(_augrc(rate, self.placements.area) for rate in _ends(self.rates)))
+        areas = self.placements.estimate()
+        value = _augrc(self.rate, areas.value)
+        by_rate = Span(*(_augrc(rate, areas.value) for rate in _ends(self.rates)))
         by_rank = Span(_augrc(self.rate, areas.high), _augrc(self.rate, areas.low))
-        return estimate(value, _combined(value, by_rate, by_rank))
+        return _combined(value, by_rate, by_rank).around(value)
 
     def aurc_span(self) -> Span:
         """Return the interval of the area under the risk-coverage curve."""

@@ -82,10 +82,7 @@ class Ensemble(Method):
 
     def begin(self, layout: Layout) -> State:
         """Return the empty ranges of `src`; they also bound the values, as the peaks of `gauss`."""
-        state, ranges = State(layout), RANGES.begin(layout)
-        for key in RANGE_TENSORS:
-            state.declare(key, ranges[key], ranges.reductions[key])
-        return state
+        return RANGES.begin(layout).only(RANGE_TENSORS)
 
     def observe(self, state: State, neurons: Tensor, labels: Tensor) -> None:
         """Widen the ranges in the first pass; add to the sums of `gauss` in the second."""
@@ -98,18 +95,14 @@ class Ensemble(Method):
         """Fix ranges and units after the first pass; the second pass computes sums."""
         if "unit" in state.tensors:
             return None
-        ends = torch.cat([state[key] for key in RANGE_TENSORS]).abs()
+        ends = torch.cat([*state.tensors.values()]).abs()
         seen = torch.where(ends.isfinite(), ends, 0.0)  # infinite: a class not seen
-        summing = self.gauss.summing(state.layout, state.layout.values_of(seen).amax(0))
-        for key in RANGE_TENSORS:
-            summing.declare(key, state[key], "same")
-        return summing
+        peaks = state.layout.values_of(seen).amax(0)
+        return self.gauss.summing(state.layout, peaks, **state.tensors)
 
     def begin_noisy(self, state: State) -> State:
         """Return sums of 0, in the units of the other sums."""
-        noisy = State.of_sums(state.layout, noisy_sums(state.layout)).to(state["unit"].device)
-        noisy.declare("unit", state["unit"], "same")
-        return noisy
+        return State.of_sums(state.layout, noisy_sums(state.layout), unit=state["unit"])
 
     def observe_noisy(self, noisy: State, neurons: Tensor, labels: Tensor) -> None:
         """Add noisy copies to their sums."""

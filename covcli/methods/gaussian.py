@@ -103,17 +103,16 @@ class Gauss(Method):
             return None
         return self.summing(state.layout, state["peak"])
 
-    def summing(self, layout: Layout, peaks: Tensor) -> State:
-        """Return sums of 0, with units for values of at most these peaks, shape (V,)."""
+    def summing(self, layout: Layout, peaks: Tensor, **same: Tensor) -> State:
+        """Return sums of 0, units for values of at most these peaks, shape (V,), and `same`."""
         peaks = common_peaks(peaks, layout)
         widths = [bits(n) for n in layout.values for _ in range(n)]
         units = [
             math.ldexp(1.0, math.frexp(peak)[1] - width)
             for peak, width in zip(peaks.tolist(), widths, strict=True)
         ]
-        summing = State.of_sums(layout, self.sums(layout)).to(peaks.device)
-        summing.declare("unit", peaks.new_tensor(units, dtype=torch.float64), "same")
-        return summing
+        unit = peaks.new_tensor(units, dtype=torch.float64)
+        return State.of_sums(layout, self.sums(layout), unit=unit, **same)
 
     def align(self, parts: Sequence[State]) -> list[State]:
         """Return the parts in the largest of their units; each sum is rounded once."""

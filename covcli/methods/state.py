@@ -1,6 +1,6 @@
 """State: named tensors accumulated over batches, each with the reduction that merges two parts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
@@ -52,12 +52,17 @@ class State:
     reductions: dict[str, Reduction] = field(default_factory=dict)
 
     @classmethod
-    def of_sums(cls, layout: Layout, expected: Expected) -> "State":
-        """Return a state of zeros with those types and shapes, and the reduction "sum"."""
-        state = cls(layout)
-        for name, (dtype, shape) in expected.items():
-            state.declare(name, torch.zeros(shape, dtype=dtype), "sum")
-        return state
+    def of_sums(cls, layout: Layout, expected: Expected, **same: Tensor) -> "State":
+        """Return a state of zeros with those types and shapes, and the reduction "sum".
+
+        Further tensors are those that an earlier pass determined, with the reduction "same"; the
+        zeros are on their device.
+        """
+        device = next((tensor.device for tensor in same.values()), None)
+        sums = {n: torch.zeros(shape, dtype=kind, device=device)
+                for n, (kind, shape) in expected.items()}  # fmt: skip
+        reductions: dict[str, Reduction] = dict.fromkeys(sums, "sum")
+        return cls(layout, {**sums, **same}, {**reductions, **dict.fromkeys(same, "same")})
 
     def declare(self, name: str, initial: Tensor, reduction: Reduction) -> None:
         """Add a tensor; `initial` is filled with the neutral element of its reduction."""
@@ -101,6 +106,11 @@ class State:
     def to(self, device: torch.device) -> "State":
         """Return a copy of the state on a device."""
         return self.holding({k: v.to(device) for k, v in self.tensors.items()})
+
+    def only(self, names: Iterable[str]) -> "State":
+        """Return a state of some of the tensors."""
+        tensors = {name: self.tensors[name] for name in names}
+        return State(self.layout, tensors, {name: self.reductions[name] for name in tensors})
 
     def holding(self, tensors: Mapping[str, Tensor]) -> "State":
         """Return a state of the same layout and reductions that holds other tensors."""

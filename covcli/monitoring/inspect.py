@@ -23,7 +23,6 @@ from covcli.reporting import documents, per_image
 from covcli.reporting.documents import EvaluatedSignature, Guaranteed
 from covcli.reporting.tables import Table
 from covcli.signature import signature as signatures
-from covcli.signature.guarantee import CONFIDENCE
 from covcli.training.paused import PAUSED, PAUSED_FILE
 
 SHOWN = 12  # names that a table lists one by one
@@ -291,7 +290,6 @@ def _safetensors(path: Path) -> Inspection:
 
 def _signature(path: Path) -> Inspection:
     signature, calibration, record = signatures.load(path)
-    guarantee = calibration.guarantee
     return Inspection(
         path, "signature", 0,
         network=NetworkFacts.of(signature.model, signature.fingerprint),
@@ -305,10 +303,7 @@ def _signature(path: Path) -> Inspection:
             _set("calibration", record.calibration, record.calibration_images),
         ),
         mergeable=signature.mergeable,
-        guarantee=Guaranteed(
-            guarantee.mode, guarantee.alpha, CONFIDENCE if guarantee.certain else None,
-            guarantee.statement(),
-        ),
+        guarantee=calibration.guarantee.described(),
         provenance=record.provenance,
     )  # fmt: skip
 

@@ -158,7 +158,6 @@ def _build(
     guarantee = Guarantee(config.alpha, config.guarantee, config.max_error)
     how = How(method, config.granularity, threshold, guarantee, config.seed, config.mergeable)
     images, held_out = _images(config, source)
-    check_images(len(held_out), guarantee, len(images.classes))
     model = source.model.on(device)
     model.watched = config.points or tuple(source.training.get("points", ()))
     model.precision = choose_precision(config.amp, model, torch.inference_mode()(model))

@@ -25,6 +25,7 @@ from torch import Tensor
 from covcli.core.choices import Mode
 from covcli.core.errors import CovcliError
 from covcli.core.specs import suggestion
+from covcli.reporting.documents import Guaranteed
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 CONFIDENCE = 0.95
@@ -272,6 +273,11 @@ class Guarantee:
         """Return the guarantee in words, with its limits."""
         alarms = _STATEMENTS[self.mode].format(alpha=f"{self.alpha:g}")
         return f"{alarms} {self._error_statement()}{ENDS}"
+
+    def described(self) -> Guaranteed:
+        """Return the guarantee for a document of results."""
+        confidence = CONFIDENCE if self.certain else None
+        return Guaranteed(self.mode, self.alpha, confidence, self.statement())
 
     def _error_statement(self) -> str:
         if self.max_error is None:

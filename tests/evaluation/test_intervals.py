@@ -15,7 +15,7 @@ from covcli.evaluation.intervals import (
     combined,
     exponential_curves,
     logit_span,
-    mean_area_span,
+    mean_area,
     newcombe,
     threshold_ranks,
 )
@@ -159,12 +159,12 @@ def test_the_mean_over_equal_sets_is_as_uncertain_as_one_of_them() -> None:
     one = Curves(trusted, untrusted).placements()
     others = [Curves(trusted, generator.normal(1, 1, 5000)).placements() for _ in range(4)]
     # With so many untrusted images only the trusted ones count, which all sets share.
-    mean, single = mean_area_span(others), one.span()
+    mean, single = mean_area(others), one.span()
     assert mean.high - mean.low == pytest.approx(single.high - single.low, rel=0.1)
     # With so many trusted images only the untrusted ones count, which no sets share.
     many = generator.normal(0, 1, 20_000)
     apart = [Curves(many, generator.normal(1, 1, 200)).placements() for _ in range(4)]
-    mean, single = mean_area_span(apart), apart[0].span()
+    mean, single = mean_area(apart), apart[0].span()
     assert mean.high - mean.low == pytest.approx((single.high - single.low) / 2, rel=0.15)
 
 
