@@ -179,7 +179,7 @@ class GaussScorer(Scorer):
     deviation: Tensor
     places: Tensor
     counts: Tensor
-    precision: Tensor
+    unit: Tensor
 
     def __init__(self, layout: Layout, model: StoredModel) -> None:
         device = model.mean.device
@@ -188,7 +188,7 @@ class GaussScorer(Scorer):
             "deviation": model.deviation,
             "places": layout.value_columns.to(device, copy=True),
             "counts": torch.tensor(layout.values, dtype=torch.float64, device=device),
-            "precision": 1 / model.rest,
+            "unit": model.deviation * torch.cat(_per_value(model.rest.sqrt(), layout)),
         }
         super().__init__(layout, {**buffers, **_stacked(model, layout)})
 
@@ -199,24 +199,21 @@ class GaussScorer(Scorer):
     def measure(self, neurons: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return log(d²/V), made finite, and the displacement along the directions, (B, L) each.
 
-        With z the values in deviations from the class, q their leading components, Λ these
-        components' variances and σ² that of the rest, d² = ‖z − Uᵀq‖²/σ² + Σ q²/λ. No term is
-        negative, and none cancels another.
+        With z the values' distances from the class in deviations, times 1/σ for the variance σ² of
+        the rest, q their leading components, and λ these components' variances, d² is
+        ‖z − Uᵀq‖² + Σ q²·σ²/λ. No term is negative, and none cancels another.
         """
-        squares, along, first = [], [], 0
-        values = (self._away(neurons, classes) / self.deviation).clamp(-FARTHEST, FARTHEST)
+        squares, along = [], []
+        values = (self._away(neurons, classes) / self.unit).clamp(-FARTHEST, FARTHEST)
         for number, block in enumerate(blocks(values, self.layout.values)):
-            basis, inverse, directions = (
-                self.get_buffer(f"{name}_{number}") for name in ("basis", "inverse", "direction")
+            basis, weights, further = (
+                self.get_buffer(f"{name}_{number}") for name in ("basis", "weights", "further")
             )
-            last = first + block.shape[1]
             mine = block.permute(1, 2, 0)
             leading = basis @ mine
             rest = (mine - basis.mT @ leading).square().sum(1, dtype=torch.float64)
-            known = (leading.square() * inverse).sum(1, dtype=torch.float64)
-            squares.append(rest * self.precision[first:last, None] + known)
-            along.append((directions @ mine).flatten(0, 1))
-            first = last
+            squares.append(rest + (weights @ leading.square())[:, 0])
+            along.append((further @ mine).flatten(0, 1))
         limits = torch.finfo(torch.float64)
         costs = torch.cat(squares).T / self.counts
         return torch.log(costs.clamp(limits.tiny, limits.max)), torch.cat(along).T.double()
@@ -242,29 +239,33 @@ class GaussScorer(Scorer):
         return neurons.index_select(1, self.places) - self.mean.index_select(0, classes)
 
 
-def _stacked(model: StoredModel, layout: Layout) -> dict[str, Tensor]:
-    """Stack the models of consecutive points of equal width.
+def _per_value(of_points: Tensor, layout: Layout) -> list[Tensor]:
+    """Return one number a point (L,) once a value of that point."""
+    return [each.expand(width) for each, width in zip(of_points, layout.values, strict=True)]
 
-    Per run: `basis`, (points, r, V), with rows of 0 at points of a lower rank; `inverse`, the
-    inverse eigenvalues, (points, r, 1); `direction`, (points, 1, V), or no rows without directions.
+
+def _stacked(model: StoredModel, layout: Layout) -> dict[str, Tensor]:
+    """Stack the models of consecutive points of equal width, in units of σ.
+
+    Per run: `basis`, the leading directions U of each point, (points, r, V), with rows of 0 at
+    points of a lower rank; `weights`, the factors σ²/λ of squares, (points, 1, r); and `further`,
+    the further direction of each point, (points, 1, V), or no rows.
     """
-    stacked, first = {}, 0
+    stacked: dict[str, Tensor] = {}
+    first = 0
     for number, (width, run) in enumerate(groupby(layout.values)):
         mine = slice(first, first + len(list(run)))
-        bases, values = model.bases[mine], model.eigenvalues[mine]
+        bases, rest = model.bases[mine], model.rest[mine, None, None]
         rank = max(len(basis) for basis in bases)
-        stacked[f"basis_{number}"] = torch.stack(
-            [pad(basis, (0, 0, 0, rank - len(basis))) for basis in bases]
-        )
-        stacked[f"inverse_{number}"] = torch.stack(
-            [pad(1 / part, (0, rank - len(part))) for part in values]
-        )[:, :, None]
-        directions = model.directions[mine]
-        stacked[f"direction_{number}"] = (
-            torch.stack(list(directions))[:, None]
-            if directions
-            else model.mean.new_zeros(len(bases), 0, width)
-        )
+        weights = torch.stack([pad(1 / e, (0, rank - len(e))) for e in model.eigenvalues[mine]])
+        further = model.mean.new_zeros(len(bases), 0, width)
+        if model.directions:
+            further = torch.stack(list(model.directions[mine]))[:, None] * rest.sqrt()
+        stacked |= {
+            f"basis_{number}": torch.stack([pad(b, (0, 0, 0, rank - len(b))) for b in bases]),
+            f"weights_{number}": weights[:, None] * rest,
+            f"further_{number}": further,
+        }
         first = mine.stop
     return stacked
 
