@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -61,8 +62,12 @@ class FakeCuda:
 
 @contextmanager
 def fake_cuda() -> Iterator[FakeCuda]:
-    """Let a block use the device."""
+    """Let a block use the device; skip the test where torch wants a driver even for it."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, Copies() as copies:
+        try:
+            torch.empty(1, device=CUDA)[:1]
+        except RuntimeError as error:  # an older torch, built for CUDA, where there is none
+            pytest.skip(str(error).splitlines()[0])
         yield FakeCuda(mode, copies)
 
 
