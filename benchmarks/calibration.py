@@ -234,7 +234,7 @@ def wrong_answers(
     """Return, for calibrations that were not refused, the error rate and the share that passes."""
     parts = (trusted.scores["coverage"], trusted.scores["softmax"], trusted.predicted,
              trusted.predicted != trusted.label)  # fmt: skip
-    columns = [torch.from_numpy(np.ascontiguousarray(part)) for part in parts]
+    columns = [torch.from_numpy(np.array(part)) for part in parts]
     classes = tuple(map(str, range(int(trusted.predicted.max()) + 1)))
     combination = fit_combination(torch.eye(2, dtype=torch.float64), [])  # not used: scores exist
     pairs = []
