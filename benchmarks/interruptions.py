@@ -102,7 +102,7 @@ COMMANDS = {
                              Path("camera.drift"), partial=counted),
     "export": Command([*EXPORT, "monitor.pt2"], Path("monitor.pt2")),
     "compare": Command(["compare", "a.safetensors", "b.safetensors", "--force", "--output",
-                        "changes.html"], Path("changes.html")),
+                        "changes"], Path("changes/comparison.html")),
     "points": Command(["points", str(RUN / "checkpoint.pt")], RUN / "checkpoint.pt"),
 }  # fmt: skip
 
@@ -255,7 +255,7 @@ class Trials:
         beside = [result]
         if result.name == "evaluation.json":
             beside += [result.with_name("scores.csv.gz"), result.with_name("samples.npz")]
-        if result.name == "report.html":
+        if result.name in ("report.html", "comparison.html"):
             beside += [result.with_name("report.md")]
         return {path.relative_to(folder): meaning(path) for path in beside}
 
