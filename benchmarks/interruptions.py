@@ -256,7 +256,7 @@ class Trials:
         if result.name == "evaluation.json":
             beside += [result.with_name("scores.csv.gz"), result.with_name("samples.npz")]
         if result.name in ("report.html", "comparison.html"):
-            beside += [result.with_name("report.md")]
+            beside += [result.with_suffix(".md")]
         return {path.relative_to(folder): meaning(path) for path in beside}
 
     def trial(self, name: str, disturb: Callable[[int, float], str | None], tally: Ledger) -> None:

@@ -338,25 +338,24 @@ class RangeScorer(CostScorer):
 
     low: Tensor
     high: Tensor
-    reach: Tensor
+    lowest: Tensor
+    highest: Tensor
 
     def __init__(
         self, layout: Layout, ranges: Ranges, more: Mapping[str, Tensor] | None = None
     ) -> None:
-        reach, most = ranges.reach(layout.sizes), torch.finfo(ranges.low.dtype).max
-        ends = {
-            "low": (ranges.low - reach).clamp_min(-most),
-            "high": (ranges.high + reach).clamp_max(most),
-        }
-        super().__init__(layout, {**ends, "reach": reach, **(more or {})})
+        reach = ranges.reach(layout.sizes)
+        ends = {"low": ranges.low, "high": ranges.high}
+        wider = {"lowest": ranges.low - reach, "highest": ranges.high + reach}
+        super().__init__(layout, {**ends, **wider, **(more or {})})
 
     def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:
         """Return 1 outside the range, 0 inside; `classes` may be one class for all images."""
         return self._nearest(part, neurons, classes).ne_(neurons)  # NaN is outside
 
     def _nearest(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:
-        """Return the nearest values in the ranges."""
-        return neurons.clamp(held(self.low, part, classes), held(self.high, part, classes))
+        """Return the nearest values in the ranges, or within rounding of them."""
+        return neurons.clamp(held(self.lowest, part, classes), held(self.highest, part, classes))
 
     def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return log(mean cost + 1/neurons) of each point, float64 of shape (B, L)."""
@@ -386,11 +385,11 @@ class RangeScorer(CostScorer):
 
     def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return which neurons are in the closed range of their class, or within rounding of it."""
-        low, high = self.span(classes)
+        low, high = (ends.index_select(0, classes) for ends in (self.lowest, self.highest))
         return (neurons >= low) & (neurons <= high)
 
     def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the ranges of those classes, and what is within rounding of them."""
+        """Return the ranges of those classes."""
         return self.low.index_select(0, classes), self.high.index_select(0, classes)
 
     def soft_costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
@@ -401,8 +400,8 @@ class RangeScorer(CostScorer):
     def _finite(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return finite bounds and a positive width of each class's ranges, each (classes, N)."""
         known = self.low <= self.high  # a class without images has an empty range
-        low = torch.where(known, self.low + self.reach, 0.0).to(dtype)
-        high = torch.where(known, self.high - self.reach, 0.0).to(dtype)
+        low = torch.where(known, self.low, 0.0).to(dtype)
+        high = torch.where(known, self.high, 0.0).to(dtype)
         width = high - low
         typical = width.sum(0) / known.sum(0).clamp_min(1)
         least = torch.where(typical > 0, LEAST_WIDTH * typical, 1.0)
@@ -420,7 +419,6 @@ class SectionScorer(RangeScorer):
         Defines the sections and their costs.
     """
 
-    start: Tensor
     scale: Tensor
     table: Tensor
     numbers: Tensor
@@ -433,7 +431,7 @@ class SectionScorer(RangeScorer):
         table = method.table(state)
         small = table.numel() < 1 << 31  # int32 is faster
         numbers = torch.arange(state.layout.neurons, dtype=torch.int32 if small else torch.int64)
-        sections = {"start": ranges.low, "scale": scale, "table": table}
+        sections = {"scale": scale, "table": table}
         super().__init__(state.layout, ranges, {**sections, "numbers": numbers.to(table.device)})
         self.method = method
 
@@ -457,7 +455,7 @@ class SectionScorer(RangeScorer):
         """Return the index of each neuron's cost in the flattened table."""
         nearest = self._nearest(part, neurons, classes)
         outside = nearest.ne(neurons)
-        above = nearest.sub_(held(self.start, part, classes))
+        above = nearest.sub_(held(self.low, part, classes))
         row = self.method.place(above, held(self.scale, part, classes))
         row.masked_fill_(outside, self.method.sections + 1)
         rows, width = self.table.shape[1:]
