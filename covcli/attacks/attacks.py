@@ -277,6 +277,7 @@ def carlini_wagner(spec: Spec) -> Attack:
         stepsize=spec.take("stepsize", fraction, 0.05),
         initial_const=spec.take("initial_const", fraction, 1.0),
         binary_search_steps=spec.take("binary_search_steps", STEPS, 5),
+        abort_early=False,  # else one rise of the summed loss, usual at first, ends a search
     )
     return _nearest(attack, images=100)
 
