@@ -28,6 +28,8 @@ SPARE, STEPS = 16, 8
 # The smallest deviation of a neuron, as a share of its point's root mean square deviation. Without
 # it, a neuron that never fired on trusted images would outweigh all others.
 LEAST_DEVIATION = 0.01
+# Eigenvalues of a sketch's core below this share of the largest are rounding.
+ROUNDED = 1e-10
 POSITIVE = ("deviation", "eigenvalues", "rest")
 FINITE = (*POSITIVE, "mean", "basis", "direction")
 
@@ -280,17 +282,15 @@ def _leading(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _from_sketch(products: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Return the leading eigenvectors and eigenvalues of R from R·Ω and Ω, each (V, m).
 
-    Algorithm 3 of Tropp et al. (2017): the Nyström approximation of R, shifted to be stable.
+    The Nyström approximation R·Ω·(Ωᵀ·R·Ω)⁺·(R·Ω)ᵀ, which is exact if R has no higher rank than Ω.
     """
-    shift = torch.finfo(products.dtype).eps * products.norm() / test.norm() * len(test) ** 0.5
-    shift = shift.clamp_min(torch.finfo(products.dtype).tiny)
-    shifted = products + shift * test
-    core = test.T @ shifted
-    factor = torch.linalg.cholesky((core + core.T) / 2)
-    root = torch.linalg.solve_triangular(factor, shifted.T, upper=False).T
-    vectors, values, _ = torch.linalg.svd(root, full_matrices=False)
-    rank = min(MOST_RANK, len(values))
-    return vectors.T[:rank].contiguous(), (values.square() - shift).clamp_min(0)[:rank]
+    core = test.T @ products
+    values, turned = torch.linalg.eigh((core + core.T) / 2)
+    sound = values > ROUNDED * values[-1]  # the others are 0 but for rounding
+    root = products @ turned[:, sound] / values[sound].sqrt()
+    vectors, singular, _ = torch.linalg.svd(root, full_matrices=False)
+    rank = min(MOST_RANK, len(singular))
+    return vectors.T[:rank].contiguous(), singular.square()[:rank]
 
 
 def class_means(state: State) -> Tensor:

@@ -148,6 +148,23 @@ def test_a_sketch_gives_the_covariance_of_low_rank(name: str) -> None:
     np.testing.assert_allclose(stored, shrunk, atol=0.01)
 
 
+@pytest.mark.parametrize("rank", [1, 57, 79])
+def test_a_sketch_is_exact_up_to_its_number_of_combinations(rank: int) -> None:
+    """So it is for fewer images than that, whatever the values."""
+    generator = np.random.default_rng(rank)
+    factor = generator.normal(size=(300, rank)) * np.logspace(-1, 1, 300)[:, None]
+    matrix = factor @ factor.T
+    test = generator.choice([-1.0, 1.0], (300, sums_of_products.COMBINATIONS))
+    test *= np.logspace(1, -1, 300)[:, None]
+    basis, eigenvalues = normal._from_sketch(*map(torch.from_numpy, (matrix @ test, test)))
+    expected, vectors = np.linalg.eigh(matrix)
+    known = min(rank, 64)
+    np.testing.assert_allclose(eigenvalues[:known], expected[::-1][:known], rtol=1e-6)
+    assert float(eigenvalues[known:].sum()) < 1e-6 * expected.sum() or rank > 64
+    inner = basis[:known].numpy() @ vectors[:, ::-1][:, :known]
+    np.testing.assert_allclose(np.abs(inner), np.eye(known), atol=1e-4)
+
+
 @pytest.mark.usefixtures("sketched")
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), cut=st.integers(1, 199))
