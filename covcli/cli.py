@@ -189,7 +189,6 @@ def evaluate(
     from covcli.data.openood import expand
     from covcli.evaluation import gates
     from covcli.evaluation.evaluate import evaluate
-    from covcli.evaluation.inputs import output_folder
 
     with working(common, config.device, config.seed) as work:
         config = replace(config, untrusted=expand(config.untrusted, config.data_dir))
@@ -202,7 +201,7 @@ def evaluate(
         result = evaluate(replace(config, gates=tuple(wanted)), work.progress)
     if work.first:
         _show_evaluation(result, output, common.json)
-    folder = output_folder(config)
+    folder = Path(result.files["evaluation.json"]).parent
     work.advise(f"results in {folder}; next: covcli report {quote(str(folder))}")
     if not all(gate.passed for gate in result.gates):
         raise typer.Exit(ExitCode.GATE_FAILED)

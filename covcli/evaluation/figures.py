@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from covcli.attacks import attacks
-from covcli.core import files, runtime
+from covcli.core import runtime
 from covcli.core.specs import Spec, parse
 from covcli.data.images import ImageSet
 from covcli.evaluation import metrics
@@ -135,7 +135,7 @@ def _signature_figures(job: Job) -> EvaluatedSignature:
         path=str(job.signature),
         checkpoint=str(job.checkpoint),
         checkpoint_fingerprint=signature.fingerprint,
-        signature_fingerprint=files.digest_file(job.signature),
+        signature_fingerprint=job.signature_digest,
         trusted=record.trusted,
         calibration=record.calibration,
         calibration_scores=len(job.judge.calibration.scores),

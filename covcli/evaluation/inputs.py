@@ -42,6 +42,8 @@ class Job:
         The output files, by name.
     checkpoint, signature
         The input files.
+    signature_digest
+        The digest of the signature's file.
     judge, record
         The judge and the signature's record.
     rules
@@ -60,6 +62,7 @@ class Job:
     files: dict[str, Path]
     checkpoint: Path
     signature: Path
+    signature_digest: str
     judge: Judge
     rules: dict[str, Rule]
     record: Record
@@ -74,7 +77,7 @@ class Job:
         guarantee, device = self.judge.rule.guarantee, self.judge.model.mean.device
         versions = [torch.__version__, __version__, str(device)]
         described = [vars(guarantee), versions, self.plan.names, self.plan.versions]
-        return files.digest([files.digest_file(self.signature), described])
+        return files.digest([self.signature_digest, described])
 
 
 def load_job(config: EvaluationConfig) -> Job:
@@ -87,7 +90,7 @@ def load_job(config: EvaluationConfig) -> Job:
     config = replace(config, untrusted=datasets.expand(config.untrusted, config.data_dir))
     gates.check_names(config.gates, config.untrusted)
     checkpoint_path, signature_path = find_files(config)
-    output = output_folder(config)
+    output = config.output or run_folders.short(signature_path.parent)
     outputs = {name: output / name for name in ("evaluation.json", SCORES, SAMPLES)}
     for path in outputs.values():
         files.refuse_existing(path, config.force)
@@ -101,7 +104,7 @@ def load_job(config: EvaluationConfig) -> Job:
     plan = compare.prepare(config.baselines, judge, record, config.data_dir, [config.trusted])
     sets = {t: opener(t, judge, trusted, config.data_dir) for t in config.untrusted}
     return Job(
-        config, outputs, checkpoint_path, signature_path, judge,
+        config, outputs, checkpoint_path, signature_path, files.digest_file(signature_path), judge,
         {"coverage": judge.rule, "softmax": softmax}, record, trusted,
         {"trusted": Opener.of(trusted), **sets}, plan, warnings,
     )  # fmt: skip
@@ -122,11 +125,6 @@ def _check_names(config: EvaluationConfig) -> None:
     if config.model is not None:
         architecture(config.model)
     compare.expand(config.baselines)
-
-
-def output_folder(config: EvaluationConfig) -> Path:
-    """Return the folder that an evaluation writes into, by default the signature's."""
-    return config.output or run_folders.short(find_files(config)[1].parent)
 
 
 def _trusted(
