@@ -14,6 +14,7 @@ from torch import Tensor
 from covcli.methods.state import Expected
 
 LAST = 255  # the largest code
+PIECE = 1 << 20  # the number of values that are encoded or decoded at once
 LARGEST_BASE = 32767
 LEAST_EXPONENT, LAST_EXPONENT = -128, 127
 UNITS = [math.ldexp(1.0, e) for e in range(LEAST_EXPONENT, LAST_EXPONENT + 1)]
@@ -77,6 +78,9 @@ class Coding:
             torch.round; or torch.floor and torch.ceil, which decode to no more and to no less than
             the value.
         """
+        return torch.cat([self._encoded(part, rounding) for part in _pieces(rows)])
+
+    def _encoded(self, rows: Tensor, rounding: Round) -> Tensor:
         given = rows.double().cpu()
         steps = (given / _units(self.exponent) - self.base.double()).clamp_min(0)
         codes = rounding(steps if self.power == 1 else steps.sqrt()).clamp_(0, LAST)
@@ -90,10 +94,16 @@ class Coding:
     def decode(self, codes: Tensor) -> Tensor:
         """Return the values of codes, finite float32 of the same shape."""
         most = torch.finfo(torch.float32).max
-        return self._exactly(codes.cpu().double()).clamp_(-most, most).float()
+        parts = (self._exactly(part.cpu().double()) for part in _pieces(codes))
+        return torch.cat([part.clamp_(-most, most).float() for part in parts])
 
     def _exactly(self, codes: Tensor) -> Tensor:
         return (self.base.double() + codes**self.power) * _units(self.exponent)
+
+
+def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
+    """Return rows (K, V) in pieces, whose float64 copies take little memory."""
+    return rows.split(max(1, PIECE // max(1, rows[0].numel()))) if len(rows) else (rows,)
 
 
 def _units(exponent: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from covcli.methods.moments import rescaled
 from covcli.methods.normal import (
     StoredModel,
     check_normal,
-    class_means,
     expected_normal,
     fit_normal,
     within,
@@ -95,9 +94,9 @@ class Ensemble(Method):
         """Fix ranges and units after the first pass; the second pass computes sums."""
         if "unit" in state.tensors:
             return None
-        ends = torch.cat([*state.tensors.values()]).abs()
-        seen = torch.where(ends.isfinite(), ends, 0.0)  # infinite: a class not seen
-        peaks = state.layout.values_of(seen).amax(0)
+        largest = torch.maximum(state["high"].amax(0), -state["low"].amin(0))
+        largest = torch.where(largest.isfinite(), largest, 0.0)  # infinite: no image at all
+        peaks = state.layout.values_of(largest[None])[0]
         return self.gauss.summing(state.layout, peaks, **state.tensors)
 
     def begin_noisy(self, state: State) -> State:
@@ -108,7 +107,7 @@ class Ensemble(Method):
         """Add noisy copies to their sums."""
         layout = noisy.layout
         whole = whole_numbers(noisy, layout.values_of(neurons))
-        noisy["noisy_total"].index_add_(0, labels, whole.long())
+        noisy["noisy_total"].add_(whole.long().sum(0))
         add_counts(noisy["noisy_count"], labels)
 
     def align(self, parts: Sequence[State]) -> list[State]:
@@ -132,14 +131,18 @@ class Ensemble(Method):
         device, sums = sums["unit"].device, sums.to(torch.device("cpu"))
         shift = noise_shift(sums)
         model = fit_normal(sums, self.shrinkage, self.spec(), shift)
-        ranges = {key: sums[key].clone() for key in RANGE_TENSORS}
+        ranges = {key: sums[key] for key in RANGE_TENSORS}
         coded = cache(lambda: coded_ranges(**ranges))
-        return within(
+        state = within(
             sums.layout,
             room,
             lambda: ranges | model.exact(),
             lambda rank: coded() | model.compact(rank),
-        ).to(device)
+        )
+        for key, tensor in ranges.items():
+            if state[key] is tensor:  # shared with the sums, which may be kept too
+                state.tensors[key] = tensor.clone()
+        return state.to(device)
 
     def prepare(self, state: State) -> "EnsembleScorer":
         """Return the scorer of all members; a state of sums is condensed first."""
@@ -224,12 +227,10 @@ def coded_ranges(low: Tensor, high: Tensor) -> dict[str, Tensor]:
 
     The code of the lower end of a class without images is larger than that of the upper end.
     """
-    known = low <= high
-    lowest = torch.where(known, low, torch.inf).amin(0)
-    highest = torch.where(known, high, -torch.inf).amax(0)
-    seen = known.any(0)
+    lowest, highest = low.amin(0), high.amax(0)  # a class without images has (inf, -inf)
+    seen = lowest <= highest
     coding = Coding.over(torch.where(seen, lowest, 0.0), torch.where(seen, highest, 0.0), power=2)
-    empty = ~known
+    empty = low > high
     return {
         "low": coding.encode(low.masked_fill(empty, 0.0), torch.floor).masked_fill_(empty, 1),
         "high": coding.encode(high.masked_fill(empty, 0.0), torch.ceil).masked_fill_(empty, 0),
@@ -251,14 +252,13 @@ def stored_ranges(state: State) -> Ranges:
 
 def noise_shift(state: State) -> Tensor:
     """Return the sum over noisy copies of their displacement from their class, shape (V,)."""
-    count = state["noisy_count"].double()
-    noisy = state["noisy_total"] * state["unit"]
-    return (noisy - count[:, None] * class_means(state)).sum(0)
+    copies = state["noisy_count"] / state["count"].clamp_min(1).double()  # of each image
+    return (state["noisy_total"] - copies @ state["total"].double()) * state["unit"]
 
 
 def noisy_sums(layout: Layout) -> Expected:
     """Return the type and shape of the sums over noisy copies."""
     return {
-        "noisy_total": (torch.int64, (layout.classes, sum(layout.values))),
+        "noisy_total": (torch.int64, (sum(layout.values),)),
         "noisy_count": (torch.int64, (layout.classes,)),
     }

@@ -9,6 +9,7 @@ values around their class means, shrunk towards the identity.
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -88,14 +89,17 @@ class NormalModel:
 
     def compact(self, rank: int) -> dict[str, Tensor]:
         """Return the tensors in codes and half precision, with at most `rank` directions."""
-        mean = self.mean.float()
-        coding = Coding.over(mean.amin(0), mean.amax(0))
         return {
-            "mean": coding.encode(mean, torch.round),
-            **coding_tensors(coding, "mean"),
+            **self._coded_mean,
             "deviation": self.deviation.bfloat16(),
             **self._factors(rank, torch.float16),
         }
+
+    @cached_property
+    def _coded_mean(self) -> dict[str, Tensor]:
+        mean = self.mean.float()
+        coding = Coding.over(mean.amin(0), mean.amax(0))
+        return {"mean": coding.encode(mean, torch.round), **coding_tensors(coding, "mean")}
 
     def _factors(self, most: int, kind: torch.dtype) -> dict[str, Tensor]:
         ranks = [min(most, len(point.eigenvalues)) for point in self.points]
@@ -298,7 +302,9 @@ def class_means(state: State) -> Tensor:
     count = state["count"].to(torch.float64)[:, None]
     total = state["total"] * state["unit"]
     overall = total.sum(0) / count.sum().clamp_min(1)
-    return torch.where(count > 0, total / count.clamp_min(1), overall)
+    means = total.div_(count.clamp_min(1))
+    means[count[:, 0] == 0] = overall
+    return means
 
 
 def within(
