@@ -280,7 +280,7 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def subprocess_job(job: str) -> dict[str, float]:
+def subprocess_job(job: str) -> dict[str, Any]:
     """Run this script again in a process of its own, and return the numbers that it prints.
 
     A process begins with its parent's peak, so memory is measured before the parent has loaded

@@ -68,7 +68,7 @@ def taught(images: ImageSet) -> Matched:
         _check_range(images, len(images.classes))
         if absent := _absent(images.classes, present):
             raise CovcliError(
-                f"no image of {_listed('class', absent)}: a network cannot learn it",
+                f"no image of {listed('class', absent)}: a network cannot learn it",
                 where=images.name,
                 fix="add images, or remove the class",
             )
@@ -136,12 +136,12 @@ def matched(images: ImageSet, classes: Sequence[str]) -> Matched:
         unknown = [name for name in names if name not in known]
     if unknown:
         raise CovcliError(
-            f"{_listed('class', unknown)} is unknown to the network",
+            f"{listed('class', unknown)} is unknown to the network",
             where=images.name,
             fix=suggestion(unknown[0], list(classes[:NAMED])),
         )
     if absent := _absent(classes, numbers.unique()):
-        notes.append(f"{images.name}: no image of {_listed('class', absent)}")
+        notes.append(f"{images.name}: no image of {listed('class', absent)}")
     return Matched(_numbered_as(images, numbers, classes), tuple(notes))
 
 
@@ -194,7 +194,14 @@ def _absent(classes: Sequence[str], present: Tensor) -> list[str]:
     return [name for k, name in enumerate(classes) if k not in there]
 
 
-def _listed(kind: str, names: Sequence[str]) -> str:
+def listed(kind: str, names: Sequence[str]) -> str:
+    """Return the kind and the first names, quoted, and how many more there are.
+
+    Examples
+    --------
+    >>> listed("class", ["ant", "bee"])
+    "class 'ant', 'bee'"
+    """
     return f"{kind} {_spelled([repr(name) for name in names])}"
 
 

@@ -68,11 +68,16 @@ def by_class(
     classes
         Class names.
     """
-    return [_of_class(rule, k, flagged[predicted == k], name) for k, name in enumerate(classes)]
+    counts = (
+        torch.bincount(some, minlength=len(classes)).tolist()
+        for some in (predicted, predicted[flagged])
+    )
+    every = zip(classes, *counts, strict=True)
+    return [_of_class(rule, k, *each) for k, each in enumerate(every)]
 
 
-def _of_class(rule: Rule, k: int, flagged: Tensor, name: str) -> ClassAlarms:
-    images, alarms, scores = len(flagged), int(flagged.sum()), int(rule.counts[k])
+def _of_class(rule: Rule, k: int, name: str, images: int, alarms: int) -> ClassAlarms:
+    scores = int(rule.counts[k])
     low, high = binomial_interval(alarms, images) if images else (None, None)
     guaranteed = images and rule.guarantee.each_class
     return ClassAlarms(

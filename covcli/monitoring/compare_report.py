@@ -13,10 +13,9 @@ from covcli.reporting.blocks import Block, Picture, Section
 from covcli.reporting.headline import Outcome
 from covcli.reporting.pictures import MOST_LABELS, TEXT, colour, label, new_axes, thinned
 from covcli.reporting.report import Page, ReportResult, holding_together, write_page
-from covcli.reporting.tables import FIGURES, Table, difference, percent
+from covcli.reporting.tables import FIGURES, MOST_CLASSES, Table, difference, of_most, percent
 
 STEM = "comparison"
-MOST_CLASSES = 20
 NAMES = {
     **FIGURES, "accuracy": "accuracy", "false_alarm_rate": "false alarms",
     "softmax_auroc": "softmax AUROC",
@@ -77,7 +76,8 @@ def classes_table(change: Change) -> Table:
     """Tabulate how far the neurons of each class moved, in descending order."""
     order = np.argsort(change.by_class)[::-1][:MOST_CLASSES]
     rows = [[change.classes[k], f"{change.by_class[k]:.3g}"] for k in order]
-    return Table(f"By class: {change.distance}", ["class", "moved"], rows)
+    shown = of_most(len(change.classes), "classes", "")
+    return Table(f"By class ({shown}): {change.distance}", ["class", "moved"], rows)
 
 
 def channels_table(change: Change) -> Table:
@@ -108,7 +108,12 @@ def _end(value: float) -> str:
 
 def _missing(before: Sequence[str], after: Sequence[str]) -> list[str]:
     pairs = (("the first", before), ("the second", after))
-    return [f"Only in {which}: {', '.join(names)}." for which, names in pairs if names]
+    return [f"Only in {which}: {_named(names)}." for which, names in pairs if names]
+
+
+def _named(names: Sequence[str]) -> str:
+    more = len(names) - MOST_CLASSES
+    return ", ".join(names[:MOST_CLASSES]) + (f" and {more} more" if more > 0 else "")
 
 
 # The report

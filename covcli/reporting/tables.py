@@ -26,6 +26,7 @@ from covcli.reporting.documents import (
 NONE = "–"
 FIGURE_BEGINS = "0123456789[<>+−-–"
 MOST_NAMED = 8  # the largest number of sets that a verdict lists
+MOST_CLASSES = 20  # the largest number of rows of a table with one row a class
 FIGURES = {
     "auroc": "AUROC",
     "aupr_out": "AUPR-out",
@@ -230,25 +231,36 @@ def highest_class(result: EvaluationResult) -> str:
     )
 
 
-def class_alarms(result: EvaluationResult, most: int | None = None) -> Table:
-    """Return the table of false alarms by predicted class, the highest rates first.
+def class_alarms(result: EvaluationResult) -> Table:
+    """Return the table of the highest rates of false alarms by predicted class, highest first.
 
-    Parameters
-    ----------
-    result
-        The evaluation.
-    most
-        The number of classes to list; None: all.
+    It has at most MOST_CLASSES rows, and says so; evaluation.json has all classes.
     """
     classes = _highest(result)
     rows = [
         [c.name, str(c.images), str(c.alarms), interval(c), percent(c.promised_high),
          str(c.calibration_scores)]
-        for c in classes[:most]
+        for c in classes[:MOST_CLASSES]
     ]  # fmt: skip
-    title = f"False alarms by predicted class, highest rates first ({len(classes)} classes)"
+    shown = of_most(len(classes), "classes")
+    title = f"False alarms by predicted class, highest rates first ({shown})"
     head = ["predicted class", "images", "alarms", "rate", "promised at most", "calibration scores"]
     return Table(title, head, rows)
+
+
+def of_most(count: int, what: str, where: str = "; evaluation.json has all") -> str:
+    """Return how many rows a table that lists at most MOST_CLASSES shows.
+
+    Examples
+    --------
+    >>> of_most(10, "classes"), of_most(1000, "classes", "")
+    ('10 classes', 'the first 20 of 1000 classes')
+    """
+    return (
+        f"{count} {what}"
+        if count <= MOST_CLASSES
+        else f"the first {MOST_CLASSES} of {count} {what}{where}"
+    )
 
 
 def _highest(result: EvaluationResult) -> list[ClassAlarms]:

@@ -23,7 +23,6 @@ from covcli.reporting import tables
 if TYPE_CHECKING:
     from covcli.reporting.documents import EvaluationResult, Explanation
 
-CLASSES_SHOWN = 20
 PIPE = 160  # columns, where nothing says how many there are
 HARD = "\N{NO-BREAK SPACE}"
 
@@ -102,7 +101,7 @@ def show_blocks(blocks: Iterable["str | tables.Table"]) -> None:
 def _show_all(console: Console, result: "EvaluationResult") -> None:
     """Print the tables that the overview does not contain."""
     _show(console, f"Signature {result.signature.parameters}. {tables.false_alarms(result)}")
-    _show(console, tables.class_alarms(result, CLASSES_SHOWN))
+    _show(console, tables.class_alarms(result))
     _show(console, tables.detection(result))
     if len(result.untrusted) > 1:
         _show(console, tables.means(result))

@@ -260,10 +260,11 @@ def _check_trusted(
                 where=images.name,
                 fix="train longer, or read more images",
             )
-    for k in trusted.relaxed:
+    if trusted.relaxed:
+        names = [classes[k] for k in trusted.relaxed]
         log.warning(
-            "class %s has fewer than %d images of confidence %g or more: all correct ones are used",
-            classes[k], MINIMUM_TRUSTED, threshold,
+            "fewer than %d images have a confidence of %g or more, all correct ones are used: %s",
+            MINIMUM_TRUSTED, threshold, labels.listed("class", names),
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -14,9 +15,11 @@ import pytest
 from example import outcome, result, run_folder
 
 from covcli.core.errors import CovcliError
+from covcli.reporting import pipelines
 from covcli.reporting.headline import headline
 from covcli.reporting.report import read, report
 from covcli.reporting.sections import SECTIONS
+from covcli.reporting.terminal import show_evaluation
 
 SETS = ["mnist?limit=1000", "noise:gaussian", "noise:uniform", "attack:fgsm", "attack:pgd"]
 
@@ -54,6 +57,27 @@ def test_reports_are_self_contained_and_escape_what_they_show(evaluated: Path) -
     with pytest.raises(CovcliError, match="exists"):
         report(evaluated)
     report(evaluated, force=True)
+
+
+def test_of_a_thousand_classes_the_worst_twenty_are_shown_and_the_file_has_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = result(["mnist"])
+    every = [
+        replace(few.trusted.false_alarms_by_class[0], name=f"kind-{k}", alarms=k, value=k / 1000)
+        for k in range(1000)
+    ]
+    many = replace(few, trusted=replace(few.trusted, false_alarms_by_class=every))
+    written = report(run_folder(tmp_path / "run", many))
+    show_evaluation(many, verbose=True)
+    texts = [written.html.read_text(), written.markdown.read_text(), capsys.readouterr().out]
+    for text in texts:
+        assert "the first 20 of 1000 classes; evaluation.json has all" in re.sub(r"\s+", " ", text)
+        named = set(re.findall(r"(?<!predicted )kind-\d+", text))
+        assert named == {f"kind-{k}" for k in range(980, 1000)}
+    assert set(re.findall(r"kind-\d+", pipelines.summary(many))) == {"kind-999"}
+    stored = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert len(stored["trusted"]["false_alarms_by_class"]) == 1000
 
 
 class Page(HTMLParser):
