@@ -209,11 +209,11 @@ class GaussScorer(Scorer):
             basis, weights, further = (
                 self.get_buffer(f"{name}_{number}") for name in ("basis", "weights", "further")
             )
-            mine = block.permute(1, 2, 0)
-            leading = basis @ mine
-            rest = (mine - basis.mT @ leading).square().sum(1, dtype=torch.float64)
-            squares.append(rest + (weights @ leading.square())[:, 0])
-            along.append((further @ mine).flatten(0, 1))
+            mine = block.transpose(0, 1)  # as rows: columns multiply slowly if there is only one
+            leading = mine @ basis.mT
+            rest = (mine - leading @ basis).square().sum(2, dtype=torch.float64)
+            squares.append(rest + (leading.square() @ weights.mT)[:, :, 0])
+            along.append((mine @ further.mT).mT.flatten(0, 1))
         limits = torch.finfo(torch.float64)
         costs = torch.cat(squares).T / self.counts
         return torch.log(costs.clamp(limits.tiny, limits.max)), torch.cat(along).T.double()
