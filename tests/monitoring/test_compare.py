@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,18 +77,20 @@ def test_ranges_move_by_the_farther_end_in_widths(halves: dict[str, list[StoredS
     distance = np.maximum(abs(new_low - low), abs(new_high - high)) / width
     assert change.relation == "data"
     [ranges] = change.changes
+    # A range is compared with what is within rounding of it.
+    near = partial(pytest.approx, rel=0.01, abs=1e-3)
     edges = np.cumsum([0, *before.signature.sizes])
     for point, begin, end in zip(ranges.points, edges[:-1], edges[1:], strict=True):
-        assert point.moved == pytest.approx(distance[:, begin:end].mean())
-        assert point.largest == pytest.approx(distance[:, begin:end].max())
-        assert point.classes == pytest.approx(distance[:, begin:end].mean(1))
-    assert ranges.by_class == pytest.approx(distance.mean(1))
+        assert point.moved == near(distance[:, begin:end].mean())
+        assert point.largest == near(distance[:, begin:end].max())
+        assert point.classes == near(distance[:, begin:end].mean(1))
+    assert ranges.by_class == near(distance.mean(1))
     first = ranges.channels[0]
-    assert first.moved == pytest.approx(distance.max())
+    assert first.moved == near(distance.max())
     k, column = np.unravel_index(distance.argmax(), distance.shape)
     assert first.class_name == before.signature.classes[k]
-    assert first.before == pytest.approx((low[k, column], high[k, column]))
-    assert first.after == pytest.approx((new_low[k, column], new_high[k, column]))
+    assert first.before == near((low[k, column], high[k, column]))
+    assert first.after == near((new_low[k, column], new_high[k, column]))
 
 
 @pytest.mark.parametrize("method", ["gauss", "ensemble"])
