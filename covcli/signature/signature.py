@@ -309,40 +309,53 @@ def _check(signature: Signature, calibration: Calibration) -> None:
     signature.method.check(signature.state)
     if signature.sums is not None:
         check_tensors(signature.sums, signature.method.expected(signature.layout))
-    combination = calibration.combination
-    numbers = [getattr(combination, name) for name in COMBINATION]
-    numbers += [calibration.scores, calibration.softmax]
-    if not all(t.dtype == torch.float64 and bool(t.isfinite().all()) for t in numbers):
-        raise ValueError("a calibration that is not finite")
+    _check_combination(calibration.combination, signature)
+    _check_ranking(calibration, signature.model.classes)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float64 and bool(tensor.isfinite().all())
+
+
+def _check_combination(combination: Combination, signature: Signature) -> None:
+    """Raise a ValueError unless a combination can be that of the signature's evidence."""
+    tensors = [getattr(combination, name) for name in COMBINATION]
+    if not all(map(_is_finite, tensors)):
+        raise ValueError("a combination that is not finite")
     columns = signature.method.kinds * len(signature.points)
     generalists = signature.arrangement.generalists(columns)
     experts = len(combination.weights)
     voices = len(generalists) + experts
     shapes = [(columns,), (columns,), generalists.shape, (experts, columns), (voices,), (voices,)]
-    if [tuple(getattr(combination, name).shape) for name in COMBINATION] != shapes:
+    if [tuple(tensor.shape) for tensor in tensors] != shapes:
         raise ValueError("a combination of other columns")
-    _check_tails(combination.tails, signature.arrangement.logits)
     if not torch.equal(combination.generalists, generalists):
         raise ValueError("generalists of other columns")
-    scores = calibration.scores
+    if bool((combination.scale <= 0).any() | (combination.spread <= 0).any()):
+        raise ValueError("a calibration without scale")
+    if not math.isfinite(combination.floor) or bool((combination.weights < 0).any()):
+        raise ValueError("an invalid combination")
+    _check_tails(combination.tails, signature.arrangement.logits)
+
+
+def _check_ranking(calibration: Calibration, classes: int) -> None:
+    """Raise a ValueError unless the scores of calibration images can be those of a network."""
+    scores, predicted = calibration.scores, calibration.predicted
+    if not _is_finite(scores) or not _is_finite(calibration.softmax):
+        raise ValueError("calibration scores that are not finite")
     if scores.ndim != 1 or len(scores) < 1 or scores.shape != calibration.softmax.shape:
         raise ValueError("calibration scores of other shapes")
-    predicted = calibration.predicted
-    if predicted.dtype != torch.int64 or predicted.shape != scores.shape:
-        raise ValueError("calibration classes of another shape or type than the scores")
-    if bool(((predicted < 0) | (predicted >= signature.model.classes)).any()):
-        raise ValueError("calibration classes that the network does not have")
     if bool((scores.diff() < 0).any()):
         raise ValueError("calibration scores out of order")
+    if predicted.dtype != torch.int64 or predicted.shape != scores.shape:
+        raise ValueError("calibration classes of another shape or type than the scores")
+    if bool(((predicted < 0) | (predicted >= classes)).any()):
+        raise ValueError("calibration classes that the network does not have")
     fitting, wrong = calibration.fitting, calibration.wrong
     if fitting.dtype != torch.bool or fitting.ndim != 1 or int((~fitting).sum()) != len(scores):
         raise ValueError("other calibration images than scores")
     if wrong is not None and (wrong.dtype != torch.bool or wrong.shape != scores.shape):
         raise ValueError("calibration answers of another shape or type than the scores")
-    if bool((combination.scale <= 0).any() | (combination.spread <= 0).any()):
-        raise ValueError("a calibration without scale")
-    if not math.isfinite(combination.floor) or bool((combination.weights < 0).any()):
-        raise ValueError("an invalid combination")
 
 
 def _check_tails(tails: Tails | None, columns: int) -> None:
