@@ -203,6 +203,8 @@ def meaning(path: Path) -> object:
         return _lasting(files.read_json(path))
     if path.suffix == ".drift":
         return files.digest([value for key, value in DRIFT.load(path).items() if key != "format"])
+    if path.suffix == ".prom":
+        return [line for line in path.read_text().splitlines() if "_seconds" not in line]
     if path.suffix == ".pt2":
         described = read_exported(path)
         return files.digest([described.outputs, str(described.verification), described.classes])
