@@ -21,7 +21,7 @@ from covcli.methods.normal import (
     fit_normal,
     within,
 )
-from covcli.methods.ranges import Ranges, RangeScorer, SingleRange, united
+from covcli.methods.ranges import RangeScorer, SingleRange, united
 from covcli.methods.state import Expected, State, check_tensors
 
 RANGES = SingleRange()
@@ -238,16 +238,16 @@ def coded_ranges(low: Tensor, high: Tensor) -> dict[str, Tensor]:
     }
 
 
-def stored_ranges(state: State) -> Ranges:
-    """Return a condensed state's ranges."""
+def stored_ranges(state: State) -> dict[str, Tensor]:
+    """Return the ends of a condensed state's ranges, float32 of shape (classes, N) each."""
     low, high = (state[key] for key in RANGE_TENSORS)
     if low.dtype != torch.uint8:
-        return Ranges(low, high)
+        return {"low": low, "high": high}
     coding, empty = coding_of(state.tensors, "range", power=2), low > high
-    return Ranges(
-        coding.decode(low).to(low.device).masked_fill_(empty, torch.inf),
-        coding.decode(high).to(low.device).masked_fill_(empty, -torch.inf),
-    )
+    return {
+        "low": coding.decode(low).to(low.device).masked_fill_(empty, torch.inf),
+        "high": coding.decode(high).to(low.device).masked_fill_(empty, -torch.inf),
+    }
 
 
 def noise_shift(state: State) -> Tensor:

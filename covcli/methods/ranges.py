@@ -81,7 +81,7 @@ class SingleRange(Method):
 
     def prepare(self, state: State) -> "RangeScorer":
         """Return the scorer that compares neurons with the ranges."""
-        return RangeScorer(state.layout, Ranges(state["low"], state["high"]))
+        return RangeScorer(state.layout, {"low": state["low"], "high": state["high"]})
 
     def expected(self, layout: Layout) -> Expected:
         """Return what a complete state holds."""
@@ -294,29 +294,15 @@ def united(parts: Sequence[State]) -> tuple[Tensor, Tensor]:
     return low, torch.stack([part["high"] for part in parts]).amax(0)
 
 
-@dataclass(frozen=True)
-class Ranges:
-    """The ends of each class's ranges.
+def rounding(low: Tensor, high: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return how far rounding may move each neuron, shape (N,), for ranges of shape (classes, N).
 
-    Attributes
-    ----------
-    low, high
-        float32 of shape (classes, N); +inf and -inf for a class without images.
+    It is relative to the largest end at the coverage point: a sum over a layer is as exact as its
+    terms.
     """
-
-    low: Tensor
-    high: Tensor
-
-    def reach(self, sizes: Sequence[int]) -> Tensor:
-        """Return how far rounding may move each neuron, shape (N,), for points of these sizes.
-
-        It is relative to the largest end at the coverage point: a sum over a layer is as exact as
-        its terms.
-        """
-        ends = torch.maximum(self.low.abs(), self.high.abs())
-        largest = torch.where(ends.isfinite(), ends, 0.0).amax(0)
-        parts = largest.split(list(sizes))
-        return ROUNDED * torch.cat([part.amax().expand_as(part) for part in parts])
+    ends = torch.maximum(low.abs(), high.abs())
+    largest = torch.where(ends.isfinite(), ends, 0.0).amax(0)
+    return ROUNDED * torch.cat([part.amax().expand_as(part) for part in largest.split(list(sizes))])
 
 
 class RangeScorer(CostScorer):
@@ -330,10 +316,9 @@ class RangeScorer(CostScorer):
     ----------
     layout
         The assignment of neurons to coverage points.
-    ranges
-        The ranges.
-    more
-        Further buffers, by name.
+    buffers
+        "low" and "high", the ends of the ranges, float32 of shape (classes, N), +inf and -inf for a
+        class without images; and others.
     """
 
     low: Tensor
@@ -341,13 +326,10 @@ class RangeScorer(CostScorer):
     lowest: Tensor
     highest: Tensor
 
-    def __init__(
-        self, layout: Layout, ranges: Ranges, more: Mapping[str, Tensor] | None = None
-    ) -> None:
-        reach = ranges.reach(layout.sizes)
-        ends = {"low": ranges.low, "high": ranges.high}
-        wider = {"lowest": ranges.low - reach, "highest": ranges.high + reach}
-        super().__init__(layout, {**ends, **wider, **(more or {})})
+    def __init__(self, layout: Layout, buffers: Mapping[str, Tensor]) -> None:
+        low, high = buffers["low"], buffers["high"]
+        reach = rounding(low, high, layout.sizes)
+        super().__init__(layout, {**buffers, "lowest": low - reach, "highest": high + reach})
 
     def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:
         """Return 1 outside the range, 0 inside; `classes` may be one class for all images."""
@@ -424,15 +406,15 @@ class SectionScorer(RangeScorer):
     numbers: Tensor
 
     def __init__(self, state: State, method: MultiRange) -> None:
-        ranges = Ranges(state["low"], state["high"])
+        ends = {"low": state["low"], "high": state["high"]}
         # The bounds of an empty range are infinite, and 0 times infinity is NaN.
-        empty = ranges.low > ranges.high
-        scale = torch.where(empty, 1.0, method.scale(ranges.low, ranges.high))
+        empty = ends["low"] > ends["high"]
+        scale = torch.where(empty, 1.0, method.scale(ends["low"], ends["high"]))
         table = method.table(state)
         small = table.numel() < 1 << 31  # int32 is faster
         numbers = torch.arange(state.layout.neurons, dtype=torch.int32 if small else torch.int64)
-        sections = {"scale": scale, "table": table}
-        super().__init__(state.layout, ranges, {**sections, "numbers": numbers.to(table.device)})
+        places = {"table": table, "numbers": numbers.to(table.device)}
+        super().__init__(state.layout, {**ends, "scale": scale, **places})
         self.method = method
 
     def costs_at(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:

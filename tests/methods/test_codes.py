@@ -28,7 +28,7 @@ def stored(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.T
     tensors = coded_ranges(low, high)
     assert {t.element_size() for n, t in tensors.items() if n in ("low", "high")} == {1}
     ends = stored_ranges(State(Layout(classes, (neurons,), (neurons,)), tensors))
-    return ends.low, ends.high
+    return ends["low"], ends["high"]
 
 
 @settings(max_examples=400, deadline=None)

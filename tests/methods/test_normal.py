@@ -213,7 +213,7 @@ def test_a_condensed_state_takes_the_room_that_it_gets(room: int | None) -> None
     scorer = method.prepare(state)
     assert bool(scorer.inside(neurons, labels).all())
     ends = stored_ranges(state)
-    assert bool((ends.low <= sums["low"]).all() & (ends.high >= sums["high"]).all())
+    assert bool((ends["low"] <= sums["low"]).all() & (ends["high"] >= sums["high"]).all())
     tested = neurons + 4 * neurons.std(0) * torch.randn(neurons.shape)
     along = slice(6, 9)  # the whole covariance determines it, whatever the rank
     ours, theirs = (s(tested, labels)[:, along].numpy() for s in (scorer, exact))
