@@ -19,7 +19,11 @@ the network read for each attacked image, and "time" is the ratio to foolbox, or
 library that has the attack. A library that is not installed is left out with a word, and so are
 secml-torch's attacks that call foolbox. The libraries are no dependencies of covcli:
 
-    pip install adversarial-robustness-toolbox multiprocess torchattacks secml-torch adv-lib
+    pip install adversarial-robustness-toolbox multiprocess secml-torch
+    pip install --no-deps torchattacks adv-lib
+
+torchattacks requires an old release of requests, and adv-lib imports visdom, which builds only with
+`--no-build-isolation` and an older setuptools (65 here).
 """
 
 import math

@@ -355,20 +355,28 @@ class Recorder:
         self._stays = False
         self._outputs.detach()
 
-    def __enter__(self) -> Self:
+    def begin(self) -> None:
+        """Begin to record, as a `with` block does."""
         seen = self._passes.state
         seen.clear()
         seen.listening = True
         if not self._stays:
             self._outputs.attach()
-        return self
 
-    def __exit__(self, *_error: object) -> None:
+    def end(self) -> None:
+        """End what `begin` began."""
         seen = self._passes.state
         seen.listening = False
         seen.clear()
         if not self._stays:
             self._outputs.detach()
+
+    def __enter__(self) -> Self:
+        self.begin()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.end()
 
     def reuse(self, neurons: Tensor | None) -> None:
         """Let this thread's next pass reuse the memory of these units, which are not used again."""

@@ -84,10 +84,13 @@ class Chain(nn.Module):
         dict of Tensor
             The attributes of `Verdicts`, by name.
         """
-        with self._recorder as recorder:
+        self._recorder.begin()  # no `with` block, which torch.compile refused up to torch 2.11
+        try:
             network = self.model.classify if self.normalised else self.model
             logits = network(images.to(memory_format=torch.channels_last))
-            neurons = recorder.take(logits)
+            neurons = self._recorder.take(logits)
+        finally:
+            self._recorder.end()
         known = neurons.isfinite().all(1) & logits.isfinite().all(1)
         predicted = logits.argmax(1)
         seen, shown = (part.where(known[:, None], 0.0) for part in (logits, neurons))
