@@ -162,7 +162,8 @@ def job(args: argparse.Namespace) -> Costs:
     """Run all stages of one case in this process."""
     name, classes, images = args.job.rsplit("/", 2)
     count = int(images)
-    model = spread_network(name, int(classes))
+    network = spread_network if count >= int(classes) else common.random_network
+    model = network(name, int(classes))
     register(model)
     trusted = DATASETS.get("generated")(Request(parse(generated(TRAINING, count)), "train"))
     common.signature(model, common.cycled(trusted, 64), args.method)  # a warm-up

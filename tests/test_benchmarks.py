@@ -229,3 +229,26 @@ def test_the_repeated_test_is_scipys_and_delays_count_from_the_change(
     assert drift.first(alarms).tolist() == [2, 6, drift.NEVER]
     assert drift.first(alarms, 3).tolist() == [5, 6, drift.NEVER]
     assert drift.first(alarms, 300, every=100).tolist() == [500, 600, drift.NEVER]
+
+
+def test_a_spread_network_predicts_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = load(monkeypatch, "stages")
+    model = stages.spread_network("tiny-vgg", 40)
+    images = stages.NoiseSource("uniform", stages.TRAINING).read(torch.arange(40), (3, 32, 32))
+    with torch.no_grad():
+        assert model(images.float() / 255).argmax(1).tolist() == list(range(40))
+
+
+def test_costs_are_extrapolated_along_the_slope(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = load(monkeypatch, "stages")
+
+    def costs(images: int, neurons: int) -> object:
+        taken = {"bare": stages.Stage(2.0 * images, 0.0),
+                 "build": stages.Stage(500 + 2.2 * images, 0.0)}  # fmt: skip
+        return stages.Costs(f"x/9/{images}", 9, images, neurons, 1, 0.0, 0.0, taken)
+
+    [ratio] = stages.extrapolated([costs(1000, 10), costs(3000, 10)]).values()
+    assert ratio == pytest.approx(1.1 + 500 / (2 * stages.IMAGENET))
+    [again] = stages.extrapolated([costs(1000, 10_000), costs(3000, 10_000)]).values()
+    assert again == pytest.approx(ratio + 1)  # more than is stored
+    assert stages.extrapolated([costs(1000, 10)]) == {}

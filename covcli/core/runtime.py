@@ -21,7 +21,9 @@ MOST_THREADS = 1024  # a library ends the process where it cannot start them
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" chooses CUDA, then MPS, then the CPU.
+    """Return the device of a name; "auto" chooses CUDA, or else the CPU.
+
+    Apple's MPS has no float64, in which scores are computed.
 
     Under torchrun, "cuda" is the GPU with this process's local rank as its number.
 
@@ -37,7 +39,6 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
