@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from annotated_types import Interval
@@ -24,7 +25,7 @@ Kind = TypeVar("Kind")
 WORDING = {
     "Input should be less than inf": "must be finite",
     "Input should be": "must be",
-    "Input is not a valid path for <class 'pathlib.Path'>": "must be a path",
+    f"Input is not a valid path for {Path}": "must be a path",
     "Field required": "is missing",
 }
 
