@@ -30,10 +30,13 @@ def test_the_score_is_the_coverage_and_the_confidence_the_papers(run: Path, tmp_
     width = np.where(high > low, high - low, 1)
     section = np.clip(((neurons - low) / width * 10).astype(int), 0, 9)
     count = np.take_along_axis(state["sections"].numpy()[k], section[:, :, None], 2)[:, :, 0]
-    cost = np.where(
-        (neurons < low) | (neurons > high), 1, 1 - count / state["count"].numpy()[k, None]
-    )
     ends = np.cumsum([0, *sizes])
+    largest = np.maximum(*(np.abs(state[end].numpy()).max(0) for end in ("low", "high")))
+    reach = np.concatenate(  # of rounding
+        [np.full(b - a, 1e-5 * largest[a:b].max()) for a, b in itertools.pairwise(ends)]
+    )
+    outside = (neurons < low - reach) | (neurons > high + reach)
+    cost = np.where(outside, 1, 1 - count / state["count"].numpy()[k, None])
     eta = np.mean([cost[:, a:b].mean(1) for a, b in itertools.pairwise(ends)], 0)
     scores = verdicts.score.numpy()
     np.testing.assert_allclose(scores, eta, atol=5e-3)  # a neuron on the edge of a section moves
