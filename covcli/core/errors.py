@@ -1,7 +1,7 @@
 """CovcliError, the error that is shown to users, and the exit codes of commands."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from enum import IntEnum
 
 # Options in an advice, and commands that it names whole, whose options are their own.
@@ -95,6 +95,18 @@ def one_line(text: str) -> str:
     """
     folded = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in folded)
+
+
+def first_few(names: Sequence[str], most: int) -> str:
+    """Return the first names with commas between, and how many more there are.
+
+    Examples
+    --------
+    >>> first_few(["ant", "bee", "cat"], 2)
+    'ant, bee and 1 more'
+    """
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def is_memory_error(error: BaseException) -> bool:

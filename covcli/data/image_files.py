@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from covcli.core import distributed
-from covcli.core.errors import CovcliError, one_line
+from covcli.core.errors import CovcliError, first_few, one_line
 from covcli.core.files import write_bytes
 from covcli.data import digests
 from covcli.data.decoding import MAX_PIXELS, UnreadableError, decode
@@ -163,10 +163,8 @@ class FileSource:
         )
 
     def _spelled(self, errors: Sequence[UnreadableError]) -> str:
-        more = len(errors) - NAMED
-        named = [f"{os.path.relpath(error.path, self.folder)} ({error.reason})"
-                 for error in errors[:NAMED]]  # fmt: skip
-        return ", ".join(named) + (f" and {more} more" if more > 0 else "")
+        named = [f"{os.path.relpath(error.path, self.folder)} ({error.reason})" for error in errors]
+        return first_few(named, NAMED)
 
     def less_unreadable(self, images: ImageSet) -> ImageSet:
         """Return a set without the files that cannot be read; its origin lists them.

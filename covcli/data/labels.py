@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from covcli.core.errors import CovcliError
+from covcli.core.errors import CovcliError, first_few
 from covcli.core.specs import suggestion
 from covcli.data.images import ImageSet
 
@@ -161,7 +161,7 @@ def adopted(images: ImageSet, count: int) -> tuple[str, ...]:
             where=images.name,
             fix="name images of all classes",
         )
-    spelled = _spelled(images.classes)
+    spelled = first_few(images.classes, NAMED)
     log.info("the network's outputs are taken for these classes, in this order: %s", spelled)
     return images.classes
 
@@ -170,7 +170,7 @@ def _by_position(images: ImageSet, count: int) -> str:
     names = adopted(images, count)
     return (
         f"{images.name}: the network's classes have no names: its outputs are taken for "
-        f"{_spelled(names)}, in this order"
+        f"{first_few(names, NAMED)}, in this order"
     )
 
 
@@ -202,9 +202,4 @@ def listed(kind: str, names: Sequence[str]) -> str:
     >>> listed("class", ["ant", "bee"])
     "class 'ant', 'bee'"
     """
-    return f"{kind} {_spelled([repr(name) for name in names])}"
-
-
-def _spelled(names: Sequence[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    return f"{kind} {first_few([repr(name) for name in names], NAMED)}"

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covcli.core.errors import CovcliError
+from covcli.core.errors import CovcliError, first_few
 from covcli.core.specs import Spec, count, flag, positive_count
 from covcli.data.images import ImageSet
 
@@ -117,6 +117,5 @@ def _lacking(images: ImageSet, chosen: ImageSet) -> list[str]:
     if not gone:
         return []
     names = [repr(images.classes[k]) if k < len(images.classes) else str(k) for k in gone]
-    more = f" and {len(gone) - NAMED} more" if len(gone) > NAMED else ""
     hint = "" if images.by_class else "; &shuffle=SEED draws across the classes"
-    return [f"{images.name}: this part lacks class {', '.join(names[:NAMED])}{more}{hint}"]
+    return [f"{images.name}: this part lacks class {first_few(names, NAMED)}{hint}"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from covcli.core.errors import CovcliError
+from covcli.core.errors import CovcliError, first_few
 
 MOST_NAMED = 6
 DEPTH = 4  # the maximum nesting
@@ -108,6 +108,5 @@ def _parts(output: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _describe(tensors: Mapping[str, Tensor]) -> str:
-    shown = [f"{name} {tuple(t.shape)}" for name, t in list(tensors.items())[:MOST_NAMED]]
-    more = f" and {len(tensors) - MOST_NAMED} more" if len(tensors) > MOST_NAMED else ""
-    return f"it returns {', '.join(shown) or 'no tensor'}{more}"
+    shown = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()]
+    return f"it returns {first_few(shown, MOST_NAMED) or 'no tensor'}"

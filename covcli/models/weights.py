@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from covcli.core.errors import CovcliError
+from covcli.core.errors import CovcliError, first_few
 from covcli.models.architectures import Classifier, architecture, build, check_kinds
 from covcli.models.nearest import nearest_architecture
 from covcli.models.registry import Architecture, Sides
@@ -210,7 +210,7 @@ class Match:
         reshaped = [f"{name} {here} instead of {wanted}" for name, here, wanted in self.reshaped]
         kinds = {"missing": self.missing, "unexpected": self.unexpected,
                  "of another shape": reshaped}  # fmt: skip
-        parts = [f"{kind}: {_first(names)}" for kind, names in kinds.items() if names]
+        parts = [f"{kind}: {first_few(names, SHOWN)}" for kind, names in kinds.items() if names]
         return "; ".join(parts) or "no layer grows with the number of classes"
 
 
@@ -410,7 +410,9 @@ def _filled(model: Classifier, chosen: Match, skeleton: Skeleton, where: object)
     model.network.load_state_dict(own)
     parts = sorted({name.split(".")[0] for name in chosen.ignored})
     if parts:
-        log.warning("%s: ignores weights that the network does not have: %s", where, _first(parts))
+        log.warning(
+            "%s: ignores weights that the network does not have: %s", where, first_few(parts, SHOWN)
+        )
     return model
 
 
@@ -425,8 +427,3 @@ def _misfit(
         where=where,
         fix=f"name its --model{hint}",
     )
-
-
-def _first(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

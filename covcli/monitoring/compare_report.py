@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from covcli.core.errors import first_few
 from covcli.monitoring.changed_figures import EvaluationChange, FigureChange
 from covcli.monitoring.changed_signatures import Change, ChannelChange, SignatureChange
 from covcli.monitoring.compare import ReleaseComparison
@@ -108,12 +109,9 @@ def _end(value: float) -> str:
 
 def _missing(before: Sequence[str], after: Sequence[str]) -> list[str]:
     pairs = (("the first", before), ("the second", after))
-    return [f"Only in {which}: {_named(names)}." for which, names in pairs if names]
-
-
-def _named(names: Sequence[str]) -> str:
-    more = len(names) - MOST_CLASSES
-    return ", ".join(names[:MOST_CLASSES]) + (f" and {more} more" if more > 0 else "")
+    return [
+        f"Only in {which}: {first_few(names, MOST_CLASSES)}." for which, names in pairs if names
+    ]
 
 
 # The report

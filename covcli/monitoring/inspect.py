@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from covcli.core import file_checks, files
-from covcli.core.errors import CovcliError
+from covcli.core.errors import CovcliError, first_few
 from covcli.core.opening import is_folder, open_regular, reading
 from covcli.core.weights_only import load_weights_only
 from covcli.data.images import DataRecord
@@ -422,7 +422,7 @@ def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield "SHA-256", inspection.digest
     if inspection.network is not None:
         yield from _of_network(inspection.network)
-    yield "classes", _listed(inspection.classes)
+    yield "classes", first_few(inspection.classes, SHOWN)
     yield "method", inspection.method
     yield "granularity", inspection.granularity
     yield "precision", inspection.precision
@@ -483,12 +483,9 @@ def _points(points: tuple[PointFacts, ...]) -> str:
     if not points:
         return ""
     neurons = sum(point.neurons for point in points)
-    return f"{len(points)} ({neurons:,} neurons): {_listed([point.name for point in points])}"
-
-
-def _listed(names: tuple[str, ...] | list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return (
+        f"{len(points)} ({neurons:,} neurons): {first_few([point.name for point in points], SHOWN)}"
+    )
 
 
 def _in_short(entry: Inspection) -> str:
