@@ -438,13 +438,17 @@ def test_no_command_cuts_a_word_or_leaves_the_width_of_the_terminal(
     monkeypatch.setenv("TERM", "xterm")
     here = "runs/tiny/checkpoint.pt"
     sets = ["-u", "noise:uniform?limit=40", "-u", "attack:pgd?limit=20&steps=3&eps=8/255"]
+    train = ["train", "--trusted", "digits?limit=300", "-u", "noise:uniform?limit=40", "-m", "src"]
     for arguments in (
         ["build-signature", here, "--method", "src"],
         ["points", here],
+        ["check", "digits?split=test&limit=20", "-c", here, "--why", "--format", "table"],
+        ["list", "methods"],
         ["evaluate", *sets, "--explain", "1", "--fail-over", "fpr95=1"],
         ["evaluate", *sets, "--verbose", "--force"],
         ["inspect", "runs/tiny"],
         ["report", "runs/tiny"],
+        [*train, "--model", "tiny", "--epochs", "3", "--name", "new"],
     ):
         monkeypatch.setattr("sys.stderr", TerminalStream())
         code, out, _ = call(capsys, *arguments)

@@ -14,11 +14,12 @@ from rich.cells import cell_len
 from covcli.core import distributed, output
 from covcli.core.errors import CovcliError, one_line
 from covcli.core.files import plain
+from covcli.core.wrapping import wrapped
 from covcli.monitoring.check import Check
 from covcli.monitoring.config import RowFormat
 from covcli.monitoring.prometheus import write_metrics
 from covcli.monitoring.results import CheckedImage, CheckSummary
-from covcli.reporting.terminal import say
+from covcli.reporting.terminal import columns, say
 
 REFRESH_SECONDS = 15.0  # the interval at which metrics are written
 PLAIN = (
@@ -194,16 +195,17 @@ class _Json:
 
 
 class _Table:
-    """Aligned columns; the path is the last one, and is never truncated."""
+    """Aligned columns; what does not fit the terminal beside them is below, never truncated."""
 
     def __init__(self, job: Check) -> None:
         names = [cell_len(one_line(name)) for name in job.judge.signature.classes]
         self._class = min(24, max([*names, len("class")]))
-        self._watched = job.watch is not None
+        self._heads = ["softmax", "score", "p-value", "confidence"]
+        self._heads += ["log10 M"] if job.watch is not None else []
+        self._width = columns()
 
     def begin(self) -> str:
-        numbers = ["softmax", "score", "p-value", "confidence"]
-        return self._line("verdict", "class", numbers, "log10 M", "path")
+        return self._line("verdict", "class", self._heads, ["path"])
 
     def lines(self, images: Sequence[CheckedImage]) -> str:
         return "".join(map(self._image, images))
@@ -214,22 +216,26 @@ class _Table:
     def _image(self, image: CheckedImage) -> str:
         path = one_line(image.path)
         if image.reason is not None:
-            return self._line(image.verdict, "", [""] * 4, "", f"{path}: {one_line(image.reason)}")
+            blank = [""] * len(self._heads)
+            return self._line(image.verdict, "", blank, [f"{path}: {one_line(image.reason)}"])
         values = (image.softmax_confidence, image.score, image.p_value, image.confidence)
-        log = image.log10_martingale
-        why = f"  ({_why(image, ', ')})" if image.why else ""
-        return self._line(
-            image.verdict, one_line(image.class_name or ""), [f"{value:.4g}" for value in values],
-            "" if log is None else f"{log:.2f}", path + why,
-        )  # fmt: skip
+        numbers = [f"{value:.4g}" for value in values]
+        if image.log10_martingale is not None:
+            numbers.append(f"{image.log10_martingale:.2f}")
+        why = [f"({_why(image, ', ')})"] if image.why else []
+        return self._line(image.verdict, one_line(image.class_name or ""), numbers, [path, *why])
 
-    def _line(self, verdict: str, name: str, numbers: Sequence[str], log: str, path: str) -> str:
+    def _line(self, verdict: str, name: str, numbers: Sequence[str], texts: list[str]) -> str:
         while cell_len(name) > self._class:
             name = name[:-2] + "…"
-        padded = name + " " * (self._class - cell_len(name))
-        watched = f"{log:>8}  " if self._watched else ""
-        cells = "".join(f"{number:>10}  " for number in numbers)
-        return f"{verdict:<10}  {padded}  {cells}{watched}{path}\n"
+        start = f"{verdict:<10}  {name}{' ' * (self._class - cell_len(name))}"
+        cells = "".join(f"  {number:>10}" for number in numbers)
+        line = "  ".join([start + cells, *texts])
+        if cell_len(line) <= self._width:
+            return f"{line}\n"
+        below = [start + cells] if cell_len(start + cells) <= self._width else [start, cells[2:]]
+        below += [f"    {part}" for text in texts for part in wrapped(text, self._width - 4)]
+        return "".join(f"{part.rstrip()}\n" for part in below)
 
 
 def describe(job: Check) -> None:

@@ -52,6 +52,11 @@ def _console() -> Console:
     )
 
 
+def columns() -> int:
+    """Return the width of stdout, in characters."""
+    return _console().width
+
+
 def show_evaluation(result: "EvaluationResult", verbose: bool = False) -> None:
     """Print an evaluation to stdout: the verdict, one table, and the guarantee.
 
@@ -78,12 +83,16 @@ def show_evaluation(result: "EvaluationResult", verbose: bool = False) -> None:
 
 
 def show_rows(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows to stdout in aligned columns, one line per row of any width."""
+    """Print rows to stdout in aligned columns, the last one folded where the width is known."""
     cells = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        padded = (set_cell_size(cell, n) for cell, n in zip(row, widths, strict=True))
-        output.results().write("  ".join(padded).rstrip() + "\n")
+    indent = sum(widths[:-1]) + 2 * len(widths[:-1])
+    known = output.results().isatty() or "COLUMNS" in os.environ
+    for *names, text in cells:
+        padded = (set_cell_size(name, n) for name, n in zip(names, widths, strict=False))
+        lines = wrapped(text, columns() - indent) if known else [text]
+        shown = "  ".join([*padded, f"\n{' ' * indent}".join(lines)])
+        output.results().write(shown.rstrip() + "\n")
 
 
 def show_table(table: "tables.Table") -> None:
