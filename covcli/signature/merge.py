@@ -29,6 +29,13 @@ class _Part:
     calibration: Calibration
     record: Record
 
+    @property
+    def built(self) -> tuple[MergedPart, ...]:
+        """The signatures that were built: those that a merged one consists of, or itself."""
+        trusted, images = self.record.trusted, self.record.trusted_images
+        alone = MergedPart(files.digest_file(self.path), trusted, images)
+        return self.record.parts or (alone,)
+
 
 # The properties that parts must have in common, by their names in errors.
 COMMON: dict[str, Callable[[_Part], Any]] = {
@@ -131,7 +138,8 @@ def check_parts(parts: Sequence[_Part]) -> None:
             if look(part) != look(first):
                 raise CovcliError(f"differs in {what} from {first.path}", where=part.path)
         for earlier in parts[:i]:
-            if earlier.record.trusted.images == part.record.trusted.images:
+            known = {built.trusted.images for built in earlier.built}
+            if known & {built.trusted.images for built in part.built}:
                 raise CovcliError(
                     f"was built from the same images as {earlier.path}", where=part.path
                 )
@@ -151,23 +159,19 @@ def merged_record(parts: Sequence[_Part], provenance: dict[str, Any]) -> Record:
     """Return the record of a merged signature; its data specification is that of the first part."""
     records = [part.record for part in parts]
     first, images = records[0], sum(record.trusted_images for record in records)
-    sources = {record.trusted.source for record in records}
+    built = tuple(one for part in parts for one in part.built)
+    sources = {one.trusted.source for one in built}
     return replace(
         first,
         trusted=DataRecord(
             spec=first.trusted.spec,
             source=sources.pop() if len(sources) == 1 else files.digest(sorted(sources)),
-            images=files.digest([record.trusted.images for record in records]),
+            images=files.digest([one.trusted.images for one in built]),
         ),
         trusted_images=images,
         trusted_counts=tuple(map(sum, zip(*(r.trusted_counts for r in records), strict=True))),
         relaxed_classes=tuple(sorted({k for r in records for k in r.relaxed_classes})),
         accuracy=sum(r.accuracy * r.trusted_images for r in records) / images,
         provenance=provenance,
-        parts=tuple(
-            MergedPart(
-                files.digest_file(part.path), part.record.trusted, part.record.trusted_images
-            )
-            for part in parts
-        ),
+        parts=built,
     )

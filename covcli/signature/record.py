@@ -21,7 +21,7 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class MergedPart:
-    """One of the parts of a merged signature.
+    """One of the built signatures that a merged one consists of.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class Record:
     provenance
         Versions, command line, device, threads, seed and time.
     parts
-        The parts of a merged signature, in order; empty for a signature that was built.
+        The built signatures that a merged one consists of, in order; empty for one that was built.
     extent
         The smallest and the largest value of images that a program prepared; None for pixels.
 

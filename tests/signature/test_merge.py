@@ -61,8 +61,11 @@ def test_merged_parts_are_close_to_the_whole(name: str) -> None:
             assert torch.equal(sum_of_parts[key], tensor), key
     parts = [complete(method, neurons[r], labels[r]) for r in torch.arange(200).split(90)]
     again, backwards = merged(method, parts), merged(method, parts[::-1])
+    nested = merged(method, [merged(method, parts[:2]), parts[2]])
     for key in again.tensors:
         assert torch.equal(again[key], backwards[key]), key
+        assert torch.equal(nested[key].sum(-1), again[key].sum(-1)), key
+        assert key == "sections" or torch.equal(nested[key], again[key]), key
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS.get(name).mergeable])
@@ -123,20 +126,24 @@ def built(trained: TrainResult, folder: Path, name: str, **changes: object) -> P
 def test_merged_signatures_are_calibrated_like_the_whole(
     trained: TrainResult, tmp_path: Path
 ) -> None:
-    halves = [
-        built(trained, tmp_path, "a", trusted="digits?limit=700"),
-        built(trained, tmp_path, "b", trusted="digits?offset=700"),
-    ]
-    whole = built(trained, tmp_path, "whole")
-    output = tmp_path / "merged.safetensors"
-    result = merge_signatures(MergeConfig(tuple(halves), output, trained.checkpoint), Silent())
+    a, b, c = (
+        built(trained, tmp_path, name, trusted=f"digits?{part}", confidence_threshold=0.0)
+        for name, part in (("a", "limit=500"), ("b", "offset=500&limit=400"), ("c", "offset=900"))
+    )
+    whole = built(trained, tmp_path, "whole", confidence_threshold=0.0)
+    both, output = tmp_path / "both.safetensors", tmp_path / "merged.safetensors"
+    merge_signatures(MergeConfig((a, b), both, trained.checkpoint), Silent())
+    result = merge_signatures(MergeConfig((both, c), output, trained.checkpoint), Silent())
     expected, actual = load_file(whole), load_file(result.path)
     assert expected.keys() == actual.keys()
     for key, tensor in expected.items():
         assert torch.equal(actual[key], tensor), key
     assert sum(result.trusted.values()) == int(expected["state.count"].sum())
     with pytest.raises(CovcliError, match="exists"):
-        merge_signatures(MergeConfig(tuple(halves), output, trained.checkpoint), Silent())
+        merge_signatures(MergeConfig((both, c), output, trained.checkpoint), Silent())
+    again = MergeConfig((both, a), tmp_path / "again.safetensors", trained.checkpoint)
+    with pytest.raises(CovcliError, match="built from the same images"):  # a counts already
+        merge_signatures(again, Silent())
 
 
 def test_only_signatures_that_kept_their_sums_are_merged(
