@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
+from torch import nn
 
 from covcli.attacks.adaptive import Monitored
 from covcli.attacks.attacks import ATTACKS, attacked_rows, run_attack
@@ -17,6 +18,7 @@ from covcli.data import datasets
 from covcli.data.images import ImageSet
 from covcli.models import checkpoint as checkpoints
 from covcli.models.architectures import Classifier
+from covcli.models.spec import ModelSpec
 from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureConfig, SignatureResult, build_signature
 from covcli.signature.judge import Judge
@@ -125,6 +127,34 @@ def test_the_nearest_images_deceive_in_8_bits_or_are_as_they_were(
     threes = torch.full_like(labels, 3)
     attacked = run_attack(spec, model, digits, threes, Silent())
     assert torch.equal(pixels(attacked), before)
+
+
+@pytest.mark.parametrize("attack", ["attack:cw", "attack:deepfool"])
+def test_on_a_linear_network_the_nearest_images_are_at_the_boundary(
+    attack: str,
+) -> None:
+    images = datasets.load("noise:uniform?limit=400&seed=1", "test")
+    spec = ModelSpec("linear", 2, (3, 32, 32), mean=(0.5,) * 3, deviation=(0.25,) * 3)
+    head = nn.Linear(3 * 32 * 32, 2)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.weight[:, ::97] = torch.randn(2, 32) / 8
+    model = Classifier(spec, nn.Sequential(nn.Flatten(), head)).eval()
+    normal = (head.weight[0] - head.weight[1]).detach() / 0.25
+
+    def margins(images: ImageSet) -> torch.Tensor:
+        with torch.no_grad():
+            logits = model(pixels(images))
+        return (logits[:, 0] - logits[:, 1]) / normal.norm()
+
+    distances = margins(images).abs()
+    images = images.select(((distances > 0.04) & (distances < 0.08)).nonzero()[:40, 0])
+    nearest = margins(images)
+    attacked = run_attack(parse(attack), model, images, (nearest < 0).long(), Silent())
+    sizes = (pixels(attacked) - pixels(images)).flatten(1).norm(dim=1)
+    ratios = sizes / nearest.abs()
+    assert float(ratios.min()) >= 1  # nearer, no image deceives
+    assert float(ratios.median()) < 1.06  # 1.07 if a search of `cw` may end early
 
 
 def test_a_dear_attack_takes_fewer_images() -> None:
