@@ -25,12 +25,16 @@ def check_torch_archive(file: IO[bytes], path: Path) -> None:
     Every entry must be uncompressed, occur once, and be no larger than the file.
     """
     size = os.fstat(file.fileno()).st_size
-    with reading(path, "is not a PyTorch checkpoint"), zipfile.ZipFile(file) as archive:
+    with reading(path, "is not a PyTorch checkpoint", says=True), zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
     names = [entry.filename for entry in entries]
     stored = all(
         e.compress_type == zipfile.ZIP_STORED and e.compress_size == e.file_size for e in entries
     )
+    if not any(Path(name).name == "data.pkl" for name in names):
+        raise CovcliError(
+            "is not a PyTorch checkpoint: it is a ZIP archive of other files", where=path
+        )
     if not stored or len(set(names)) < len(names) or sum(e.file_size for e in entries) > size:
         raise CovcliError("is not a PyTorch checkpoint: its archive is not sound", where=path)
     file.seek(0)
@@ -68,7 +72,7 @@ def read_npz(
     (2, 8, 8)
     """
     complaint = "cannot be read as a NumPy archive"
-    with reading(path, complaint), open_regular(path, inside=inside) as file:
+    with reading(path, complaint, says=True), open_regular(path, inside=inside) as file:
         _check_npz(file, path, names)
         file.seek(0)
         with np.load(file, allow_pickle=False) as archive:

@@ -12,6 +12,7 @@ from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Literal
 
+from covcli.core.contents import LOOKED_AT, recognised
 from covcli.core.errors import CovcliError, is_memory_error
 
 
@@ -159,7 +160,9 @@ def check_within(folder: Path, path: Path) -> None:
 
 
 @contextmanager
-def reading(path: Path, complaint: str, fix: str | None = None) -> Iterator[None]:
+def reading(
+    path: Path, complaint: str, fix: str | None = None, *, says: bool = False
+) -> Iterator[None]:
     """Convert any error raised while a file is opened and parsed to a one-line CovcliError.
 
     Libraries raise dozens of error types on malformed bytes. Signals and exhausted memory are
@@ -173,6 +176,8 @@ def reading(path: Path, complaint: str, fix: str | None = None) -> Iterator[None
         The message if the file was opened but could not be parsed.
     fix
         How the user can correct that.
+    says
+        Whether the message also says what the file is, if its first bytes tell.
     """
     try:
         yield
@@ -185,4 +190,28 @@ def reading(path: Path, complaint: str, fix: str | None = None) -> Iterator[None
     except Exception as error:
         if is_memory_error(error):
             raise
-        raise CovcliError(complaint, where=path, fix=fix) from None
+        raise (
+            misread(path, complaint, fix) if says else CovcliError(complaint, where=path, fix=fix)
+        ) from None
+
+
+def misread(path: Path, complaint: str, fix: str | None = None) -> CovcliError:
+    """Return the error of a file that could not be parsed; it says what the file is, if known.
+
+    Parameters
+    ----------
+    path
+        The file.
+    complaint
+        What the file is not.
+    fix
+        The advice for a file of no known kind.
+    """
+    try:
+        with open_regular(path) as file:
+            content = recognised(file.read(LOOKED_AT))
+    except (OSError, CovcliError):
+        content = None
+    if content is None:
+        return CovcliError(complaint, where=path, fix=fix)
+    return CovcliError(f"{complaint}: it is {content.what}", where=path, fix=content.cure or fix)

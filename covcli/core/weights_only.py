@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from covcli.core import file_checks
-from covcli.core.errors import CovcliError, is_memory_error
-from covcli.core.opening import open_regular, reading
+from covcli.core.errors import CovcliError, first_few, is_memory_error
+from covcli.core.opening import is_file, is_folder, misread, open_regular, reading
 
 # The first bytes of files written by torch before 1.6, which are not ZIP archives.
 BEFORE_ARCHIVES = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
@@ -48,44 +48,108 @@ BROKEN = (
 )  # fmt: skip
 COMPLAINT = "is not a PyTorch checkpoint"
 CURE = "save the network's state_dict() by torch.save"
+INDEX = ".index.json"
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", INDEX)
 
 
 def load_weights_only(path: Path) -> dict[str, Any]:
     """Read a file of tensors and plain values, whatever its name, without running code.
 
-    Reads archives of torch.save, files of torch.save before torch 1.6, and safetensors.
+    Reads archives of torch.save, files of torch.save before torch 1.6, safetensors, and the index
+    (`….index.json`) of weights in several such files.
 
     Raises
     ------
     CovcliError
         If the file is missing, damaged, of another kind, or holds objects that only code can
-        rebuild. The message names the first such object.
+        rebuild. The message names the first such object, or says what the file is.
     """
-    with reading(path, COMPLAINT):
+    if is_folder(path):
+        names = sorted(file.name for file in path.iterdir() if file.name.endswith(SUFFIXES))
+        advice = f"name a file in it: {first_few(names, 3)}" if names else None
+        raise CovcliError("is a folder, not a file of weights", where=path, fix=advice)
+    if path.name.endswith(INDEX):
+        return _read_parts(path)
+    with reading(path, COMPLAINT, says=True):
         try:
             content = _read(path)
-            whole = all(map(_is_whole, _tensors(content)))
+            flaws = list(filter(None, map(_flaw, _tensors(content))))
         except BROKEN as error:
             if is_memory_error(error):
                 raise
             raise _refusal(path, str(error)) from None
-    if not isinstance(content, dict) or not whole:
-        raise _refusal(path, "")
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise CovcliError(
+            f"{COMPLAINT}: it holds a {kind}, not a dictionary of tensors", where=path, fix=CURE
+        )
+    if flaws:
+        raise CovcliError(f"{COMPLAINT}: it holds a tensor {flaws[0]}", where=path, fix=CURE)
     return content
+
+
+def _read_parts(index: Path) -> dict[str, Any]:
+    """Read weights in several files of one folder, from the index that Hugging Face writes."""
+    with reading(index, "is no index of weights", says=True):
+        parts = file_checks.parse_json(file_checks.read_text(index))["weight_map"]
+        names = sorted(set(map(str, parts.values())))
+    beside = all(Path(name).name == name != ".." and not name.endswith(INDEX) for name in names)
+    if not names or not beside:
+        raise CovcliError("is no index of files beside it", where=index)
+    content = {name: load_weights_only(index.parent / name) for name in names}
+    for tensor, name in parts.items():
+        if tensor not in content[name]:
+            raise CovcliError(f"lacks {tensor!r}, which the index names", where=index.parent / name)
+    return {tensor: content[name][tensor] for tensor, name in parts.items()}
+
+
+def index_of(path: Path) -> Path | None:
+    """Return the index beside one of several files of weights; None if there is none.
+
+    Examples
+    --------
+    >>> for name in ("net-00001-of-00002.safetensors", "net.safetensors.index.json"):
+    ...     Path(name).touch()
+    >>> index_of(Path("net-00001-of-00002.safetensors")).name
+    'net.safetensors.index.json'
+    """
+    stem = re.sub(r"-\d{5}-of-\d{5}(?=\.\w+$)", "", path.name)
+    index = path.with_name(stem + INDEX)
+    return index if stem != path.name and is_file(index) else None
 
 
 def _read(path: Path) -> Any:
     with open_regular(path) as file:
         start = file.read(len(BEFORE_ARCHIVES))
         file.seek(0)
-        if path.suffix == ".safetensors" or _begins_as_safetensors(start, file):
-            return dict(safetensors.torch.load(file.read()))
+        if _begins_as_safetensors(start, file):
+            return _safetensors(file.read(), path)
         if start != BEFORE_ARCHIVES:
             _refuse_programs(file, path)
             file_checks.check_torch_archive(file, path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             warnings.simplefilter("ignore")  # the reader itself checks the pickle protocol
             return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _safetensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    A tensor that a network has under two names is stored once; the metadata lists the other name,
+    as `safetensors.torch.save_model` writes it.
+    """
+    try:
+        tensors = dict(safetensors.torch.load(content))
+    except SafetensorError as error:
+        raise CovcliError(
+            f"is a damaged file of safetensors ({error})",
+            where=path,
+            fix="download or copy it again",
+        ) from None
+    for name, stored in file_checks.safetensors_metadata(content).items():
+        if name not in tensors and stored in tensors:
+            tensors[name] = tensors[stored]
+    return tensors
 
 
 def _begins_as_safetensors(start: bytes, file: IO[bytes]) -> bool:
@@ -109,10 +173,10 @@ def _refusal(path: Path, reason: str) -> CovcliError:
     """Return the error for an unreadable file; torch's reason names the first refused object."""
     named = re.search(r"(?:GLOBAL|class) ([\w.]+)", reason)
     if named is None:
-        return CovcliError(
+        return misread(
+            path,
             f"{COMPLAINT} that loads without running code",
-            where=path,
-            fix="expected a file from `covcli train` or a state dict saved by torch.save",
+            "expected a file from `covcli train` or a state dict saved by torch.save",
         )
     return CovcliError(
         f"{COMPLAINT} that loads without running code: it holds a {named[1]}",
@@ -129,10 +193,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _is_whole(tensor: Tensor) -> bool:
-    """Return whether a tensor's storage covers its shape (with strides of 0 it may not)."""
-    return (
-        tensor.layout == torch.strided
-        and not tensor.is_quantized
-        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-    )
+def _flaw(tensor: Tensor) -> str:
+    """Return why a tensor cannot be used as weights; "" if it can."""
+    if tensor.is_meta:
+        return "without values (on the device meta)"
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return "that is sparse or quantized"
+    # With strides of 0 the storage may be smaller than the shape.
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "that claims more than it stores"
+    return ""

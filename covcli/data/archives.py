@@ -117,7 +117,7 @@ class ArchiveReader:
         for image, row in zip(images, rows.tolist(), strict=True):
             if row < self._place:
                 raise ValueError("rows of an archive are read in ascending order")
-            with reading(self._file, COMPLAINT):
+            with reading(self._file, COMPLAINT, says=True):
                 _pass_over(self._member, each * (row - self._place))
                 stored = np.frombuffer(_exactly(self._member, each), np.uint8)
             image[:] = stored.reshape(self._sides)
@@ -138,7 +138,7 @@ def stored_shape(file: Path) -> tuple[int, ...] | None:
     CovcliError
         If the file cannot be read, or is no such archive.
     """
-    with reading(file, COMPLAINT), open_regular(file) as opened:
+    with reading(file, COMPLAINT, says=True), open_regular(file) as opened:
         with zipfile.ZipFile(opened) as archive:
             if MEMBER not in archive.namelist():
                 return None
@@ -150,7 +150,7 @@ def stored_shape(file: Path) -> tuple[int, ...] | None:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[IO[bytes]]:
-    with reading(file, COMPLAINT):
+    with reading(file, COMPLAINT, says=True):
         opened = open_regular(file)
     with opened, zipfile.ZipFile(opened) as archive, archive.open(MEMBER) as member:
         yield member

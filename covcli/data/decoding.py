@@ -17,6 +17,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError, _imaging
 from torch import Tensor
 
 from covcli.core import progress
+from covcli.core.contents import LOOKED_AT, recognised
 from covcli.core.errors import CovcliError
 from covcli.core.opening import IrregularError, open_regular
 
@@ -139,13 +140,15 @@ def _opened(file: BinaryIO, most: int) -> Pixels:
 def _unidentified(file: BinaryIO, path: Path) -> UnreadableError:
     known = ", ".join(FORMATS)
     file.seek(0)
-    is_tiff = file.read(4) in TIFF_STARTS
-    reason = (
-        "a TIFF of a kind that is not decoded, as with 64-bit pixels"
-        if is_tiff
-        else "its content is of no format that covcli decodes"
-    )
-    return UnreadableError(path, reason, f"store it as one of {known}, or remove it")
+    start = file.read(LOOKED_AT)
+    content = recognised(start)
+    if start[:4] in TIFF_STARTS:
+        reason = "a TIFF of a kind that is not decoded, as with 64-bit pixels"
+    else:
+        reason = "its content is of no format that covcli decodes"
+        reason += f": it is {content.what}" if content else ""
+    cure = content.cure if content else None
+    return UnreadableError(path, reason, f"{cure or f'store it as one of {known}'}, or remove it")
 
 
 def _pixels(image: ImageFile.ImageFile) -> Pixels:
@@ -157,9 +160,21 @@ def _pixels(image: ImageFile.ImageFile) -> Pixels:
         wanted = "LA" if image.mode in ("LA", "La") else "RGBA"
     else:
         wanted = "L" if image.mode in ("1", "L") else "RGB"
+    _scale_transparent_grey(image)
     image.load()
     pixels = np.array(image if image.mode == wanted else image.convert(wanted))
+    if image.format == "BMP" and wanted == "RGBA" and not pixels[..., 3].any():
+        pixels = pixels[..., :3]  # many programs leave the fourth byte empty, and all show colours
     return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _scale_transparent_grey(image: ImageFile.ImageFile) -> None:
+    """Scale the transparent level of a grey PNG of 2 or 4 bits: PIL scales only the pixels."""
+    level = image.info.get("transparency")
+    if image.format == "PNG" and image.mode == "L" and isinstance(level, int) and image.tile:
+        highest = {"L;2": 3, "L;4": 15}.get(str(image.tile[0].args), 0)
+        if level <= highest:
+            image.info["transparency"] = level * 255 // max(highest, 1)
 
 
 def _check_range_is_known(image: ImageFile.ImageFile) -> None:
@@ -182,7 +197,10 @@ def _from_16_bits(image: ImageFile.ImageFile) -> Pixels:
     if 0 in _values(tags, WHITE_IS_ZERO):
         deep = highest - deep
     pixels: Pixels = ((deep * 255 + highest // 2) // highest).clip(0, 255).astype(np.uint8)
-    return pixels[..., None]
+    level = image.info.get("transparency")
+    if not isinstance(level, int):
+        return pixels[..., None]
+    return np.stack([pixels, np.where(deep == level, 0, 255).astype(np.uint8)], axis=-1)
 
 
 def _values(tags: Any, tag: int) -> tuple[int, ...]:

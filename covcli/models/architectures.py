@@ -353,6 +353,16 @@ def check_kinds(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where:
             raise CovcliError(f"weights {name!r} are of {tensors[name].dtype}", where=where)
 
 
+def check_finite(tensors: Mapping[str, object], where: object) -> None:
+    """Raise a CovcliError if weights hold NaN or infinity; what is no tensor is passed over."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            # torch does not check formats of 8 bits
+            wide = tensor.float() if tensor.element_size() == 1 else tensor
+            if not bool(wide.isfinite().all()):
+                raise CovcliError(f"weights {name!r} hold NaN or infinity", where=where)
+
+
 def pixel_statistics(images: ImageSet, shape: Shape) -> Normalisation:
     """Return each channel's mean and deviation in [0, 1], over at most 10,000 images.
 

@@ -180,7 +180,5 @@ def _checked(path: Path, document: dict[str, Any]) -> dict[str, Any]:
         or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     ):
         raise CovcliError("is neither a checkpoint nor a state dict", where=path)
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise CovcliError(f"weights {name!r} hold NaN or infinity", where=path)
+    architectures.check_finite(state, path)
     return content

@@ -5,6 +5,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -35,8 +36,27 @@ TIMM_FAMILIES: Sequence[tuple[str, str]] = (
 )
 
 
-def nearest_architecture(states: Sequence[Mapping[str, Tensor]]) -> str:
-    """Return advice naming the architecture with the most tensors of the same shapes, or "".
+@dataclass(frozen=True)
+class Nearest:
+    """The architecture whose shapes are nearest to those of some weights.
+
+    Attributes
+    ----------
+    name
+        Its name.
+    share
+        The share of the shapes that both have, from 0 to 1.
+    """
+
+    name: str
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.name}, with {self.share:.0%} of the shapes"
+
+
+def nearest_architecture(states: Sequence[Mapping[str, Tensor]]) -> Nearest | None:
+    """Return the architecture with the most tensors of the same shapes; None if none is near.
 
     The registered models are compared, torchvision's classifiers of a similar number of parameters,
     and, if timm is installed, its families whose weights have such names.
@@ -60,9 +80,7 @@ def nearest_architecture(states: Sequence[Mapping[str, Tensor]]) -> str:
                 best, share = name, shared
         if share == 1:
             break
-    if share < LEAST:
-        return ""
-    return f"; the nearest architecture is {best}, with {share:.0%} of the shapes"
+    return Nearest(best, share) if share >= LEAST else None
 
 
 def _shared(wanted: Counter[Sides], shapes: Sequence[Sides]) -> int:

@@ -10,14 +10,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from covcli.core.errors import CovcliError, first_few
-from covcli.models.architectures import Classifier, architecture, build, check_kinds
-from covcli.models.nearest import nearest_architecture
+from covcli.core.weights_only import index_of
+from covcli.models.architectures import Classifier, architecture, build, check_finite, check_kinds
+from covcli.models.nearest import Nearest, nearest_architecture
 from covcli.models.registry import Architecture, Sides
 from covcli.models.spec import ModelSpec, Normalisation
 
@@ -32,6 +34,7 @@ USUAL = {
     "params", "backbone", "student",
 }  # fmt: skip
 NOT_WEIGHTS = re.compile(r"optim|sched|scaler|callback|loops|hyper_param|history", re.IGNORECASE)
+OPTIMISER = "param_groups"  # a key that only the state of an optimizer has
 # Modules that are used only in training, by the first part of the name.
 ONLY_TRAINING = re.compile(
     r"(aux.*|AuxLogits|criterion.*|loss.*|.*_loss|.*metrics?|(train|val|valid|test)_.*|teacher.*"
@@ -233,8 +236,8 @@ def from_foreign(document: Mapping[Any, Any], foreign: Foreign, where: object) -
     """
     candidates = places(document, where)
     if foreign.model is None:
-        hint = nearest_architecture([place.tensors for place in candidates])
-        raise CovcliError("is a bare state dict", where=where, fix=f"name its --model{hint}")
+        nearest = nearest_architecture([place.tensors for place in candidates])
+        raise CovcliError("is a bare state dict", where=where, fix=_to_name(nearest))
     entry = architecture(foreign.model)
     tried: list[Match] = []
     for pretrained in entry.layouts:
@@ -303,7 +306,11 @@ def places(document: Mapping[Any, Any], where: object) -> list[Place]:
     """Return every state dict in a file; raise a CovcliError if there is none."""
     state_dicts = [Place(name, tensors) for name, tensors in _walk(document, "", DEPTH)]
     if not state_dicts:
-        raise CovcliError("is neither a checkpoint nor a state dict", where=where)
+        held = first_few([str(key) for key in document], FEW) or "nothing"
+        optimiser = ", the state of an optimizer" if OPTIMISER in document else ""
+        raise CovcliError(
+            f"is neither a checkpoint nor a state dict: it holds {held}{optimiser}", where=where
+        )
     return state_dicts
 
 
@@ -314,7 +321,7 @@ def _walk(
     if tensors:
         plain = {_plain(key): tensor for key, tensor in tensors.items()}
         yield name, plain if len(plain) == len(tensors) else tensors
-    for key, value in document.items() if depth else ():
+    for key, value in document.items() if depth and OPTIMISER not in document else ():
         if isinstance(value, Mapping) and not NOT_WEIGHTS.search(str(key)):
             yield from _walk(value, f"{name}.{key}" if name else str(key), depth - 1)
 
@@ -403,10 +410,7 @@ def _filled(model: Classifier, chosen: Match, skeleton: Skeleton, where: object)
     tensors = chosen.tensors(skeleton)
     check_kinds(own, tensors, where)
     own.update(tensors)
-    for name, tensor in own.items():
-        floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
-        if floating and not bool(tensor.isfinite().all()):
-            raise CovcliError(f"weights {name!r} hold NaN or infinity", where=where)
+    check_finite(own, where)
     model.network.load_state_dict(own)
     parts = sorted({name.split(".")[0] for name in chosen.ignored})
     if parts:
@@ -421,9 +425,17 @@ def _misfit(
 ) -> CovcliError:
     """Return the error for the best match, with the architecture that fits better."""
     best = min(tried, key=lambda match: match.wrong)
-    hint = nearest_architecture([place.tensors for place in candidates])
+    nearest = nearest_architecture([place.tensors for place in candidates])
+    if index := index_of(Path(str(where))):
+        fix = f"name the index of all parts, {index}"
+    elif nearest == Nearest(name, 1) and best.only_named_otherwise:
+        fix = "the shapes fit: save them under the names that the network has"
+    else:
+        fix = _to_name(nearest)
     return CovcliError(
-        f"the weights do not fit model {name!r}: {best.describe()}",
-        where=where,
-        fix=f"name its --model{hint}",
+        f"the weights do not fit model {name!r}: {best.describe()}", where=where, fix=fix
     )
+
+
+def _to_name(nearest: Nearest | None) -> str:
+    return "name its --model" + (f"; the nearest architecture is {nearest}" if nearest else "")

@@ -272,9 +272,9 @@ def _paused(path: Path) -> Inspection:
 def _state_dict(path: Path, document: Mapping[str, Any]) -> Inspection:
     state_dicts = places(document, path)
     largest = max(state_dicts, key=lambda place: len(place.tensors)).tensors
-    hint = nearest_architecture([place.tensors for place in state_dicts])
+    nearest = nearest_architecture([place.tensors for place in state_dicts])
     return Inspection(
-        path, "state dict", 0, nearest=hint.removeprefix("; the nearest architecture is "),
+        path, "state dict", 0, nearest="" if nearest is None else str(nearest),
         tensors=tuple(
             TensorFacts(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
             for name, tensor in largest.items()

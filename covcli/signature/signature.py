@@ -388,7 +388,7 @@ def load_signature(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     CovcliError
         If the file is missing, of another kind or version, damaged, or not finite.
     """
-    with reading(path, "is not a covcli signature"), open_regular(path) as file:
+    with reading(path, "is not a covcli signature", says=True), open_regular(path) as file:
         content = file.read()
         metadata = file_checks.parse_json(file_checks.safetensors_metadata(content)["covcli"])
         tensors = safetensors.torch.load(content)

@@ -105,9 +105,18 @@ def write_png16(path: Path, pixels: np.ndarray) -> None:
     """Write a 16-bit PNG by hand: PIL writes grey ones only."""
     height, width, channels = pixels.shape
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
-    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    rows = [row.astype(">u2").tobytes() for row in pixels]
+    write_png(path, (width, height, 16, kind), rows)
+
+
+def write_png(
+    path: Path, head: tuple[int, int, int, int], rows: list[bytes], transparent: bytes = b""
+) -> None:
+    """Write a PNG by hand, from width, height, bits and colour type, and its rows of bytes."""
+    content = zlib.compress(b"".join(b"\0" + row for row in rows))
+    key = [(b"tRNS", transparent)] if transparent else []
+    header = struct.pack(">IIBBBBB", *head, 0, 0, 0)
+    parts = [(b"IHDR", header), *key, (b"IDAT", content), (b"IEND", b"")]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in parts
@@ -230,6 +239,46 @@ def test_transparency_shows_white_whatever_the_form(tmp_path: Path) -> None:
     share = opaque[places][..., None] / 255
     adapted = adapt(decode(tmp_path / "p.png"), shape)[0].permute(1, 2, 0).numpy()
     assert np.abs(adapted - (colours * share + 255 * (1 - share))).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_the_transparent_level_of_a_grey_png_is_found_at_every_depth(
+    tmp_path: Path, bits: int
+) -> None:
+    highest = 2**bits - 1
+    levels = np.random.default_rng(bits).integers(0, min(highest, 20) + 1, (8, 16))
+    key = int(levels[0, 0])
+    if bits == 16:
+        rows = [row.astype(">u2").tobytes() for row in levels]
+    else:
+        each = (levels[..., None] >> np.arange(bits - 1, -1, -1)) & 1
+        rows = [np.packbits(row.reshape(-1)).tobytes() for row in each]
+    write_png(tmp_path / "x.png", (16, 8, bits, 0), rows, struct.pack(">H", key))
+    expected = np.where(levels == key, 255, np.rint(levels * 255 / highest))
+    adapted = adapt(decode(tmp_path / "x.png"), (1, 8, 16))[0, 0].numpy()
+    np.testing.assert_array_equal(adapted, expected)
+
+
+def test_a_bitmap_whose_fourth_byte_is_empty_shows_its_colours(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    for opacity, shown in ((0, colours), (255, colours), (51, 204 + np.rint(colours / 5))):
+        pixels = np.dstack([colours[..., ::-1], np.full((5, 7), opacity, np.uint8)])[::-1]
+        masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+        head = struct.pack("<IiiHHIIiiII", 108, 7, 5, 1, 32, 3, pixels.nbytes, 0, 0, 0, 0)
+        body = head + masks + bytes(52) + pixels.tobytes()
+        start = struct.pack("<IHHI", 14 + len(body), 0, 0, 122)
+        (tmp_path / "x.bmp").write_bytes(b"BM" + start + body)
+        adapted = adapt(decode(tmp_path / "x.bmp"), (3, 5, 7))[0].permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(adapted, shown)
+
+
+def test_a_file_that_is_no_image_is_called_what_it_is(tmp_path: Path) -> None:
+    for content, what in ((b"", "empty"), (b"<html>", "a web page"), (b"\0" * 99, "zeros"),
+                          (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+                          (b"\0\0\0\x18ftypheic", "HEIC")):  # fmt: skip
+        (tmp_path / "x.jpg").write_bytes(content)
+        with pytest.raises(CovcliError, match=what):
+            decode(tmp_path / "x.jpg")
 
 
 def test_other_colour_spaces_become_rgb(tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ The truth is always the network that was saved: a loaded one must answer alike.
 """
 
 import argparse
+import gzip
+import json
 import logging
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -159,6 +162,106 @@ def test_safetensors_are_read_whatever_their_name_and_order(saved: Norms, tmp_pa
         state = {k: v.contiguous() for k, v in saved.state_dict().items()}
         safetensors.torch.save_file(prefixed("model.")(state), path)
         assert_alike(path, saved)
+
+
+class Tied(nn.Module):
+    """Two layers that share their weights."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, classes)
+        self.one, self.two = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.two(torch.relu(self.one(self.stem(x)))).mean((2, 3)))
+
+
+def test_shared_tensors_that_safetensors_stores_once_are_found(tmp_path: Path) -> None:
+    if "tied" not in MODELS:
+        model("tied")(lambda classes, pretrained: Tied(classes))
+    network = Tied(5).eval()
+    safetensors.torch.save_model(network, str(tmp_path / "w.safetensors"))
+    assert len(safetensors.torch.load_file(tmp_path / "w.safetensors")) == 7  # of 8 names
+    assert_alike(tmp_path / "w.safetensors", network, "tied")
+
+
+def test_weights_in_several_files_are_read_from_their_index(saved: Norms, tmp_path: Path) -> None:
+    state = {k: v.contiguous() for k, v in saved.state_dict().items()}
+    parts = [dict(list(state.items())[i::2]) for i in range(2)]
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for part, name in zip(parts, names, strict=True):
+        safetensors.torch.save_file(part, tmp_path / name)
+    weight_map = {key: name for part, name in zip(parts, names, strict=True) for key in part}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert_alike(index, saved)
+    with pytest.raises(
+        CovcliError, match=r"name the index of all parts, .*model\.safetensors\.ind"
+    ):
+        checkpoint.load(tmp_path / names[0], "norms")
+    with pytest.raises(CovcliError, match=f"is a folder.* name a file in it: {names[0]}"):
+        checkpoint.load(tmp_path, "norms")
+    index.write_text(json.dumps({"weight_map": {**weight_map, "more": names[0]}}))
+    with pytest.raises(CovcliError, match="lacks 'more'"):
+        checkpoint.load(index, "norms")
+    (tmp_path / "below").mkdir()
+    index.replace(tmp_path / "below" / index.name)
+    for outside in ("../" + names[0], str(tmp_path / names[0]), "..", index.name):
+        (tmp_path / "below" / index.name).write_text(json.dumps({"weight_map": {"a": outside}}))
+        with pytest.raises(CovcliError, match="no index of files beside it"):
+            checkpoint.load(tmp_path / "below" / index.name, "norms")
+
+
+# What is saved or downloaded in place of weights, and the words that tell the user.
+NO_WEIGHTS: dict[str, tuple[bytes, str]] = {
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid x", "Git LFS; .*git lfs pull"),
+    "page": (b"\n <!DOCTYPE HTML><head>", "a web page; download the file itself"),
+    "error": (b'{"error": "rate limit"}', "a JSON document"),
+    "denied": (b"<?xml version='1.0'?><Error>", "an XML document"),
+    "empty": (b"", "empty; download"),
+    "zeros": (bytes(4000), "full of zeros"),
+    "gzip": (gzip.compress(b"weights"), "gzip; unpack it"),
+    "tar": (bytes(b"x".ljust(257, b"\0") + b"ustar"), "a tar archive; unpack it"),
+    "zip": (b"PK\3\4cut short", "a ZIP archive that is cut short"),
+    "onnx": (b"\x08\x07\x12\x07pytorch\x1a\x052.0", "an ONNX graph; save the state_dict"),
+    "keras": (b"\x89HDF\r\n\x1a\n", "HDF5"),
+    "pickle": (pickle.dumps({"w": 1}), "a pickle; save the state_dict"),
+    "image": (b"\x89PNG\r\n\x1a\n", "an image"),
+}
+
+
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_what_is_given_in_place_of_weights_is_named(kind: str, ending: str, tmp_path: Path) -> None:
+    content, words = NO_WEIGHTS[kind]
+    path = tmp_path / f"w{ending}"
+    path.write_bytes(content)
+    with pytest.raises(CovcliError, match=f"is not a PyTorch checkpoint: it is .*{words}"):
+        load_weights_only(path)
+
+
+def test_what_a_file_holds_in_place_of_weights_is_named(tmp_path: Path) -> None:
+    path, network = tmp_path / "w.pt", Norms(4)
+    optimizer = torch.optim.Adam(network.parameters())
+    network(IMAGES).sum().backward()
+    optimizer.step()
+    state = network.state_dict()
+    renamed = {name.replace("head.", "head.1."): tensor for name, tensor in state.items()}
+    empty = {k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in state.items()}
+    held = {
+        "the state of an optimizer": optimizer.state_dict(),
+        "holds a tuple": (state, 3),
+        "holds a list": list(network.parameters()),
+        "without values": empty,
+        "sparse": {**state, "head.weight": state["head.weight"].to_sparse()},
+        "the shapes fit: save them under the names": renamed,
+        "NaN": {**state, "head.bias": torch.full((4,), torch.nan, dtype=torch.float8_e4m3fn)},
+    }
+    for words, content in held.items():
+        torch.save(content, path)
+        with pytest.raises(CovcliError, match=words):
+            checkpoint.load(path, "norms")
 
 
 def test_weights_of_half_precision_keep_their_values(saved: Norms, tmp_path: Path) -> None:
