@@ -3,7 +3,7 @@
 import hashlib
 import math
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,6 +125,23 @@ class ArchiveReader:
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
+def array_names(file: Path) -> list[str]:
+    """Return the names of an archive's arrays, in the order of the file.
+
+    Examples
+    --------
+    >>> np.savez("x.npz", images=np.zeros((2, 8, 8), np.uint8), labels=[0, 1])
+    >>> array_names(Path("x.npz"))
+    ['images', 'labels']
+    """
+    with (
+        reading(file, COMPLAINT, says=True),
+        open_regular(file) as opened,
+        zipfile.ZipFile(opened) as archive,
+    ):
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
 def stored_shape(file: Path) -> tuple[int, ...] | None:
     """Return the shape of an archive's images if they can be read one after another.
 
@@ -145,7 +162,14 @@ def stored_shape(file: Path) -> tuple[int, ...] | None:
         with _opened(file) as member:
             shape, transposed, kind = read_header(member)
     readable = kind == np.uint8 and not transposed and len(shape) in (3, 4) and 0 not in shape
-    return shape if readable and (*shape, 1)[3] <= 4 else None
+    channels = shape[3] if len(shape) == 4 else 1
+    one_image = len(shape) == 3 and is_one_in_colour(shape)
+    return shape if readable and channels <= 4 and not one_image else None
+
+
+def is_one_in_colour(sides: Sequence[int]) -> bool:
+    """Return whether three sides are rather height, width and channels than (N, H, W)."""
+    return sides[2] in (3, 4) and sides[1] >= 8
 
 
 @contextmanager

@@ -1,10 +1,7 @@
 """Forms of data: archives, folders and lists of image files, and noise."""
 
-import csv
-import io
 import logging
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
@@ -14,21 +11,22 @@ import torch
 from torch import Tensor
 
 from covcli.core import file_checks
-from covcli.core.errors import CovcliError
-from covcli.core.opening import exists, is_file, is_folder, open_regular, reading
-from covcli.core.specs import Spec, count, up_to
+from covcli.core.errors import CovcliError, first_few
+from covcli.core.opening import exists, is_file, is_folder, reading
+from covcli.core.specs import LARGEST, Spec, count, up_to
 from covcli.data import listing
-from covcli.data.archives import ArchiveSource, stored_shape
+from covcli.data.archives import ArchiveSource, array_names, is_one_in_colour, stored_shape
 from covcli.data.image_files import FileSource
 from covcli.data.images import ImageSet, NoiseSource, Origin, Source, in_memory
 from covcli.data.listing import SERVING
 from covcli.data.reading import FORMS, Reading
 from covcli.data.registry import DATASETS, PARTS, Request, say_once
+from covcli.data.tables import read_table
 
 log = logging.getLogger(__name__)
+ARRAYS = ("images", "labels", "classes")  # that an archive may hold
 NOISE_IMAGES = 2000
 MOST_NOISE = 10_000_000  # a number is kept of each
-NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,8})")  # 007 is a name
 
 
 def _located(request: Request) -> tuple[Path, Origin]:
@@ -112,23 +110,45 @@ def npz(request: Request) -> ImageSet:
     arrays = file_checks.read_npz(file, ("labels", "classes", *(() if sides else ("images",))))
     source = _in_memory(file, arrays) if sides is None else ArchiveSource(file, sides)
     number = len(arrays["images"]) if sides is None else sides[0]
+    for note in _unread(file):
+        say_once(note)
     labels, classes = arrays.get("labels"), arrays.get("classes")
-    if labels is not None and (labels.shape != (number,) or labels.dtype.kind not in "iu"):
-        raise CovcliError(
-            f"{number} images, but labels are {labels.dtype} of shape {labels.shape}",
-            where=file,
-            fix="store integers of shape (N,)",
-        )
+    if labels is not None:
+        labels = _class_numbers(labels, number, file)
     names = () if labels is None else _class_names(classes, file)
     return ImageSet(
         request.spec.text,
         source,
         torch.arange(number),
-        None if labels is None else _numbered(labels.astype(np.int64), names, request),
+        None if labels is None else _numbered(labels, names, request),
         names,
         flips=True,
         origin=origin,
     )
+
+
+def _unread(file: Path) -> list[str]:
+    """Return a note on arrays that are not read, if they could be the labels or their names."""
+    names = array_names(file)
+    others = [name for name in names if name not in ARRAYS]
+    missing = [name for name in ARRAYS[1:] if name not in names]
+    if not others or not missing:
+        return []
+    return [
+        f"{file}: no array `{'`, `'.join(missing)}`; not read: {first_few(others, len(ARRAYS))}"
+    ]
+
+
+def _class_numbers(labels: np.ndarray, images: int, file: Path) -> np.ndarray:
+    """Return labels of shape (N,) or (N, 1) as int64 of shape (N,)."""
+    one_each = labels.shape in ((images,), (images, 1))
+    if not one_each or labels.dtype.kind not in "iu" or labels.max(initial=0) > LARGEST:
+        raise CovcliError(
+            f"{images} images, but labels are {labels.dtype} of shape {labels.shape}",
+            where=file,
+            fix="store integers of shape (N,)",
+        )
+    return labels.reshape(images).astype(np.int64)
 
 
 def _numbered(labels: np.ndarray, names: tuple[str, ...], request: Request) -> Tensor:
@@ -149,19 +169,26 @@ def _class_names(classes: np.ndarray | None, file: Path) -> tuple[str, ...]:
     if classes.dtype.kind == "S":
         with reading(file, "holds class names that are not UTF-8"):
             classes = np.char.decode(classes, "utf-8")
-    if classes.dtype.kind != "U" or classes.ndim != 1 or len(set(classes.tolist())) < len(classes):
+    text = classes.dtype.kind == "U" and classes.ndim == 1
+    names = tuple(map(listing.class_name, classes.tolist())) if text else ()
+    if not text or len(set(names)) < len(names):
         raise CovcliError(
             f"classes are {classes.dtype} of shape {classes.shape}",
             where=file,
             fix="store their names as text of shape (K,), each once",
         )
-    return tuple(classes.tolist())
+    return names
 
 
 def _in_memory(file: Path, arrays: Mapping[str, np.ndarray]) -> Source:
     """Return an archive's images as a source, if they are ones."""
     if "images" not in arrays:
-        raise CovcliError("holds no array named `images`", where=file)
+        held = first_few(array_names(file), len(ARRAYS)) or "none"
+        raise CovcliError(
+            f"holds no array named `images`; its arrays: {held}",
+            where=file,
+            fix="name them images, labels and classes",
+        )
     images = arrays["images"]
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise CovcliError(
@@ -169,12 +196,20 @@ def _in_memory(file: Path, arrays: Mapping[str, np.ndarray]) -> Source:
             where=file,
             fix="store uint8 of shape (N, H, W) or (N, H, W, C)",
         )
+    if images.ndim == 3 and is_one_in_colour(images.shape):
+        raise CovcliError(
+            f"images have shape {images.shape}, as a single one in colour",
+            where=file,
+            fix="store it as images[None], or grey ones as images[..., None]",
+        )
     if images.ndim == 3:
         images = images[..., None]
     if images.shape[3] not in (1, 2, 3, 4) or 0 in images.shape:
         raise CovcliError(
             f"images have shape {images.shape}", where=file, fix="store 1 to 4 channels, last"
         )
+    if images.shape[3] in (2, 4):
+        say_once(f"{file}: the last of {images.shape[3]} channels is read as opacity")
     return in_memory("", torch.from_numpy(images).permute(0, 3, 1, 2), None).source
 
 
@@ -227,12 +262,12 @@ def csv_list(request: Request) -> ImageSet:
     r"""Read a CSV table with the columns `path` and optionally `label`: one row per image.
 
     Paths are relative to the table's folder. Labels are either class names or all numbers. The
-    specification names a file, or a folder that holds train.csv and test.csv.
+    specification names a file, or a folder that holds train.csv and test.csv. See `read_table`.
 
     Raises
     ------
     CovcliError
-        If the table does not exist, has no column `path`, or has an incomplete row.
+        If the table does not exist, has no column `path`, or has an incomplete line.
 
     Examples
     --------
@@ -244,40 +279,19 @@ def csv_list(request: Request) -> ImageSet:
     """
     path, origin = _located(request)
     file = _file_of_split(path, request, ".csv")
-    names, texts = _read_csv(file)
-    source = FileSource(file.parent, names, key=file.name, most=Reading.of(request.spec).max_pixels)
-    if texts is None:
+    table = read_table(file)
+    for note in table.notes:
+        say_once(note)
+    most = Reading.of(request.spec).max_pixels
+    source = FileSource(file.parent, table.paths, key=file.name, most=most)
+    if table.labels is None:
         return of_files(request, source, None, (), origin)
-    if all(NUMBER.fullmatch(text) for text in texts):
-        labels = _numbered(np.array(list(map(int, texts))), (), request)
-        return of_files(request, source, labels, (), origin)
-    classes = sorted(set(texts))
+    if (numbers := table.numbers()) is not None:
+        return of_files(request, source, _numbered(np.array(numbers), (), request), (), origin)
+    classes = sorted(set(table.labels))
     places = {name: k for k, name in enumerate(classes)}
-    labels = torch.tensor([places[text] for text in texts])
-    return of_files(request, source, labels, tuple(map(listing.printable, classes)), origin)
-
-
-def _read_csv(file: Path) -> tuple[list[str], list[str] | None]:
-    """Return the paths of a table, and its labels if it has such a column."""
-    try:
-        with open_regular(file) as opened:
-            text = opened.read().decode("utf-8-sig", "surrogateescape")
-        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        head = [name.strip().casefold() for name in table.fieldnames or []]
-        table.fieldnames = head
-        rows = list(table)
-    except (OSError, csv.Error) as error:
-        raise CovcliError(f"cannot be read as a table ({error})", where=file) from None
-    if not rows or "path" not in head:
-        raise CovcliError("has no row, or no column `path`", where=file, fix="write path,label")
-    if max(head.count("path"), head.count("label")) > 1:
-        raise CovcliError("has a column twice", where=file, fix="write path,label")
-    columns = ["path", "label"] if "label" in rows[0] else ["path"]
-    for number, row in enumerate(rows, 2):
-        if None in row or any(not (row[k] or "").strip() or "\0" in row[k] for k in columns):
-            raise CovcliError(f"row {number} is incomplete", where=file)
-    paths = [row["path"] for row in rows]
-    return paths, [row["label"].strip() for row in rows] if "label" in columns else None
+    labels = torch.tensor([places[label] for label in table.labels])
+    return of_files(request, source, labels, tuple(classes), origin)
 
 
 def of_files(

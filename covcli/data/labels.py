@@ -10,6 +10,7 @@ from torch import Tensor
 from covcli.core.errors import CovcliError, first_few
 from covcli.core.specs import suggestion
 from covcli.data.images import ImageSet
+from covcli.data.listing import class_name
 
 log = logging.getLogger(__name__)
 NAMED = 10  # at most this many names are listed, the others counted
@@ -115,11 +116,11 @@ def matched(images: ImageSet, classes: Sequence[str]) -> Matched:
     ([0, 2], ("pets: no image of class 'bee'",))
     """
     labels, classes = images.known_labels(), tuple(classes)
-    known = {name: k for k, name in enumerate(classes)}
+    known = {class_name(name): k for k, name in enumerate(classes)}
     notes = []
     if images.classes:
         _check_range(images, len(images.classes))
-        names = images.classes
+        names = tuple(map(class_name, images.classes))
         if not known.keys() & set(names) and classes == numbered(len(classes)):
             notes.append(_by_position(images, len(classes)))
             known = {name: k for k, name in enumerate(names)}

@@ -4,13 +4,15 @@ No file is opened, so a folder of a million images is listed in seconds.
 """
 
 import os
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from covcli.core.errors import CovcliError
+from covcli.core.errors import CovcliError, first_few
 
 Split: TypeAlias = Literal["train", "test"]
 SUFFIXES = (
@@ -22,12 +24,18 @@ SUFFIXES = (
 LEFT_BY_OTHERS = frozenset({
     "__macosx", "__pycache__", "lost+found", "system volume information", "$recycle.bin",
     "recycler", "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot",
-    "network trash folder", "temporary items", "_vti_cnf", "_gsdata_",
+    "network trash folder", "temporary items", "_vti_cnf", "_gsdata_", "thumbs.db", "ehthumbs.db",
+    "desktop.ini", "picasa.ini", "icon\r",
 })  # fmt: skip
 SPLITS = {
     "train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
     "valid": "val", "validation": "val", "dev": "val", "eval": "val",
 }  # fmt: skip
+# Names of splits with more to them, as in `training_set`, `seg_train` or `val-images`.
+LONGER = re.compile(
+    r"(?:^|[^a-z])(train|training|test|testing|val|valid|validation|dev|eval)"
+    r"(?:set|data|images?)?(?:[^a-z]|$)"
+)
 # The parts that can serve as a split, in order of preference.
 SERVING: dict[Split, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
 
@@ -61,6 +69,14 @@ class Listing:
 def printable(name: str) -> str:
     r"""Return a name with bytes that are not UTF-8 escaped, as in `caf\xe9`."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def class_name(name: str) -> str:
+    """Return the name of a class: printable, and with composed letters (Unicode's form NFC).
+
+    macOS stores an é as two characters, and other systems as one. They look the same.
+    """
+    return unicodedata.normalize("NFC", printable(name))
 
 
 def is_left_by_others(name: str) -> bool:
@@ -101,9 +117,26 @@ def list_classes(root: Path) -> Listing:
         files = walk.files(name)
         listing.files += files
         listing.counts.append(len(files))
-    listing.classes = tuple(map(printable, names))
+    listing.classes = tuple(map(class_name, names))
+    _check_distinct(listing)
     listing.notes += walk.ignored()
+    if len(names) == 1 and len(below := sorted(_subfolders(root / names[0]))) > 1:
+        listing.notes.append(
+            f"{root}: {_listed(names)} is the only class; if its subfolders ({_few(below)}) are "
+            f"the classes, name folder:{root / names[0]}"
+        )
     return listing
+
+
+def _check_distinct(listing: Listing) -> None:
+    """Raise a CovcliError for class folders with the same name in different forms of Unicode."""
+    for name, count in Counter(listing.classes).items():
+        if count > 1:
+            raise CovcliError(
+                f"{count} class folders are named {name!r}, in different forms of Unicode",
+                where=listing.root,
+                fix="put their images in one folder",
+            )
 
 
 def walk(root: Path, notes: list[str]) -> Iterator[str]:
@@ -151,7 +184,8 @@ def split_folder(root: Path, split: Split) -> tuple[Path, list[str]]:
 
     If all subfolders are named after splits, they are splits. Beside other subfolders, such names
     are splits if they name two different splits. A single such name is a class if its folder holds
-    images directly, as the other folders do.
+    images directly, as the other folders do. Longer names, as `training_set` and `test_set`, are
+    splits if two of them are there and their folders hold the same class folders.
 
     Parameters
     ----------
@@ -172,6 +206,10 @@ def split_folder(root: Path, split: Split) -> tuple[Path, list[str]]:
     """
     names = sorted(_subfolders(root))
     parts = {name: SPLITS[name.casefold()] for name in names if name.casefold() in SPLITS}
+    notes = []
+    if len(set(parts.values())) < 2 and (longer := _longer_names(root, names)):
+        parts = longer
+        notes.append(f"{root}: {_listed(list(parts))} are read as splits, not as classes")
     others = [name for name in names if name not in parts and holds_image(root / name)]
     if not parts:
         return root, []
@@ -184,7 +222,6 @@ def split_folder(root: Path, split: Split) -> tuple[Path, list[str]]:
             where=root,
             fix=f"name {root / next(iter(parts))} itself, or rename it",
         )
-    notes = []
     if others:
         notes.append(f"{root}: {_listed(others)}: not a split, ignored")
     for part in SERVING[split]:
@@ -202,6 +239,17 @@ def split_folder(root: Path, split: Split) -> tuple[Path, list[str]]:
         where=root,
         fix=f"name a folder itself, as {root / next(iter(parts))}",
     )
+
+
+def _longer_names(root: Path, names: list[str]) -> dict[str, str]:
+    """Return the splits among folders with longer names; empty unless they are clearly splits."""
+    found = {name: match[1] for name in names if (match := LONGER.search(name.casefold()))}
+    parts = {name: SPLITS[word] for name, word in found.items()}
+    below = [set(_subfolders(root / name)) for name in parts]
+    classes = [folders for folders in below if folders]
+    if len(set(parts.values())) < 2 or not classes or not set.intersection(*classes):
+        return {}
+    return parts
 
 
 class _Walk:
@@ -272,6 +320,10 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 def _subfolders(path: Path) -> list[str]:
     return [entry.name for entry in _entries(str(path)) if entry.is_dir()]
+
+
+def _few(names: list[str]) -> str:
+    return first_few(list(map(printable, names)), 3)
 
 
 def _listed(names: list[str]) -> str:

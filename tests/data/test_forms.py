@@ -1,6 +1,7 @@
 """Forms of data: paths and how they are found again, tables, labels from another number."""
 
 import os
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from covcli.data import reading
 from covcli.data.datasets import load, whole
 from covcli.data.images import DataRecord, ImageSet
 from covcli.data.labels import taught
+from covcli.data.tables import read_table
 
 
 def put(path: Path, value: int = 0) -> None:
@@ -123,15 +125,76 @@ def test_a_table_of_numbers_is_numbered(tmp_path: Path) -> None:
     assert shifted.known_labels().tolist() == [0, 2, 0]
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_table_is_read_as_every_program_writes_it(
+    tmp_path: Path, separator: str, encoding: str, end: str
+) -> None:
+    lines = [["path", "label", "by"], ["a.png", "é", ""], ["b.png", "z", ""], ["c.png", "é", ""]]
+    text = end.join(separator.join(line) for line in lines)
+    (tmp_path / "t.csv").write_text(text, encoding, newline="")
+    table = read_table(tmp_path / "t.csv")
+    assert (table.paths, table.labels) == (["a.png", "b.png", "c.png"], ["é", "z", "é"])
+
+
+def test_labels_and_paths_of_other_systems_mean_the_same(tmp_path: Path) -> None:
+    for name in ("sub/1.png", "2.png"):
+        put(tmp_path / name, 1)
+    decomposed = unicodedata.normalize("NFD", "é")
+    file = tmp_path / "t.csv"
+    file.write_text(f"path,label\nsub\\1.png,é\n2.png,{decomposed}\n")
+    images = load(f"csv:{file}", "train")
+    assert (images.classes, values(images)) == (("é",), [1, 1])
+    file.write_text("path,label\nsub/1.png,11.0\n2.png,2.0\n")
+    images = load(f"csv:{file}", "train")  # as pandas writes numbers beside gaps
+    assert (images.classes, images.known_labels().tolist()) == ((), [11, 2])
+    file.write_text("path,label\nsub/1.png,1.5\n2.png,2.0\n")
+    assert load(f"csv:{file}", "train").classes == ("1.5", "2.0")
+
+
+def test_what_is_not_read_of_a_table_or_an_archive_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path / "a.png", 1)
+    (tmp_path / "t.csv").write_text("path,class\na.png,cat\na.png,cat\n")
+    assert load(f"csv:{tmp_path}/t.csv", "test").labels is None
+    assert "no column `label`: the images have no labels (other columns: class)" in caplog.text
+    pixels = np.zeros((2, 4, 4, 4), np.uint8)
+    np.savez(tmp_path / "x.npz", images=pixels, label=[0, 1])
+    assert load(f"npz:{tmp_path}/x.npz", "test").labels is None
+    assert "no array `labels`, `classes`; not read: label" in caplog.text
+    assert "the last of 4 channels is read as opacity" in caplog.text
+    for arrays, said in (
+        ({"x_test": pixels}, "its arrays: x_test; name them images, labels"),
+        (
+            {"images": np.zeros((9, 8, 3), np.uint8)},
+            "as a single one in colour; store it as images.None",
+        ),
+        ({"images": pixels, "labels": np.array([2**63, 0], np.uint64)}, "labels are uint64"),
+        ({"images": pixels, "labels": np.eye(2, dtype=int)}, r"labels are int64 of shape \(2, 2\)"),
+        ({"images": pixels, "labels": [0, 1], "classes": ["é", "e\u0301"]}, "each once"),
+    ):
+        np.savez(tmp_path / "y.npz", **arrays)
+        with pytest.raises(CovcliError, match=said):
+            load(f"npz:{tmp_path}/y.npz", "test")
+    np.savez(tmp_path / "z.npz", images=pixels, labels=np.array([[1], [0]], np.int8))
+    assert load(f"npz:{tmp_path}/z.npz", "test").known_labels().tolist() == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "has no row"), (b"file,label\na,b\n", "no column `path`"), (b"path\n", "no row"),
-        *[(table, "row 2 is incomplete")
+        *[(table, "line 2 is incomplete: it has no (path|label)")
           for table in (b"path,label\na.png\n", b"path,label\n,x\n", b"path,label\na.png,\n",
-                        b"path\na\0.png\n", b"path,label\na,b,c\n", b"path,label\na, \n")],
+                        b"path\na\0.png\n", b"path,label\na, \n", b"path,label\na,NaN\n")],
+        (b"path,label\n\na.png,x\na,b,c\n", "line 4 has 3 cells, and the first line 2; put"),
+        (b"path,label\na,x\nb,y\na,y\n", "a has the labels 'x' and 'y'"),
         (b"path,Path\na,b\n", "has a column twice"),
-        (b"path;label\na;b\n", "no column `path`"),
+        (b"file;label\na;b\n", "no column `path`; its first line names file;label"),
+        (b"PK\3\4xl/workbook", "cannot be read as a table: it is a ZIP archive"),
+        (b"<html>", "cannot be read as a table: it is a web page"),
         (b"path,label,label\na,b,c\n", "has a column twice"),
         (b'path\n"a.png', "cannot be read as a"),
         (b"path\n" + b"a" * 200_000, "cannot be read as a table"),

@@ -14,6 +14,7 @@ from covcli.core.errors import CovcliError
 from covcli.data import registry
 from covcli.data.datasets import load
 from covcli.data.images import ImageSet
+from covcli.data.labels import matched
 
 
 def put(root: Path, *names: str) -> Path:
@@ -109,6 +110,55 @@ def test_splits_alone_are_never_classes(tmp_path: Path, parts: tuple[str, ...]) 
             assert loaded.classes == ()
             assert loaded.labels is None
             assert len(loaded) == 2
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [("training_set", "test_set"), ("seg_train", "seg_test"), ("train", "test-images"),
+     ("TrainSet", "ValSet"), ("x_train", "x_val")],
+)  # fmt: skip
+def test_splits_with_longer_names_are_never_classes(
+    tmp_path: Path, parts: tuple[str, str], said: pytest.LogCaptureFixture
+) -> None:
+    train, test = parts
+    put(tmp_path, f"{train}/cat/1.png", f"{train}/dog/2.png", f"{test}/dog/3.png", "seg_pred/4.png")
+    for split, names in (("train", ["cat/1.png", "dog/2.png"]), ("test", ["dog/3.png"])):
+        images = load(f"folder:{tmp_path}", split)  # type: ignore[arg-type]
+        assert names_of(images) == [(name, name[:3]) for name in names]
+    assert f"{', '.join(sorted(parts))} are read as splits" in said.text
+
+
+def test_classes_that_sound_like_splits_are_classes(
+    tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path / "flat", "test tube/1.png", "train station/2.png", "bus/3.png")
+    put(tmp_path / "deep", "test tube/a/1.png", "train station/b/2.png", "training/3.png")
+    for name, classes in (("flat", ("bus", "test tube", "train station")),
+                          ("deep", ("test tube", "train station", "training"))):  # fmt: skip
+        assert load(f"folder:{tmp_path}/{name}", "test").classes == classes
+    assert "read as splits" not in said.text
+
+
+def test_letters_of_either_form_name_the_same_class(
+    tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    one, two = "caf\u00e9", "cafe\u0301"  # as Linux and Windows write it, and as macOS does
+    put(tmp_path, f"train/{one}/1.png", "train/zoo/2.png", f"test/{two}/3.png", "test/zoo/4.png")
+    train, test = (load(f"folder:{tmp_path}", split) for split in ("train", "test"))  # type: ignore[arg-type]
+    assert matched(test, train.classes).images.known_labels().tolist() == [0, 1]
+    assert matched(test, (two, "zoo")).images.known_labels().tolist() == [0, 1]
+    put(tmp_path, f"train/{two}/5.png")
+    with pytest.raises(CovcliError, match="2 class folders are named 'café', in different forms"):
+        load(f"folder:{tmp_path}", "train")
+
+
+def test_a_folder_named_one_level_too_high_is_said(
+    tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "images/cat/1.png", "images/dog/2.png", "images/Thumbs.db", "images/desktop.ini")
+    assert load(f"folder:{tmp_path}", "test").classes == ("images",)
+    assert f"(cat, dog) are the classes, name folder:{tmp_path}/images" in said.text
+    assert "extension" not in said.text
 
 
 def test_a_split_and_a_class_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
