@@ -47,7 +47,9 @@ def placed(record: Record, device: torch.device) -> Record:
 
 
 def fetched(columns: Sequence[Tensor]) -> list[Tensor]:
-    """Return results on the CPU. They leave a device in one copy, so it is waited for once.
+    """Return copies of results on the CPU. They leave a device together, waited for once.
+
+    The copies can be changed also where the results are of inference mode.
 
     Parameters
     ----------
@@ -67,7 +69,7 @@ def fetched(columns: Sequence[Tensor]) -> list[Tensor]:
             [4]])]
     """
     if all(column.is_cpu for column in columns):
-        return list(columns)
+        return [column.clone() for column in columns]
     flat = [column.double().view(len(column), -1) for column in columns]
     packed = torch.cat(flat, 1).cpu()
     parts = packed.split([part.shape[1] for part in flat], 1)

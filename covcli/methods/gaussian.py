@@ -6,17 +6,17 @@ the distance to the predicted class is computed at every coverage point, with a 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from covcli.methods.base import METHODS, Method, Scorer, add_counts
-from covcli.methods.layout import Layout, blocks
+from covcli.methods.layout import Layout
 from covcli.methods.moments import bits, common_peaks, expected_moments, moments, rescaled
 from covcli.methods.normal import (
     StoredModel,
@@ -190,33 +190,24 @@ class GaussScorer(Scorer):
             "counts": torch.tensor(layout.values, dtype=torch.float64, device=device),
             "unit": model.deviation * torch.cat(_per_value(model.rest.sqrt(), layout)),
         }
-        super().__init__(layout, {**buffers, **_stacked(model, layout)})
+        super().__init__(layout, buffers)
+        runs = list(_runs(model, layout))
+        self.runs = nn.ModuleList(runs)
+        self.widths = [run.width for run in runs]
 
     def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return log(d²/V) of each point, float64 of shape (B, L)."""
         return self.measure(neurons, classes)[0]
 
     def measure(self, neurons: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log(d²/V), made finite, and the displacement along the directions, (B, L) each.
-
-        With z the values' distances from the class in deviations, times 1/σ for the variance σ² of
-        the rest, q their leading components, and λ these components' variances, d² is
-        ‖z − Uᵀq‖² + Σ q²·σ²/λ. No term is negative, and none cancels another.
-        """
-        squares, along = [], []
+        """Return log(d²/V), made finite, and the displacement along the directions, (B, L) each."""
         values = (self._away(neurons, classes) / self.unit).clamp(-FARTHEST, FARTHEST)
-        for number, block in enumerate(blocks(values, self.layout.values)):
-            basis, weights, further = (
-                self.get_buffer(f"{name}_{number}") for name in ("basis", "weights", "further")
-            )
-            mine = block.transpose(0, 1)  # as rows: columns multiply slowly if there is only one
-            leading = mine @ basis.mT
-            rest = (mine - leading @ basis).square().sum(2, dtype=torch.float64)
-            squares.append(rest + (leading.square() @ weights.mT)[:, :, 0])
-            along.append((mine @ further.mT).mT.flatten(0, 1))
+        parts = zip(self.runs, values.split_with_sizes(self.widths, 1), strict=True)
+        squares, along = zip(*(run(part) for run, part in parts), strict=True)
         limits = torch.finfo(torch.float64)
         costs = torch.cat(squares).T / self.counts
-        return torch.log(costs.clamp(limits.tiny, limits.max)), torch.cat(along).T.double()
+        displaced = torch.cat(along).transpose(0, 1).flatten(1)
+        return torch.log(costs.clamp(limits.tiny, limits.max)), displaced.double()
 
     def costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return each value's squared distance in units of its deviation; 0 for maxima."""
@@ -244,30 +235,68 @@ def _per_value(of_points: Tensor, layout: Layout) -> list[Tensor]:
     return [each.expand(width) for each, width in zip(of_points, layout.values, strict=True)]
 
 
-def _stacked(model: StoredModel, layout: Layout) -> dict[str, Tensor]:
-    """Stack the models of consecutive points of equal width, in units of σ.
+class _Run(nn.Module):
+    """The normal models of consecutive points of equal width, stacked, in units of σ.
 
-    Per run: `basis`, the leading directions U of each point, (points, r, V), with rows of 0 at
-    points of a lower rank; `weights`, the factors σ²/λ of squares, (points, 1, r); and `further`,
-    the further direction of each point, (points, 1, V), or no rows.
+    Parameters
+    ----------
+    rows
+        The leading directions U of each point, with rows of 0 at points of a lower rank, and then
+        its further direction, if there is one: shape (points, r + 1 or r, V).
+    factors
+        σ/√λ of each leading direction, shape (points, 1, r).
     """
-    stacked: dict[str, Tensor] = {}
+
+    rows: Tensor
+    factors: Tensor
+
+    def __init__(self, rows: Tensor, factors: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("rows", rows)
+        self.register_buffer("factors", factors)
+        self.shape = (len(rows), rows.shape[2])
+        self.width = len(rows) * rows.shape[2]
+        self.ranks = [factors.shape[2], rows.shape[1] - factors.shape[2]]
+
+    def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return d² and the displacements along the further directions.
+
+        With z a point's values and q their leading components, d² is ‖z − Uᵀq‖² + Σ q²·σ²/λ. No
+        term is negative, and none cancels another.
+
+        Parameters
+        ----------
+        values
+            The distances from the class, times 1/σ in deviations, shape (B, points·V).
+
+        Returns
+        -------
+        tuple of Tensor
+            d², float64 of shape (points, B), and the displacements, shape (points, B, 1 or 0).
+        """
+        points = values.view(-1, *self.shape).transpose(0, 1)
+        components = torch.bmm(points, self.rows.mT)
+        leading, along = components.split_with_sizes(self.ranks, 2)
+        rest = torch.baddbmm(points, leading, self.rows.narrow(1, 0, self.ranks[0]), alpha=-1)
+        terms = torch.cat([rest, leading * self.factors], 2)
+        return terms.square().sum(2, dtype=torch.float64), along
+
+
+def _runs(model: StoredModel, layout: Layout) -> Iterator[_Run]:
+    """Yield the models of each run of consecutive points of equal width."""
     first = 0
-    for number, (width, run) in enumerate(groupby(layout.values)):
+    for _, run in groupby(layout.values):
         mine = slice(first, first + len(list(run)))
-        bases, rest = model.bases[mine], model.rest[mine, None, None]
+        rest = model.rest[mine, None, None]
+        bases, values = model.bases[mine], model.eigenvalues[mine]
         rank = max(len(basis) for basis in bases)
-        weights = torch.stack([pad(1 / e, (0, rank - len(e))) for e in model.eigenvalues[mine]])
-        further = model.mean.new_zeros(len(bases), 0, width)
+        rows = torch.stack([pad(basis, (0, 0, 0, rank - len(basis))) for basis in bases])
+        weights = torch.stack([pad(1 / each, (0, rank - len(each))) for each in values])
         if model.directions:
             further = torch.stack(list(model.directions[mine]))[:, None] * rest.sqrt()
-        stacked |= {
-            f"basis_{number}": torch.stack([pad(b, (0, 0, 0, rank - len(b))) for b in bases]),
-            f"weights_{number}": weights[:, None] * rest,
-            f"further_{number}": further,
-        }
+            rows = torch.cat([rows, further], 1)
+        yield _Run(rows, (weights[:, None] * rest).sqrt())
         first = mine.stop
-    return stacked
 
 
 def whole_numbers(state: State, values: Tensor) -> Tensor:

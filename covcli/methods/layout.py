@@ -65,15 +65,31 @@ class Layout:
 
         float64; int32 for bool, because counting is faster.
         """
-        return torch.cat([_sums(block) for block in blocks(values, self.sizes)], 1)
+        return torch.cat([_sums(block) for block in self.blocks(values)], 1)
 
     def means(self, values: Tensor) -> Tensor:
         """Return the mean over each point's neurons of values (B, N), float64 of shape (B, L)."""
-        every = blocks(values, self.sizes)
+        every = self.blocks(values)
         return torch.cat([_sums(block).double() / block.shape[2] for block in every], 1)
+
+    def blocks(self, values: Tensor) -> Iterator[Tensor]:
+        """Yield the values (B, N) of each run of consecutive points of equal width.
+
+        Yields
+        ------
+        Tensor
+            A view of shape (B, points, width).
+        """
+        shapes = [(len(list(run)), width) for width, run in groupby(self.sizes)]
+        parts = values.split_with_sizes([count * width for count, width in shapes], 1)
+        for shape, part in zip(shapes, parts, strict=True):
+            yield part.view(-1, *shape)
 
     def pieces(self, most: int) -> Iterator["Layout"]:
         """Yield runs of consecutive points, each of at most `most` neurons or a single point."""
+        if self.neurons <= most:
+            yield self
+            return
         first, start = 0, 0
         for number, (begin, size) in enumerate(_places(self.sizes)):
             end = begin + size
@@ -90,27 +106,6 @@ class Layout:
 def _sums(block: Tensor) -> Tensor:
     """Return the sums over the last dimension, in float64, or int32 for bool."""
     return block.sum(2, dtype=torch.int32 if block.dtype == torch.bool else torch.float64)
-
-
-def blocks(values: Tensor, widths: Sequence[int]) -> Iterator[Tensor]:
-    """Yield one tensor for each run of consecutive points of equal width.
-
-    Parameters
-    ----------
-    values
-        The values of all points, shape (B, sum of widths).
-    widths
-        The number of values of each point.
-
-    Yields
-    ------
-    Tensor
-        A view of shape (B, points, width).
-    """
-    runs = [(width, len(list(equal))) for width, equal in groupby(widths)]
-    parts = values.split([width * count for width, count in runs], 1)
-    for (width, count), part in zip(runs, parts, strict=True):
-        yield part.unflatten(1, (count, width))
 
 
 def _places(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:

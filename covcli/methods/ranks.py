@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from covcli.methods.base import METHODS, CostScorer, Method, add_counts
-from covcli.methods.layout import Layout, blocks
+from covcli.methods.layout import Layout
 from covcli.methods.ranges import held
 from covcli.methods.state import Expected, State
 
@@ -144,7 +144,7 @@ def scaled(layout: Layout, weights: Tensor) -> Tensor:
     return torch.cat(
         [
             (block / block.sum(2, keepdim=True) * block.shape[2]).flatten(1)
-            for block in blocks(weights, layout.sizes)
+            for block in layout.blocks(weights)
         ],
         1,
     )

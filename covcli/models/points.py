@@ -1,7 +1,6 @@
 """Coverage points: the places where activations are recorded and reduced to neurons."""
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -133,9 +132,10 @@ def first_tensor(output: Any) -> Tensor | None:
     >>> first_tensor((torch.zeros(2), None)).shape
     torch.Size([2])
     """
-    if isinstance(output, tuple | list) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) else None
+    if isinstance(output, Tensor):
+        return output
+    first = output[0] if isinstance(output, tuple | list) and output else None
+    return first if isinstance(first, Tensor) else None
 
 
 T = TypeVar("T")
@@ -179,7 +179,7 @@ class _Place:
 
     running: bool = False
     images: int = 0
-    count: Counter[tuple[str, str]] = field(default_factory=Counter)
+    count: dict[tuple[str, str], int] = field(default_factory=dict)
     inside: list[str] = field(default_factory=list)  # whose forward runs, the innermost last
     calls: Calls | None = None
 
@@ -292,7 +292,7 @@ class Outputs:
         state = self._places.state
         if not state.running:
             return
-        call = state.count[module, function]
+        call = state.count.get((module, function), 0)
         state.count[module, function] = call + 1
         point = self._points.get((module, function, call))
         tensor = first_tensor(output)

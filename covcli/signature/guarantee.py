@@ -366,7 +366,7 @@ class Rule:
         predicted
             Predicted classes, int64 of shape (B,).
         """
-        return scores > self.thresholds[predicted]
+        return scores > self.thresholds.index_select(0, predicted)
 
     def unsure(self, scores: Tensor, predicted: Tensor, doubt: Tensor) -> Tensor:
         """Return which answers do not pass although their images are not untrusted.
@@ -448,7 +448,7 @@ class Rule:
         with the calibrated threshold τ of the predicted class. Only for `mrc-paper` the score s is
         the paper's coverage η. The parameters are those of `untrusted`.
         """
-        tau = self.thresholds[predicted]
+        tau = self.thresholds.index_select(0, predicted)
         flagged = scores > tau
         shape = torch.exp2(-(scores.clamp_min(0) / tau))
         if not self._all_positive:  # for τ ≤ 0, confidence is 1 or 0

@@ -260,8 +260,8 @@ class Monitor:
             checks = [doubtful(logits, neurons)]
             if given.is_floating_point() and not self.model.spec.is_own:
                 checks += torch.aminmax(self.model.pixels(inputs) if normalised else inputs)
+            judged = self.judge.on_device(logits, neurons)
         self._refuse_training()  # another thread may have set it meanwhile
-        judged = self.judge.on_device(logits, neurons)
         # The checks leave the device together with the verdicts, so that it is waited for once.
         verdicts, checks = judged.fetched(*(check.expand(len(logits)) for check in checks))
         mark, *ends = (float(check[0]) for check in checks)
