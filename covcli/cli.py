@@ -189,7 +189,9 @@ def evaluate(
     from covcli.data.openood import expand
     from covcli.evaluation import gates
     from covcli.evaluation.evaluate import evaluate
+    from covcli.reporting.pipelines import check_outputs
 
+    check_outputs(output.junit, output.summary)
     with working(common, config.device, config.seed) as work:
         config = replace(config, untrusted=expand(config.untrusted, config.data_dir))
         wanted = gates.parse_gates(gate_options.fail_under, gate_options.fail_over)
@@ -222,7 +224,7 @@ def _show_evaluation(result: Any, output: EvaluationOutput, json: bool) -> None:
     if output.junit is not None:
         write_bytes(output.junit, pipelines.junit(result.gates))
     if output.summary is not None:
-        write_bytes(output.summary, pipelines.summary(result).encode())
+        pipelines.write_summary(output.summary, result)
     if json:
         terminal.print_json(result)
     else:
@@ -243,11 +245,12 @@ def _show_evaluation(result: Any, output: EvaluationOutput, json: bool) -> None:
 )
 def check(config: CheckConfig, options: CheckOptions) -> None:
     """Say of each image whether the network's answer can be trusted; no labels are needed."""
-    from covcli.monitoring import rows
+    from covcli.monitoring import prometheus, rows
     from covcli.monitoring.check import checking
     from covcli.monitoring.results import check_faults
 
     form = rows.chosen_format(options.format, options.json)
+    prometheus.check_output(options.metrics, config.drift_state)
     check_faults(options.fail_on, options.max_share, config.drift is not None)
     with (
         working(options, config.device, config.seed) as work,

@@ -9,6 +9,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date, time
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,7 @@ def _parsed(file: Path, content: bytes) -> dict[str, Any]:
     if len(content) > LARGEST:
         raise CovcliError("is larger than a megabyte", where=file)
     try:
-        return tomllib.loads(content.decode())
+        return tomllib.loads(content.decode("utf-8-sig"))  # some editors mark UTF-8
     except UnicodeDecodeError:
         raise CovcliError("is not UTF-8", where=file) from None
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
@@ -266,9 +267,12 @@ class _Reader:
         if option.parameter in values:
             raise CovcliError(f"{key} is set twice, once with _ for -", where=self.file)
         try:
-            values[option.parameter] = settings.conform(option.hint, value)
+            settled = settings.conform(option.hint, value)
+            if isinstance(settled, Path) and settled.parts[:1] == ("~",):
+                raise ValueError("in a file ~ is no folder of yours: write the whole path")
         except ValueError as error:
             raise CovcliError(f"{key} = {shown(value)}: {error}", where=self.file) from None
+        values[option.parameter] = settled
 
     def _unknown(self, key: str, what: str, known: set[str]) -> CovcliError:
         near = get_close_matches(_name(key.rpartition(".")[2]), sorted(known), n=1)
@@ -312,7 +316,9 @@ def shown(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(shown, value))}]"
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float, date, time)):
         return in_words(value)
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key} = {shown(entry)}' for key, entry in value.items())}}}"
     text = json.dumps(str(value), ensure_ascii=False)
     return "".join(c if c.isprintable() else rf"\U{ord(c):08x}" for c in text)

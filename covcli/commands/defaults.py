@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from covcli.commands.configuration import Commands, Configuration, shown
 from covcli.core import settings
+
+# The words that Typer reads as a flag's value.
+FLAGS = dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True)
+FLAGS |= dict.fromkeys(("0", "false", "f", "no", "n", "off"), False)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,10 @@ def describe(
 
 def _read(text: str, hint: Any) -> Any:
     """Return the value of a variable in the option's type; its text if that is impossible."""
+    if hint is bool:
+        return FLAGS.get(text.strip().lower(), text)
+    if get_origin(hint) is tuple:  # paths are separated like those of PATH, as Typer does it
+        return text.split(os.pathsep if get_args(hint)[0] is Path else None)
     with contextlib.suppress(ValueError):  # includes TOML's errors
         return settings.conform(hint, tomllib.loads(f"value = {text}")["value"])
     return text

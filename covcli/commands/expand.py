@@ -77,12 +77,23 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments; an error names the command, which Typer may omit."""
+        is_empty = any(word == "" or (word[:2] == "--" and word[-1] == "=") for word in args)
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except Exception as error:
             if getattr(error, "ctx", ctx) is None:
                 error.ctx = ctx  # type: ignore[attr-defined]
             raise
+        if is_empty:
+            self._refuse_empty_paths(ctx)
+        return rest
+
+    def _refuse_empty_paths(self, ctx: Any) -> None:
+        """Raise a CovcliError for an empty path, as of an unset variable: it means no folder."""
+        for option in self.params:
+            value = ctx.params.get(str(option.name))
+            if Path() in (value if isinstance(value, list | tuple) else [value]):
+                raise CovcliError("an empty path", where=option.opts[0])
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; output of libraries goes to stderr.

@@ -66,6 +66,11 @@ class CheckOptions(CommonOptions):
     max_share: Annotated[float, Interval(ge=0, lt=1)] | None = None
     metrics: Path | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        each = tuple(fault for given in self.fail_on for fault in given.split(","))
+        object.__setattr__(self, "fail_on", each)
+
 
 @dataclass(frozen=True)
 class PixelOptions:

@@ -143,14 +143,40 @@ def open_own(path: Path) -> BufferedWriter:
 def check_replaceable(path: Path) -> None:
     """Raise a CovcliError if writing a file would replace something that is not a file.
 
-    A link itself is replaced; its target is unchanged.
+    A link itself is replaced, and its target is unchanged; so a link to a stream or a folder, such
+    as `/dev/stdout`, is refused. The name "-", which elsewhere stands for a stream, is refused too.
     """
+    if str(path) == "-":
+        raise CovcliError("stands for no file", where=path, fix="name one")
     try:
-        mode = path.lstat().st_mode
-    except OSError:  # missing or unreachable: writing reports it
+        # `/dev/stdout` leads there, whatever it is at the moment.
+        is_stream = path.is_symlink() and path.readlink().is_relative_to("/proc")
+        mode = path.stat().st_mode
+    except OSError:  # missing or unreachable, or a link to nothing: writing reports it
         return
-    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+    if is_stream or not stat.S_ISREG(mode):
         raise CovcliError("is no regular file and is not replaced", where=path)
+
+
+def check_overwritable(path: Path, beginnings: tuple[bytes, ...], kind: str) -> None:
+    """Raise a CovcliError unless a path is free, empty, or an earlier file of the same kind.
+
+    Parameters
+    ----------
+    path
+        The file to write.
+    beginnings
+        How files of the kind begin.
+    kind
+        What they are called.
+    """
+    check_replaceable(path)
+    if not exists(path):
+        return
+    with reading(path, "cannot be read"), open_regular(path) as file:
+        start = file.read(max(map(len, beginnings)))
+    if start and not start.startswith(beginnings):
+        raise CovcliError(f"exists and is no {kind}", where=path, fix="name another file")
 
 
 def check_within(folder: Path, path: Path) -> None:

@@ -105,7 +105,7 @@ def decode(path: Path, most: int = MAX_PIXELS) -> Tensor:
     except IrregularError:
         raise UnreadableError(path, "it is no regular file", "remove it") from None
     except OSError as error:
-        raise UnreadableError(path, str(error)) from None
+        raise UnreadableError(path, error.strerror or str(error)) from None
 
 
 def decode_bytes(content: bytes, where: Path, most: int = MAX_PIXELS) -> Tensor:

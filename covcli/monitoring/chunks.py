@@ -7,11 +7,12 @@ number of ranks computes the same bits.
 import contextlib
 import os
 import queue
+import select
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, groupby, islice
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 from urllib.parse import unquote_to_bytes
@@ -34,6 +35,10 @@ from covcli.data.registry import say_once
 T = TypeVar("T")
 STDIN = "-"
 BLOCK = 1 << 16  # bytes of a list that are read at once
+PATIENCE = 1.0  # seconds without a new name after which the names of a list are processed
+ARCHIVES = ("npz", "csv")  # endings of files that hold many images, and the datasets of them
+UTF8_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"  # starts a text file of some Windows programs
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 AHEAD = 1  # chunks that are read in advance while the network runs
 
 
@@ -58,7 +63,8 @@ class Chunk:
 
 Reader: TypeAlias = Callable[[], Chunk]
 Image: TypeAlias = "Tensor | str"  # its pixels, or why it cannot be read
-Part: TypeAlias = "Path | ImageSet | Iterator[str]"
+Listed: TypeAlias = Iterator[str | None]  # None where the writer of the list pauses
+Part: TypeAlias = Path | ImageSet | Listed
 
 
 class Named:
@@ -86,7 +92,7 @@ class Named:
         """Yield a function for each chunk of at most `size` images that reads it, in order.
 
         Call each before the next one is called, or not at all. Consecutive files, folders and
-        lists are joined before they are divided into chunks.
+        lists are joined before they are divided into chunks. A list that pauses ends a chunk.
         """
         most = reading.current().max_pixels
         for is_set, parts in groupby(self._parts, lambda part: isinstance(part, ImageSet)):
@@ -94,9 +100,22 @@ class Named:
                 for images in parts:
                     yield from _of_set(cast(ImageSet, images), size, shape)
                 continue
-            paths = chain.from_iterable(_paths(cast("Path | Iterator[str]", p)) for p in parts)
-            while taken := list(islice(paths, size)):
+            paths = chain.from_iterable(_paths(cast("Path | Listed", part)) for part in parts)
+            for taken in _divided(paths, size):
                 yield partial(_read_files, taken, shape, most)
+
+
+def _divided(paths: Listed, size: int) -> Iterator[list[str]]:
+    """Yield lists of at most `size` paths; a pause ends a list early."""
+    taken: list[str] = []
+    for path in paths:
+        if path is not None:
+            taken.append(path)
+        if taken and (path is None or len(taken) == size):
+            yield taken
+            taken = []
+    if taken:
+        yield taken
 
 
 def _part(name: str, data_dir: Path | None) -> Part:
@@ -133,7 +152,7 @@ def _existing(name: str) -> Path | None:
     return there[0] if there else None
 
 
-def _paths(part: Path | Iterator[str]) -> Iterator[str]:
+def _paths(part: Path | Listed) -> Listed:
     """Yield the files of a part: itself, those of a folder, or those of a list."""
     if not isinstance(part, Path):
         yield from part
@@ -147,18 +166,20 @@ def _paths(part: Path | Iterator[str]) -> Iterator[str]:
         yield str(part)
 
 
-def _listed() -> Iterator[str]:
+def _listed() -> Listed:
     """Return the names on standard input; with several ranks, the first reads the whole list."""
     if distributed.size() == 1:
         return read_list(0)
-    return iter(distributed.agree(list(read_list(0)) if distributed.is_first() else []))
+    names = [name for name in read_list(0) if name] if distributed.is_first() else []
+    return iter(distributed.agree(names))
 
 
-def read_list(descriptor: int) -> Iterator[str]:
-    """Yield the names of a list, each as soon as it is complete.
+def read_list(descriptor: int) -> Listed:
+    """Yield the names of a list, each as soon as it is complete, and None where its writer pauses.
 
     Names end with NUL if the first block of the list contains one, otherwise with a newline. Empty
-    names are ignored. A name may contain any other bytes.
+    names are ignored. A name may contain any other bytes. A carriage return at the end of a line
+    and a mark of UTF-8 before the first one are left out, unless such a file exists.
 
     Parameters
     ----------
@@ -168,22 +189,43 @@ def read_list(descriptor: int) -> Iterator[str]:
     Raises
     ------
     CovcliError
-        If it cannot be read, or a list of lines contains NUL.
+        If it cannot be read, is in UTF-16, or a list of lines contains NUL.
     """
-    ending, rest = b"", b""
+    ending, rest, first = b"", b"", True
     try:
-        while block := os.read(descriptor, BLOCK):
+        while True:
+            if not first and _pauses(descriptor):
+                yield None
+            if not (block := os.read(descriptor, BLOCK)):
+                break
+            if first and block.startswith(UTF16_MARKS):
+                raise CovcliError("is in UTF-16", where="the list on stdin", fix="write UTF-8")
             ending = ending or (b"\0" if b"\0" in block else b"\n" if b"\n" in block else b"")
             if ending == b"\n" and b"\0" in block:
                 raise CovcliError(
                     "names end with newlines, and then with NUL", where="the list on stdin"
                 )
             *whole, rest = (rest + block).split(ending) if ending else (rest + block,)
-            yield from (os.fsdecode(name) for name in whole if name)
+            yield from filter(None, (_name(line, ending) for line in whole))
+            first = False
     except OSError as error:
         raise CovcliError(f"cannot be read ({error.strerror})", where="stdin") from None
     if rest:
-        yield os.fsdecode(rest)
+        yield _name(rest, ending)
+
+
+def _pauses(descriptor: int) -> bool:
+    """Return whether nothing more can be read for a while."""
+    if os.name != "posix":
+        return False
+    return not select.select([descriptor], [], [], PATIENCE)[0]
+
+
+def _name(listed: bytes, ending: bytes) -> str:
+    """Return the name on a line, without what Windows programs write around it."""
+    name = os.fsdecode(listed)
+    shorter = name.removeprefix(UTF8_MARK).removesuffix("\r")
+    return name if ending == b"\0" or name == shorter or os.path.lexists(name) else shorter
 
 
 def _read_files(paths: Sequence[str], shape: Shape, most: int) -> Chunk:
@@ -236,7 +278,12 @@ def _image(read: Callable[[int, Shape], Tensor], row: int, shape: Shape) -> Imag
 
 
 def _reason(error: CovcliError) -> str:
-    return one_line(error.reason if isinstance(error, UnreadableError) else str(error))
+    if not isinstance(error, UnreadableError):
+        return one_line(str(error))
+    kind = error.path.suffix.removeprefix(".")
+    is_archive = kind in ARCHIVES and error.path.is_file()
+    hint = f"; its images are named {kind}:{error.path}" if is_archive else ""
+    return one_line(f"{error.reason}{hint}")
 
 
 def _chunk(names: list[str], images_read: Sequence[Image], shape: Shape) -> Chunk:

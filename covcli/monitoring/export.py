@@ -155,8 +155,13 @@ def export(config: ExportConfig, progress: Progress = Silent()) -> ExportResult:
 
 def _format(config: ExportConfig) -> ExportFormat:
     """Return the requested format, or the one of the output's file name extension."""
-    ending = "" if config.output is None else config.output.suffix
+    ending = "" if config.output is None else config.output.suffix.lower()
     by_ending = {theirs: name for name, theirs in ENDINGS.items()}.get(ending)
+    if config.format is None and ending and by_ending is None:
+        raise CovcliError(
+            f"ends as a file of no format; known: {', '.join(ENDINGS.values())}",
+            where=f"--output {config.output}", fix="pass --format, or name another --output",
+        )  # fmt: skip
     if config.format is not None and by_ending not in (None, config.format):
         raise CovcliError(
             f"ends as a file of {by_ending}", where=f"--output {config.output}",

@@ -6,12 +6,31 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from covcli.core import files
-from covcli.core.opening import real
+from covcli.core.errors import CovcliError
+from covcli.core.opening import check_overwritable, real
 from covcli.core.version import __version__
 from covcli.monitoring.check import Check
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
+BEGINS = "# HELP covcli_"
 Labelled = list[tuple[Mapping[str, str], float]]
+
+
+def check_output(path: Path | None, state: Path | None) -> None:
+    """Raise a CovcliError if the metrics would overwrite anything but earlier ones.
+
+    Parameters
+    ----------
+    path
+        The file of the metrics, if there is one.
+    state
+        The file of the drift watch's state, if there is one.
+    """
+    if path is None:
+        return
+    check_overwritable(path, (BEGINS.encode(),), "metrics of covcli")
+    if state is not None and real(path) == real(state):
+        raise CovcliError("is named by --metrics and --drift-state", where=path)
 
 
 def write_metrics(path: Path, job: Check) -> None:
@@ -22,15 +41,17 @@ def write_metrics(path: Path, job: Check) -> None:
     CovcliError
         If the file cannot be written.
     """
-    files.write_bytes(path, exposition(job).encode())
+    files.write_bytes(path, exposition(job, path).encode())
 
 
-def exposition(job: Check) -> str:
+def exposition(job: Check, path: Path) -> str:
     """Return the metrics as text (Prometheus, "Exposition formats", version 0.0.4).
 
-    Each sample has the label `signature`, so several monitors on one machine can each have a file.
+    Each sample has the labels `signature` and `file`, the name of the file that it is written to:
+    an exporter refuses all files if two of them hold samples with the same labels, and several
+    streams may be checked with one signature.
     """
-    mine = {"signature": str(real(job.signature))}
+    mine = {"signature": str(real(job.signature)), "file": path.name}
     text = ""
     for name, help, samples in _metrics(job):
         text += f"# HELP {name} {help}\n# TYPE {name} gauge\n"

@@ -22,6 +22,8 @@ from covcli.monitoring.results import CheckedImage, CheckSummary
 from covcli.reporting.terminal import columns, say
 
 REFRESH_SECONDS = 15.0  # the interval at which metrics are written
+# A cell that begins like this is a formula to a spreadsheet, which may run programs.
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 PLAIN = (
     "path", "predicted", "class_name", "softmax_confidence", "score", "p_value", "confidence",
     "verdict", "reason",
@@ -111,7 +113,7 @@ def _columns(job: Check) -> list[str]:
 
 @dataclass(frozen=True)
 class _Csv:
-    """Comma-separated values; without a value a cell is empty."""
+    """Comma-separated values; without a value a cell is empty. No text is a formula."""
 
     job: Check
 
@@ -128,14 +130,17 @@ class _Csv:
 
 def _row(cells: Iterable[object]) -> str:
     line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue()
+    csv.writer(line, lineterminator="\r\n").writerow(cells)  # quotes a name with either character
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _cells(image: CheckedImage, columns: Sequence[str]) -> Iterator[object]:
     for name in columns:
-        value = getattr(image, name)
-        yield _why(image, "; ") if name == "why" else "" if value is None else value
+        value = _why(image, "; ") if name == "why" else getattr(image, name)
+        if isinstance(value, str) and value.startswith(FORMULAS):
+            yield f"./{value}" if name == "path" else f"'{value}"
+        else:
+            yield "" if value is None else value
 
 
 def _why(image: CheckedImage, between: str) -> str:

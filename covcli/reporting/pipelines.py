@@ -1,11 +1,44 @@
 """Results for CI pipelines: a job summary, a JUnit report and annotations."""
 
+import os
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from pathlib import Path
 
-from covcli.core.errors import one_line
+from covcli.core.errors import CovcliError, one_line
+from covcli.core.files import write_bytes
+from covcli.core.opening import check_overwritable, open_own, real
 from covcli.reporting import markdown, tables
 from covcli.reporting.documents import EvaluationResult, GateOutcome
+
+SUITE = "covcli evaluate"
+JUNIT_BEGINS = f"<?xml version='1.0' encoding='utf-8'?>\n<testsuite name=\"{SUITE}\"".encode()
+SUMMARY_BEGINS = "### covcli: "
+
+
+def check_outputs(junit: Path | None, summary: Path | None) -> None:
+    """Raise a CovcliError if a file for a pipeline would overwrite anything but an earlier one."""
+    if junit is not None:
+        check_overwritable(junit, (JUNIT_BEGINS,), "JUnit report of covcli")
+    if summary is not None and not _is_of_step(summary):
+        check_overwritable(summary, (SUMMARY_BEGINS.encode(),), "summary of covcli")
+    if junit is not None and summary is not None and real(junit) == real(summary):
+        raise CovcliError("is named by --junit and --summary", where=junit)
+
+
+def write_summary(path: Path, result: EvaluationResult) -> None:
+    """Write the job summary; append it to the file of a step of GitHub Actions, as others do."""
+    content = summary(result).encode()
+    if not _is_of_step(path):
+        write_bytes(path, content)
+        return
+    with open_own(path) as file:
+        file.write(content)
+
+
+def _is_of_step(path: Path) -> bool:
+    """Return whether a file collects the summaries of all programs of a step."""
+    return str(path) == os.environ.get("GITHUB_STEP_SUMMARY")
 
 
 def summary(result: EvaluationResult) -> str:
@@ -20,7 +53,7 @@ def summary(result: EvaluationResult) -> str:
     """
     return markdown.document(
         [
-            f"### covcli: {markdown.escape(tables.verdict(result))}",
+            f"{SUMMARY_BEGINS}{markdown.escape(tables.verdict(result))}",
             markdown.bullets(map(str, result.gates)),
             markdown.table(tables.overview(result)),
             markdown.escape(tables.false_alarms(result)),
@@ -41,7 +74,7 @@ def junit(outcomes: Sequence[GateOutcome]) -> bytes:
     seconds = {outcome.set: outcome.seconds for outcome in outcomes}
     failed = sum(not outcome.passed for outcome in outcomes)
     suite = ET.Element(
-        "testsuite", name="covcli evaluate", tests=str(len(outcomes)), failures=str(failed),
+        "testsuite", name=SUITE, tests=str(len(outcomes)), failures=str(failed),
         errors="0", skipped="0", time=f"{sum(seconds.values()):.3f}",
     )  # fmt: skip
     for outcome in outcomes:

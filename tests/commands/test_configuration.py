@@ -1,6 +1,7 @@
 """Defaults from a file and the environment: precedence, errors, and what needs the user's word."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,9 @@ def test_every_option_can_be_set_and_is_shown(
         ("quiet = 1", "quiet = 1: must be a valid boolean"),
         ('amp = "of"', 'amp = "of": must be'),
         ("untrusted = [3]", "untrusted = [3]: must be a valid string"),
-        ("seed = 2026-01-01", "must be a string, a number, true, false or an array"),
+        ("seed = 2026-01-01", "seed = 2026-01-01: must be a string, a number, true, false or"),
+        ("[seed]\nx = 1", "seed = {x = 1}: must be a valid integer"),
+        ('[evaluate]\noutput = "~/results"', "~ is no folder of yours: write the whole path"),
         ("batch_size = 3\nbatch-size = 4", "batch-size is set twice"),
         ("train = 3", "train must be a table"),
         ("x = [", "is not TOML"),
@@ -230,10 +233,23 @@ def test_a_variable_that_sets_nothing_is_told(
     assert err == "warning: COVCLI_EPOCH sets no option; did you mean COVCLI_EPOCHS?\n"
 
 
+def test_what_is_shown_of_the_environment_can_be_a_file(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COVCLI_WHY", "yes")
+    monkeypatch.setenv("COVCLI_FAIL_ON", "untrusted unreadable")
+    _, shown_settings, _ = call(capsys, "config", "check")
+    monkeypatch.delenv("COVCLI_WHY")
+    monkeypatch.delenv("COVCLI_FAIL_ON")
+    (here / "covcli.toml").write_text(f"\ufeff{shown_settings}")  # with the mark of some editors
+    values = configuration.load(COMMANDS).values["check"]
+    assert (values["why"], values["fail_on"]) == (True, ("untrusted", "unreadable"))
+
+
 def test_values_are_shown_as_toml_reads_them() -> None:
     import tomllib
 
-    for value in (True, 3, 0.25, 'a"b\\c\n\x1b\u202e', ["x", "y"]):
+    for value in (True, 3, 0.25, 'a"b\\c\n\x1b\u202e', ["x", "y"], {"x": date(2026, 1, 2)}):
         assert tomllib.loads(f"value = {shown(value)}")["value"] == value
         assert shown(value).isprintable()
 

@@ -1,5 +1,6 @@
 """What is no file is refused before a byte is read, and planted links lead nowhere."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -152,9 +153,24 @@ def test_what_is_no_file_is_not_replaced(
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_device_is_not_replaced() -> None:
-    with pytest.raises(CovcliError, match="not replaced"):
-        opening.check_replaceable(Path("/dev/null"))
+def test_no_device_nor_a_link_to_a_stream_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "null").symlink_to("/dev/null")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    (tmp_path / "out").symlink_to("/proc/self/fd/1")  # as /dev/stdout, in a container of root's
+    for path in (Path("/dev/null"), *tmp_path.iterdir()):
+        with pytest.raises(CovcliError, match="not replaced"):
+            opening.check_replaceable(path)
+    with pytest.raises(CovcliError, match="stands for no file"):
+        opening.check_replaceable(Path("-"))
+
+
+def test_only_an_earlier_file_of_its_kind_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "gates.xml"
+    for content, is_refused in ((None, False), (b"", False), (b"<a>1", False), (b"PK<a>", True)):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(CovcliError) if is_refused else contextlib.nullcontext():
+            opening.check_overwritable(path, (b"<a>",), "report")
 
 
 def test_the_newest_run_is_one_of_the_runs(tmp_path: Path) -> None:

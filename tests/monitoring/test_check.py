@@ -180,7 +180,11 @@ def test_what_cannot_be_read_is_a_row(run: Path, tmp_path: Path) -> None:
         (["-", "-"], "named twice"),
         (["./digits", "--fail-on", "drift"], "add --drift"),
         (["./digits", "--max-share", "1"], "--max-share 1"),
-        (["./digits", "--fail-on", "untrustd"], "did you mean 'untrusted'"),
+        (["./digits", "--fail-on", "unreadable,untrustd"], "did you mean 'untrusted'"),
+        (["./digits", "--metrics", "digits/000.png"], "exists and is no metrics of covcli"),
+        (["./digits", "--metrics", "-"], "stands for no file"),
+        (["./digits", "--metrics", "m", "--drift", "0.1", "--drift-state", "m"], "--drift-state"),
+        (["./digits", "--data-dir", ""], "--data-dir: an empty path"),
         (["./digits", "--drift-state", "s"], "add --drift"),
         (["./digits", "--json", "--format", "csv"], "exclude each other"),
         (["./digits", "--drift", "0.01", "--drift-state", "hollow"], "is no regular file"),
@@ -219,9 +223,41 @@ def test_a_list_is_read_by_lines_or_by_nul(run: Path, tmp_path: Path) -> None:
         assert all((row["verdict"] == "unreadable") == ("no/such" in row["path"]) for row in rows)
 
 
+def test_a_list_may_come_from_windows(run: Path, tmp_path: Path) -> None:
+    first, second, odd = pictures(tmp_path / "p", 3)
+    odd = odd.rename(tmp_path / "p" / "odd\r")  # such a name is possible elsewhere
+    command = [sys.executable, "-m", "covcli", "check", "-", *files_of(run), "--format", "csv",
+               "--plugin", str(PLUGIN)]  # fmt: skip
+    text = f"\ufeff{first}\r\n\r\n{odd}\n{second}\r\n".encode()
+    done = subprocess.run(command, input=text, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(io.StringIO(done.stdout.decode(), newline="")))
+    assert [row["path"] for row in rows] == [str(first), str(odd), str(second)]
+    assert {row["verdict"] for row in rows} <= {"trusted", "untrusted"}
+    text = str(first).encode("utf-16")
+    done = subprocess.run(command, input=text, capture_output=True, check=False)
+    assert (done.returncode, b"is in UTF-16; write UTF-8" in done.stderr) == (2, True)
+
+
+def test_a_name_is_one_cell_and_no_formula(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = ["=cmd|' C calc'!A0", "-x", "+1", "@SUM(1)", "\tt", 'a,b"c', "cr\rforged,1,1", "n\nl"]
+    (path,) = pictures(tmp_path / "p", 1)
+    for name in names:
+        os.link(path, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call(capfd, "check", *files_of(run), "--format", "csv", "--", *names)
+    rows = list(csv.DictReader(io.StringIO(out, newline="")))
+    assert code == 0
+    assert [Path(row["path"]) for row in rows] == [Path(name) for name in names]  # the same files
+    assert not any(row["path"].startswith(("=", "+", "-", "@", "\t", "\r")) for row in rows)
+    assert len({row["score"] for row in rows}) == 1  # no cell slips into another column
+
+
 def started(run: Path, *options: str, **more: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "covcli", "check", "-", *files_of(run), "--format", "jsonl",
-               "--batch-size", "1", "--plugin", str(PLUGIN), *options]  # fmt: skip
+               "--plugin", str(PLUGIN), *options]  # fmt: skip
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         **more,
@@ -238,9 +274,12 @@ def asked(running: subprocess.Popen[str], path: Path) -> dict[str, Any]:
     return answer
 
 
-def test_a_list_is_answered_while_it_is_written(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [("--batch-size", "1"), ()], ids=["each line", "a pause"])
+def test_a_list_is_answered_while_it_is_written(
+    options: tuple[str, ...], run: Path, tmp_path: Path
+) -> None:
     paths = pictures(tmp_path / "p", 3)
-    with started(run) as running:
+    with started(run, *options) as running:
         for path in paths:
             assert asked(running, path)["path"] == str(path)
         running.communicate(timeout=60)
@@ -383,7 +422,8 @@ def test_metrics_are_prometheus_text(
         (s.name, s.labels.get("verdict") or s.labels.get("quantile")): s.value
         for family in families.values() for s in family.samples
     }  # fmt: skip
-    assert all(s.labels["signature"] == str(odd / "signature-mrc.safetensors")
+    mine = {"signature": str(odd / "signature-mrc.safetensors"), "file": "covcli.prom"}
+    assert all(mine.items() <= s.labels.items()
                for family in families.values() for s in family.samples)  # fmt: skip
     for verdict in ("trusted", "untrusted", "unreadable"):
         count = sum(row["verdict"] == verdict for row in rows)

@@ -306,12 +306,13 @@ def test_bad_input_is_refused_and_leaves_nothing(run: Path, tmp_path: Path) -> N
         ({"method": "src"}, "holds no signature"),
         ({"calibration": "npz:/no/such"}, "no such file"),
         ({"alpha": 1e-6}, "too few"),
-        ({"output": tmp_path / "a.pt2", "format": "onnx"}, "ends as a file of torch"),
+        ({"output": tmp_path / "a.PT2", "format": "onnx"}, "ends as a file of torch"),
+        ({"output": tmp_path / "a.pt"}, "ends as a file of no format; known: .onnx, .pt2"),
     ):
         config = ExportConfig(**{"runs": run.parent, "method": "mrc", **changes})  # type: ignore[arg-type]
         with pytest.raises(CovcliError, match=reason):
             export(config)
     assert {path.name for path in run.iterdir()} == before
-    assert not (tmp_path / "a.pt2").exists()
+    assert not list(tmp_path.glob("a.*"))
     with pytest.raises(CovcliError, match="no exported monitor"):
         read_exported(run / "signature-mrc.safetensors")

@@ -1,9 +1,12 @@
 """What pipelines read: a job's summary, JUnit, workflow commands."""
 
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
+import pytest
 from example import outcome, result
 
+from covcli.core.errors import CovcliError
 from covcli.reporting import pipelines
 
 HOSTILE = 'npz:a\n::error::x\x1b[31m<b>&"100%'
@@ -27,6 +30,28 @@ def test_junit_carries_value_bound_time_and_a_body() -> None:
     assert failure is not None
     assert "auroc.low >= 0.99" in failure.get("message", "")
     assert failure.text == suite.findall("testcase/system-out")[1].text
+
+
+def test_a_pipeline_overwrites_only_what_it_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xml, text = tmp_path / "gates.xml", tmp_path / "summary.md"
+    for _ in range(2):  # the second time, over its own files
+        pipelines.check_outputs(xml, text)
+        xml.write_bytes(pipelines.junit([outcome()]))
+        pipelines.write_summary(text, result(["mnist"]))
+    assert text.read_text().count("### covcli") == 1
+    for given in ((text, None), (None, xml), (xml, xml)):
+        with pytest.raises(CovcliError, match=r"exists and is no|is named by --junit and"):
+            pipelines.check_outputs(*given)
+    step = tmp_path / "step"
+    step.write_text("# Mine\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(step))
+    for _ in range(2):
+        pipelines.check_outputs(None, step)
+        pipelines.write_summary(step, result(["mnist"]))
+    assert step.read_text().startswith("# Mine\n### covcli: ")
+    assert step.read_text().count("### covcli") == 2
 
 
 def test_a_workflow_command_is_one_line_whatever_the_name() -> None:
