@@ -5,7 +5,7 @@ on pixels from 0 to 255, so the values of black and white must be known.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,11 +25,14 @@ from torch.utils.data import (
 )
 
 from covcli.core.errors import CovcliError
+from covcli.data.batches import collated, is_batch, split_batch
 from covcli.data.images import ImageSet, Origin
 from covcli.data.preprocessing import Shape
 
 SAMPLE = 128  # images from which a set's range and fingerprint are computed
 BATCH = 64
+# Means of two samples of the same images are closer than this, in deviations between images.
+FAR, LEAST_COMPARED = 2.0, 20
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,30 @@ class Scale:
         return (pixels.float().div_(255) - self.mean) / self.deviation
 
 
+@dataclass
+class Sightings:
+    """What was seen of a dataset's images while they were read.
+
+    Attributes
+    ----------
+    digests
+        A digest of each image that was read, int64 of shape (N,), 0 for the others. Digests of one
+        process can be compared with each other.
+    differ
+        Whether an image was read twice with different values.
+    """
+
+    digests: np.ndarray
+    differ: bool = False
+
+    def note(self, rows: Sequence[int], images: Tensor) -> None:
+        """Note the images of those rows, float32 of shape (len(rows), C, H, W)."""
+        for row, image in zip(rows, images.cpu().numpy(), strict=True):
+            digest = hash(image.tobytes()) or 1
+            self.differ |= self.digests[row] not in (0, digest)
+            self.digests[row] = digest
+
+
 @dataclass(frozen=True)
 class PreparedSource:
     """A torch dataset of images that are ready for a network.
@@ -88,6 +115,11 @@ class PreparedSource:
     workers: int
     labels: Mapping[int, int] | None
 
+    @cached_property
+    def seen(self) -> Sightings:
+        """What was seen of the images so far."""
+        return Sightings(np.zeros(_length(self.dataset), np.int64))
+
     def read(self, rows: Tensor, shape: Shape) -> Tensor:
         """Return the images of those rows, float32 of shape (len(rows), *shape)."""
         return next(self.stream([rows], shape, workers=0))
@@ -107,16 +139,21 @@ class PreparedSource:
                         "yields labels that differ from its list of labels",
                         where=type(self.dataset).__name__,
                     )
+            self.seen.note(part, images)
             yield _checked(images, shape)
 
     @cached_property
     def sample(self) -> Tensor:
-        """At most 128 images, evenly spaced, float32 of shape (n, C, H, W)."""
+        """At most 128 images, drawn at random, float32 of shape (n, C, H, W)."""
         rows = sorted(self.labels) if self.labels is not None else range(_length(self.dataset))
-        few = [rows[i] for i in range(0, len(rows), -(-len(rows) // SAMPLE))]
+        # Evenly spaced ones could be all of one class, where classes take turns.
+        drawn = np.random.default_rng(0).permutation(len(rows))[:SAMPLE]
+        few = [rows[i] for i in sorted(drawn.tolist())]
         loader = _loader(self.dataset, [few[i : i + BATCH] for i in range(0, len(few), BATCH)],
                          self.collate, self.workers, 0)  # fmt: skip
-        return torch.cat([split_batch(batch)[0] for batch in loader])
+        images = torch.cat([split_batch(batch)[0] for batch in loader])
+        self.seen.note(few, images)
+        return images
 
     @cached_property
     def extent(self) -> tuple[float, float]:
@@ -149,9 +186,10 @@ def prepared(data: Any, name: str) -> ImageSet:
     Parameters
     ----------
     data
-        A torch Dataset or DataLoader that yields images and labels, or tensors: images (N, C, H, W)
-        and labels (N,). A loader is read in the order of its dataset, with its collate function and
-        processes; only items of its sampler are read. Iterable data is kept in memory.
+        A torch Dataset or DataLoader that yields images and labels, an iterable of batches, or
+        tensors: images (N, C, H, W) and labels (N,); see `split_batch`. A loader is read in the
+        order of its dataset, with its collate function and processes; only items of its sampler are
+        read. Iterable data is read once, in this process, and kept in memory.
     name
         The name of the images, for messages.
 
@@ -166,15 +204,16 @@ def prepared(data: Any, name: str) -> ImageSet:
     >>> len(images), images.labels.tolist()
     (6, [0, 1, 2, 0, 1, 2])
     """
-    collate: Callable[[list[Any]], Any] = default_collate
+    collate: Callable[[list[Any]], Any] = collated
     workers, rows = 0, None
     if isinstance(data, DataLoader):
         loader, data = data, data.dataset
         if isinstance(data, IterableDataset) or loader.batch_sampler is None:
-            data = _kept(loader)
+            data = _kept(_alone(loader))
         else:
-            collate, workers, rows = loader.collate_fn, loader.num_workers, _rows_of(loader)
-    if isinstance(data, IterableDataset):
+            workers, rows = loader.num_workers, _rows_of(loader)
+            collate = collated if loader.collate_fn is default_collate else loader.collate_fn
+    elif _is_stream(data):
         data = _kept(data)
     dataset = _dataset(data, name)
     rows = list(range(_length(dataset))) if rows is None else rows
@@ -228,49 +267,29 @@ def prepared_otherwise(images: Tensor, extent: tuple[float, float]) -> str | Non
     )
 
 
-def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """Return the images and the labels of a batch.
+def far_apart(one: Tensor, two: Tensor) -> bool:
+    """Return whether two samples of images cannot be prepared alike, by their mean values.
+
+    The samples come from one distribution, so their means differ by a fraction of the deviation
+    between images.
 
     Parameters
     ----------
-    batch
-        A tensor, a sequence or a mapping. It must contain exactly one float tensor of shape
-        (N, C, H, W), and at most one integer tensor of shape (N,).
-
-    Returns
-    -------
-    tuple
-        Images, float32 of shape (N, C, H, W), and labels of shape (N,) or None.
-
-    Raises
-    ------
-    CovcliError
-        If images and labels cannot be identified, or images are not floats.
+    one, two
+        Shapes (N, C, H, W) and (M, C, H, W).
 
     Examples
     --------
-    >>> images, labels = split_batch({"y": torch.tensor([3]), "x": torch.rand(1, 3, 8, 8)})
-    >>> images.shape, labels
-    (torch.Size([1, 3, 8, 8]), tensor([3]))
+    >>> images = torch.rand(50, 3, 4, 4)
+    >>> far_apart(images[:25], images[25:]), far_apart(images[:25], (images[25:] - 0.4) / 0.2)
+    (False, True)
     """
-    parts = list(batch.values()) if isinstance(batch, Mapping) else batch
-    parts = [parts] if isinstance(parts, Tensor) else list(parts)
-    tensors = [part for part in parts if isinstance(part, Tensor)]
-    images = [t for t in tensors if t.ndim == 4]
-    labels = [t for t in tensors if t.ndim == 1 and not t.is_floating_point()]
-    if len(images) != 1 or len(labels) > 1:
-        shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in tensors) or "no tensor"
-        raise CovcliError(
-            f"expected images of shape (N, C, H, W) and labels of shape (N,), got {shapes}",
-            where="the loader",
-        )
-    if not images[0].is_floating_point():
-        raise CovcliError(
-            f"yields images of {images[0].dtype}, not floats",
-            where="the loader",
-            fix="prepare images as the network takes them, by the dataset's transform",
-        )
-    return images[0].float(), labels[0] if labels else None
+    if min(len(one), len(two)) < LEAST_COMPARED:
+        return False
+    means = [images.double().mean((2, 3)) for images in (one, two)]
+    variance = sum(mean.var(0) for mean in means) / 2
+    apart = (means[0].mean(0) - means[1].mean(0)).square()
+    return bool((apart > FAR**2 * variance).any())
 
 
 def normalisation(dataset: Any) -> tuple[Sequence[float], Sequence[float]] | None:
@@ -341,6 +360,22 @@ def _rows_of(loader: DataLoader[Any]) -> list[int]:
     return sorted({int(number) for number in numbers})
 
 
+def _is_stream(data: Any) -> bool:
+    """Return whether data is read item by item, as a generator, or holds whole batches."""
+    if isinstance(data, list | tuple):
+        return bool(data) and not isinstance(data[0], Tensor | np.ndarray) and is_batch(data[0])
+    whole = isinstance(data, str | bytes | Mapping | Tensor | np.ndarray)
+    indexed = hasattr(data, "__getitem__") and not isinstance(data, IterableDataset)
+    return isinstance(data, Iterable) and not whole and not indexed
+
+
+def _alone(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a loader of iterable data without processes: each would yield all of it again."""
+    if type(loader) is not DataLoader or not isinstance(loader.dataset, IterableDataset):
+        return loader
+    return DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
+
+
 def _kept(batches: Any) -> Dataset[Any]:
     """Read iterable data once, and keep it in memory."""
     with torch.random.fork_rng(devices=[]):
@@ -355,11 +390,7 @@ def _kept(batches: Any) -> Dataset[Any]:
 
 def _batched(item: Any) -> Any:
     """Convert a single image (with its label) to a batch of one; return a batch unchanged."""
-    if isinstance(item, tuple | list) and isinstance(item[0], Tensor) and item[0].ndim == 3:
-        return default_collate([item])
-    if isinstance(item, Tensor) and item.ndim == 3:
-        return item[None]
-    return item
+    return item if is_batch(item) else collated([item])
 
 
 def _dataset(data: Any, name: str) -> Dataset[Any]:

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from covcli.core.errors import CovcliError
+from covcli.core.errors import CovcliError, one_line
 from covcli.data.images import ImageSet
 from covcli.data.preprocessing import InputShape, Shape
 from covcli.methods.state import Granularity
@@ -36,6 +36,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 # The errors that a network raises on images of an unsuitable shape.
 FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError)
+
+LONGEST_REASON = 200  # characters of a network's own error
 
 
 class Classifier(nn.Module):
@@ -77,8 +79,9 @@ class Classifier(nn.Module):
         self.precision: Precision = "float32"
         self.watched: tuple[str, ...] = ()
         self.pairs = False
-        self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
-        self.register_buffer("deviation", torch.tensor(spec.deviation).view(1, -1, 1, 1))
+        mean, deviation = torch.tensor([spec.mean, spec.deviation], dtype=torch.float32)
+        self.register_buffer("mean", mean.view(1, -1, 1, 1))
+        self.register_buffer("deviation", deviation.view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) of images (B, C, H, W) with pixels in [0, 1].
@@ -126,18 +129,26 @@ class Classifier(nn.Module):
             seen = look(self.network, example, granularity)
             self._try_single(example)
         except FAILURES as error:
-            raise CovcliError(
-                f"the network refuses images of shape {tuple(self.spec.shape)} "
-                f"({type(error).__name__}: {error})",
+            own = self.spec.is_own
+            raise refused_images(
+                self.spec.shape,
+                error,
                 where=f"model {self.spec.name!r}",
-                fix="set its input size, for example --preprocess crop=224",
+                fix=None if own else "set its input size, for example --preprocess crop=224",
             ) from error
         few, more = (
             find_logits(output, images, self.spec.classes, self.spec.logits)
             for output, images in zip(seen.outputs, IMAGES, strict=True)
         )
         if not alike(few, more[: len(few)]):
-            log.warning("the network's answer depends on the other images of the batch")
+            log.warning(
+                "the network's answer depends on the other images of the batch, or on chance"
+            )
+        if are_probabilities(more):
+            log.warning(
+                "the network returns probabilities or their logarithms, not logits: leave out its "
+                "softmax"
+            )
         if seen.unwatchable:
             log.warning(
                 "%d activations are not watched: their outputs cannot be divided by image: %s",
@@ -163,7 +174,7 @@ class Classifier(nn.Module):
 
     def _example(self) -> Tensor:
         """Return one black image, normalised."""
-        black = torch.zeros(1, *self.spec.shape, device=self.mean.device)
+        black = self.mean.new_zeros(1, *self.spec.shape)
         return (black - self.mean) / self.deviation
 
     def _try_single(self, example: Tensor) -> None:
@@ -351,6 +362,35 @@ def check_kinds(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where:
     for name, tensor in own.items():
         if name in tensors and tensor.is_floating_point() and not tensors[name].is_floating_point():
             raise CovcliError(f"weights {name!r} are of {tensors[name].dtype}", where=where)
+
+
+def refused_images(
+    shape: Sequence[int], error: Exception, where: object, fix: str | None
+) -> CovcliError:
+    """Return the error of a network that fails on images of its shape."""
+    reason = one_line(f"{type(error).__name__}: {error}")
+    return CovcliError(
+        f"the network refuses images of shape {tuple(shape)} ({reason[:LONGEST_REASON]})",
+        where=where,
+        fix=fix,
+    )
+
+
+def are_probabilities(logits: Tensor) -> bool:
+    """Return whether all rows are probabilities, or logarithms of probabilities.
+
+    Examples
+    --------
+    >>> logits = torch.tensor([[2.0, 1.0]])
+    >>> [are_probabilities(f(logits)) for f in (lambda x: x.softmax(1), lambda x: x.log_softmax(1))]
+    [True, True]
+    >>> are_probabilities(logits)
+    False
+    """
+    if logits.shape[1] == 1:
+        return False
+    shares = logits.double() if bool((logits >= 0).all()) else logits.double().exp()
+    return bool(((shares.sum(1) - 1).abs() < 1e-3).all())
 
 
 def check_finite(tensors: Mapping[str, object], where: object) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, Self, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 from covcli.core.errors import CovcliError
@@ -392,6 +393,10 @@ class Recorder:
             seen.parts[point.name] = [output]
         elif self.granularity == "unit" and not torch.is_grad_enabled():
             seen.parts[point.name] = [self._keep(seen, point, output)]
+        elif output.requires_grad and torch.is_grad_enabled():
+            # Of its own, so that checkpointing, which counts saved tensors, does not count these.
+            with saved_tensors_hooks(_same, _same):
+                seen.parts[point.name] = statistics(output, point.channel_dim, self.granularity)
         else:
             seen.parts[point.name] = statistics(output, point.channel_dim, self.granularity)
 
@@ -449,6 +454,10 @@ class Recorder:
         """Return the sums over the positions of a raw output, or of its derivative."""
         arranged = point.arrange(output.detach(), self._outputs.images)
         return pool(arranged, point.channel_dim, "contribution")
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def certainty_gradients(logits: Tensor, activations: Sequence[Tensor]) -> tuple[Tensor, ...]:

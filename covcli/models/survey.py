@@ -173,7 +173,8 @@ def look(model: nn.Module, example: Tensor, granularity: Granularity) -> Survey:
     """Observe a network, in evaluation mode, on noise of an example's shape."""
     training = [module for module in model.modules() if module.training]
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn((IMAGES[1], *example.shape[1:]), generator=generator)
+    shape = IMAGES[1], *example.shape[1:]
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32)
     images = noise.to(example.device, example.dtype)
     watchers = [_Watcher(model), _Watcher(model)]
     try:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from covcli.core import distributed, files
+from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
+from covcli.core.specs import suggestion
 from covcli.data import datasets
 from covcli.data.images import ImageSet
 from covcli.data.labels import numbered
 from covcli.methods import Layout, Method, State
-from covcli.methods.state import Granularity
+from covcli.methods.state import GRANULARITIES, Granularity
 from covcli.models.architectures import Classifier
 from covcli.models.points import Point
 from covcli.models.sweep import Swept, sweep
@@ -74,6 +76,17 @@ class How:
     guarantee: Guarantee = DEFAULT_GUARANTEE
     seed: int = 0
     mergeable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.granularity not in GRANULARITIES:
+            raise CovcliError(
+                f"unknown granularity {self.granularity!r}",
+                fix=suggestion(self.granularity, list(GRANULARITIES)),
+            )
+        if not 0 <= self.threshold <= 1:
+            raise CovcliError(
+                "must be between 0 and 1", where=f"confidence threshold {self.threshold}"
+            )
 
 
 class Recording(AbstractContextManager["Recording"]):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from covcli.core import run_folders
+from covcli.core import files, run_folders
 from covcli.core.choices import Mode
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress, Silent
@@ -68,6 +68,7 @@ class Monitor:
         self.record = record
         self._unchecked = FIRST_BATCHES if record is not None and record.extent is not None else 0
         self._modules = tuple(judge.model.modules())
+        self._weights = WeightsWatch(judge.model, judge.signature.fingerprint)
         signature = judge.signature
         self._recorder = Recorder(judge.model.network, signature.points, signature.granularity)
         self._recorder.stay()
@@ -212,7 +213,9 @@ class Monitor:
         0.1
         """
         request = GuaranteeRequest(alpha, guarantee, max_error)
-        if isinstance(signature_file, nn.Module):
+        if not isinstance(checkpoint, str | Path):
+            _refuse(f"load got {type(checkpoint).__name__}", "pass the signature, then the network")
+        if not isinstance(signature_file, str | Path):
             return cls(*load_own(Path(checkpoint), signature_file, request, device))
         files = Path(checkpoint), Path(signature_file)
         return cls(*judges.load(*files, request, device or "auto"))
@@ -239,8 +242,8 @@ class Monitor:
         Raises
         ------
         CovcliError
-            If the images have another shape, type or range, the network is in training mode, or
-            activations are not finite.
+            If the images have another shape, type or range, the network is in training mode, its
+            weights have changed since the signature was built, or activations are not finite.
 
         Examples
         --------
@@ -252,6 +255,7 @@ class Monitor:
         (['untrusted', 'untrusted'], True)
         """
         self._refuse_training()
+        self._weights.refuse_changes()
         given = _tensor(images)
         inputs = self._inputs(given, normalised)
         network = self.model.classify if normalised else self.model
@@ -322,6 +326,39 @@ class Monitor:
         if sign := prepared_otherwise(images.detach().float(), self.record.extent):
             self._unchecked = 0
             log.warning("Monitor: got floats %s: prepare them as those were", sign)
+
+
+class WeightsWatch:
+    """Notices that the weights of a network have changed, at the cost of some counters a call.
+
+    torch counts the changes of each tensor. Changes through `tensor.data` are not counted.
+
+    Parameters
+    ----------
+    model
+        The network.
+    fingerprint
+        The fingerprint of the weights that the signature was built from.
+    """
+
+    def __init__(self, model: Classifier, fingerprint: str) -> None:
+        self._model, self._fingerprint = model, fingerprint
+        kept = model.state_dict(keep_vars=True).values()
+        # Normalisation changes its statistics uncounted, but counts its batches in another buffer.
+        self._tensors = [t for t in kept if isinstance(t, Tensor) and not t.is_inference()]
+        self._stamps = self._now()
+
+    def _now(self) -> list[tuple[int, int]]:
+        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
+
+    def refuse_changes(self) -> None:
+        """Raise a CovcliError if the weights have changed; to have been moved is no change."""
+        stamps = self._now()
+        if stamps == self._stamps:
+            return
+        if files.fingerprint(self._model.state_dict()) != self._fingerprint:
+            _refuse("the network's weights have changed", "build the monitor again")
+        self._stamps = stamps
 
 
 def _tensor(images: object) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
@@ -13,10 +14,11 @@ from torch.utils.data import Subset, TensorDataset
 from covcli.core import runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
+from covcli.data.datasets import check_labels
 from covcli.data.images import ImageSet
 from covcli.data.labels import numbered
-from covcli.data.prepared import PreparedSource, prepared, prepared_otherwise
-from covcli.models.architectures import Classifier
+from covcli.data.prepared import PreparedSource, far_apart, prepared, prepared_otherwise
+from covcli.models.architectures import FAILURES, Classifier, refused_images
 from covcli.models.logits import named_tensors
 from covcli.models.spec import ModelSpec
 from covcli.signature import signature as signatures
@@ -27,6 +29,7 @@ from covcli.signature.judge import Judge
 from covcli.signature.record import Record
 
 log = logging.getLogger(__name__)
+MOST_COPIES = 0.02  # data has a few equal images, and data that was read twice has many
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class OwnNetwork:
     Attributes
     ----------
     network
-        Maps prepared images to logits; it is not copied or moved.
+        Maps prepared images to logits; it is not copied or moved. Of a network that torch.compile
+        or DataParallel wrapped, the network within is used.
     classes
         Class names; by default those of the dataset, or numbers.
     logits, points
@@ -48,8 +52,20 @@ class OwnNetwork:
     logits: str = ""
     points: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("classes", "points"):
+            if isinstance(getattr(self, name), str):
+                raise CovcliError("must be a list of texts, not a single one", where=f"{name}=")
+        if len(set(self.classes)) < len(self.classes):
+            raise CovcliError("names a class twice", where="classes=")
+        object.__setattr__(self, "network", unwrapped(self.network))
+
     def classifier(self, images: ImageSet) -> tuple[Classifier, tuple[str, ...]]:
         """Return a classifier of prepared images, and its class names."""
+        if (kind := torch.get_default_dtype()) != torch.float32:
+            raise CovcliError(
+                f"torch's default type is {kind}", fix="call torch.set_default_dtype(torch.float32)"
+            )
         source, network = images.source, self.network
         assert isinstance(source, PreparedSource)
         _, channels, height, width = source.sample.shape
@@ -62,6 +78,35 @@ class OwnNetwork:
         return model, names if len(names) == count else numbered(count)
 
 
+def unwrapped(network: nn.Module) -> nn.Module:
+    """Return the network that torch.compile or DataParallel wrapped; another one unchanged.
+
+    Hooks are not called within compiled code, and a wrapper changes the names of the weights.
+
+    Raises
+    ------
+    CovcliError
+        If it is no network.
+
+    Examples
+    --------
+    >>> network = nn.Linear(2, 2)
+    >>> unwrapped(torch.compile(nn.DataParallel(network))) is network
+    True
+    """
+    if not isinstance(network, nn.Module):
+        kind = network.__name__ if isinstance(network, type) else type(network).__name__
+        raise CovcliError(f"got {kind}", where="the network", fix="pass an instance of nn.Module")
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(network, parallel):
+            network = network.module
+        elif isinstance(inner := getattr(network, "_orig_mod", None), nn.Module):
+            network = inner
+        else:
+            return network
+
+
 def place_of(network: nn.Module) -> torch.device:
     """Return the device of a network's weights."""
     weights = [*network.parameters(), *network.buffers()]
@@ -70,10 +115,23 @@ def place_of(network: nn.Module) -> torch.device:
 
 def _count(network: nn.Module, images: Tensor, labels: Tensor | None, logits: str) -> int:
     """Return a network's number of classes, from its output on two images."""
+    kinds = {str(p.dtype) for p in network.parameters() if p.is_floating_point()}
+    if kinds - {"torch.float32"}:
+        raise CovcliError(
+            f"its weights are {', '.join(sorted(kinds))}",
+            where="the network",
+            fix="convert it by network.float()",
+        )
     training = [module for module in network.modules() if module.training]
     try:
         with torch.no_grad():
             output = network.eval()(images.to(place_of(network)))
+    except FAILURES as error:
+        channels_last = images.shape[1] > 4 >= images.shape[3]
+        fix = "channels come second: let the dataset's transform permute them"
+        raise refused_images(
+            images.shape[1:], error, "the network", fix if channels_last else None
+        ) from error
     finally:
         for module in training:
             module.training = True
@@ -113,22 +171,68 @@ def build_own(
     CovcliError
         If the data or the network is of another kind, or as in `covcli.build_signature`.
     """
-    images, held_out = prepared(trusted, "trusted"), prepared(calibration, "calibration")
-    images.known_labels()
+    images, held_out = labelled(trusted, "trusted"), prepared(calibration, "calibration")
     images = _without_shared(images, held_out)
     model, names = own.classifier(images)
+    for each in (images, held_out):
+        if each.labels is not None:
+            check_labels(each, len(names))
     extent = _extent(images, held_out)
     with runtime.seeded(how.seed):
         judge, record = sign(model, images.named(names), held_out, how, progress)
+    for doubt in _doubts(images, held_out):
+        log.warning("%s", doubt)
     return judge, replace(record, extent=extent)
+
+
+def labelled(data: Any, name: str) -> ImageSet:
+    """Return prepared images, see `covcli.data.prepared.prepared`; without labels, refuse them."""
+    images = prepared(data, name)
+    if images.labels is None:
+        raise CovcliError(
+            "has no labels", where=name, fix="yield images and class numbers of shape (N,)"
+        )
+    return images
+
+
+def _doubts(images: ImageSet, held_out: ImageSet) -> list[str]:
+    """Return what the values that were read tell against the data, one sentence each."""
+    seen = []
+    doubts = []
+    for each in (images, held_out):
+        assert isinstance(each.source, PreparedSource)
+        if each.source.seen.differ:
+            doubts.append(
+                f"the {each.name} images differ each time they are read: leave out random "
+                "augmentation, since the images to judge have none"
+            )
+        digests = each.source.seen.digests[each.rows.numpy()]
+        seen.append(digests[digests != 0])
+    if shared := int(np.isin(seen[1], seen[0]).sum()):
+        doubts.append(
+            f"{shared} of {len(held_out)} calibration images are trusted images too: the rate of "
+            "false alarms is higher than promised; hold others out"
+        )
+    copies = len(seen[1]) - len(np.unique(seen[1]))
+    if copies > MOST_COPIES * len(held_out):
+        doubts.append(
+            f"{copies} of {len(held_out)} calibration images are copies of others, but count as "
+            "images of their own"
+        )
+    return doubts
 
 
 def _extent(images: ImageSet, held_out: ImageSet) -> tuple[float, float]:
     """Return the extent of the trusted images; warn if the others seem prepared otherwise."""
     assert isinstance(images.source, PreparedSource)
     assert isinstance(held_out.source, PreparedSource)
-    if sign := prepared_otherwise(held_out.source.sample, images.source.extent):
+    here, there = images.source.sample, held_out.source.sample
+    if sign := prepared_otherwise(there, images.source.extent):
         log.warning("the calibration images' values are %s: prepare both alike", sign)
+    elif far_apart(here, there):
+        log.warning(
+            "the calibration images have other mean values than the trusted ones: prepare alike"
+        )
     return images.source.extent
 
 
@@ -156,6 +260,7 @@ def load_own(
     CovcliError
         If the file is not a signature of exactly this network.
     """
+    network = unwrapped(network)
     signature, calibration, record = signatures.load(signature_file)
     place = place_of(network) if device is None else runtime.choose_device(device)
     model = Classifier(signature.model, network)

@@ -6,20 +6,24 @@ hardly any training image is outside the extremes of the trusted images, so ther
 gradient.
 """
 
+import logging
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
-from covcli.data.prepared import prepared
+from covcli.data.batches import class_numbers
 from covcli.methods import MultiRange, State
 from covcli.models.points import Recorder
 from covcli.signature.fit import How, fit_signature
-from covcli.signature.own_network import OwnNetwork
+from covcli.signature.own_network import OwnNetwork, labelled
 
+log = logging.getLogger(__name__)
 # The running signature, with enough sections to find the outermost tenths of a class.
 RUNNING = MultiRange(sections=32)
 # The share of a class's trusted images that its central range may exclude at each end.
@@ -34,6 +38,7 @@ MOST = 1.0
 LEAST_IMAGES = 10
 # The largest number of training images for a running signature, to limit its cost.
 SIGNATURE_IMAGES = 10_000
+FEW = 8  # images by which it is seen whether the penalty has a gradient
 
 
 def central_range(state: State) -> tuple[Tensor, Tensor]:
@@ -176,10 +181,18 @@ class AttachedLoss:
         points: tuple[str, ...],
         logits: str,
     ) -> None:
-        self.network, self.weight = network, weight
-        self._threshold, self._patterns, self._logits = confidence_threshold, points, logits
+        if not 0 <= weight < math.inf:
+            raise CovcliError("must be 0 or more", where=f"weight {weight}")
+        self._own = OwnNetwork(network, logits=logits, points=points)
+        self.network, self.weight = self._own.network, weight
+        self._how = How(RUNNING, threshold=confidence_threshold)
         self._recorder: Recorder | None = None
         self._loss: ConfidenceLoss | None = None
+        self._pass: RemovableHandle | None = None
+        self._had_gradient: bool | None = (
+            None  # the last pass; None if it was used or there is none
+        )
+        self._frozen = False
 
     def refresh(self, trusted: Any) -> None:
         """Recompute the pattern of trusted images; the network's mode and weights are unchanged.
@@ -204,15 +217,36 @@ class AttachedLoss:
                 module.training = True
 
     def _fit(self, trusted: Any) -> None:
-        images = prepared(trusted, "trusted").spread(SIGNATURE_IMAGES)
-        images.known_labels()
-        own = OwnNetwork(self.network, logits=self._logits, points=self._patterns)
-        model, _ = own.classifier(images)
-        how = How(RUNNING, threshold=self._threshold)
-        signature, _, _ = fit_signature(model, images, how, Silent())
+        images = labelled(trusted, "trusted").spread(SIGNATURE_IMAGES)
+        model, _ = self._own.classifier(images)
+        signature, _, _ = fit_signature(model, images, self._how, Silent())
         self._loss = ConfidenceLoss(signature.state, signature.sizes).to(model.mean.device)
         self._recorder = Recorder(self.network, signature.points, "channel")
-        self._recorder.__enter__()
+        self._recorder.begin()
+        few = images.batch(torch.arange(min(FEW, len(images))), model.spec.shape)
+        self._say_if_frozen(few.to(model.mean.device))
+        self._pass = self.network.register_forward_hook(self._passed)
+
+    def _passed(self, *_: Any) -> None:
+        self._had_gradient = torch.is_grad_enabled()
+
+    def _say_if_frozen(self, images: Tensor) -> None:
+        """Warn if no weight that is trained can change a penalised neuron."""
+        assert self._loss is not None
+        assert self._recorder is not None
+        weights = [p for p in self.network.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            self.network(images)
+            early = self._recorder.take(images)[:, : self._loss.low.shape[1]]
+            gradients = (
+                torch.autograd.grad(early.sum(), weights, allow_unused=True)
+                if early.requires_grad and weights
+                else ()
+            )
+        frozen = not any(gradient is not None and gradient.any() for gradient in gradients)
+        if frozen and not self._frozen:
+            log.warning("ConfidenceLoss: the penalised layers are frozen: it changes no weight")
+        self._frozen = frozen
 
     def step(self, labels: Tensor) -> Tensor:
         """Return the weighted penalty of the network's last pass, a scalar with a gradient.
@@ -220,34 +254,73 @@ class AttachedLoss:
         Parameters
         ----------
         labels
-            The classes of that pass's images, int64 of shape (B,).
+            The classes of that pass's images: class numbers of shape (B,), or one-hot rows.
 
         Raises
         ------
         CovcliError
-            If there was no forward pass with gradients of B images since the last step.
+            If the labels are no classes of the network, or there was no forward pass with gradients
+            of B images since the last step.
         """
         if self._loss is None or self._recorder is None:
             return torch.zeros((), device=labels.device)
-        neurons = self._recorder.take(labels)
-        if len(neurons) != len(labels) or (torch.is_grad_enabled() and not neurons.requires_grad):
-            raise CovcliError(
+        classes = self._classes(labels, len(self._loss.low))
+        if self._had_gradient is None:
+            raise _misplaced("there was no pass of the network since the last step")
+        neurons, had_gradient = self._recorder.take(labels), self._had_gradient
+        self._had_gradient = None
+        if len(neurons) != len(classes) or (torch.is_grad_enabled() and not had_gradient):
+            raise _misplaced(
                 f"the network's last pass had {len(neurons)} images and "
-                f"{'a' if neurons.requires_grad else 'no'} gradient, for {len(labels)} labels",
-                where="ConfidenceLoss.step",
-                fix="call it right after the pass of the same images",
+                f"{'a' if had_gradient else 'no'} gradient, for {len(classes)} labels"
             )
-        penalty: Tensor = self._loss(neurons, labels.to(neurons.device))
+        if torch.is_grad_enabled() and not neurons.requires_grad and not self._frozen:
+            raise _misplaced(
+                "the activations have no gradient: they were detached, or are computed again by "
+                "checkpoint(use_reentrant=True)"
+            )
+        penalty: Tensor = self._loss(neurons, classes.to(neurons.device))
         return self.weight * penalty
+
+    @staticmethod
+    def _classes(labels: Tensor, count: int) -> Tensor:
+        """Return labels as class numbers of shape (B,); raise a CovcliError if they are none."""
+        labels = torch.as_tensor(labels)
+        plain = labels.ndim == 1 and not labels.is_floating_point()
+        classes = labels.long() if plain else class_numbers(labels, len(labels))
+        # A look at labels on another device would wait for it.
+        if classes is None or (
+            classes.is_cpu
+            and len(classes)
+            and not 0 <= int(classes.min()) <= int(classes.max()) < count
+        ):
+            raise CovcliError(
+                f"got {labels.dtype} of shape {tuple(labels.shape)}, not classes 0 to {count - 1}",
+                where="ConfidenceLoss.step",
+                fix="pass class numbers; of mixed images, those of either part",
+            )
+        return classes
 
     def detach(self) -> None:
         """Remove the hooks from the network; `refresh` adds them again."""
         if self._recorder is not None:
-            self._recorder.__exit__()
+            self._recorder.end()
             self._recorder = None
+        if self._pass is not None:
+            self._pass.remove()
+            self._pass = None
+        self._had_gradient = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
         self.detach()
+
+
+def _misplaced(reason: str) -> CovcliError:
+    return CovcliError(
+        reason,
+        where="ConfidenceLoss.step",
+        fix="call it right after the pass of the same images",
+    )

@@ -78,6 +78,81 @@ def test_all_images_and_labels_are_read_in_order_whatever_they_come_in(data: Any
     assert torch.equal(labels, LABELS)
 
 
+def forms_of_labels() -> dict[str, Any]:
+    """Return items whose labels are said otherwise than by whole numbers of shape (N,)."""
+    index, one_hot = torch.arange(10) + 7, torch.eye(4)[LABELS]
+    return {
+        "floats": [(IMAGES[i], float(LABELS[i])) for i in range(10)],
+        "a column": TensorDataset(IMAGES, LABELS[:, None]),
+        "bytes": (IMAGES, LABELS.to(torch.uint8)),
+        "one-hot": TensorDataset(IMAGES, one_hot),
+        "one-hot whole": (IMAGES, one_hot.long()),
+        "an index after": TensorDataset(IMAGES, LABELS, index),
+        "an index before": TensorDataset(index, IMAGES, LABELS),
+        "names": [{"index": int(index[i]), "Label": int(LABELS[i]), "x": IMAGES[i]}
+                  for i in range(10)],
+        "nested": [(IMAGES[i], {"target": int(LABELS[i]), "area": 0.5}) for i in range(10)],
+        "a weight after": TensorDataset(IMAGES, LABELS, torch.ones(10)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", forms_of_labels())
+def test_labels_are_found_however_they_are_said(form: str) -> None:
+    images, labels = read(forms_of_labels()[form])
+    assert torch.equal(images, IMAGES)
+    assert labels is not None
+    assert labels.dtype == torch.int64
+    assert torch.equal(labels, LABELS)
+
+
+def test_labels_that_are_not_clear_are_never_guessed() -> None:
+    index = torch.arange(10)
+    one_hot = torch.eye(4)[LABELS]
+    for data in ([{"a": 1, "b": 2, "x": IMAGES[0]}], TensorDataset(IMAGES, one_hot, index),
+                 [{"label": 1, "target": 2, "x": IMAGES[0]}],
+                 TensorDataset(index, index, IMAGES)):  # fmt: skip
+        with pytest.raises(CovcliError, match="yield one tensor of labels"):
+            prepared(data, "x")
+    for labels in (one_hot * 0.9 + 0.025, torch.rand(10), torch.randn(10, 3)):
+        assert prepared(TensorDataset(IMAGES, labels), "x").labels is None
+
+
+def test_anything_that_yields_batches_or_items_is_read_once() -> None:
+    def batches_of(size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from zip(IMAGES.split(size), LABELS.split(size), strict=True)
+
+    class Fetcher:
+        def __len__(self) -> int:
+            return 4
+
+        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return batches_of(3)
+
+    for data in (
+        batches_of(4),
+        list(batches_of(3)),
+        Fetcher(),
+        iter(Items()),
+        DataLoader(Stream(), 3, num_workers=2),
+    ):  # each process would yield all of it
+        images, labels = read(data)
+        assert torch.equal(images, IMAGES)
+        assert torch.equal(labels, LABELS)  # type: ignore[arg-type]
+
+
+def test_images_that_differ_from_reading_to_reading_are_noticed() -> None:
+    class Noisy(Items):
+        def __getitem__(self, i: int) -> Any:
+            return IMAGES[i] + 1e-3 * torch.rand(3, 4, 5), int(LABELS[i])
+
+    for dataset, differ in ((Noisy(), True), (Items(), False)):
+        images = prepared(dataset, "x")
+        images.batch(torch.arange(10), (3, 4, 5))
+        assert isinstance(images.source, PreparedSource)
+        assert images.source.seen.differ is differ
+        assert len(set(images.source.seen.digests.tolist())) == 10
+
+
 def test_a_sampler_decides_which_images_are_read() -> None:
     rows = [7, 2, 5]
     loader = DataLoader(Items(), 2, sampler=SubsetRandomSampler(rows))
@@ -99,7 +174,10 @@ def test_images_without_labels_have_none() -> None:
     [
         ((IMAGES, LABELS[:3]), "expected images and as many labels"),
         ((255 * IMAGES).to(torch.uint8), "yields images of torch.uint8"),
-        ((IMAGES, LABELS.float()), None),
+        ((IMAGES, LABELS + 0.5), None),
+        ([Image.new("RGB", (5, 4))], "cannot be combined into a batch .*PIL.*; let its transform"),
+        ([(IMAGES[0], 1), (IMAGES[1, :, 1:], 1)], "cannot be combined into a batch"),
+        (([IMAGES[0], IMAGES[0]], LABELS[:2]), "got tuple|cannot be combined"),
         ((IMAGES[0], LABELS[:3]), "expected images of shape"),
         (TensorDataset(IMAGES, IMAGES), "expected images of shape"),
         ((IMAGES[:0], LABELS[:0]), "holds no image"),

@@ -1,5 +1,6 @@
 """Monitors of a network that a program holds: built, saved and loaded without registering it."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -139,6 +140,95 @@ def test_images_prepared_otherwise_than_the_signatures_are_said_once(
     assert "the calibration images' values are from" in caplog.text
 
 
+def test_data_that_breaks_the_promise_is_said(
+    network: Net, caplog: pytest.LogCaptureFixture
+) -> None:
+    (images, labels), (held_out, _) = colours(300, 1).tensors, colours(120, 2).tensors
+
+    class Augmented(Dataset[Any]):
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, i: int) -> tuple[Tensor, int]:
+            return images[i] + 0.1 * torch.rand(1), int(labels[i])
+
+    doubtful: list[tuple[Any, Any, str]] = [
+        ((images, labels), held_out, ""),
+        (Augmented(), held_out, "the trusted images differ each time they are read"),
+        ((images, labels), torch.cat([held_out, images[:7]]), "7 of 127 calibration images are tr"),
+        ((images, labels), torch.cat([held_out] * 2), "120 of 240 calibration images are copies"),
+        ((images, labels), held_out + 2, "other mean values than the trusted ones"),
+    ]
+    for trusted, calibration, said in doubtful:
+        caplog.clear()
+        Monitor.build(network, trusted, calibration, method="src")
+        assert [said in record.getMessage() for record in caplog.records] == [True] * bool(said)
+
+
+def test_weights_that_change_afterwards_are_noticed(network: Net) -> None:
+    class Normed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.b(F.relu(self.norm(self.a(x))))).mean((2, 3)))
+
+    def stepped(net: Normed) -> None:
+        optimizer = torch.optim.Adam(net.parameters())
+        net(images).sum().backward()
+        optimizer.step()
+
+    def warmed(net: Normed) -> None:
+        net.train()(images + 1)
+        net.eval()
+
+    images = colours(20, 3).tensors[0]
+    changes: dict[str, Any] = {
+        "an optimizer": stepped,
+        "other weights": lambda net: net.load_state_dict(Normed().state_dict()),
+        "statistics": warmed,
+        "another precision": lambda net: net.double(),
+    }
+    for name, change in changes.items():
+        net = Normed().eval()
+        net.load_state_dict(network.state_dict(), strict=False)
+        monitor = Monitor.build(net, colours(300, 1), colours(120, 2), method="src")
+        before = monitor(images).score
+        net.to(memory_format=torch.channels_last)  # the same weights elsewhere
+        copied = copy.deepcopy(monitor)
+        torch.testing.assert_close(monitor(images).score, before, msg=name)
+        change(net)
+        with pytest.raises(CovcliError, match="weights have changed; build the monitor again"):
+            monitor(images)
+        torch.testing.assert_close(copied(images).score, before, msg=name)
+
+
+def test_wrapped_networks_are_their_networks(network: Net, tmp_path: Path) -> None:
+    data, images = (colours(300, 1), colours(120, 2)), colours(20, 3).tensors[0]
+    plain = Monitor.build(network, *data, method="src")
+    wrapped = torch.compile(nn.DataParallel(network), backend="eager")
+    monitor = Monitor.build(wrapped, *data, method="src")
+    assert torch.equal(monitor(images).score, plain(images).score)
+    path = monitor.save(tmp_path / "m.safetensors")
+    for each in (network, wrapped, nn.DataParallel(network)):
+        assert torch.equal(Monitor.load(path, each)(images).score, plain(images).score)
+    with pytest.raises(CovcliError, match="got Net; pass the signature, then the network"):
+        Monitor.load(network, path)  # type: ignore[arg-type]
+    with pytest.raises(CovcliError, match=r"got Net; pass an instance of nn\.Module"):
+        Monitor.load(path, Net)  # type: ignore[arg-type]
+
+
+def test_probabilities_in_place_of_logits_are_said(
+    network: Net, caplog: pytest.LogCaptureFixture
+) -> None:
+    for last, said in ((nn.Identity(), 0), (nn.Softmax(1), 1), (nn.LogSoftmax(1), 1)):
+        caplog.clear()
+        model = nn.Sequential(network, last)
+        Monitor.build(model, colours(300, 1), colours(120, 2), method="src")
+        assert caplog.text.count("returns probabilities or their logarithms") == said
+
+
 def test_what_cannot_be_built_is_one_line(network: Net) -> None:
     trusted, held_out = colours(300, 1), colours(120, 2)
     wrong: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
@@ -148,6 +238,15 @@ def test_what_cannot_be_built_is_one_line(network: Net) -> None:
         ((network, trusted, held_out), {"points": ["z*"]}, "matches no coverage point"),
         ((network, trusted, held_out), {"method": "srk"}, "did you mean 'src'"),
         ((Net(2), trusted, held_out), {}, "labels from 0 to 2"),
+        ((network, trusted, (held_out.tensors[0], held_out.tensors[1] + 9)), {}, "on: labels from"),
+        ((network, trusted, held_out), {"points": "a*"}, "points=: must be a list"),
+        ((network, trusted, held_out), {"classes": "abc"}, "classes=: must be a list"),
+        ((network, trusted, held_out), {"classes": ("a", "a", "b")}, "names a class twice"),
+        ((network, trusted, held_out), {"granularity": "pixel"}, "unknown granularity 'pixel'"),
+        ((network, trusted, held_out), {"confidence_threshold": 2}, "must be between 0 and 1"),
+        ((Net, trusted, held_out), {}, "got Net; pass an instance"),
+        ((Net().double(), trusted, held_out), {}, r"weights are torch.float64; convert it by"),
+        ((network, [(x.permute(1, 2, 0), y) for x, y in trusted], held_out), {}, "channels come"),
     ]  # fmt: skip
     for arguments, options, said in wrong:
         with pytest.raises(CovcliError, match=said) as refused:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from covcli import ConfidenceLoss
@@ -142,9 +143,85 @@ def test_a_step_without_its_pass_is_refused(wrong: str) -> None:
                 network(images)
         elif wrong == "other images":
             network(images[:3])
-        said = "not reached" if wrong == "no pass" else "right after the pass"
-        with pytest.raises(CovcliError, match=said):
+        for _ in range(2):  # the second time there is no pass
+            with pytest.raises(CovcliError, match="right after the pass"):
+                loss.step(labels)
+
+
+def test_labels_of_a_step_are_those_of_the_images_in_any_form() -> None:
+    network, _ = train(weight=0.1, epochs=2)
+    images, labels = data(8).tensors
+    one_hot = F.one_hot(labels, CLASSES)
+    with ConfidenceLoss.attach(network, weight=1.0) as loss:
+        loss.refresh(data())
+        network.eval()
+        network(images)
+        penalty = loss.step(labels)
+        for form in (labels.int(), labels[:, None], one_hot, one_hot.float(), labels.float()):
+            network(images)
+            assert torch.equal(loss.step(form), penalty)
+        for wrong in (labels + CLASSES, labels - 1, one_hot * 0.9 + 0.03, labels + 0.5):
+            with pytest.raises(CovcliError, match="not classes 0 to 2"):
+                loss.step(wrong)
+
+
+@pytest.mark.parametrize("frozen", [(), ("b",), ("a", "norm"), ("a", "norm", "b")])
+def test_a_penalty_that_can_change_no_weight_is_said(
+    frozen: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    network, _ = train(weight=0.1, epochs=2)
+    images, labels = data(8).tensors
+    for name in frozen:
+        network.get_submodule(name).requires_grad_(False)
+    with ConfidenceLoss.attach(network, weight=1.0) as loss:
+        for _ in range(2):
+            loss.refresh(data())
+        network.train()
+        total = F.cross_entropy(network(images), labels) + loss.step(labels)
+        total.backward()
+    assert caplog.text.count("the penalised layers are frozen") == ("a" in frozen)
+
+
+@pytest.mark.parametrize("module", [True, False])
+def test_recomputed_activations_have_the_same_gradient(module: bool) -> None:
+    class Recomputed(Net):
+        reentrant: bool | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            relu = self.relu if module else F.relu
+
+            def body(x: Tensor) -> Tensor:
+                return relu(self.b(relu(self.norm(self.a(x)))))
+
+            if self.reentrant is not None and torch.is_grad_enabled():
+                return self.head(
+                    checkpoint(body, x, use_reentrant=self.reentrant).mean((2, 3))  # type: ignore[no-untyped-call]
+                )
+            return self.head(body(x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    network = Recomputed()
+    network.relu = nn.ReLU()
+    images, labels = data(8).tensors
+    gradients = []
+    with ConfidenceLoss.attach(network, weight=1.0, confidence_threshold=0.0) as loss:
+        loss.refresh(data())
+        for reentrant in (None, False):
+            network.reentrant = reentrant
+            network.zero_grad()
+            (F.cross_entropy(network(images), labels) + loss.step(labels)).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))  # type: ignore[union-attr]
+        network.reentrant = True
+        network(images.requires_grad_())
+        with pytest.raises(CovcliError, match="have no gradient: they were detached, or"):
             loss.step(labels)
+    torch.testing.assert_close(*gradients)
+
+
+def test_settings_that_mean_nothing_are_refused() -> None:
+    for settings in ({"weight": -1.0}, {"weight": float("nan")}, {"confidence_threshold": 5.0}):
+        with pytest.raises(CovcliError, match="must be"):
+            ConfidenceLoss.attach(Net(), **settings)  # type: ignore[arg-type]
 
 
 def test_points_and_logits_can_be_named() -> None:
