@@ -55,7 +55,8 @@ from covcli.monitoring.compare import compare
 from covcli.monitoring.drift import STATE, DriftWatch
 from covcli.monitoring.export import EXTRA, read_exported
 from covcli.monitoring.exported import ExportedMonitor, Verification
-from covcli.monitoring.inspect import as_table, inspect_file
+from covcli.monitoring.inspect import inspect_file
+from covcli.monitoring.inspection import as_table
 from covcli.reporting import per_image, pipelines, terminal
 from covcli.reporting import report as reports
 from covcli.reporting.documents import EvaluationResult

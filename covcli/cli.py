@@ -343,7 +343,8 @@ def inspect_path(terminal: OutputOptions, path: Inspected) -> None:
 
     No network is built.
     """
-    from covcli.monitoring.inspect import as_table, inspect_file
+    from covcli.monitoring.inspect import inspect_file
+    from covcli.monitoring.inspection import as_table
     from covcli.reporting.terminal import print_json, show_table
 
     result = inspect_file(path)

@@ -94,8 +94,9 @@ def load_job(config: EvaluationConfig) -> Job:
     outputs = {name: output / name for name in ("evaluation.json", SCORES, SAMPLES)}
     for path in outputs.values():
         files.refuse_existing(path, config.force)
-    request = GuaranteeRequest(config.alpha, config.guarantee, config.max_error)
-    judge, record = judges.load(checkpoint_path, signature_path, request, config.device)
+    judge, record = judges.load(
+        checkpoint_path, signature_path, GuaranteeRequest.of(config), config.device
+    )
     spec, classes = judge.model.spec, judge.signature.classes
     if config.model not in (None, spec.name):
         raise CovcliError(f"the signature is of {spec.name!r}", where=f"--model {config.model}")

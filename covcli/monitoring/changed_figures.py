@@ -89,6 +89,14 @@ class EvaluationChange:
         The figures of the trusted set and of each common untrusted set.
     only_before, only_after
         Untrusted sets of one evaluation only.
+
+    Examples
+    --------
+    >>> from covcli import compare
+    >>> evaluation = "runs/latest/evaluation.json"
+    >>> change = compare(evaluation, evaluation).evaluations
+    >>> [(f.set, f.difference) for f in change.figures if f.figure == "auroc"], change.only_after
+    ([('photos?limit=100', 0.0)], [])
     """
 
     figures: list[FigureChange]

@@ -121,6 +121,14 @@ class Change:
         The mean distance of each class, over all neurons.
     points, channels
         The points in the network's order, and the neurons that moved farthest.
+
+    Examples
+    --------
+    >>> from covcli import compare
+    >>> signature = "runs/latest/signature-ensemble.safetensors"
+    >>> change = compare(signature, signature).signatures.changes[0]
+    >>> change.distance, change.moved, len(change.classes), len(change.points)
+    ('ranges, in widths', 0.0, 10, 3)
     """
 
     distance: str

@@ -88,8 +88,7 @@ def checking(config: CheckConfig, interrupts: Interrupts | None = None) -> Itera
     """
     signals = interrupts or Interrupts()
     checkpoint, signature = find_files(config)
-    request = GuaranteeRequest(config.alpha, config.guarantee, config.max_error)
-    judge, _ = judges.load(checkpoint, signature, request, config.device)
+    judge, _ = judges.load(checkpoint, signature, GuaranteeRequest.of(config), config.device)
     named = Named(config.images, config.data_dir)
     path = config.drift_state
     mine = path is not None and distributed.is_first()

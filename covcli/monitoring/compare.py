@@ -63,6 +63,12 @@ class Bounds:
         How far a coverage point may have moved, by the first kind of distance.
     figures
         By how much a figure may have become worse.
+
+    Examples
+    --------
+    >>> signature = "runs/latest/signature-ensemble.safetensors"
+    >>> compare(signature, signature, Bounds(points=0.1)).exceeded
+    []
     """
 
     points: float | None = None

@@ -54,6 +54,14 @@ class ExportResult:
         The file and its size.
     monitor
         The file's description, including the verification.
+
+    Examples
+    --------
+    >>> from covcli import ExportConfig, export
+    >>> config = ExportConfig("monitor.pt2", input="normalised")
+    >>> result = export(config)  # of the signature in runs/latest
+    >>> result.bytes == result.path.stat().st_size, result.monitor.format, result.monitor.input
+    (True, 'torch', 'normalised')
     """
 
     path: Path
@@ -142,8 +150,7 @@ def export(config: ExportConfig, progress: Progress = Silent()) -> ExportResult:
     beside = run_folders.short(signature_file.parent) / f"monitor{ENDINGS[form]}"
     path = config.output or beside
     with run_folders.writing(path, config.force):
-        request = GuaranteeRequest(config.alpha, config.guarantee, config.max_error)
-        judge, record = judges.load(checkpoint, signature_file, request)
+        judge, record = judges.load(checkpoint, signature_file, GuaranteeRequest.of(config))
         images = _images(config, record)
         graph = MonitorGraph(judge, config.input)
         packed = FORMATS[form](graph)

@@ -50,6 +50,15 @@ class Verification:
     beyond
         The number of images whose scores differ by more: rounding has moved a neuron across an end
         of its range.
+
+    Examples
+    --------
+    >>> same = Verification(
+    ...     images=256, noise=0, logits=2e-6, score=1e-5, p_value=0.0, confidence=3e-7,
+    ...     predicted=0, verdicts=0, score_tolerance=0.01, beyond=0,
+    ... )
+    >>> str(same).partition(":")[0]
+    '256 images through file and monitor'
     """
 
     images: int
@@ -109,6 +118,17 @@ class ExportedMonitor:
         The differences between the file and the monitor.
     provenance
         Versions, command line, device and time of the export.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from covcli import ExportConfig, export
+    >>> from covcli.monitoring.export import read_exported
+    >>> written = export(ExportConfig("monitor.pt2")).monitor  # of runs/latest
+    >>> read_exported(Path("monitor.pt2")) == written
+    True
+    >>> written.shape, written.classes[:3], written.guarantee, written.alpha
+    ((3, 32, 32), ('0', '1', '2'), 'marginal', 0.05)
     """
 
     schema: int

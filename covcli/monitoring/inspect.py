@@ -2,14 +2,12 @@
 
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from covcli.core import file_checks, files
-from covcli.core.errors import CovcliError, first_few
+from covcli.core.errors import CovcliError
 from covcli.core.opening import is_folder, open_regular, reading
 from covcli.core.weights_only import load_weights_only
 from covcli.data.images import DataRecord
@@ -18,170 +16,16 @@ from covcli.models.nearest import nearest_architecture
 from covcli.models.spec import ModelSpec
 from covcli.models.weights import places
 from covcli.monitoring.export import is_exported, read_exported
-from covcli.monitoring.exported import ExportedMonitor
+from covcli.monitoring.inspection import Inspection, NetworkFacts, PointFacts, SetFacts, TensorFacts
 from covcli.reporting import documents, per_image
-from covcli.reporting.documents import EvaluatedSignature, Guaranteed
-from covcli.reporting.tables import Table
+from covcli.reporting.documents import Guaranteed
 from covcli.signature import signature as signatures
 from covcli.training.paused import PAUSED, PAUSED_FILE
 
-SHOWN = 12  # names that a table lists one by one
 KNOWN = (
     "checkpoints, state dicts, signatures, evaluations, training logs, scores, exported monitors "
     "and run folders"
 )
-
-
-@dataclass(frozen=True)
-class NetworkFacts:
-    """A network, as a file describes it.
-
-    Attributes
-    ----------
-    name
-        The architecture.
-    classes
-        The number of classes.
-    input
-        The shape of its inputs, and the preprocessing.
-    mean, deviation
-        Mean and deviation of the pixels in [0, 1], per channel.
-    fingerprint
-        The fingerprint of its weights.
-    parameters
-        The number of values in its weights and buffers; None if the file does not contain them.
-    """
-
-    name: str
-    classes: int
-    input: str
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
-    fingerprint: str
-    parameters: int | None = None
-
-    @classmethod
-    def of(
-        cls, spec: ModelSpec, fingerprint: str, state: Mapping[str, Tensor] | None = None
-    ) -> "NetworkFacts":
-        """Describe a network by its specification."""
-        how = "prepared by a program" if spec.is_own else spec.preprocess.describe(spec.shape)
-        return cls(
-            spec.name, spec.classes, f"{'×'.join(map(str, spec.shape))}, {how}", spec.mean,
-            spec.deviation, fingerprint, None if state is None else _numbers(state),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PointFacts:
-    """A coverage point, and its number of neurons."""
-
-    name: str
-    neurons: int
-
-
-@dataclass(frozen=True)
-class SetFacts:
-    """A set of images that a file refers to.
-
-    Attributes
-    ----------
-    role
-        "trusted", "calibration" or "untrusted".
-    name
-        The specification.
-    images
-        The number of images; None if it is not recorded.
-    fingerprint
-        The fingerprint of the images.
-    """
-
-    role: str
-    name: str
-    images: int | None
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class TensorFacts:
-    """A tensor of a state dict."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """The description of a file; attributes that its kind does not have are None or empty.
-
-    Attributes
-    ----------
-    path
-        The file, or the folder.
-    kind
-        "checkpoint", "state dict", "signature", "evaluation", "training log", "paused training",
-        "scores", "exported monitor" or "run"; in a run also "damaged".
-    bytes, digest
-        The file's size, and the SHA-256 of its content; for a folder, the total size of its files.
-    network
-        The network that it contains or belongs to.
-    classes
-        Class names.
-    method
-        The specification of the signature's method, or of the training's.
-    granularity, precision
-        The granularity and the precision of the signature's neurons.
-    points
-        Its coverage points.
-    data
-        The image sets that it refers to.
-    mergeable
-        Whether the signature holds what `merge-signatures` needs.
-    guarantee
-        The guarantee of the verdicts.
-    signature
-        The signature that an evaluation measured.
-    exported
-        What an exported monitor says of itself.
-    settings
-        The settings of the training.
-    epochs
-        The number of epochs in a training log.
-    provenance
-        Versions, command line, device, seed and time.
-    tensors
-        The tensors of a state dict.
-    nearest
-        The architecture with the most tensors of the same shapes; empty if none is similar.
-    files
-        The files of a run.
-    problem
-        The error of a damaged file in a run.
-    """
-
-    path: Path
-    kind: str
-    bytes: int
-    digest: str = ""
-    network: NetworkFacts | None = None
-    classes: tuple[str, ...] = ()
-    method: str = ""
-    granularity: str = ""
-    precision: str = ""
-    points: tuple[PointFacts, ...] = ()
-    data: tuple[SetFacts, ...] = ()
-    mergeable: bool | None = None
-    guarantee: Guaranteed | None = None
-    signature: EvaluatedSignature | None = None
-    exported: ExportedMonitor | None = None
-    settings: Mapping[str, Any] | None = None
-    epochs: int | None = None
-    provenance: Mapping[str, Any] | None = None
-    tensors: tuple[TensorFacts, ...] = ()
-    nearest: str = ""
-    files: tuple["Inspection", ...] = ()
-    problem: str = ""
 
 
 def inspect_file(path: Path) -> Inspection:
@@ -247,7 +91,7 @@ def _checkpoint(path: Path) -> Inspection:
     try:
         training, trusted = dict(content["training"]), content["trusted"]
         held_out, classes = len(content["calibration_rows"]), tuple(map(str, content["classes"]))
-        data = [] if trusted is None else [_set("trusted", DataRecord.read(trusted), None)]
+        data = [] if trusted is None else [SetFacts.of("trusted", DataRecord.read(trusted), None)]
     except (TypeError, ValueError) as error:
         raise CovcliError(f"is inconsistent ({error})", where=path) from None
     if data and held_out:
@@ -299,8 +143,8 @@ def _signature(path: Path) -> Inspection:
         precision=signature.precision,
         points=tuple(PointFacts(point.name, point.neurons) for point in signature.points),
         data=(
-            _set("trusted", record.trusted, record.trusted_images),
-            _set("calibration", record.calibration, record.calibration_images),
+            SetFacts.of("trusted", record.trusted, record.trusted_images),
+            SetFacts.of("calibration", record.calibration, record.calibration_images),
         ),
         mergeable=signature.mergeable,
         guarantee=calibration.guarantee.described(),
@@ -398,112 +242,3 @@ def _of_run(folder: Path) -> Iterator[Inspection]:
             except CovcliError as error:
                 reason = str(error).removeprefix(f"{path}: ")
                 yield Inspection(path, "damaged", path.lstat().st_size, problem=reason)
-
-
-def _set(role: str, record: DataRecord, images: int | None) -> SetFacts:
-    return SetFacts(role, record.spec, images, record.images)
-
-
-def _numbers(state: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() for tensor in state.values())
-
-
-# How it is shown
-
-
-def as_table(inspection: Inspection) -> Table:
-    """Return the description of a file as a table of two columns."""
-    rows = [[what, value] for what, value in _rows(inspection) if value]
-    return Table(f"{inspection.path}: {inspection.kind}", ["what", "value"], rows)
-
-
-def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
-    yield "size", f"{inspection.bytes:,} bytes"
-    yield "SHA-256", inspection.digest
-    if inspection.network is not None:
-        yield from _of_network(inspection.network)
-    yield "classes", first_few(inspection.classes, SHOWN)
-    yield "method", inspection.method
-    yield "granularity", inspection.granularity
-    yield "precision", inspection.precision
-    if inspection.mergeable is not None:
-        yield "can be merged", "yes" if inspection.mergeable else "no, built without --mergeable"
-    yield "coverage points", _points(inspection.points)
-    yield from map(_of_data, inspection.data)
-    if inspection.guarantee is not None:
-        yield "guarantee", f"{inspection.guarantee.mode}, α = {inspection.guarantee.alpha:g}"
-        yield "which means", inspection.guarantee.statement
-    if inspection.signature is not None:
-        yield from _of_evaluated(inspection.signature)
-    if inspection.exported is not None:
-        yield "outputs", ", ".join(inspection.exported.outputs)
-        yield "signature", f"SHA-256 {inspection.exported.signature_fingerprint}"
-        yield "verified", str(inspection.exported.verification)
-    yield "epochs", "" if inspection.epochs is None else str(inspection.epochs)
-    for key, value in (inspection.settings or {}).items():
-        yield f"setting {key}", "" if value in (None, [], "") else str(value)
-    for key, value in (inspection.provenance or {}).items():
-        yield key, str(value)
-    yield from _of_tensors(inspection)
-    for inside in inspection.files:
-        yield inside.path.name, f"{_in_short(inside)}{_belongs(inside, inspection)}"
-
-
-def _of_network(network: NetworkFacts) -> Iterator[tuple[str, str]]:
-    yield "network", f"{network.name}, {network.classes} classes"
-    yield "input", network.input
-    yield "numbers in weights", "" if network.parameters is None else f"{network.parameters:,}"
-    yield "weights' fingerprint", network.fingerprint
-
-
-def _of_data(data: SetFacts) -> tuple[str, str]:
-    count = "" if data.images is None else f", {data.images:,} images"
-    known = f", fingerprint {data.fingerprint[:12]}" if data.fingerprint else ""
-    return data.role, f"{data.name}{count}{known}"
-
-
-def _of_evaluated(signature: EvaluatedSignature) -> Iterator[tuple[str, str]]:
-    yield "signature", f"{signature.path}, SHA-256 {signature.signature_fingerprint}"
-    yield "checkpoint", signature.checkpoint
-    yield "weights' fingerprint", signature.checkpoint_fingerprint
-
-
-def _of_tensors(inspection: Inspection) -> Iterator[tuple[str, str]]:
-    if inspection.kind != "state dict":
-        return
-    yield "tensors", str(len(inspection.tensors))
-    for tensor in inspection.tensors[:SHOWN]:
-        yield tensor.name, f"{tensor.dtype} {'×'.join(map(str, tensor.shape)) or 'scalar'}"
-    if len(inspection.tensors) > SHOWN:
-        yield "and", f"{len(inspection.tensors) - SHOWN} more"
-    yield "nearest architecture", inspection.nearest or "none of those that covcli knows"
-
-
-def _points(points: tuple[PointFacts, ...]) -> str:
-    if not points:
-        return ""
-    neurons = sum(point.neurons for point in points)
-    return (
-        f"{len(points)} ({neurons:,} neurons): {first_few([point.name for point in points], SHOWN)}"
-    )
-
-
-def _in_short(entry: Inspection) -> str:
-    """Return a description of a run's file in a line."""
-    parts = [entry.problem, entry.network.name if entry.network is not None else "", entry.method]
-    if entry.epochs is not None:
-        parts.append(f"{entry.epochs} epochs")
-    parts += [f"{s.name} ({s.images:,})" for s in entry.data if s.images is not None]
-    return ", ".join([f"{entry.kind}, {entry.bytes:,} bytes", *filter(None, parts)])
-
-
-def _belongs(entry: Inspection, run: Inspection) -> str:
-    """Return a warning if a signature or an evaluation is not of the run's checkpoint."""
-    own = [e.network.fingerprint for e in run.files if e.kind == "checkpoint" and e.network]
-    if entry.kind == "signature" and entry.network is not None:
-        theirs = entry.network.fingerprint
-    elif entry.signature is not None:
-        theirs = entry.signature.checkpoint_fingerprint
-    else:
-        return ""
-    return "" if not own or own[0] == theirs else "; NOT of this checkpoint"

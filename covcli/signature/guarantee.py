@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import get_args
+from typing import Protocol, Self, get_args
 
 import numpy as np
 import torch
@@ -310,6 +310,27 @@ class GuaranteeRequest:
     alpha: float | None = None
     guarantee: Mode | None = None
     max_error: float | None = None
+
+    @classmethod
+    def of(cls, config: "Requesting") -> Self:
+        """Return what the configuration of a command requests."""
+        return cls(config.alpha, config.guarantee, config.max_error)
+
+
+class Requesting(Protocol):
+    """The configuration of a command that can change the guarantee; see `GuaranteeRequest`."""
+
+    @property
+    def alpha(self) -> float | None:
+        """The rate."""
+
+    @property
+    def guarantee(self) -> Mode | None:
+        """The mode."""
+
+    @property
+    def max_error(self) -> float | None:
+        """The bound on the error rate."""
 
 
 AS_RECORDED = GuaranteeRequest()

@@ -17,7 +17,8 @@ from covcli.core import files
 from covcli.core.errors import CovcliError
 from covcli.models import architectures
 from covcli.models import checkpoint as checkpoints
-from covcli.monitoring.inspect import as_table, inspect_file
+from covcli.monitoring.inspect import inspect_file
+from covcli.monitoring.inspection import as_table
 from covcli.signature import signature as signatures
 
 PLUGIN = Path(__file__).parents[1] / "tiny_model.py"
