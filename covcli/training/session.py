@@ -148,11 +148,10 @@ class Session:
     def _watch(self) -> Watch | None:
         if not self.untrusted:
             return None
-        return watch(
-            self.trainer.model, self.method, self.training.spread(2 * WATCHED_IMAGES),
-            self._trusted_apart(), self.untrusted, WATCHED_IMAGES,
-            self.config.confidence_threshold,
-        )  # fmt: skip
+        how = How(self.method, threshold=self.config.confidence_threshold)
+        training = self.training.spread(2 * WATCHED_IMAGES)
+        held_out, model = self._trusted_apart(), self.trainer.model
+        return watch(model, how, training, held_out, self.untrusted, WATCHED_IMAGES)
 
     def _refresh_penalty(self) -> None:
         """Build the running signature, which the penalty of the next epochs uses."""

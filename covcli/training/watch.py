@@ -7,7 +7,6 @@ from covcli.core import distributed
 from covcli.core.progress import Silent
 from covcli.core.specs import parse
 from covcli.data.images import ImageSet
-from covcli.methods import Method
 from covcli.models.architectures import Classifier
 from covcli.models.sweep import sweep
 from covcli.reporting.documents import Watch, WatchedSet
@@ -17,12 +16,11 @@ from covcli.signature.signature import Signature
 
 def watch(
     model: Classifier,
-    method: Method,
+    how: How,
     training: ImageSet,
     held_out: ImageSet,
     untrusted: Mapping[str, ImageSet | None],
     most: int,
-    threshold: float,
 ) -> Watch:
     """Build a signature from training images, and measure coverage on held-out and untrusted ones.
 
@@ -30,8 +28,8 @@ def watch(
     ----------
     model
         The network.
-    method
-        The method of the signature.
+    how
+        The method of the signature, and its settings.
     training
         Trusted images for the signature.
     held_out
@@ -40,10 +38,8 @@ def watch(
         Sets by their specifications; None for an attack, which starts from `held_out`.
     most
         The largest number of images read of each set, evenly spaced.
-    threshold
-        The smallest softmax confidence of a trusted image.
     """
-    signature, _, _ = fit_signature(model, training, How(method, threshold=threshold), Silent())
+    signature, _, _ = fit_signature(model, training, how, Silent())
     sets = [_look(model, signature, "trusted", held_out.spread(most))]
     for text, named in untrusted.items():
         if named is None:

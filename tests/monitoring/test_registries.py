@@ -23,10 +23,13 @@ from covcli.reporting.sections import SECTIONS
 HERE = Path(__file__).parents[1]
 
 
+NO_WIDTH = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+
+
 def covcli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "covcli", *arguments],
-        capture_output=True, text=True, env={**os.environ, **environment},
+        capture_output=True, text=True, env={**NO_WIDTH, **environment},
     )  # fmt: skip
 
 
@@ -75,7 +78,7 @@ def test_a_data_set_of_a_plugin_is_listed_and_not_loaded(monkeypatch: pytest.Mon
 
 
 def test_the_command_prints_a_line_each_or_one_document() -> None:
-    done = covcli("list", "methods", COLUMNS="20")
+    done = covcli("list", "methods")  # into a pipe, which has no width
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(METHODS)
