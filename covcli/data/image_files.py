@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
+import numpy as np
 import PIL
 import torch
 from torch import Tensor
@@ -125,8 +126,17 @@ class FileSource:
     def fingerprint(self) -> str:
         """The digest of the files' relative names and contents."""
         digest = hashlib.sha256("\0".join(self.files).encode("utf-8", "surrogateescape"))
-        digest.update(digests.content_digests(self._listed).tobytes())
+        digest.update(self._contents.tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def _contents(self) -> digests.Digests:
+        return digests.content_digests(self._listed)
+
+    @property
+    def row_digests(self) -> np.ndarray:
+        """A digest of each file's content, int64 of shape (N,), see `covcli.data.copies`."""
+        return np.ascontiguousarray(self._contents[:, :8]).view(np.int64)[:, 0]
 
     @property
     def _listed(self) -> digests.Files:

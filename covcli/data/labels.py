@@ -52,7 +52,8 @@ def taught(images: ImageSet) -> Matched:
     Raises
     ------
     CovcliError
-        If there are no labels, one is negative, or a named class has no image.
+        If there are no labels, there is one class, a label is negative, or a named class has no
+        image.
 
     Examples
     --------
@@ -65,6 +66,13 @@ def taught(images: ImageSet) -> Matched:
     """
     labels = images.known_labels()
     present, places = labels.unique(return_inverse=True)
+    if max(len(images.classes), len(present)) < 2:
+        name = images.classes[0] if images.classes else int(present[0])
+        raise CovcliError(
+            f"holds one class, {str(name)!r}: a network learns to tell two or more apart",
+            where=images.name,
+            fix="name the folder of the class folders" if images.by_class else None,
+        )
     if images.classes:
         _check_range(images, len(images.classes))
         if absent := _absent(images.classes, present):

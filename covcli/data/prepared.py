@@ -120,6 +120,11 @@ class PreparedSource:
         """What was seen of the images so far."""
         return Sightings(np.zeros(_length(self.dataset), np.int64))
 
+    @property
+    def row_digests(self) -> np.ndarray:
+        """The digests of the images that were read, see `Sightings`."""
+        return self.seen.digests
+
     def read(self, rows: Tensor, shape: Shape) -> Tensor:
         """Return the images of those rows, float32 of shape (len(rows), *shape)."""
         return next(self.stream([rows], shape, workers=0))

@@ -11,7 +11,7 @@ import torch
 from covcli.core import distributed, files, run_folders, runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress, Silent
-from covcli.data import datasets, image_files, labels
+from covcli.data import copies, datasets, image_files, labels
 from covcli.data.images import DataRecord, ImageSet
 from covcli.methods import Method, make_method
 from covcli.models import checkpoint as checkpoints
@@ -276,6 +276,8 @@ def _images(config: SignatureConfig, source: Checkpoint) -> tuple[ImageSet, Imag
         raise CovcliError("holds only images that are used for calibration", where=images.name)
     count = source.model.spec.classes
     classes = labels.adopted(images, count) if source.bare else source.classes
+    for doubt in copies.doubts(images, held_out):
+        log.warning("%s", doubt)
     if held_out.labels is not None:
         held_out = labels.matched(held_out, classes).said()
     return labels.matched(images, classes).said(), held_out

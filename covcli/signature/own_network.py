@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
@@ -14,6 +13,7 @@ from torch.utils.data import Subset, TensorDataset
 from covcli.core import runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Progress
+from covcli.data import copies
 from covcli.data.datasets import check_labels
 from covcli.data.images import ImageSet
 from covcli.data.labels import numbered
@@ -29,7 +29,6 @@ from covcli.signature.judge import Judge
 from covcli.signature.record import Record
 
 log = logging.getLogger(__name__)
-MOST_COPIES = 0.02  # data has a few equal images, and data that was read twice has many
 
 
 @dataclass(frozen=True)
@@ -197,29 +196,13 @@ def labelled(data: Any, name: str) -> ImageSet:
 
 def _doubts(images: ImageSet, held_out: ImageSet) -> list[str]:
     """Return what the values that were read tell against the data, one sentence each."""
-    seen = []
-    doubts = []
-    for each in (images, held_out):
-        assert isinstance(each.source, PreparedSource)
-        if each.source.seen.differ:
-            doubts.append(
-                f"the {each.name} images differ each time they are read: leave out random "
-                "augmentation, since the images to judge have none"
-            )
-        digests = each.source.seen.digests[each.rows.numpy()]
-        seen.append(digests[digests != 0])
-    if shared := int(np.isin(seen[1], seen[0]).sum()):
-        doubts.append(
-            f"{shared} of {len(held_out)} calibration images are trusted images too: the rate of "
-            "false alarms is higher than promised; hold others out"
-        )
-    copies = len(seen[1]) - len(np.unique(seen[1]))
-    if copies > MOST_COPIES * len(held_out):
-        doubts.append(
-            f"{copies} of {len(held_out)} calibration images are copies of others, but count as "
-            "images of their own"
-        )
-    return doubts
+    doubts = [
+        f"the {each.name} images differ each time they are read: leave out random augmentation, "
+        "since the images to judge have none"
+        for each in (images, held_out)
+        if each.source.seen.differ  # type: ignore[attr-defined]
+    ]
+    return doubts + copies.doubts(images, held_out)
 
 
 def _extent(images: ImageSet, held_out: ImageSet) -> tuple[float, float]:

@@ -76,7 +76,7 @@ def test_a_network_without_names_takes_them_in_order_and_says_so() -> None:
         adopted(images([0, 1], ["ant", "cat"]), 3)
 
 
-@given(st.lists(st.integers(0, 40), min_size=1))
+@given(st.lists(st.integers(0, 40), min_size=2).filter(lambda labels: len(set(labels)) > 1))
 def test_numbers_with_gaps_become_classes_without(labels: list[int]) -> None:
     training = taught(images(labels))
     values = sorted(set(labels))
@@ -92,6 +92,12 @@ def test_numbers_with_gaps_become_classes_without(labels: list[int]) -> None:
 def test_the_mapping_of_labels_from_1_is_said() -> None:
     (note,) = taught(images([1, 2, 3])).notes
     assert "label 1 is class 0, label 2 is class 1, label 3 is class 2" in note
+
+
+def test_a_single_class_is_refused_before_training() -> None:
+    for single in (images([4, 4]), images([0, 0], ["images"])):
+        with pytest.raises(CovcliError, match=r"holds one class, '(4|images)': a network learns"):
+            taught(single)
 
 
 def test_labels_below_0_are_refused_before_training() -> None:
