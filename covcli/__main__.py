@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "--resume" in args and (args[args.index("--resume") + 1 :] or ["-"])[0].startswith("-"):
         args.insert(args.index("--resume") + 1, "latest")  # the default value
     output.keep()
+    output.forget_wrong_sizes()
     logging.lastResort = logging.NullHandler()  # hide log lines of libraries
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # hide torch's warnings on each rank
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -66,7 +67,7 @@ def _describe(error: Any) -> tuple[str, ExitCode]:
         return f"error: {error}", ExitCode.BAD_INPUT
     if hasattr(error, "format_message") and getattr(error, "exit_code", None) == 2:
         command = getattr(getattr(error, "ctx", None), "command_path", "covcli")
-        text = one_line(error.format_message()).removesuffix(".")
+        text = one_line(error.format_message()).removesuffix(".").replace("Value error, ", "")
         return f"error: {text}; see {command} --help", ExitCode.BAD_INPUT
     kind = type(error).__name__
     if is_memory_error(error):

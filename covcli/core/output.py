@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import select
 import sys
 from collections.abc import Iterator
@@ -69,6 +70,17 @@ def keep() -> None:
         os.dup2(2, 1)
         sys.stderr = _text(_Tolerant(2), stderr.encoding, "backslashreplace")
         sys.stdout = _kept = _text(_raw, stdout.encoding, "replace")
+
+
+def forget_wrong_sizes() -> None:
+    """Remove a size of the terminal from the environment that libraries fail on, or print nothing.
+
+    These are sizes below 20 and above 9999, and what is no number.
+    """
+    for name in ("COLUMNS", "LINES"):
+        given = os.environ.get(name)
+        if given is not None and not re.fullmatch(r"[2-9][0-9]|[1-9][0-9]{2,3}", given):
+            del os.environ[name]
 
 
 def _text(raw: _Tolerant, encoding: str, errors: str) -> TextIO:

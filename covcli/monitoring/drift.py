@@ -163,11 +163,17 @@ class DriftWatch:
         Raises
         ------
         CovcliError
-            If a score is NaN.
+            If a score is no number or NaN, or the names are not one an image. The watch is then as
+            it was before.
         """
-        scores = np.asarray(seen.score if isinstance(seen, Verdicts) else seen, np.float64)
+        try:
+            scores = np.asarray(seen.score if isinstance(seen, Verdicts) else seen, np.float64)
+        except (TypeError, ValueError):
+            raise CovcliError("scores are no numbers", where="DriftWatch") from None
         if scores.ndim != 1 or bool(np.isnan(scores).any()):
             raise CovcliError("scores are NaN, or not one a number an image", where="DriftWatch")
+        if len(names) not in (0, len(scores)):
+            raise CovcliError(f"{len(names)} names of {len(scores)} images", where="DriftWatch")
         first = self.status.images
         ranked = self._bag.rank(scores, lots(self.status.seed, first, len(scores)))
         values = np.empty(len(scores))
@@ -176,7 +182,7 @@ class DriftWatch:
             self._martingale.step(p)
             values[i] = float(self._martingale.log) / math.log(10)
             quick = float(self._martingale.quick) / math.log(10)
-            if running.see(values[i], quick, names[i] if names else None):
+            if running.see(float(values[i]), quick, str(names[i]) if len(names) else None):
                 self._martingale.quick = np.array(-math.inf)
         self.status = DriftStatus(**running.fields)
         return values

@@ -578,8 +578,12 @@ class GateOutcome:
     def __str__(self) -> str:
         verdict = "passed" if self.passed else "failed"
         figure = self.metric if self.statistic == "value" else f"{self.metric}.{self.statistic}"
-        required = f"{figure} {self.relation} {self.bound:g}"
-        return one_line(f"gate {verdict}: {required}, {self.set} has {self.value:.4f}")
+        bound, value = f"{self.bound:g}", f"{self.value:.4f}"
+        margin = float(value) - float(bound)
+        if (margin <= 0 if self.relation == "<=" else margin >= 0) != self.passed:
+            bound, value = f"{self.bound}", f"{self.value}"  # rounded, they would contradict it
+        required = f"{figure} {self.relation} {bound}"
+        return one_line(f"gate {verdict}: {required}, {self.set} has {value}")
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,18 @@ def test_no_word_of_the_help_is_cut(
         assert max(map(len, out.splitlines())) <= width
 
 
+@pytest.mark.parametrize("columns", ["0", "²", "99999999999", "1"])
+def test_a_wrong_width_in_the_environment_takes_no_output_away(
+    columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    for command in (["--help"], ["check", "--help"], ["list", "methods"]):
+        code, out, err = call(capsys, *command)
+        assert (code, err) == (0, "")
+        assert len("".join(out.split())) > 100
+        assert max(map(len, out.splitlines())) < 1000
+
+
 def test_a_bare_call_is_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys) == call(capsys, "--help")
 

@@ -114,7 +114,7 @@ def test_a_state_that_does_not_hold_together_is_refused(monitor: Monitor, tmp_pa
         DriftWatch.load(path, monitor)
 
 
-def test_bad_numbers_are_refused(monitor: Monitor) -> None:
+def test_bad_numbers_are_refused(monitor: Monitor, tmp_path: Path) -> None:
     for delta in (0.0, 1.0, math.nan):
         with pytest.raises(CovcliError, match="delta"):
             DriftWatch(monitor, delta)
@@ -122,6 +122,15 @@ def test_bad_numbers_are_refused(monitor: Monitor) -> None:
         with pytest.raises(CovcliError, match="run_length"):
             DriftWatch(monitor, run_length=length)
     watch = DriftWatch(monitor)
+    for seen, names, message in (
+        (["a"], [], "no numbers"),
+        ([1.0, 2.0], ["a"], "1 names of 2 images"),
+        ([[1.0]], [], "not one a number an image"),
+    ):
+        with pytest.raises(CovcliError, match=message):
+            watch.update(seen, names)
+    watch.save(tmp_path / "state")  # what was refused has left no trace
+    assert DriftWatch.load(tmp_path / "state", monitor).status == DriftWatch(monitor).status
     with pytest.raises(CovcliError, match="NaN"):
         watch.update([1.0, math.nan])
     assert watch.status.images == 0

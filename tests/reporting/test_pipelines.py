@@ -1,5 +1,6 @@
 """What pipelines read: a job's summary, JUnit, workflow commands."""
 
+import math
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -30,6 +31,12 @@ def test_junit_carries_value_bound_time_and_a_body() -> None:
     assert failure is not None
     assert "auroc.low >= 0.99" in failure.get("message", "")
     assert failure.text == suite.findall("testcase/system-out")[1].text
+
+
+def test_a_gate_failed_by_less_than_is_shown_does_not_contradict_itself() -> None:
+    failed = outcome(passed=False, value=0.98998)
+    assert str(failed) == "gate failed: auroc.low >= 0.99, mnist has 0.98998"
+    assert str(outcome(passed=False, value=math.nan)).endswith("has nan")
 
 
 def test_a_pipeline_overwrites_only_what_it_has_written(
