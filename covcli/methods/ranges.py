@@ -436,10 +436,12 @@ class SectionScorer(RangeScorer):
     def _cells(self, part: Layout, neurons: Tensor, classes: Tensor | int) -> Tensor:
         """Return the index of each neuron's cost in the flattened table."""
         nearest = self._nearest(part, neurons, classes)
-        outside = nearest.ne(neurons)
+        # Numbers instead of bool: on a CPU, filling by a mask takes longer than all the rest.
+        outside = nearest.clone().ne_(neurons)
         above = nearest.sub_(held(self.low, part, classes))
         row = self.method.place(above, held(self.scale, part, classes))
-        row.masked_fill_(outside, self.method.sections + 1)
+        last = self.method.sections + 1
+        row = row.add_(outside, alpha=last).clamp_max_(last).nan_to_num_(last)
         rows, width = self.table.shape[1:]
         first = classes * (rows * width)
         if isinstance(first, Tensor):
