@@ -264,11 +264,11 @@ def main() -> None:
         subprocess.run([*TINY, "--runs", name, "--name", "made"], check=True, capture_output=True)
         path = folder / "made" / "checkpoint.pt"
         sign = [sys.executable, "-m", "covcli", "build-signature", str(path), "--quiet"]
-        subprocess.run([*sign, "--plugin", str(PLUGIN)], check=True, capture_output=True)
+        printed = subprocess.check_output([*sign, "--plugin", str(PLUGIN)], text=True)
         import runpy
 
         runpy.run_path(str(PLUGIN))
-        signature = folder / "made" / "signature-mrc.safetensors"
+        signature = Path(printed.strip())
         note("signature", mutations(signature, meaning_of_signature, args.mutations, chance))
         note("checkpoint", mutations(path, meaning_of_checkpoint, args.mutations, chance))
         note("hostile pickles", pickles(folder))
