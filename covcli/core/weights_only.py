@@ -67,7 +67,7 @@ def load_weights_only(path: Path) -> dict[str, Any]:
     if is_folder(path):
         names = sorted(file.name for file in path.iterdir() if file.name.endswith(SUFFIXES))
         advice = f"name a file in it: {first_few(names, 3)}" if names else None
-        raise CovcliError("is a folder, not a file of weights", where=path, fix=advice)
+        raise CovcliError("is no regular file but a folder", where=path, fix=advice)
     if path.name.endswith(INDEX):
         return _read_parts(path)
     with reading(path, COMPLAINT, says=True):

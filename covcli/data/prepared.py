@@ -286,7 +286,7 @@ def far_apart(one: Tensor, two: Tensor) -> bool:
     Examples
     --------
     >>> images = torch.rand(50, 3, 4, 4)
-    >>> far_apart(images[:25], images[25:]), far_apart(images[:25], (images[25:] - 0.4) / 0.2)
+    >>> far_apart(images[:25], images[25:]), far_apart(images[:25], (images[25:] - 0.2) / 0.2)
     (False, True)
     """
     if min(len(one), len(two)) < LEAST_COMPARED:

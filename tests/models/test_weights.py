@@ -200,7 +200,7 @@ def test_weights_in_several_files_are_read_from_their_index(saved: Norms, tmp_pa
         CovcliError, match=r"name the index of all parts, .*model\.safetensors\.ind"
     ):
         checkpoint.load(tmp_path / names[0], "norms")
-    with pytest.raises(CovcliError, match=f"is a folder.* name a file in it: {names[0]}"):
+    with pytest.raises(CovcliError, match=f"but a folder; name a file in it: {names[0]}"):
         checkpoint.load(tmp_path, "norms")
     index.write_text(json.dumps({"weight_map": {**weight_map, "more": names[0]}}))
     with pytest.raises(CovcliError, match="lacks 'more'"):
