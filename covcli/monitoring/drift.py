@@ -230,6 +230,20 @@ class DriftWatch:
         return watch
 
 
+def read_status(path: Path) -> DriftStatus:
+    """Return the status in a file that `DriftWatch.save` wrote, of any signature.
+
+    Raises
+    ------
+    CovcliError
+        If the file is missing, damaged, or of another kind.
+    """
+    try:
+        return settings.read(DriftStatus, STATE.load(path)["told"])
+    except ValueError as error:
+        raise CovcliError(f"is inconsistent ({error})", where=path) from None
+
+
 @dataclass
 class _RunningStatus:
     """The fields of a status during an update."""

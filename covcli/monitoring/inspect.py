@@ -15,6 +15,7 @@ from covcli.models import checkpoint as checkpoints
 from covcli.models.nearest import nearest_architecture
 from covcli.models.spec import ModelSpec
 from covcli.models.weights import places
+from covcli.monitoring.drift import STATE, read_status
 from covcli.monitoring.export import is_exported, read_exported
 from covcli.monitoring.inspection import Inspection, NetworkFacts, PointFacts, SetFacts, TensorFacts
 from covcli.reporting import documents, per_image
@@ -23,8 +24,8 @@ from covcli.signature import signature as signatures
 from covcli.training.paused import PAUSED, PAUSED_FILE
 
 KNOWN = (
-    "checkpoints, state dicts, signatures, evaluations, training logs, scores, exported monitors "
-    "and run folders"
+    "checkpoints, state dicts, signatures, evaluations, training logs, scores, exported monitors, "
+    "drift states and run folders"
 )
 
 
@@ -35,7 +36,7 @@ def inspect_file(path: Path) -> Inspection:
     ----------
     path
         A checkpoint, a state dict, a signature, an evaluation.json, a training log, the file of a
-        paused training, a table of scores, or a run folder.
+        paused training, a table of scores, the state of a drift watch, or a run folder.
 
     Raises
     ------
@@ -79,6 +80,8 @@ def _torch_file(path: Path) -> Inspection:
         return _checkpoint(path)
     if kind == PAUSED.name:
         return _paused(path)
+    if kind == STATE.name:
+        return Inspection(path, "drift state", 0, drift=read_status(path))
     if isinstance(kind, str):
         raise CovcliError(f"is of another format ({kind})", where=path)
     return _state_dict(path, document)

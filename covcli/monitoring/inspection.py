@@ -10,6 +10,7 @@ from torch import Tensor
 from covcli.core.errors import first_few
 from covcli.data.images import DataRecord
 from covcli.models.spec import ModelSpec
+from covcli.monitoring.drift import DriftStatus
 from covcli.monitoring.exported import ExportedMonitor
 from covcli.reporting.documents import EvaluatedSignature, Guaranteed
 from covcli.reporting.tables import Table
@@ -112,7 +113,7 @@ class Inspection:
         The file, or the folder.
     kind
         "checkpoint", "state dict", "signature", "evaluation", "training log", "paused training",
-        "scores", "exported monitor" or "run"; in a run also "damaged".
+        "scores", "exported monitor", "drift state" or "run"; in a run also "damaged".
     bytes, digest
         The file's size, and the SHA-256 of its content; for a folder, the total size of its files.
     network
@@ -139,6 +140,8 @@ class Inspection:
         The settings of the training.
     epochs
         The number of epochs in a training log.
+    drift
+        The state of a drift watch.
     provenance
         Versions, command line, device, seed and time.
     tensors
@@ -175,6 +178,7 @@ class Inspection:
     exported: ExportedMonitor | None = None
     settings: Mapping[str, Any] | None = None
     epochs: int | None = None
+    drift: DriftStatus | None = None
     provenance: Mapping[str, Any] | None = None
     tensors: tuple[TensorFacts, ...] = ()
     nearest: str = ""
@@ -217,6 +221,8 @@ def _rows(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "signature", f"SHA-256 {inspection.exported.signature_fingerprint}"
         yield "verified", str(inspection.exported.verification)
     yield "epochs", "" if inspection.epochs is None else str(inspection.epochs)
+    for key, value in ({} if inspection.drift is None else vars(inspection.drift)).items():
+        yield key.replace("_", " "), "" if value is None else str(value)
     for key, value in (inspection.settings or {}).items():
         yield f"setting {key}", "" if value in (None, [], "") else str(value)
     for key, value in (inspection.provenance or {}).items():

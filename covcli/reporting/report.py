@@ -182,7 +182,8 @@ def read(run: Path) -> ReportData:
     """
     path = run / "evaluation.json"
     if not is_file(path):
-        raise CovcliError("holds no evaluation", where=run, fix="run `covcli evaluate` first")
+        fix = "name its folder" if is_file(run) else "run `covcli evaluate` first"
+        raise CovcliError("holds no evaluation", where=run, fix=fix)
     evaluation = documents.read_evaluation(path)
     logs = sorted(run.glob("training_results_*.json"))
     for name, recorded in evaluation.digests.items():  # earlier versions recorded none

@@ -13,6 +13,8 @@ from covcli.core import run_folders
 from covcli.core.errors import CovcliError
 from covcli.data import datasets
 from covcli.monitoring.drift import DriftWatch
+from covcli.monitoring.inspect import inspect_file
+from covcli.monitoring.inspection import as_table
 from covcli.signature import judge as judges
 from covcli.signature.build import SignatureConfig, build_signature
 from covcli.signature.monitor import Monitor
@@ -43,6 +45,10 @@ def test_a_state_goes_on_bit_for_bit(monitor: Monitor, tmp_path: Path) -> None:
         values.append(parted.update(stream[part], names[part]))
     np.testing.assert_array_equal(np.concatenate(values), expected)
     assert parted.status == whole.status
+    whole.save(path)
+    inspection = inspect_file(path)
+    assert (inspection.kind, inspection.drift) == ("drift state", whole.status)
+    assert ["alarm image", str(whole.status.alarm_image)] in as_table(inspection).rows
     for watch in (parted, whole):
         watch.save(path)
         watch.update(stream[:5])
