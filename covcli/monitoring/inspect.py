@@ -8,7 +8,7 @@ from typing import Any
 
 from covcli.core import file_checks, files
 from covcli.core.errors import CovcliError
-from covcli.core.opening import is_folder, open_regular, reading
+from covcli.core.opening import is_folder, misread, open_regular, reading
 from covcli.core.weights_only import load_weights_only
 from covcli.data.images import DataRecord
 from covcli.models import checkpoint as checkpoints
@@ -70,7 +70,7 @@ def _reader(path: Path, start: bytes, archive: bool) -> Callable[[Path], Inspect
         return _safetensors
     if archive or start[:2] == b"\x80\x02":  # an archive of torch.save, or its files before 1.6
         return _torch_file
-    raise CovcliError("is no file that covcli knows", where=path, fix=f"it inspects {KNOWN}")
+    raise misread(path, "is no file that covcli knows", f"it inspects {KNOWN}")
 
 
 def _torch_file(path: Path) -> Inspection:
