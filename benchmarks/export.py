@@ -91,8 +91,9 @@ def options() -> argparse.Namespace:
 def bare_file(model: Classifier) -> bytes:
     example = torch.zeros(2, *model.spec.shape, dtype=torch.uint8)
     batch = {0: torch.export.Dim("batch", min=1, max=MOST_IMAGES)}
-    program = torch.export.export(Bare(model), (example,), dynamic_shapes=(batch,))
-    return onnx_format.packed(onnx_format.convert(program, ["logits"], model.spec.name))
+    with onnx_format.plain_layout(model):
+        program = torch.export.export(Bare(model), (example,), dynamic_shapes=(batch,))
+        return onnx_format.packed(onnx_format.convert(program, ["logits"], model.spec.name))
 
 
 def measured(name: str, method: str, args: argparse.Namespace) -> Found:

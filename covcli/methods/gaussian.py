@@ -8,7 +8,6 @@ the distance to the predicted class is computed at every coverage point, with a 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import ClassVar
 
 import torch
@@ -30,6 +29,8 @@ from covcli.methods.state import Expected, State, check_tensors
 SPAN = 3.0
 # Values farther away than this many deviations count as that far, so that squares stay finite.
 FARTHEST = 1e15
+# The largest width in a group of points that are computed together, as a multiple of the smallest.
+PADDED = 1.5
 # The number of images whose products are summed in float64 at once.
 EXACT_IMAGES = 2048
 
@@ -180,18 +181,28 @@ class GaussScorer(Scorer):
     places: Tensor
     counts: Tensor
     unit: Tensor
+    read: Tensor
+    stored: Tensor
 
     def __init__(self, layout: Layout, model: StoredModel) -> None:
         device = model.mean.device
+        groups = _grouped(layout.values)
+        slots = _slots(layout, groups).to(device)
+        read = slots >= 0
+        units = model.deviation * torch.cat(_per_value(model.rest.sqrt(), layout))
+        columns = layout.value_columns.to(device)
         buffers = {
-            "mean": model.mean,
+            "mean": model.mean[:, slots].where(read, 0.0),
             "deviation": model.deviation,
-            "places": layout.value_columns.to(device, copy=True),
+            "places": columns.clone(),
             "counts": torch.tensor(layout.values, dtype=torch.float64, device=device),
-            "unit": model.deviation * torch.cat(_per_value(model.rest.sqrt(), layout)),
+            "unit": units[slots].where(read, torch.inf),  # so that what pads is 0
+            "read": columns[slots],
+            "stored": read.nonzero()[:, 0][slots[read].argsort()],
         }
         super().__init__(layout, buffers)
-        runs = list(_runs(model, layout))
+        self.groups = groups
+        runs = list(_runs(model, groups))
         self.runs = nn.ModuleList(runs)
         self.widths = [run.width for run in runs]
 
@@ -201,17 +212,27 @@ class GaussScorer(Scorer):
 
     def measure(self, neurons: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return log(d²/V), made finite, and the displacement along the directions, (B, L) each."""
-        values = (self._away(neurons, classes) / self.unit).clamp(-FARTHEST, FARTHEST)
+        apart = neurons.index_select(1, self.read) - self.mean.index_select(0, classes)
+        values = (apart / self.unit).clamp(-FARTHEST, FARTHEST)
         parts = zip(self.runs, values.split_with_sizes(self.widths, 1), strict=True)
         squares, along = zip(*(run(part) for run, part in parts), strict=True)
         limits = torch.finfo(torch.float64)
-        costs = torch.cat(squares).T / self.counts
-        displaced = torch.cat(along).transpose(0, 1).flatten(1)
+        costs = self._in_order(squares).T / self.counts
+        displaced = self._in_order(along).transpose(0, 1).flatten(1)
         return torch.log(costs.clamp(limits.tiny, limits.max)), displaced.double()
+
+    def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
+        """Join rows of the groups' points in the order of the points."""
+        order = [point for group in self.groups for point in group.points]
+        if order == sorted(order):
+            return torch.cat(parts)
+        rows = [row for part in parts for row in part.split(1)]
+        return torch.cat([rows[order.index(point)] for point in range(len(rows))])
 
     def costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return each value's squared distance in units of its deviation; 0 for maxima."""
-        apart = self._away(neurons, classes) / self.deviation
+        mean = self._mean(classes)
+        apart = (neurons.index_select(1, self.places) - mean) / self.deviation
         return torch.zeros_like(neurons).index_copy(1, self.places, apart.square())
 
     def inside(self, neurons: Tensor, classes: Tensor) -> Tensor:
@@ -221,13 +242,58 @@ class GaussScorer(Scorer):
 
     def span(self, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the class mean ± three deviations; infinite bounds for maxima."""
-        mean, reach = self.mean.index_select(0, classes), SPAN * self.deviation
+        mean, reach = self._mean(classes), SPAN * self.deviation
         free = mean.new_full((classes.shape[0], self.layout.neurons), torch.inf)
         low, high = mean - reach, mean + reach
         return -free.index_copy(1, self.places, -low), free.index_copy(1, self.places, high)
 
-    def _away(self, neurons: Tensor, classes: Tensor) -> Tensor:
-        return neurons.index_select(1, self.places) - self.mean.index_select(0, classes)
+    def _mean(self, classes: Tensor) -> Tensor:
+        """Return the mean of each image's class, in the order of the values, shape (B, V)."""
+        return self.mean.index_select(0, classes).index_select(1, self.stored)
+
+
+@dataclass(frozen=True)
+class WidthGroup:
+    """Points of similar width, which are computed together.
+
+    Attributes
+    ----------
+    points
+        Their numbers.
+    width
+        The width of the widest; the others are padded to it.
+    """
+
+    points: tuple[int, ...]
+    width: int
+
+    @property
+    def values(self) -> int:
+        """The number of values, with those that pad."""
+        return len(self.points) * self.width
+
+
+def _grouped(widths: Sequence[int]) -> list[WidthGroup]:
+    """WidthGroup points by width: within a group, the widest is at most PADDED times the narrowest.
+
+    A network may have dozens of widths, and many small products take longer than a few larger ones.
+    """
+    groups: list[list[int]] = []
+    for point in sorted(range(len(widths)), key=lambda each: widths[each]):
+        if not groups or widths[point] > PADDED * widths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(point)
+    return [WidthGroup(tuple(sorted(points)), widths[points[-1]]) for points in groups]
+
+
+def _slots(layout: Layout, groups: Sequence[WidthGroup]) -> Tensor:
+    """Return the number of each value in the order of the groups; −1 for those that pad."""
+    slots = []
+    own = torch.arange(sum(layout.values)).split(layout.values)
+    for group in groups:
+        slots += [pad(own[point], (0, group.width - len(own[point])), value=-1)
+                  for point in group.points]  # fmt: skip
+    return torch.cat(slots)
 
 
 def _per_value(of_points: Tensor, layout: Layout) -> list[Tensor]:
@@ -236,7 +302,7 @@ def _per_value(of_points: Tensor, layout: Layout) -> list[Tensor]:
 
 
 class _Run(nn.Module):
-    """The normal models of consecutive points of equal width, stacked, in units of σ.
+    """The normal models of a group of points, stacked, in units of σ.
 
     Parameters
     ----------
@@ -282,21 +348,22 @@ class _Run(nn.Module):
         return terms.square().sum(2, dtype=torch.float64), along
 
 
-def _runs(model: StoredModel, layout: Layout) -> Iterator[_Run]:
-    """Yield the models of each run of consecutive points of equal width."""
-    first = 0
-    for _, run in groupby(layout.values):
-        mine = slice(first, first + len(list(run)))
-        rest = model.rest[mine, None, None]
-        bases, values = model.bases[mine], model.eigenvalues[mine]
+def _runs(model: StoredModel, groups: Sequence[WidthGroup]) -> Iterator[_Run]:
+    """Yield the models of each group, padded with zeros."""
+    for points, width in ((group.points, group.width) for group in groups):
+        bases, rest = [model.bases[i] for i in points], model.rest[list(points), None, None]
         rank = max(len(basis) for basis in bases)
-        rows = torch.stack([pad(basis, (0, 0, 0, rank - len(basis))) for basis in bases])
-        weights = torch.stack([pad(1 / each, (0, rank - len(each))) for each in values])
+        rows = torch.stack([_padded(basis, rank, width) for basis in bases])
+        inverse = [1 / model.eigenvalues[i] for i in points]
+        weights = torch.stack([pad(each, (0, rank - len(each))) for each in inverse])
         if model.directions:
-            further = torch.stack(list(model.directions[mine]))[:, None] * rest.sqrt()
-            rows = torch.cat([rows, further], 1)
+            directions = [_padded(model.directions[i][None], 1, width) for i in points]
+            rows = torch.cat([rows, torch.stack(directions) * rest.sqrt()], 1)
         yield _Run(rows, (weights[:, None] * rest).sqrt())
-        first = mine.stop
+
+
+def _padded(rows: Tensor, count: int, width: int) -> Tensor:
+    return pad(rows, (0, width - rows.shape[1], 0, count - len(rows)))
 
 
 def whole_numbers(state: State, values: Tensor) -> Tensor:

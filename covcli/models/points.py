@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from covcli.core.errors import CovcliError
 from covcli.methods.state import Granularity
 from covcli.models.functions import Calls, Function, activation_of
-from covcli.models.pooling import pool, statistics
+from covcli.models.pooling import joined, pool, statistics
 
 # The dimension of the images of a batch in an output: the first, the second, or the first together
 # with parts of each image (windows), ordered by image ("folded") or by part ("interleaved").
@@ -446,7 +446,7 @@ class Recorder:
             ]
         neurons = seen.units
         if neurons is None:
-            neurons = torch.cat(parts, 1) if parts else torch.empty(0, 0)
+            neurons = joined(parts) if parts else torch.empty(0, 0)
         seen.clear()
         return neurons
 

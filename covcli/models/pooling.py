@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -40,11 +41,26 @@ def pool(output: Tensor, channel_dim: int, granularity: Granularity) -> Tensor:
     >>> pool(output, 1, "channel").tolist()
     [[2.0, 2.0, 3.0, 4.0]]
     """
-    return torch.cat(statistics(output, channel_dim, granularity), 1)
+    return joined(statistics(output, channel_dim, granularity))
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the parts of `statistics`, of one point or of several, as neurons (B, N).
+
+    Neighbours of one rank are joined before they are flattened: so ONNX Runtime joins them in its
+    own layout for convolutions.
+    """
+    runs = [list(alike) for _, alike in groupby(parts, lambda part: part.ndim)]
+    wholes = [run[0] if len(run) == 1 else torch.cat(run, 1) for run in runs]
+    flat = [whole.flatten(1) for whole in wholes]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
 
 def statistics(output: Tensor, channel_dim: int, granularity: Granularity) -> list[Tensor]:
-    """Return the parts that `pool` concatenates: copies, since in-place layers change views."""
+    """Return the parts that `joined` concatenates: copies, since in-place layers change views.
+
+    The positions of channels that come second stay, as dimensions of 1.
+    """
     if output.ndim == 2 or granularity == "unit":
         dtype = torch.promote_types(output.dtype, torch.float32)
         last = output.movedim(channel_dim, -1)
@@ -71,15 +87,24 @@ def _means(output: Tensor, positions: tuple[int, ...]) -> Tensor:
         and not output.requires_grad
         and output.is_contiguous(memory_format=torch.channels_last)
     ):  # faster in this case
-        return nn.functional.avg_pool2d(output, output.shape[2:]).flatten(1)
-    return output.mean(positions, dtype=torch.promote_types(output.dtype, torch.float32))
+        return nn.functional.avg_pool2d(output, output.shape[2:])
+    kind = torch.promote_types(output.dtype, torch.float32)
+    return output.mean(positions, keepdim=_second(positions), dtype=kind)
+
+
+def _second(positions: tuple[int, ...]) -> bool:
+    """Return whether the positions are the last dimensions, after the channels."""
+    return positions[0] > 1
 
 
 def _largest(output: Tensor, channel_dim: int, positions: tuple[int, ...]) -> Tensor:
     """Return each channel's maximum. amax is faster in the forward pass, but slower backward."""
     if output.requires_grad:
-        return output.movedim(channel_dim, -1).flatten(1, -2).max(1).values
-    return output.amax(positions)
+        largest = output.movedim(channel_dim, -1).flatten(1, -2).max(1).values
+        return (
+            largest.unflatten(1, (-1, *(1 for _ in positions))) if _second(positions) else largest
+        )
+    return output.amax(positions, keepdim=_second(positions))
 
 
 def locate(

@@ -91,8 +91,10 @@ class OnnxFile:
                 where="the signature",
                 fix="use --format torch, or build it with --amp off",
             )
-        name = graph.chain.model.spec.name
-        self._model = onnx_format.convert(traced(graph), graph.outputs, name)
+        model = graph.chain.model
+        graph.chain.layout = torch.contiguous_format
+        with onnx_format.plain_layout(model):
+            self._model = onnx_format.convert(traced(graph), graph.outputs, model.spec.name)
         self.run = onnx_format.OnnxProgram(self.content())
 
     def content(self, document: str | None = None) -> bytes:

@@ -1,11 +1,13 @@
 """The ONNX form of an exported monitor: written by torch and onnxscript, run by ONNX Runtime."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import IO, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from covcli.core.errors import CovcliError
 from covcli.monitoring.exported import KEY, quiet, refusal
@@ -30,6 +32,20 @@ def check_packages() -> None:
     """Raise a CovcliError unless all packages for an export to ONNX are installed."""
     for name in PACKAGES:
         library(name)
+
+
+@contextmanager
+def plain_layout(model: nn.Module) -> Iterator[None]:
+    """Keep a network's weights in the usual layout of memory in the block, then in channels-last.
+
+    torch writes the layout of activations into a program. ONNX knows none, and gets operations that
+    copy them instead.
+    """
+    model.to(memory_format=torch.contiguous_format)
+    try:
+        yield
+    finally:
+        model.to(memory_format=torch.channels_last)
 
 
 def convert(program: torch.export.ExportedProgram, outputs: Sequence[str], model: str) -> Any:
@@ -80,8 +96,8 @@ def _translations() -> dict[Any, Any]:
     """Return translations of operations that onnxscript lacks or translates differently.
 
     Numbers keep their double precision, which onnxscript would round to single. With these forms,
-    ONNX Runtime pools whole channels in place and squares by a product; with the usual forms it
-    copies each activation first, or computes powers.
+    ONNX Runtime pools whole channels in its own layout and squares by a product; with the usual
+    forms it copies each activation first, or computes powers.
     """
     op, helper = library("onnxscript").opset18, library("onnx").numpy_helper
     aten = torch.ops.aten
@@ -111,10 +127,35 @@ def _translations() -> dict[Any, Any]:
         less = op.Cast(op.Less(ranked, scores), to=INT64)
         return op.ReduceSum(less, axes(1), keepdims=0 if flat else 1)
 
+    def pooled(values: Any, pool: Any, keepdim: bool) -> Any:
+        whole = pool(values)
+        return whole if keepdim else op.Squeeze(whole, axes(2, 3))
+
     def largest(values: Any, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
-        if _whole_channels(values, dim) and not keepdim:
-            return op.Squeeze(op.GlobalMaxPool(values), axes(2, 3))
+        if _whole_channels(values, dim):
+            return pooled(values, op.GlobalMaxPool, keepdim)
         return op.ReduceMax(values, axes(*dim), keepdims=int(keepdim))
+
+    def mean(values: Any, dim: Any = None, keepdim: bool = False, dtype: int | None = None) -> Any:
+        if dtype not in (None, values.dtype):
+            values = op.Cast(values, to=dtype)
+        if _whole_channels(values, dim or ()):
+            return pooled(values, op.GlobalAveragePool, keepdim)
+        every = axes(*(dim or range(len(values.shape))))
+        return op.ReduceMean(values, every, keepdims=int(keepdim))
+
+    def total(values: Any, dim: Any = None, keepdim: bool = False, dtype: int | None = None) -> Any:
+        """Sum floats in their own precision, and convert the sums to another one."""
+        whole = len(values.shape)
+        every, keep = axes(*(dim or range(whole))), int(keepdim)
+        if values.dtype.name not in ("FLOAT", "DOUBLE"):
+            values = op.Cast(values, to=INT64 if dtype is None else dtype)
+        node = values.producer()
+        if node is not None and node.op_type == "Mul" and node.inputs[0] is node.inputs[1]:
+            summed = op.ReduceSumSquare(node.inputs[0], every, keepdims=keep)
+        else:
+            summed = op.ReduceSum(values, every, keepdims=keep)
+        return summed if dtype in (None, values.dtype) else op.Cast(summed, to=dtype)
 
     def order(values: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
         """Sort; TopK always puts the lower index first among equal values."""
@@ -131,7 +172,8 @@ def _translations() -> dict[Any, Any]:
         aten.clamp_min.default: lambda values, end: clamp(values, min=end),
         aten.clamp_max.default: lambda values, end: clamp(values, max=end),
         aten.searchsorted.Tensor: below, aten.amax.default: largest,
-        aten.pow.Tensor_Scalar: power, aten.sort.stable: order,
+        aten.pow.Tensor_Scalar: power, aten.sort.stable: order, aten.mean.dim: mean,
+        aten.sum.dim_IntList: total,
     }  # fmt: skip
 
 

@@ -51,6 +51,7 @@ class Chain(nn.Module):
     def __init__(self, judge: Judge, normalised: bool = False) -> None:
         super().__init__()
         self.normalised = normalised
+        self.layout = torch.channels_last
         signature = judge.signature
         if signature.method.contributions:
             raise CovcliError(
@@ -87,11 +88,11 @@ class Chain(nn.Module):
         self._recorder.begin()  # no `with` block, which torch.compile refused up to torch 2.11
         try:
             network = self.model.classify if self.normalised else self.model
-            logits = network(images.to(memory_format=torch.channels_last))
+            logits = network(images.to(memory_format=self.layout))
             neurons = self._recorder.take(logits)
         finally:
             self._recorder.end()
-        known = neurons.isfinite().all(1) & logits.isfinite().all(1)
+        known = _finite(neurons) & _finite(logits)
         predicted = logits.argmax(1)
         seen, shown = (part.where(known[:, None], 0.0) for part in (logits, neurons))
         evidence = self.judge.evidence(seen, shown, predicted)
@@ -99,3 +100,8 @@ class Chain(nn.Module):
         evidence = evidence.where(known[:, None], math.inf)
         verdicts = self.judge.verdicts(logits, predicted, evidence, score)
         return {name: getattr(verdicts, name) for name in OUTPUTS}
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Return which rows are finite, in two operations: others times 0 are NaN."""
+    return (values * 0).sum(1) == 0
