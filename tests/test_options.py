@@ -12,6 +12,7 @@ from annotated_types import Interval
 from test_cli import call
 
 from covcli.cli import app
+from covcli.commands.options import CommonOptions, PointsOptions
 from covcli.core.errors import CovcliError, ExitCode
 from covcli.evaluation.config import EvaluationConfig
 from covcli.monitoring.config import CheckConfig
@@ -23,7 +24,12 @@ CONFIGS: dict[str, Any] = {
     "train": TrainConfig, "build-signature": SignatureConfig, "merge-signatures": MergeConfig,
     "evaluate": EvaluationConfig, "check": CheckConfig, "export": ExportConfig,
 }  # fmt: skip
+# With the options that are no fields of a configuration.
+BOUNDED: list[tuple[str, Any]] = [
+    *CONFIGS.items(), ("points", PointsOptions), ("evaluate", CommonOptions),
+]  # fmt: skip
 NEEDED = {
+    "points": ["--model", "vgg11"],
     "train": [], "build-signature": ["c.pt"], "merge-signatures": ["a", "b", "--output", "c"],
     "evaluate": ["--untrusted", "photos"], "check": ["photos"], "export": [],
 }  # fmt: skip
@@ -34,22 +40,26 @@ def intervals(hint: Any) -> list[Interval]:
     return own + [entry for part in get_args(hint) for entry in intervals(part)]
 
 
-def outside() -> list[tuple[str, str, float]]:
+def is_whole(hint: Any) -> bool:
+    return hint is int or any(map(is_whole, get_args(hint)))
+
+
+def outside() -> list[tuple[str, Any, str, float]]:
     """Return for each bound of each configuration a value beyond it."""
     values = []
-    for command, config in CONFIGS.items():
+    for command, config in BOUNDED:
         for name, hint in get_type_hints(config, include_extras=True).items():
-            step = 1 if int in get_args(hint) else 1e-6
+            step = 1 if is_whole(hint) else 1e-6
             for interval in intervals(hint):
                 values += [
-                    (command, name, end + by if step == 1 else float(end + by))
+                    (command, config, name, end + by if step == 1 else float(end + by))
                     for end, by in (
                         (interval.ge, -step), (interval.gt, 0), (interval.le, step),
                         (interval.lt, 0),
                     )
                     if end is not None
                 ]  # fmt: skip
-                values += [(command, name, math.nan)] if step < 1 else []
+                values += [(command, config, name, math.nan)] if step < 1 else []
     return values
 
 
@@ -66,9 +76,21 @@ def test_every_option_has_the_default_of_its_field() -> None:
     assert compared > 50
 
 
-@pytest.mark.parametrize(("command", "name", "value"), outside())
+def test_every_whole_number_has_a_lower_and_an_upper_bound() -> None:
+    counted = 0
+    for _, config in BOUNDED:
+        for name, hint in get_type_hints(config, include_extras=True).items():
+            if is_whole(hint):
+                (interval,) = intervals(hint)
+                assert interval.ge is not None, name
+                assert interval.le is not None or interval.lt is not None, name
+                counted += 1
+    assert counted > 10
+
+
+@pytest.mark.parametrize(("command", "config", "name", "value"), outside())
 def test_a_value_out_of_bounds_is_refused_alike_by_command_and_library(
-    command: str, name: str, value: float, capsys: pytest.CaptureFixture[str]
+    command: str, config: Any, name: str, value: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     option = f"--{name.replace('_', '-')}"
     code, out, err = call(capsys, command, *NEEDED[command], option, str(value))
@@ -77,11 +99,11 @@ def test_a_value_out_of_bounds_is_refused_alike_by_command_and_library(
     assert err.count("\n") == 1
     needed = {
         field.name: () if "tuple" in str(field.type) else Path("x")
-        for field in dataclasses.fields(CONFIGS[command])
+        for field in dataclasses.fields(config)
         if field.default is dataclasses.MISSING
     }
     with pytest.raises(CovcliError) as caught:
-        CONFIGS[command](**needed, **{name: value})
+        config(**needed, **{name: value})
     assert f"error: {caught.value}\n" == err
 
 

@@ -18,7 +18,7 @@ from covcli.commands.expand import (
     Help,
     OptionTable,
 )
-from covcli.core.choices import GranularityChoice, RegistryKind, Seed
+from covcli.core.choices import MOST, GranularityChoice, RegistryKind, Seed
 from covcli.core.settings import settle
 from covcli.core.specs import escaped
 from covcli.evaluation.config import EvaluationConfig
@@ -49,8 +49,8 @@ class CommonOptions(PluginOptions):
     """Options of a command that reads images and computes."""
 
     skip_unreadable: bool = False
-    max_pixels: Annotated[int, Interval(ge=1)] | None = None
-    labels_from: Annotated[int, Interval(ge=0)] = 0
+    max_pixels: Annotated[int, Interval(ge=1, lt=2**31)] | None = None
+    labels_from: Annotated[int, Interval(ge=0, le=MOST)] = 0
     threads: Annotated[int, Interval(ge=0, le=1024)] = 0
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class PointsOptions:
 
     checkpoint: Path | None = None
     model: str | None = None
-    classes: Annotated[int, Interval(ge=2)] = 10
+    classes: Annotated[int, Interval(ge=2, le=100_000)] = 10
     granularity: GranularityChoice = "channel"
     points: tuple[str, ...] = ()
     every: bool = False

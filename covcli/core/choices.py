@@ -22,6 +22,8 @@ RegistryKind: TypeAlias = Literal[
 ]
 REGISTRIES: tuple[RegistryKind, ...] = get_args(RegistryKind)
 
+# The largest number of anything that a command counts: more is a slip of the keyboard.
+MOST = 1_000_000
 Seed = Annotated[int, Interval(ge=0, lt=2**31)]
 # A rate of errors: of false alarms, of wrong answers, or of false alarms of the drift watch.
 Rate = Annotated[float, Interval(gt=0, lt=1)]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Interval
 
-from covcli.core.choices import Mode, Rate, Seed
+from covcli.core.choices import MOST, Mode, Rate, Seed
 from covcli.core.settings import settle
 
 LOWER_IS_BETTER = {"fpr95", "false_alarm_rate"}
@@ -93,7 +93,7 @@ class EvaluationConfig:
     guarantee: Mode | None = None
     max_error: Rate | None = None
     baselines: tuple[str, ...] = ()
-    explain: Annotated[int, Interval(ge=0)] = 0
+    explain: Annotated[int, Interval(ge=0, le=MOST)] = 0
     gates: tuple[Gate, ...] = ()
     model: str | None = None
     runs: Path = Path("runs")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Interval
 
-from covcli.core.choices import Mode, Rate, Seed
+from covcli.core.choices import MOST, Mode, Rate, Seed
 from covcli.core.errors import CovcliError
 from covcli.core.settings import settle
 from covcli.core.specs import escaped
@@ -62,7 +62,7 @@ class CheckConfig:
     why: bool = False
     drift: Rate | None = None
     drift_state: Path | None = None
-    batch_size: Annotated[int, Interval(ge=0)] = 0
+    batch_size: Annotated[int, Interval(ge=0, le=MOST)] = 0
     runs: Path = Path("runs")
     data_dir: Path | None = None
     device: str = "auto"

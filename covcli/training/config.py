@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from covcli.core.choices import AmpMode, AugmentationChoice, Seed
+from covcli.core.choices import MOST, AmpMode, AugmentationChoice, Seed
 from covcli.core.errors import CovcliError
 from covcli.core.settings import settle
 
@@ -80,13 +80,13 @@ class TrainConfig:
     preprocess: str | None = None
     logits: str = ""
     points: tuple[str, ...] = ()
-    epochs: Annotated[int, Interval(ge=1)] = 10
-    batch_size: Annotated[int, Interval(ge=2)] = 64
+    epochs: Annotated[int, Interval(ge=1, le=MOST)] = 10
+    batch_size: Annotated[int, Interval(ge=2, le=MOST)] = 64
     learning_rate: Annotated[float, Interval(gt=0, lt=math.inf)] = 0.05
     weight_decay: Amount = 5e-4
     confidence_threshold: ShareBelowOne = 0.9
     confidence_weight: Amount = 0.1
-    signature_every: Annotated[int, Interval(ge=1)] = 1
+    signature_every: Annotated[int, Interval(ge=1, le=MOST)] = 1
     calibration_split: ShareBelowOne = 0.1
     save_every: str = "1"
     augment: AugmentationChoice = "auto"
@@ -119,6 +119,6 @@ def save_interval(text: str) -> tuple[int | None, float | None] | None:
         value = float(text.removesuffix("m")) if minutes else int(text)
     except ValueError:
         return None
-    if not (0 <= value < math.inf and (minutes or value >= 1)):
+    if not (0 <= value <= MOST and (minutes or value >= 1)):
         return None
     return (None, 60 * value) if minutes else (int(value), None)
