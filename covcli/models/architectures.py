@@ -27,6 +27,7 @@ from covcli.models.spec import (
     precision,
 )
 from covcli.models.survey import IMAGES, Survey, alike, look
+from covcli.models.watchable import check_same
 
 __all__ = [
     "CIFAR10", "IMAGENET", "MODELS", "Architecture", "Classifier", "ModelSpec", "Precision",
@@ -141,9 +142,8 @@ class Classifier(nn.Module):
             for output, images in zip(seen.outputs, IMAGES, strict=True)
         )
         if not alike(few, more[: len(few)]):
-            log.warning(
-                "the network's answer depends on the other images of the batch, or on chance"
-            )
+            check_same(self.network, example)
+            log.warning("the network's answer depends on the other images of the batch")
         if are_probabilities(more):
             log.warning(
                 "the network returns probabilities or their logarithms, not logits: leave out its "

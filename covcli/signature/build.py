@@ -17,6 +17,7 @@ from covcli.methods import Method, make_method
 from covcli.models import checkpoint as checkpoints
 from covcli.models.architectures import Classifier, architecture
 from covcli.models.checkpoint import Checkpoint
+from covcli.models.spec import ModelSpec
 from covcli.models.sweep import choose_precision
 from covcli.models.weights import Foreign
 from covcli.reporting.terminal import say
@@ -31,6 +32,8 @@ from covcli.signature.signature import weights_bytes
 
 log = logging.getLogger(__name__)
 DEFAULT_METHOD = "ensemble"
+# The accuracy on trusted images below which a network is asked to have seen others in training.
+PLAUSIBLE = 0.75
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,15 @@ def _build(
     model = source.model.on(device)
     model.watched = config.points or tuple(source.training.get("points", ()))
     model.precision = choose_precision(config.amp, model, torch.inference_mode()(model))
+    if source.bare:
+        log.info("an image becomes an input by --preprocess %s", _preprocessing(model.spec))
     judge, record = sign(model, images, held_out, how, progress)
+    if source.bare and record.accuracy < PLAUSIBLE:
+        log.warning(
+            "only %.0f%% of the trusted images are classified rightly: were they prepared as in "
+            "training? --preprocess (now %s), --mean and --std say how",
+            100 * record.accuracy, _preprocessing(model.spec),
+        )  # fmt: skip
     imported = config.output is None and source.bare and distributed.is_first()
     if imported:
         _import(path.parent, source, images.classes)
@@ -172,6 +183,10 @@ def _build(
     if imported:
         run_folders.mark_latest(path.parent)
     return result
+
+
+def _preprocessing(spec: ModelSpec) -> str:
+    return spec.preprocess.describe(spec.shape)
 
 
 def sign(

@@ -22,6 +22,7 @@ from covcli.methods.state import Granularity
 from covcli.models.architectures import Classifier
 from covcli.models.points import Recorder
 from covcli.models.sweep import doubtful, refuse_not_finite, run, to_network
+from covcli.models.watchable import is_compiled
 from covcli.signature import judge as judges
 from covcli.signature import signature as signatures
 from covcli.signature.build import DEFAULT_METHOD
@@ -279,6 +280,8 @@ class Monitor:
     def _refuse_training(self) -> None:
         if any(module.training for module in self._modules):
             _refuse("the network is in training mode", "call monitor.model.eval() first")
+        if any(map(is_compiled, self._modules)):
+            _refuse("the network was compiled in place", "compile a copy of it")
 
     def _inputs(self, images: Tensor, normalised: bool) -> Tensor:
         """Return the network's input, on its device; raise a CovcliError for unsuitable images."""

@@ -21,6 +21,7 @@ from covcli.data.prepared import PreparedSource, far_apart, prepared, prepared_o
 from covcli.models.architectures import FAILURES, Classifier, refused_images
 from covcli.models.logits import named_tensors
 from covcli.models.spec import ModelSpec
+from covcli.models.watchable import check_watchable
 from covcli.signature import signature as signatures
 from covcli.signature.build import sign
 from covcli.signature.fit import How
@@ -58,6 +59,7 @@ class OwnNetwork:
         if len(set(self.classes)) < len(self.classes):
             raise CovcliError("names a class twice", where="classes=")
         object.__setattr__(self, "network", unwrapped(self.network))
+        check_watchable(self.network)
 
     def classifier(self, images: ImageSet) -> tuple[Classifier, tuple[str, ...]]:
         """Return a classifier of prepared images, and its class names."""
@@ -136,11 +138,16 @@ def _count(network: nn.Module, images: Tensor, labels: Tensor | None, logits: st
             module.training = True
     tensors = dict(named_tensors(output))
     rows = {name: t for name, t in tensors.items() if t.ndim >= 2 and len(t) == len(images)}
-    if logits in rows:
+    if logits and logits in rows:
         return rows[logits].shape[1]
     named = [t for name, t in rows.items() if name.split(".")[-1] == "logits"]
-    least = 1 if labels is None else int(labels.max()) + 1
+    least = 2 if labels is None else max(2, int(labels.max()) + 1)
     sizes = {t.shape[1] for t in named or rows.values() if t.shape[1] >= least}
+    if not sizes and any(t.numel() == len(images) for t in tensors.values()):
+        raise CovcliError(
+            "returns one number an image", where="the network",
+            fix="let it return a logit a class, such as torch.cat([torch.zeros_like(x), x], 1)",
+        )  # fmt: skip
     if len(sizes) != 1:
         raise CovcliError(
             "the number of the network's classes is not clear", fix="name them by classes="
@@ -244,6 +251,7 @@ def load_own(
         If the file is not a signature of exactly this network.
     """
     network = unwrapped(network)
+    check_watchable(network)
     signature, calibration, record = signatures.load(signature_file)
     place = place_of(network) if device is None else runtime.choose_device(device)
     model = Classifier(signature.model, network)

@@ -13,6 +13,9 @@ SHARES = (1.0, 7 / 8, 1 / 2, 1 / 4, 1 / 8)
 # deviations. They keep slopes finite for few images and for equal values.
 LEAST_WIDTH = 1e-3
 LEAST_EXCESS = 0.2
+# Values that are this close differ by rounding, as the energies of a network that returns the
+# logarithms of probabilities, all of which are 0.
+ROUNDED = 1e-4
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,13 @@ class Tails:
         n = len(ordered)
         places = [min(n - 1, math.floor((1 - share) * n)) for share in SHARES]
         knots = ordered[places].T
-        deviation = values.std(0).clamp_min(torch.finfo(values.dtype).tiny ** 0.5)
-        widths = knots.diff(dim=1).clamp_min(LEAST_WIDTH * deviation[:, None])
+        deviation = values.std(0)
+        widths = torch.maximum(
+            knots.diff(dim=1), (LEAST_WIDTH * deviation[:, None]).clamp_min(ROUNDED)
+        )
         steps = -torch.tensor(SHARES, dtype=values.dtype).log().diff()
         excess = (ordered[places[-1] :] - knots[:, -1]).mean(0)
-        last = 1 / torch.maximum(excess, LEAST_EXCESS * deviation)
+        last = 1 / torch.maximum(excess, (LEAST_EXCESS * deviation).clamp_min(ROUNDED))
         return cls(knots, torch.cat([steps / widths, last[:, None]], 1))
 
     def rarity(self, values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from covcli.core.progress import Silent
 from covcli.data import datasets
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
 from covcli.models import checkpoint as checkpoints
+from covcli.signature import build
 from covcli.signature import fit as fitting
 from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureConfig, build_signature
@@ -98,7 +99,12 @@ def test_images_that_calibrate_do_not_build(trained: TrainResult, tmp_path: Path
         build_signature(again, Silent())
 
 
-def test_bare_weights_get_a_run_of_their_own(trained: TrainResult, tmp_path: Path) -> None:
+def test_bare_weights_get_a_run_of_their_own(
+    trained: TrainResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = checkpoints.load(trained.checkpoint).model
     weights = tmp_path / "weights.pt"
     torch.save(model.network.state_dict(), weights)
@@ -123,6 +129,10 @@ def test_bare_weights_get_a_run_of_their_own(trained: TrainResult, tmp_path: Pat
     assert newest.untrusted == named.untrusted
     assert newest.trusted == named.trusted
     assert newest.trusted.images == 160
+    assert "prepared as in training" not in caplog.text
+    monkeypatch.setattr(build, "PLAUSIBLE", 1.01)
+    build_signature(dataclasses.replace(full, output=tmp_path / "again"), Silent())
+    assert "(now resize=cover,crop=32,interpolation=bilinear)" in caplog.text
 
 
 def test_the_training_set_must_still_be_what_it_was(tmp_path: Path) -> None:
