@@ -225,7 +225,7 @@ class GaussScorer(Scorer):
         """Join rows of the groups' points in the order of the points."""
         order = [point for group in self.groups for point in group.points]
         if order == sorted(order):
-            return torch.cat(parts)
+            return torch.cat(list(parts))
         rows = [row for part in parts for row in part.split(1)]
         return torch.cat([rows[order.index(point)] for point in range(len(rows))])
 
