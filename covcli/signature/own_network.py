@@ -138,7 +138,7 @@ def _count(network: nn.Module, images: Tensor, labels: Tensor | None, logits: st
             module.training = True
     tensors = dict(named_tensors(output))
     rows = {name: t for name, t in tensors.items() if t.ndim >= 2 and len(t) == len(images)}
-    if logits and logits in rows:
+    if logits in rows and rows[logits].shape[1] > 1:
         return rows[logits].shape[1]
     named = [t for name, t in rows.items() if name.split(".")[-1] == "logits"]
     least = 2 if labels is None else max(2, int(labels.max()) + 1)
