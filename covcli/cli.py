@@ -217,14 +217,22 @@ def _evaluation(signature: Path, checkpoint: Path | None) -> str:
 
 
 def _show_evaluation(result: Any, output: EvaluationOutput, json: bool) -> None:
-    """Print an evaluation, and write what was asked for beside."""
+    """Write what was asked for beside an evaluation, and print it even if that fails."""
     from covcli.core.files import write_bytes
+    from covcli.reporting import pipelines
+
+    try:
+        if output.junit is not None:
+            write_bytes(output.junit, pipelines.junit(result.gates))
+        if output.summary is not None:
+            pipelines.write_summary(output.summary, result)
+    finally:
+        _print_evaluation(result, output, json)
+
+
+def _print_evaluation(result: Any, output: EvaluationOutput, json: bool) -> None:
     from covcli.reporting import pipelines, terminal
 
-    if output.junit is not None:
-        write_bytes(output.junit, pipelines.junit(result.gates))
-    if output.summary is not None:
-        pipelines.write_summary(output.summary, result)
     if json:
         terminal.print_json(result)
     else:

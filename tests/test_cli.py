@@ -179,6 +179,9 @@ def test_a_gate_that_fails_exits_1(run: Path, capsys: pytest.CaptureFixture[str]
     ]
     code, _, err = call(capsys, *common, "--fail-under", "auroc=0.5", "--quiet")
     assert (code, err) == (0, "")
+    blocked = ("--junit", str(run / "checkpoint.pt" / "gates.xml"), "--quiet")
+    code, out, err = call(capsys, *common, "--fail-under", "accuracy=1", *blocked)
+    assert (code, "0 of 1 gates passed" in out, "gate failed: accuracy" in err) == (2, True, True)
     over = ("--fail-over", "noise:uniform?limit=40:fpr95.high=1", "--annotations", "github")
     code, _, err = call(capsys, *common, *over, "--fail-under", "accuracy.low=1")
     assert code == 1
