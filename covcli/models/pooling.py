@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -50,7 +49,11 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     Neighbours of one rank are joined before they are flattened: so ONNX Runtime joins them in its
     own layout for convolutions.
     """
-    runs = [list(alike) for _, alike in groupby(parts, lambda part: part.ndim)]
+    runs: list[list[Tensor]] = []
+    for part in parts:  # torch.compile refuses itertools.groupby
+        if not runs or runs[-1][0].ndim != part.ndim:
+            runs.append([])
+        runs[-1].append(part)
     wholes = [run[0] if len(run) == 1 else torch.cat(run, 1) for run in runs]
     flat = [whole.flatten(1) for whole in wholes]
     return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
