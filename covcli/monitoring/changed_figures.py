@@ -4,6 +4,7 @@ If both evaluations scored the same images, every draw of the bootstrap takes th
 both (paired): variation that the images have in common cancels in the difference. Otherwise each
 is drawn independently. Without the scores of single images, the interval is combined from those of
 the two figures (Zou and Donner, "Construction of confidence limits about effect measures", 2008).
+If both gave each image the very same score, nothing has changed, and the difference is exactly 0.
 """
 
 import math
@@ -27,7 +28,7 @@ SHOWN = (
     ("auroc", "coverage", "auroc"), ("fpr95", "coverage", "fpr95"),
     ("detection_rate", "coverage", "detection_rate"), ("softmax_auroc", "softmax", "auroc"),
 )  # fmt: skip
-IntervalBy: TypeAlias = Literal["paired bootstrap", "bootstrap", "both intervals"]
+IntervalBy: TypeAlias = Literal["paired bootstrap", "bootstrap", "both intervals", "equal scores"]
 Floats: TypeAlias = npt.NDArray[np.float64]
 Scores: TypeAlias = Mapping[str, ImageScores]
 
@@ -148,12 +149,14 @@ def _trusted_figures(
         for r in (before.result, after.result)
     ]  # fmt: skip
     draw = _Draws.of(before, after, TRUSTED, seed)
-    changes = []
-    for figure, look in {"accuracy": _correct, "false_alarm_rate": _flagged}.items():
-        spread = None if draw is None else draw.of_shares(look)
-        pair = estimates[0][figure], estimates[1][figure]
-        changes.append(_change(name, figure, pair, spread, None if draw is None else draw.how))
-    return changes
+    spreads: dict[str, _Spread] = {}
+    if draw is not None:
+        spreads["accuracy"] = draw.of_shares(_correct, "softmax")
+        spreads["false_alarm_rate"] = draw.of_shares(_flagged, "coverage")
+    return [
+        _change(name, figure, (estimates[0][figure], estimates[1][figure]), spreads.get(figure))
+        for figure in estimates[0]
+    ]
 
 
 def _set_figures(
@@ -161,7 +164,7 @@ def _set_figures(
 ) -> list[FigureChange]:
     entries = [next(e for e in m.result.untrusted if e.name == name) for m in (before, after)]
     draw = _Draws.of(before, after, name, seed)
-    spreads: dict[str, Floats] = {}
+    spreads: dict[str, _Spread] = {}
     if draw is not None:
         trusted = _Draws.of(before, after, TRUSTED, seed)
         assert trusted is not None
@@ -170,31 +173,38 @@ def _set_figures(
             trusted = replace(trusted, how="bootstrap")
         ours, softmax = (draw.of_curves(trusted, score) for score in ("coverage", "softmax"))
         spreads = {**ours, "softmax_auroc": softmax["auroc"],
-                   "detection_rate": draw.of_shares(_flagged)}  # fmt: skip
-    how = None if draw is None else draw.how
+                   "detection_rate": draw.of_shares(_flagged, "coverage")}  # fmt: skip
     changes = []
     for figure, score, key in SHOWN:
         one, two = (getattr(entry.scores[score], key) for entry in entries)
         if one is not None and two is not None:
-            changes.append(_change(name, figure, (one, two), spreads.get(figure), how))
+            changes.append(_change(name, figure, (one, two), spreads.get(figure)))
     return changes
 
 
+@dataclass(frozen=True)
+class _Spread:
+    """The differences of a figure in every draw, shape (DRAWS,), and how the images were drawn."""
+
+    differences: Floats
+    how: IntervalBy
+
+
 def _change(
-    name: str,
-    figure: str,
-    estimates: tuple[Estimate, Estimate],
-    spread: Floats | None,
-    how: IntervalBy | None,
+    name: str, figure: str, estimates: tuple[Estimate, Estimate], spread: _Spread | None
 ) -> FigureChange:
     before, after = estimates
     difference = after.value - before.value
-    if spread is None or how is None or float(spread.std()) == 0:
+    how: IntervalBy
+    if spread is not None and spread.how == "equal scores":
+        low, high, how = difference, difference, spread.how
+    elif spread is None or float(spread.differences.std()) == 0:
         # Draws without variation, such as those of two perfect scores, give no interval.
         low, high = both_intervals(before, after)
         how = "both intervals"
     else:
-        low, high = np.quantile(spread, [0.025, 0.975]).tolist()
+        low, high = np.quantile(spread.differences, [0.025, 0.975]).tolist()
+        how = spread.how
     return FigureChange(
         name, figure, before.value, after.value, difference, min(low, difference),
         max(high, difference), how,
@@ -290,27 +300,40 @@ class _Draws:
         for _ in range(DRAWS):
             yield np.bincount(generator.integers(0, size, size), minlength=size)
 
-    def of_shares(self, look: Callable[[ImageScores], Floats]) -> Floats:
-        """Return the differences of the mean of `look` over the images, shape (DRAWS,)."""
-        means = []
-        for which, scores in enumerate((self.before, self.after)):
-            values = look(scores)[self.rows[which]]
-            means.append([counts @ values / len(values) for counts in self.counts(which)])
-        return np.subtract(means[1], means[0])
+    def of_shares(self, look: Callable[[ImageScores], Floats], score: str) -> _Spread:
+        """Return the differences of the mean of `look`, which depends on a score."""
+        first, second = (
+            look(scores)[rows]
+            for scores, rows in zip((self.before, self.after), self.rows, strict=True)
+        )
+        means = [
+            [counts @ values / len(values) for counts in self.counts(which)]
+            for which, values in enumerate((first, second))
+        ]
+        equal = self.equal(score) and np.array_equal(first, second)
+        return _Spread(np.subtract(means[1], means[0]), "equal scores" if equal else self.how)
 
-    def of_curves(self, trusted: "_Draws", score: str) -> dict[str, Floats]:
-        """Return the differences of AUROC and FPR95, shape (DRAWS,) each, by name."""
+    def of_curves(self, trusted: "_Draws", score: str) -> dict[str, _Spread]:
+        """Return the differences of AUROC and FPR95 by name."""
         figures = []
         for which in (0, 1):
-            sides = [
-                (one.before, one.after)[which].scores[score][one.rows[which]]
-                for one in (trusted, self)
-            ]
-            curve = Weighted(*sides)
+            curve = Weighted(trusted.of_images(score)[which], self.of_images(score)[which])
             draws = zip(trusted.counts(which), self.counts(which), strict=True)
             figures.append([curve.figures(*counts) for counts in draws])
         auroc, fpr95 = np.subtract(figures[1], figures[0]).T
-        return {"auroc": auroc, "fpr95": fpr95}
+        how: IntervalBy = self.how
+        if self.equal(score) and trusted.equal(score):
+            how = "equal scores"
+        return {"auroc": _Spread(auroc, how), "fpr95": _Spread(fpr95, how)}
+
+    def of_images(self, score: str) -> tuple[Floats, Floats]:
+        """Return a score of each image before and after, shapes (n,) and (m,)."""
+        before, after = (each.scores[score] for each in (self.before, self.after))
+        return before[self.rows[0]], after[self.rows[1]]
+
+    def equal(self, score: str) -> bool:
+        """Return whether the images are the same ones, and each has the very same score."""
+        return self.how == "paired bootstrap" and np.array_equal(*self.of_images(score))
 
 
 def _fingerprint(measured: EvaluatedRelease, name: str) -> str:

@@ -248,8 +248,15 @@ def test_the_same_images_are_compared_in_pairs(evaluations: dict[str, EvaluatedR
     for change in figures.values():
         assert change.low <= change.difference <= change.high
     # The network is the same: its accuracy and its softmax scores do not differ at all.
-    assert figures["digits", "accuracy"].difference == 0
-    assert figures["photos?limit=80", "softmax_auroc"].difference == 0
+    for name in (("digits", "accuracy"), ("photos?limit=80", "softmax_auroc")):
+        same = figures[name]
+        assert (same.low, same.high, same.how) == (0, 0, "equal scores")
+    for same in compare_evaluations(a, a).figures:
+        assert (same.low, same.high, same.how) == (0, 0, "equal scores")
+    # The same scores under another threshold: flags differ, and so may the next images' flags.
+    lower = replace(a.scores["trusted"], untrusted=a.scores["trusted"].p_value < 0.2)
+    stricter = replace(a, scores={**a.scores, "trusted": lower})
+    assert compare_evaluations(a, stricter).figures[1].how == "paired bootstrap"
 
 
 def test_other_images_are_not_compared_in_pairs(evaluations: dict[str, EvaluatedRelease]) -> None:
