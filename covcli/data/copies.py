@@ -21,6 +21,16 @@ def digests_of(images: "ImageSet") -> Digests | None:
     return None if digests is None else digests[images.rows.numpy()]
 
 
+def shared(images: "ImageSet", others: "ImageSet") -> int:
+    """Return how many images of a set are in another too, as rows of one source or as copies."""
+    if images.source.fingerprint == others.source.fingerprint:
+        return int(np.isin(images.rows.numpy(), others.rows.numpy()).sum())
+    if type(images.source) is not type(others.source):
+        return 0
+    here, there = digests_of(images), digests_of(others)
+    return 0 if here is None or there is None else int(np.isin(here[here != 0], there).sum())
+
+
 def doubts(trusted: "ImageSet", held_out: "ImageSet") -> list[str]:
     """Return what copies among the trusted and the calibration images mean, one sentence each."""
     if type(trusted.source) is not type(held_out.source):

@@ -9,9 +9,10 @@ import torch
 from covcli.attacks import attacks
 from covcli.core import files, run_folders
 from covcli.core.errors import CovcliError
+from covcli.core.progress import Silent
 from covcli.core.specs import parse
 from covcli.core.version import __version__
-from covcli.data import datasets, labels
+from covcli.data import copies, datasets, labels
 from covcli.data.images import ImageSet
 from covcli.evaluation import gates
 from covcli.evaluation.baselines import compare
@@ -104,6 +105,9 @@ def load_job(config: EvaluationConfig) -> Job:
     trusted, warnings = _trusted(config, record, classes)
     plan = compare.prepare(config.baselines, judge, record, config.data_dir, [config.trusted])
     sets = {t: opener(t, judge, trusted, config.data_dir) for t in config.untrusted}
+    warnings += _also_trusted(sets, trusted)
+    for warning in warnings:
+        log.warning("%s", warning)
     return Job(
         config, outputs, checkpoint_path, signature_path, files.digest_file(signature_path), judge,
         {"coverage": judge.rule, "softmax": softmax}, record, trusted,
@@ -150,6 +154,15 @@ def _trusted(
         )
     if images.source.fingerprint == record.trusted.source:
         warnings.append(f"{text} also built the signature: the false-alarm rate is too low there")
-    for warning in warnings:
-        log.warning("%s", warning)
     return fresh, warnings
+
+
+def _also_trusted(sets: dict[str, Opener], trusted: ImageSet) -> list[str]:
+    """Return a warning for each untrusted set that has trusted test images."""
+    opened = {name: entry.open(Silent()) for name, entry in sets.items() if entry.start is None}
+    counts = {name: copies.shared(images, trusted) for name, images in opened.items()}
+    return [
+        f"{count} of {len(opened[name])} images of {name} are trusted test images too"
+        for name, count in counts.items()
+        if count
+    ]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from covcli.data.copies import doubts
+from covcli.data.copies import doubts, shared
 from covcli.data.datasets import load
 
 
@@ -37,5 +37,8 @@ def test_copies_are_found_whatever_their_files_are_called(form: str, tmp_path: P
     assert [line[:45] for line in said["twice"]] == [
         "10 of 20 calibration images are copies of oth"
     ]
+    counts = [shared(load(of(name, "x"), "test"), trusted) for name in ("fresh", "mixed", "twice")]
+    assert counts == [0, 3, 0]
     half = load(f"{of('trusted')}?limit=20&first", "train")
+    assert shared(half, trusted) == 20
     assert doubts(half, load(f"{of('trusted')}?offset=20&first", "test")) == []

@@ -98,11 +98,16 @@ def test_coverage_by_point_is_the_share_of_neurons_in_range(evaluated: Path) -> 
 
 def test_evaluation_leaves_calibration_images_out_and_warns(run: Path, tmp_path: Path) -> None:
     config = EvaluationConfig(
-        ("photos?limit=20",), runs=run.parent, trusted="digits?split=train", output=tmp_path / "x"
-    )
+        ("photos?limit=20", "digits?limit=9", "digits?split=train&first&limit=9"), runs=run.parent,
+        trusted="digits?split=train", output=tmp_path / "x",
+    )  # fmt: skip
     result = evaluate(config, Silent())
     assert result.trusted.images == 1437 - 359
-    assert len(result.warnings) == 2
+    assert len(result.warnings) == 3
+    assert (
+        "of 9 images of digits?split=train&first&limit=9 are trusted test images too"
+        in (result.warnings[2])
+    )
     with pytest.raises(CovcliError, match="exists"):
         evaluate(config, Silent())
     with pytest.raises(CovcliError, match="twice"):
