@@ -122,7 +122,7 @@ def bounds(config: type, name: str) -> str:
     --------
     >>> from covcli.training.config import TrainConfig
     >>> bounds(TrainConfig, "calibration_split"), bounds(TrainConfig, "epochs")
-    ('at least 0 and below 1', 'at least 1')
+    ('at least 0 and below 1', 'at least 1 and at most 1000000')
     """
     words = []
     for interval in _intervals(get_type_hints(config, include_extras=True)[name]):
