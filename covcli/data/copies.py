@@ -25,18 +25,27 @@ def shared(images: "ImageSet", others: "ImageSet") -> int:
     """Return how many images of a set are in another too, as rows of one source or as copies."""
     if images.source.fingerprint == others.source.fingerprint:
         return int(np.isin(images.rows.numpy(), others.rows.numpy()).sum())
-    if type(images.source) is not type(others.source):
-        return 0
-    here, there = digests_of(images), digests_of(others)
-    return 0 if here is None or there is None else int(np.isin(here[here != 0], there).sum())
+    both = _comparable(images, others)
+    return 0 if both is None else _known_in(*both)
 
 
 def doubts(trusted: "ImageSet", held_out: "ImageSet") -> list[str]:
     """Return what copies among the trusted and the calibration images mean, one sentence each."""
-    if type(trusted.source) is not type(held_out.source):
-        return []
-    here, there = digests_of(trusted), digests_of(held_out)
-    return [] if here is None or there is None else of_digests(here, there)
+    both = _comparable(trusted, held_out)
+    return [] if both is None else of_digests(*both)
+
+
+def _comparable(one: "ImageSet", two: "ImageSet") -> tuple[Digests, Digests] | None:
+    """Return the digests of two sets; None if they cannot be compared, or are not known."""
+    if type(one.source) is not type(two.source):
+        return None
+    here, there = digests_of(one), digests_of(two)
+    return None if here is None or there is None else (here, there)
+
+
+def _known_in(images: Digests, others: Digests) -> int:
+    """Return how many known images of a set are in another."""
+    return int(np.isin(images[images != 0], others).sum())
 
 
 def of_digests(trusted: Digests, held_out: Digests) -> list[str]:
@@ -49,9 +58,9 @@ def of_digests(trusted: Digests, held_out: Digests) -> list[str]:
     """
     known = held_out[held_out != 0]
     said = []
-    if shared := int(np.isin(known, trusted).sum()):
+    if count := _known_in(held_out, trusted):
         said.append(
-            f"{shared} of {len(held_out)} calibration images are trusted images too: the rate of "
+            f"{count} of {len(held_out)} calibration images are trusted images too: the rate of "
             "false alarms is higher than promised; hold others out"
         )
     copies = len(known) - len(np.unique(known))

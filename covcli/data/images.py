@@ -194,7 +194,7 @@ class MemorySource:
             return images
         return adapt(images, shape)
 
-    @property
+    @cached_property
     def row_digests(self) -> np.ndarray:
         """A digest of each image, int64 of shape (N,), see `covcli.data.copies`."""
         return np.array([hash(image.tobytes()) for image in self.images.numpy()], np.int64)

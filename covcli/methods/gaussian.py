@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from covcli.methods.base import METHODS, Method, Scorer, add_counts
-from covcli.methods.layout import Layout
+from covcli.methods.layout import Layout, in_order
 from covcli.methods.moments import bits, common_peaks, expected_moments, moments, rescaled
 from covcli.methods.normal import (
     StoredModel,
@@ -201,7 +201,7 @@ class GaussScorer(Scorer):
             "stored": read.nonzero()[:, 0][slots[read].argsort()],
         }
         super().__init__(layout, buffers)
-        self.groups = groups
+        self.order = [point for group in groups for point in group.points]
         runs = list(_runs(model, groups))
         self.runs = nn.ModuleList(runs)
         self.widths = [run.width for run in runs]
@@ -217,17 +217,9 @@ class GaussScorer(Scorer):
         parts = zip(self.runs, values.split_with_sizes(self.widths, 1), strict=True)
         squares, along = zip(*(run(part) for run, part in parts), strict=True)
         limits = torch.finfo(torch.float64)
-        costs = self._in_order(squares).T / self.counts
-        displaced = self._in_order(along).transpose(0, 1).flatten(1)
+        costs = in_order(squares, self.order, 0).T / self.counts
+        displaced = in_order(along, self.order, 0).transpose(0, 1).flatten(1)
         return torch.log(costs.clamp(limits.tiny, limits.max)), displaced.double()
-
-    def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
-        """Join rows of the groups' points in the order of the points."""
-        order = [point for group in self.groups for point in group.points]
-        if order == sorted(order):
-            return torch.cat(list(parts))
-        rows = [row for part in parts for row in part.split(1)]
-        return torch.cat([rows[order.index(point)] for point in range(len(rows))])
 
     def costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return each value's squared distance in units of its deviation; 0 for maxima."""
@@ -274,7 +266,7 @@ class WidthGroup:
 
 
 def _grouped(widths: Sequence[int]) -> list[WidthGroup]:
-    """WidthGroup points by width: within a group, the widest is at most PADDED times the narrowest.
+    """Group points by width: within a group, the widest is at most PADDED times the narrowest.
 
     A network may have dozens of widths, and many small products take longer than a few larger ones.
     """

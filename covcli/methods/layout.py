@@ -103,12 +103,7 @@ class Layout:
             reduced(each[0] if len(each) == 1 else torch.cat(each, 1)) for each in runs.values()
         ]
         order = [number for each in numbers.values() for number in each]
-        if order != sorted(order):
-            columns = [column for whole in wholes for column in whole.split(1, 1)]
-            wholes = [
-                column for _, column in sorted(zip(order, columns, strict=True), key=itemgetter(0))
-            ]
-        return torch.cat(wholes, 1)
+        return in_order(wholes, order, 1)
 
     def pieces(self, most: int) -> Iterator["Layout"]:
         """Yield runs of consecutive points, each of at most `most` neurons or a single point."""
@@ -126,6 +121,21 @@ class Layout:
     def _run(self, first: int, end: int, start: int) -> "Layout":
         sizes, values = self.sizes[first:end], self.values[first:end]
         return Layout(self.classes, sizes, values, self.start + start)
+
+
+def in_order(parts: Sequence[Tensor], numbers: Sequence[int], dim: int) -> Tensor:
+    """Join parts along a dimension, their slices in ascending order of the slices' numbers.
+
+    Examples
+    --------
+    >>> in_order([torch.tensor([[10, 12]]), torch.tensor([[11]])], [0, 2, 1], 1)
+    tensor([[10, 11, 12]])
+    """
+    if list(numbers) == sorted(numbers):
+        return torch.cat(list(parts), dim)
+    slices = [each for part in parts for each in part.split(1, dim)]
+    ordered = sorted(zip(numbers, slices, strict=True), key=itemgetter(0))
+    return torch.cat([each for _, each in ordered], dim)
 
 
 def _sums(block: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether a module runs what torch.compile has made of it."""
-    return hasattr(module, COMPILED) or module._compiled_call_impl is not None
+    # Asked of every module at each call: `hasattr` is twenty times slower where it says no.
+    return COMPILED in module._modules or module._compiled_call_impl is not None
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from covcli.data.prepared import PreparedSource, far_apart, prepared, prepared_o
 from covcli.models.architectures import FAILURES, Classifier, refused_images
 from covcli.models.logits import named_tensors
 from covcli.models.spec import ModelSpec
-from covcli.models.watchable import check_watchable
+from covcli.models.watchable import COMPILED, check_watchable
 from covcli.signature import signature as signatures
 from covcli.signature.build import sign
 from covcli.signature.fit import How
@@ -102,7 +102,7 @@ def unwrapped(network: nn.Module) -> nn.Module:
     while True:
         if isinstance(network, parallel):
             network = network.module
-        elif isinstance(inner := getattr(network, "_orig_mod", None), nn.Module):
+        elif isinstance(inner := getattr(network, COMPILED, None), nn.Module):
             network = inner
         else:
             return network
