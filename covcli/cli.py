@@ -374,7 +374,7 @@ def export_monitor(config: ExportConfig, common: CommonOptions) -> None:
     from covcli.monitoring.export import describe_export, export
 
     with working(common) as work:
-        result = export(config, work.progress)
+        result = export(config, work.progress, work.interrupts)
     work.show(result, result.path, describe_export, f"covcli inspect {quote(str(result.path))}")
 
 

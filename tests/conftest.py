@@ -2,10 +2,11 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import pytest
 import torch
 
 import covcli
-from covcli.core import runtime
+from covcli.core import runtime, signals
 from covcli.core.progress import Silent
+from covcli.core.signals import Interrupts
 from covcli.data import datasets
 from covcli.data.images import DataRecord
 from covcli.data.listing import Split
@@ -66,6 +68,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     runtime.configure(0, 0)
+
+
+@pytest.fixture
+def interrupts() -> Iterator[Interrupts]:
+    """Handlers of signals, as a command installs them."""
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    installed = Interrupts()
+    installed.install()
+    yield installed
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def reload_own(record: DataRecord, split: Split) -> datasets.ImageSet:

@@ -21,6 +21,7 @@ from torch import Tensor
 from covcli.core import file_checks, state
 from covcli.core.errors import CovcliError
 from covcli.core.opening import check_replaceable, exists, open_own, open_regular, reading
+from covcli.core.signals import unfinished
 from covcli.core.weights_only import load_weights_only
 
 
@@ -49,18 +50,17 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise CovcliError(f"cannot be written ({error.strerror})", where=path) from None
     try:
-        with os.fdopen(handle, "wb") as file:
-            try_lock(file)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            _open_to_others(file)
-        Path(name).replace(path)
-        _sync_folder(path.parent)
+        with unfinished(Path(name)):
+            with os.fdopen(handle, "wb") as file:
+                try_lock(file)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                _open_to_others(file)
+            Path(name).replace(path)
+            _sync_folder(path.parent)
     except OSError as error:
         raise CovcliError(f"cannot be written ({error.strerror})", where=path) from None
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _open_to_others(file: IO[bytes]) -> None:

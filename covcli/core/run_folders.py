@@ -13,6 +13,7 @@ from typing import IO
 from covcli.core.errors import CovcliError
 from covcli.core.files import refuse_existing, try_lock
 from covcli.core.opening import check_replaceable, exists, is_folder, open_own, open_regular, real
+from covcli.core.signals import unfinished
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +103,9 @@ def _held(lock: Path, kind: str, what: Path, new: bool = False) -> Iterator[None
         raise CovcliError(f"cannot be created ({error.strerror})", where=folder) from None
     with _lock(lock, kind, what):
         try:
-            yield
+            with unfinished(lock):
+                yield
         finally:
-            lock.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # one is not empty
                 for empty in created:
                     empty.rmdir()

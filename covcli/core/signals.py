@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from covcli.core.errors import ExitCode
@@ -119,6 +120,18 @@ class Interrupts:
 
 
 _current: Interrupts | None = None  # the last one installed
+_unfinished: set[Path] = set()  # files that must not outlive the process
+
+
+@contextmanager
+def unfinished(file: Path) -> Iterator[None]:
+    """Remove a file at the block's end, or when the process is ended by force during the block."""
+    _unfinished.add(file)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        _unfinished.discard(file)
 
 
 def leave_at_once() -> None:
@@ -171,6 +184,9 @@ def _end(number: int) -> None:
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             os.write(2, f"{_word(number)}; what was not saved by then is lost\n".encode())
+    for file in tuple(_unfinished):
+        with contextlib.suppress(OSError):
+            file.unlink()
     os._exit(128 + number)
 
 

@@ -16,6 +16,7 @@ from covcli.core.choices import ExportFormat
 from covcli.core.errors import CovcliError
 from covcli.core.opening import open_regular, reading
 from covcli.core.progress import Progress, Silent
+from covcli.core.signals import Interrupts
 from covcli.data import datasets
 from covcli.data.images import ImageSet
 from covcli.monitoring import onnx_format
@@ -131,8 +132,19 @@ FORMATS: Mapping[ExportFormat, Callable[[MonitorGraph], Packed]] = {
 }  # fmt: skip
 
 
-def export(config: ExportConfig, progress: Progress = Silent()) -> ExportResult:
+def export(
+    config: ExportConfig, progress: Progress = Silent(), interrupts: Interrupts | None = None
+) -> ExportResult:
     """Write network and monitor as one file, after it has said of images what the monitor says.
+
+    Parameters
+    ----------
+    config
+        The file to write, and the signature.
+    progress
+        Receives the progress of the verification.
+    interrupts
+        Handles signals; by default the caller does.
 
     Raises
     ------
@@ -147,6 +159,7 @@ def export(config: ExportConfig, progress: Progress = Silent()) -> ExportResult:
     >>> result.monitor.outputs[:3], result.monitor.verification.images
     (('logits', 'predicted', 'score'), 256)
     """
+    signals = interrupts or Interrupts()
     checkpoint, signature_file = find_files(config)
     form = _format(config)
     beside = run_folders.short(signature_file.parent) / f"monitor{ENDINGS[form]}"
@@ -155,10 +168,14 @@ def export(config: ExportConfig, progress: Progress = Silent()) -> ExportResult:
         judge, record = judges.load(checkpoint, signature_file, GuaranteeRequest.of(config))
         images = _images(config, record)
         graph = MonitorGraph(judge, config.input)
-        packed = FORMATS[form](graph)
+        # An exception of a signal handler inside torch's tracer can abort the process.
+        with signals.deferred():
+            packed = FORMATS[form](graph)
         verification = verify(judge, packed.run, config.input, images, progress)
         monitor = _described(judge, graph, form, signature_file, verification)
-        files.write_bytes(path, packed.content(monitor.packed()))
+        with signals.deferred():
+            content = packed.content(monitor.packed())
+        files.write_bytes(path, content)
     return ExportResult(path, path.stat().st_size, monitor)
 
 

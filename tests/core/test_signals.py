@@ -6,13 +6,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import PLUGIN
 
-from covcli.core import signals
+from covcli.core import files, run_folders, signals
+from covcli.core.errors import CovcliError
 from covcli.core.signals import Interrupted, Interrupts
 
 WATCHED = """
@@ -85,6 +85,22 @@ def test_a_third_signal_ends_it_at_once(how: str) -> None:
     assert running.returncode == 130
 
 
+def test_a_forced_end_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    def ended_while_writing() -> None:
+        with run_folders.writing(tmp_path / "a", True), files.atomic(tmp_path / "b"):
+            assert len(list(tmp_path.iterdir())) == 2
+            signals._end(signal.SIGTERM)
+            assert (codes, list(tmp_path.iterdir())) == ([143], [])
+
+    with pytest.raises(CovcliError, match="cannot be written"):  # nothing is left to be renamed
+        ended_while_writing()
+
+
 def test_what_is_being_saved_is_saved() -> None:
     running = blocked(0.1, "", "saving")
     running.send_signal(signal.SIGTERM)
@@ -95,16 +111,6 @@ def test_what_is_being_saved_is_saved() -> None:
 
 def test_the_patience_is_less_than_ten_seconds() -> None:
     assert signals.PATIENCE < 9
-
-
-@pytest.fixture
-def interrupts() -> Iterator[Interrupts]:
-    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
-    installed = Interrupts()
-    installed.install()
-    yield installed
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_a_signal_waits_for_the_step_and_a_second_changes_nothing(interrupts: Interrupts) -> None:

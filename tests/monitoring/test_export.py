@@ -1,8 +1,10 @@
 """export: one file that says what the monitor says, refused where it does not."""
 
 import json
+import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,9 +19,10 @@ from conftest import PLUGIN
 from torch import Tensor, nn
 
 from covcli.core import runtime
-from covcli.core.choices import InputForm
+from covcli.core.choices import ExportFormat, InputForm
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
+from covcli.core.signals import Interrupted, Interrupts
 from covcli.data.images import in_memory
 from covcli.methods import make_method
 from covcli.methods.state import Granularity
@@ -296,6 +299,28 @@ def test_the_command_and_the_example_of_the_documentation(run: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 4
     assert re.match(r"\d (un)?trusted \(p = [01]\.\d{3}\)", done.stdout)
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch"])
+def test_a_signal_waits_until_the_tracer_is_done(
+    form: ExportFormat, run: Path, interrupts: Interrupts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception of a signal handler inside the tracer may abort the process."""
+    forward, whole = MonitorGraph.forward, []
+
+    def signalled(graph: MonitorGraph, images: Tensor) -> tuple[Tensor, ...]:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        whole.append(forward(graph, images))
+        return whole[-1]
+
+    monkeypatch.setattr(MonitorGraph, "forward", signalled)
+    before = set(run.iterdir())
+    with pytest.raises(Interrupted) as caught:
+        export(ExportConfig(format=form, runs=run.parent), Silent(), interrupts)
+    assert caught.value.code == 143
+    assert whole
+    assert set(run.iterdir()) == before
 
 
 def test_bad_input_is_refused_and_leaves_nothing(run: Path, tmp_path: Path) -> None:
