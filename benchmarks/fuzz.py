@@ -34,9 +34,9 @@ import numpy as np
 import torch
 import typer
 
-from covcli import __main__ as boundary
 from covcli.attacks import attacks
 from covcli.cli import app
+from covcli.commands import boundary
 from covcli.core import files, output, runtime, specs
 from covcli.core.errors import CovcliError, ExitCode
 from covcli.core.progress import Silent

@@ -5,11 +5,13 @@ command line's help needs none of it.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from covcli.core.version import __version__
 
+TYPE_CHECKING = False  # the module typing takes longer to import than all of this
 if TYPE_CHECKING:
+    from typing import Any
+
     from covcli.evaluation.config import EvaluationConfig
     from covcli.evaluation.evaluate import evaluate
     from covcli.models.points import CoverageLayer
@@ -92,7 +94,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import the module that holds a public name when the name is first asked for."""
     if name not in _HOMES:
         raise AttributeError(f"module 'covcli' has no attribute {name!r}")

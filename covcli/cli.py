@@ -47,7 +47,7 @@ app = App(
     name="covcli",
     help="Tell which answers of an image classifier can be trusted, by coverage analysis.",
     epilog="Exit codes: 0 done, 1 a gate failed, 2 bad usage or input, 3 internal error, "
-    "130 or 143 interrupted.",
+    "129, 130 or 143 interrupted.",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},

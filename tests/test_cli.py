@@ -313,9 +313,16 @@ def test_a_closed_stdout_is_no_error(run: Path) -> None:
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 129, "hung up"),
+    ],
+)
 def test_an_interrupted_training_says_so_and_can_be_resumed(
-    tmp_path: Path, number: signal.Signals, code: int
+    tmp_path: Path, number: signal.Signals, code: int, word: str
 ) -> None:
     command = [sys.executable, "-m", "covcli", "train", *TINY, "--epochs", "1000"]
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -324,7 +331,6 @@ def test_an_interrupted_training_says_so_and_can_be_resumed(
     running.send_signal(number)
     _, err = running.communicate(timeout=60)
     assert running.returncode == code
-    word = "interrupted" if number == signal.SIGINT else "terminated"
     assert err.splitlines()[-1] == f"{word}; go on with `covcli train --resume`"
     assert [path.name for path in (tmp_path / "runs" / "latest").iterdir()] == ["last.pt"]
 

@@ -80,13 +80,12 @@ def working(output: OutputOptions, device: str = "cpu", seed: int = 0) -> Iterat
     """Set up the process for a command, and show its progress while it runs."""
     import runpy
 
-    from covcli.core import signals
-
-    interrupts = signals.Interrupts()
-    interrupts.install()
-    from covcli.core import distributed, runtime
+    from covcli.core import distributed, runtime, signals
     from covcli.core.progress import reporter
 
+    # Not during the imports: Python drops an exception that is raised in a callback of theirs.
+    interrupts = signals.Interrupts()
+    interrupts.install()
     distributed.start(device)
     runtime.configure(seed, output.threads if isinstance(output, CommonOptions) else 0)
     for plugin in output.plugin if isinstance(output, PluginOptions) else ():

@@ -16,6 +16,7 @@ class ExitCode(IntEnum):
     GATE_FAILED = 1
     BAD_INPUT = 2  # bad usage, bad input or a bad file
     INTERNAL_ERROR = 3
+    HUNG_UP = 129  # by SIGHUP: the terminal was closed
     INTERRUPTED = 130  # by SIGINT
     TERMINATED = 143  # by SIGTERM
 

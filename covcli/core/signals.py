@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the current step is finished, work is saved, and the process ends soon.
+"""SIGINT, SIGTERM, SIGHUP: the current step is finished, work is saved, the process ends soon.
 
 The first signal ends the work: immediately, or at the end of a step. A second signal has no effect,
 so that saving is not disturbed. A third signal ends the process immediately. Even if a decoder,
@@ -21,14 +21,18 @@ from types import FrameType
 
 from covcli.core.errors import ExitCode
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_HANG_UP = getattr(signal, "SIGHUP", None)  # the terminal was closed; unknown to Windows
+# The signals that end a command. A process under `nohup` ignores SIGHUP, and goes on doing so.
+SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+if _HANG_UP is not None and signal.getsignal(_HANG_UP) != signal.SIG_IGN:
+    SIGNALS += (_HANG_UP,)
 PATIENCE = 8.0  # seconds after the first signal until the process is ended by force
 SAVING = 60.0  # the same while a file is being written
 ENOUGH = 3  # this many signals end the process immediately
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived. A BaseException, so that error handlers do not catch it.
+    """One of the `SIGNALS` arrived. A BaseException, so that error handlers do not catch it.
 
     Attributes
     ----------
@@ -55,7 +59,7 @@ class Interrupted(BaseException):
 
 
 def _word(number: int) -> str:
-    return "terminated" if number == signal.SIGTERM else "interrupted"
+    return {signal.SIGTERM: "terminated", _HANG_UP: "hung up"}.get(number, "interrupted")
 
 
 class Interrupts:
@@ -69,7 +73,7 @@ class Interrupts:
         self._checked = 0.0
 
     def install(self) -> None:
-        """Install the handlers of both signals; only the main thread may do so."""
+        """Install the handlers of the signals; only the main thread may do so."""
         global _current
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
@@ -173,8 +177,9 @@ def _watch(receiver: socket.socket) -> None:
                 numbers = receiver.recv(64)
                 if not numbers:
                     return
-                first = first or time.monotonic()
-                arrived += [number for number in numbers if number in SIGNALS]
+                # A program may handle more signals. A terminal that closes sends SIGHUP twice.
+                arrived += [n for n in numbers if n in SIGNALS and not (arrived and n == _HANG_UP)]
+                first = first if first or not arrived else time.monotonic()
             patience = PATIENCE if _current is None else _current.patience
             if len(arrived) >= ENOUGH or (arrived and time.monotonic() - first > patience):
                 _end(arrived[0])

@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import io
 import logging
+import math
+import re
 import struct
 import threading
 import zlib
@@ -30,8 +32,15 @@ MAX_PIXELS = 89_478_485  # PIL's own limit: 256 MiB of RGB pixels
 LARGE = 16_000_000
 ORIENTATION = 0x0112  # tags of EXIF and TIFF
 BITS, WHITE_IS_ZERO, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339
+TILE_WIDTH, TILE_LENGTH = 322, 323
 SEPARATE_PLANES, SIGNED = 2, 2
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# Small files whose decoding takes hours: JPEGs of many scans, each of which passes over all pixels,
+# and texts of many comments, each of which PIL cuts out of a megabyte.
+MOST_SCANS = 100
+MOST_COMMENTS = 1000
+MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")  # of a JPEG, less those without a length
+START_OF_SCAN, END_OF_IMAGE = b"\xda", b"\xd9"
 # The errors that PIL raises on damaged files; signals and exhausted memory are excluded.
 DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError,
@@ -133,8 +142,38 @@ def _opened(file: BinaryIO, most: int) -> Pixels:
             raise ValueError(
                 f"{image.width}×{image.height} are more than {most} pixels: raise --max-pixels"
             )
+        _check_work(image, file, most)
         with _one_large if count > LARGE else contextlib.nullcontext():
             return _upright(image, _pixels(image))
+
+
+def _check_work(image: ImageFile.ImageFile, file: BinaryIO, most: int) -> None:
+    """Raise a ValueError for a file that takes far more time or memory than its pixels need."""
+    tags: Any = getattr(image, "tag_v2", {})
+    sides = (max(_values(tags, side), default=0) for side in (TILE_WIDTH, TILE_LENGTH))
+    if math.prod(sides) > most:
+        raise ValueError(f"its tiles have more than {most} pixels")
+    decoder = image.tile[0][0] if image.tile else ""
+    if decoder == "ppm_plain" and _content(file).count(b"#") > MOST_COMMENTS:
+        raise ValueError(f"more than {MOST_COMMENTS} comments")
+    if "progressive" in image.info and _scans(_content(file)) > MOST_SCANS:
+        raise ValueError(f"more than {MOST_SCANS} scans")
+
+
+def _content(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _scans(content: bytes) -> int:
+    """Return the number of a JPEG's scans, at most one more than `MOST_SCANS`."""
+    place = count = 0
+    while count <= MOST_SCANS and (marker := MARKER.search(content, place)):
+        if marker[1] == END_OF_IMAGE:
+            break
+        count += marker[1] == START_OF_SCAN
+        place = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2])
+    return count
 
 
 def _unidentified(file: BinaryIO, path: Path) -> UnreadableError:

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from conftest import PLUGIN
 
+import covcli
 from covcli.core import files, run_folders, signals
 from covcli.core.errors import CovcliError
 from covcli.core.signals import Interrupted, Interrupts
 
 WATCHED = """
-import ctypes, os, sys, threading, time
+import ctypes, os, signal, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from covcli.core import signals
 
@@ -37,6 +38,18 @@ def swallowed():
             time.sleep(1000)
         except BaseException:
             pass
+
+def alarmed():
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(1)
+    time.sleep(0.2)
+    try:
+        while True:
+            time.sleep(1000)
+    except signals.Interrupted:
+        time.sleep(0.3)
+        print("time to end", flush=True)
+        sys.exit(9)
 
 def held():
     with interrupts.deferred():
@@ -184,6 +197,68 @@ def test_a_signal_while_loading_ends_it_without_a_traceback(tmp_path: Path, seco
     _, err = running.communicate(timeout=60)
     assert running.returncode == 143, err
     assert err in ("", "terminated\n", "terminated; go on with `covcli train --resume`\n")
+
+
+def test_a_signal_from_the_first_line_on_prints_nothing() -> None:
+    """Whatever is imported first, a signal during that import ends the process at once."""
+    code = (
+        "import os, signal, sys\n"
+        "from covcli.__main__ import main\n"
+        "class Sends:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Sends())\n"
+        "main(['points'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_little_is_imported_before_signals_are_handled() -> None:
+    code = "import sys, covcli.__main__; print(*sys.modules)"
+    home = str(Path(covcli.__file__).parents[1])  # -S: without what the environment imports
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": home},
+    )  # fmt: skip
+    ours = [name for name in done.stdout.split() if name.startswith("covcli.")]
+    assert ours == ["covcli.core", "covcli.core.version", "covcli.__main__"]
+    assert "typing" not in done.stdout.split()
+
+
+def test_a_closing_terminal_counts_as_one_signal() -> None:
+    """The kernel, the shell and the terminal each send SIGHUP: no reason to end at once."""
+    running = blocked(1000, "held")
+    for _ in range(4):
+        running.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+    assert running.poll() is None
+    for _ in range(2):
+        running.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    running.communicate(timeout=30)
+    assert running.returncode == 129
+
+
+def test_nohup_is_obeyed() -> None:
+    code = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from covcli.core import signals\n"
+        "signals.Interrupts().install()\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_patience_begins_with_the_first_signal_that_ends_it() -> None:
+    """A program's own signals, as of its timers, count for nothing."""
+    running = blocked(1.0, "alarmed")
+    time.sleep(1.5)
+    running.send_signal(signal.SIGTERM)
+    out, _ = running.communicate(timeout=30)
+    assert (running.returncode, out) == (9, "time to end\n")
 
 
 def test_a_rank_that_waits_for_its_master_ends(tmp_path: Path) -> None:

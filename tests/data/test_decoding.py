@@ -452,6 +452,53 @@ def test_running_out_of_memory_is_no_broken_image(
         decode(tmp_path / "x.png")
 
 
+def progressive(scans: int) -> bytes:
+    """Return a progressive JPEG whose last scan, of a few bytes, is repeated."""
+    stream = io.BytesIO()
+    Image.new("L", (64, 64), 77).save(stream, "JPEG", progressive=True)
+    content = stream.getvalue()
+    return content[:-2] + content[content.rindex(b"\xff\xda") : -2] * scans + content[-2:]
+
+
+def tiled(side: int) -> bytes:
+    """Return a TIFF of 16 × 16 pixels, whose only tile has the given side."""
+    packed = zlib.compress(bytes([77]) * 256)
+    tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, side), (323, side),
+            (324, 256), (325, len(packed))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    return head.ljust(256, b"\0") + packed
+
+
+def commented(comments: int) -> bytes:
+    return b"P2 16 16 255\n" + b"#\n" * comments + b"77 " * 256
+
+
+@pytest.mark.parametrize(
+    ("form", "few", "many", "reason"),
+    [
+        (progressive, 20, 2000, "more than 100 scans"),
+        (tiled, 16, 12_000, "its tiles have more than 89478485 pixels"),
+        (commented, 500, 500_000, "more than 1000 comments"),
+    ],
+)
+def test_a_small_file_that_asks_for_much_work_is_refused_before_it_is_done(
+    tmp_path: Path, form: Callable[[int], bytes], few: int, many: int, reason: str
+) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(form(few))
+    assert (decode(path) == 77).all()
+    path.write_bytes(form(many))
+    with pytest.raises(CovcliError, match=reason):
+        decode(path)
+
+
+def test_scans_are_counted_as_far_as_the_image_goes() -> None:
+    scan, thumbnail = b"\xff\xda\x00\x02\x11\xff\x00\xff\xd0", b"\xff\xe1\x00\x06\xff\xda\xff\xda"
+    video = b"\xff\xda" * 1000  # behind the image, as phones store it
+    assert decoding._scans(b"\xff\xd8" + thumbnail + 3 * scan + b"\xff\xd9" + video) == 3
+
+
 def test_the_documents_name_the_formats_and_the_limit() -> None:
     root = Path(__file__).parents[2]
     page = (root / ".github" / "SECURITY.md").read_text()
