@@ -2,9 +2,12 @@
 
 If both evaluations scored the same images, every draw of the bootstrap takes the same images in
 both (paired): variation that the images have in common cancels in the difference. Otherwise each
-is drawn independently. Without the scores of single images, the interval is combined from those of
-the two figures (Zou and Donner, "Construction of confidence limits about effect measures", 2008).
-If both gave each image the very same score, nothing has changed, and the difference is exactly 0.
+is drawn independently. The draws of a figure near 0 or 1 vary too little. So the interval is
+extended to contain the one that is combined from the intervals of the two figures, with the
+correlation of their draws (Zou and Donner, "Construction of confidence limits about effect
+measures", 2008; Zou, "Toward using confidence intervals to compare correlations", 2007). Without
+the scores of single images, it is that one, without correlation. If both gave each image the very
+same score, nothing has changed, and the difference is exactly 0.
 """
 
 import math
@@ -184,10 +187,24 @@ def _set_figures(
 
 @dataclass(frozen=True)
 class _Spread:
-    """The differences of a figure in every draw, shape (DRAWS,), and how the images were drawn."""
+    """A figure before and after in every draw, shapes (DRAWS,), and how the images were drawn."""
 
-    differences: Floats
+    before: Floats
+    after: Floats
     how: IntervalBy
+
+    @property
+    def differences(self) -> Floats:
+        """After minus before, shape (DRAWS,)."""
+        return self.after - self.before
+
+    @property
+    def correlation(self) -> float:
+        """The correlation of the two; 0 if one does not vary."""
+        deviations = self.before.std() * self.after.std()
+        if deviations == 0 or self.how != "paired bootstrap":
+            return 0.0
+        return float(np.cov(self.before, self.after, bias=True)[0, 1] / deviations)
 
 
 def _change(
@@ -203,18 +220,29 @@ def _change(
         low, high = both_intervals(before, after)
         how = "both intervals"
     else:
-        low, high = np.quantile(spread.differences, [0.025, 0.975]).tolist()
-        how = spread.how
+        drawn = np.quantile(spread.differences, [0.025, 0.975]).tolist()
+        combined = both_intervals(before, after, spread.correlation)
+        low, high, how = min(drawn[0], combined[0]), max(drawn[1], combined[1]), spread.how
     return FigureChange(
         name, figure, before.value, after.value, difference, min(low, difference),
         max(high, difference), how,
     )  # fmt: skip
 
 
-def both_intervals(before: Estimate, after: Estimate) -> tuple[float, float]:
-    """Return the interval of a difference of two independent figures, from their intervals.
+def both_intervals(
+    before: Estimate, after: Estimate, correlation: float = 0.0
+) -> tuple[float, float]:
+    """Return the interval of a difference of two figures, from their intervals.
 
-    Zou and Donner (2008), equations 4 and 5: squares of the distances to the ends are added.
+    The squares of the distances to the ends are added, less twice their product times the
+    correlation (Zou and Donner, 2008, equations 4 and 5; Zou, 2007, equation 15).
+
+    Parameters
+    ----------
+    before, after
+        The figures with their 95% intervals.
+    correlation
+        The correlation of the two figures, in [-1, 1].
 
     Examples
     --------
@@ -222,8 +250,11 @@ def both_intervals(before: Estimate, after: Estimate) -> tuple[float, float]:
     (0.2, 0.4)
     """
     difference = after.value - before.value
-    below = math.hypot(after.value - after.low, before.high - before.value)
-    above = math.hypot(after.high - after.value, before.value - before.low)
+    pairs = (
+        (after.value - after.low, before.high - before.value),
+        (after.high - after.value, before.value - before.low),
+    )
+    below, above = (math.sqrt(max(0.0, a * a + b * b - 2 * correlation * a * b)) for a, b in pairs)
     return round(difference - below, 12), round(difference + above, 12)
 
 
@@ -306,12 +337,12 @@ class _Draws:
             look(scores)[rows]
             for scores, rows in zip((self.before, self.after), self.rows, strict=True)
         )
-        means = [
-            [counts @ values / len(values) for counts in self.counts(which)]
+        before, after = (
+            np.array([counts @ values / len(values) for counts in self.counts(which)])
             for which, values in enumerate((first, second))
-        ]
+        )
         equal = self.equal(score) and np.array_equal(first, second)
-        return _Spread(np.subtract(means[1], means[0]), "equal scores" if equal else self.how)
+        return _Spread(before, after, "equal scores" if equal else self.how)
 
     def of_curves(self, trusted: "_Draws", score: str) -> dict[str, _Spread]:
         """Return the differences of AUROC and FPR95 by name."""
@@ -320,11 +351,14 @@ class _Draws:
             curve = Weighted(trusted.of_images(score)[which], self.of_images(score)[which])
             draws = zip(trusted.counts(which), self.counts(which), strict=True)
             figures.append([curve.figures(*counts) for counts in draws])
-        auroc, fpr95 = np.subtract(figures[1], figures[0]).T
         how: IntervalBy = self.how
         if self.equal(score) and trusted.equal(score):
             how = "equal scores"
-        return {"auroc": _Spread(auroc, how), "fpr95": _Spread(fpr95, how)}
+        before, after = (np.array(drawn) for drawn in figures)
+        return {
+            name: _Spread(before[:, column], after[:, column], how)
+            for column, name in enumerate(("auroc", "fpr95"))
+        }
 
     def of_images(self, score: str) -> tuple[Floats, Floats]:
         """Return a score of each image before and after, shapes (n,) and (m,)."""

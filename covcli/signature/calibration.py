@@ -15,8 +15,14 @@ from torch import Tensor
 from covcli.core.errors import CovcliError
 from covcli.methods.logits import doubt
 from covcli.signature.combination import Arrangement, Combination, fit_combination, plain_mean
-from covcli.signature.error_bound import CONFIDENCE, doubt_threshold, least_answers
-from covcli.signature.guarantee import DEFAULT_GUARANTEE, Guarantee, Rule, make_rule
+from covcli.signature.error_bound import doubt_threshold, least_answers
+from covcli.signature.guarantee import (
+    CONFIDENCE,
+    DEFAULT_GUARANTEE,
+    Guarantee,
+    Rule,
+    make_rule,
+)
 
 FIT_EVERY = 4
 MINIMUM_IMAGES = 8
@@ -168,6 +174,7 @@ class Calibration:
                 f"(short: {short} of {len(classes)} classes)",
                 guarantee,
                 images_for(least),
+                drawn=self.guarantee.each_class,
             )
 
 
@@ -182,11 +189,22 @@ def softmax_score(logits: Tensor) -> Tensor:
     return torch.exp(doubt(logits))
 
 
-def fits(images: int, seed: int) -> Tensor:
+def fits(images: int, seed: int, groups: Tensor | None = None) -> Tensor:
     """Return which of the calibration images fit the combination; the others rank new scores.
 
     One in four is drawn at random, with a seed. The choice does not depend on the position in a
     file, since files are often sorted or interleaved from several sources.
+
+    Parameters
+    ----------
+    images
+        The number of calibration images.
+    seed
+        The seed.
+    groups
+        The group of each image, int64 of shape (images,), if each group needs scores of its own:
+        then of each group at most one in four is drawn, rounded up. Within a group all images are
+        equally likely to be drawn.
 
     Returns
     -------
@@ -197,26 +215,65 @@ def fits(images: int, seed: int) -> Tensor:
     --------
     >>> int(fits(6, seed=0).sum())
     2
+    >>> groups = torch.tensor([0, 1] * 8)
+    >>> groups[fits(16, seed=0, groups=groups)].bincount().tolist()
+    [2, 2]
     """
     chosen = torch.zeros(images, dtype=torch.bool)
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(images, generator=generator)
+    if groups is not None:
+        order = order[_alternating(groups[order], generator)]
     chosen[order[: -(-images // FIT_EVERY)]] = True
     return chosen
 
 
+def _alternating(groups: Tensor, generator: torch.Generator) -> Tensor:
+    """Return an order in which each group is spread evenly; a quarter of each comes first.
+
+    Parameters
+    ----------
+    groups
+        The group of each image, in a random order, int64 of shape (n,).
+    generator
+        Draws where each group begins.
+    """
+    sizes = torch.bincount(groups)
+    by_group = groups.argsort(stable=True)
+    rank = torch.empty_like(by_group)
+    rank[by_group] = torch.arange(len(groups)) - (sizes.cumsum(0) - sizes)[groups[by_group]]
+    starts = torch.rand(len(sizes), generator=generator)
+    place = (rank + starts[groups]) / sizes[groups]
+    return torch.where(rank * FIT_EVERY < sizes[groups], place, place + 1).argsort(stable=True)
+
+
 def images_for(scores: int) -> int:
     """Return the number of calibration images for that many scores; one in four gives none."""
-    return math.ceil(scores * FIT_EVERY / (FIT_EVERY - 1))
+    return -(-scores * FIT_EVERY // (FIT_EVERY - 1))
 
 
-def too_few(given: str, guarantee: Guarantee, images: int) -> CovcliError:
-    """Return the error for a guarantee that needs more calibration images."""
+def too_few(given: str, guarantee: Guarantee, images: int, drawn: bool = True) -> CovcliError:
+    """Return the error for a guarantee that needs more calibration images.
+
+    Parameters
+    ----------
+    given
+        What there is.
+    guarantee
+        The guarantee.
+    images
+        The number of images that it needs, of each predicted class if it holds for each.
+    drawn
+        Whether one in four of each predicted class fits the combination; if not, one in four of
+        all, and a class may have fewer scores than three quarters of its images.
+    """
     least = guarantee.minimum()
     each = " of each predicted class" if guarantee.each_class else ""
+    how = "" if drawn else f", of each class if the signature is built with {guarantee.mode}"
     return CovcliError(
         f"{given} are too few for {guarantee.mode} alpha {guarantee.alpha:g}",
         fix=f"at least {images} calibration images{each} are needed, for {least} scores: three "
-        "of four images give one",
+        f"of four images give one{how}",
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
-CONFIDENCE = 0.95
+from covcli.signature.guarantee import CONFIDENCE, minimum_certified
 
 
 def doubt_threshold(
@@ -80,7 +80,7 @@ def least_answers(max_error: float, failure: float = 1 - CONFIDENCE) -> int:
     >>> least_answers(0.02), least_answers(0.05)
     (149, 59)
     """
-    return math.ceil(math.log(failure) / math.log1p(-max_error))
+    return minimum_certified(max_error, failure)
 
 
 def _starts(count: int, max_error: float, failure: float) -> list[int]:

@@ -373,7 +373,8 @@ def fit_judge(
     CovcliError
         If the images are too few for the guarantee, or an activation is not finite.
     """
-    fitting, classes = fits(len(images), seed), len(signature.classes)
+    groups = _predicted(model, images, progress) if guarantee.each_class else None
+    fitting, classes = fits(len(images), seed, groups), len(signature.classes)
     drawn = draw(fitting, _surrogates(signature.method, fitting), classes, seed)
     observed, elsewhere = _observe(model, signature, images, drawn, progress)
     outliers = []
@@ -387,6 +388,16 @@ def fit_judge(
         observed, fitting, outliers, arrangement=signature.arrangement, plain=signature.method.plain
     )
     return Judge.of(model, signature, replace(calibration, guarantee=guarantee))
+
+
+def _predicted(model: Classifier, images: ImageSet, progress: Progress) -> Tensor:
+    """Return the predicted classes, int64 of shape (N,)."""
+    title = "classifying calibration images"
+    parts = [
+        (batch.rows, batch.logits.argmax(1))
+        for batch in sweep(model, images, [], "channel", progress, title)
+    ]
+    return distributed.collect(parts)[0]
 
 
 def _surrogates(method: Method, fitting: Tensor) -> int:

@@ -9,6 +9,7 @@ docs/guarantees.md has the proof.
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -46,14 +47,16 @@ def rank_marginal(scores: int, alpha: float) -> int:
     """Return k = floor(α(n + 1)), the rank of the threshold for a marginal guarantee.
 
     A new score exceeds the k-th largest of n others with a probability of at most k/(n + 1)
-    (Vovk et al., "Algorithmic learning in a random world", 2005).
+    (Vovk et al., "Algorithmic learning in a random world", 2005). A p-value k/(n + 1) that is α in
+    floating point counts as α, as in α = 1/3, so that p ≤ α exactly if the verdict is "untrusted".
 
     Examples
     --------
-    >>> rank_marginal(99, 0.05), rank_marginal(18, 0.05)
-    (5, 0)
+    >>> rank_marginal(99, 0.05), rank_marginal(18, 0.05), rank_marginal(2, 1 / 3)
+    (5, 0, 1)
     """
-    return math.floor(_exact(alpha) * (scores + 1))
+    rank = math.floor(_exact(alpha) * (scores + 1))
+    return rank + 1 if (rank + 1) / (scores + 1) <= alpha else rank
 
 
 def rank_certified(scores: int, alpha: float) -> int:
@@ -71,12 +74,22 @@ def rank_certified(scores: int, alpha: float) -> int:
 
 def minimum_marginal(alpha: float) -> int:
     """Return the smallest number of scores with a rank ≥ 1: 19 for α = 0.05, 99 for 0.01."""
-    return math.ceil(1 / _exact(alpha)) - 1
+    least = math.ceil(1 / _exact(alpha)) - 1
+    return least - 1 if 1 / least <= alpha else least
 
 
-def minimum_certified(alpha: float) -> int:
-    """Return the smallest n with (1 − α)^n ≤ 0.05: 59 for α = 0.05, 299 for 0.01."""
-    return math.ceil(math.log(_DOUBT) / math.log1p(-alpha))
+def minimum_certified(alpha: float, doubt: float = _DOUBT) -> int:
+    """Return the smallest n with (1 − α)^n ≤ 0.05: 59 for α = 0.05, 299 for 0.01.
+
+    Parameters
+    ----------
+    alpha
+        The rate, in (0, 1).
+    doubt
+        The chance that the rate is exceeded, in (0, 1).
+    """
+    number = math.log(doubt) / math.log1p(-alpha)
+    return math.ceil(min(number, float(sys.maxsize)))
 
 
 def alarms_interval(rank: int, scores: int, images: int) -> tuple[float, float]:

@@ -7,6 +7,8 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 from covcli.core.errors import CovcliError
 from covcli.evaluation.evaluate import EvaluationConfig, evaluate
+from covcli.evaluation.metrics import detection, share
 from covcli.monitoring.changed_figures import (
     EvaluatedRelease,
     Weighted,
@@ -31,8 +34,8 @@ from covcli.monitoring.changed_signatures import (
 )
 from covcli.monitoring.compare import Bounds, compare
 from covcli.monitoring.compare_report import report_comparison
-from covcli.reporting.documents import Estimate, read_evaluation
-from covcli.reporting.per_image import read_scores
+from covcli.reporting.documents import Estimate, EvaluationResult, read_evaluation
+from covcli.reporting.per_image import ImageScores, read_scores
 from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureConfig, build_signature
 from covcli.training.train import TrainResult
@@ -293,6 +296,62 @@ def test_the_interval_of_two_intervals_is_the_published_one() -> None:
     # Independent normal means: the squares of the half widths add up.
     low, high = both_intervals(Estimate(0.5, 0.3, 0.7), Estimate(0.6, 0.3, 0.9))
     assert (low, high) == pytest.approx((0.1 - np.hypot(0.2, 0.3), 0.1 + np.hypot(0.2, 0.3)))
+    # Correlated ones: the variance of a difference, σ² + τ² − 2ρστ.
+    low, high = both_intervals(Estimate(0.5, 0.3, 0.7), Estimate(0.6, 0.3, 0.9), 0.5)
+    reach = np.sqrt(0.2**2 + 0.3**2 - 2 * 0.5 * 0.2 * 0.3)
+    assert (low, high) == pytest.approx((0.1 - reach, 0.1 + reach))
+
+
+def _release(trusted: np.ndarray, untrusted: np.ndarray) -> EvaluatedRelease:
+    """Return an evaluation of these scores, of images that are the same in each."""
+    sets = {
+        name: ImageScores(
+            predicted=np.zeros(len(scores), int), label=np.zeros(len(scores), int),
+            scores={"coverage": scores, "softmax": scores}, p_value=scores, confidence=scores,
+            softmax_confidence=scores, untrusted=scores > 2, unsure=scores > 9,
+        )
+        for name, scores in (("trusted", trusted), ("far", untrusted))
+    }  # fmt: skip
+    found = detection(trusted, untrusted, untrusted > 2)
+    result = SimpleNamespace(
+        trusted=SimpleNamespace(
+            name="t", images=len(trusted), accuracy=1.0, fingerprint="t",
+            false_alarm_rate=share(trusted > 2),
+        ),
+        untrusted=[
+            SimpleNamespace(
+                name="far", fingerprint="f", scores={"coverage": found, "softmax": found}
+            )
+        ],
+    )  # fmt: skip
+    return EvaluatedRelease("", cast(EvaluationResult, result), sets)
+
+
+def test_a_difference_near_perfect_figures_is_no_more_certain_than_they_are() -> None:
+    """Of 50 and 50 images one pair is in the wrong order before, and none after."""
+    trusted, untrusted = np.linspace(0, 1, 50), np.linspace(2, 3, 50)
+    worse = trusted.copy()
+    worse[0] = 2.01
+    before, after = _release(worse, untrusted), _release(trusted, untrusted)
+    auroc = next(f for f in compare_evaluations(before, after).figures if f.figure == "auroc")
+    assert (auroc.how, auroc.difference) == ("paired bootstrap", pytest.approx(1 / 2500))
+    one, two = (
+        each.result.untrusted[0].scores["coverage"].auroc for each in (before, after)
+    )  # fmt: skip
+    # The draws of a perfect score do not vary: nothing is correlated with them.
+    assert auroc.low == pytest.approx(
+        1 / 2500 - np.hypot(two.value - two.low, one.high - one.value)
+    )
+    assert auroc.high == pytest.approx(1 / 2500 + one.value - one.low)
+    # Two scores that err on the same images: together more certain than one beside the other.
+    noisy = np.random.default_rng(0).normal([[0], [2]], 1, (2, 300))
+    alike = _release(*noisy), _release(*(noisy + np.random.default_rng(1).normal(0, 0.1, (2, 300))))
+    for figure in compare_evaluations(*alike).figures[2:4]:
+        one, two = (
+            getattr(each.result.untrusted[0].scores["coverage"], figure.figure) for each in alike
+        )
+        low, high = both_intervals(one, two)
+        assert figure.high - figure.low < 0.6 * (high - low)
 
 
 # The command

@@ -241,3 +241,20 @@ def test_the_split_is_random_by_seed_and_a_quarter_rounded_up() -> None:
     # Each place fits about as often as any other, in whatever rhythm the file was put together.
     often = torch.stack([fits(64, seed) for seed in range(2000)]).double().mean(0)
     assert bool(((often - 0.25).abs() < 0.05).all())
+
+
+@settings(deadline=None, max_examples=50)
+@given(groups=st.lists(st.integers(0, 5), min_size=1, max_size=200), seed=st.integers(0, 2**31 - 1))
+def test_of_each_group_at_most_a_quarter_fits(groups: list[int], seed: int) -> None:
+    fitting = fits(len(groups), seed, torch.tensor(groups)).numpy()
+    assert fitting.sum() == math.ceil(len(groups) / 4)
+    for group in set(groups):
+        mine = np.array(groups) == group
+        assert fitting[mine].sum() <= math.ceil(mine.sum() / 4)
+
+
+def test_every_image_of_a_group_fits_equally_often() -> None:
+    groups = torch.tensor([0] * 26 + [1] * 13 + [2])[torch.randperm(40)]
+    often = torch.stack([fits(40, seed, groups) for seed in range(3000)]).double().mean(0)
+    # A binomial share of 3,000 draws has a deviation of 0.008.
+    assert bool(((often - 0.25).abs() < 0.04).all())

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -438,3 +439,57 @@ def test_too_few_images_are_refused_with_the_number_needed(
         assert (name, caught.value.code, out_text) == (name, 2, "")
         assert re.search(message, err.splitlines()[-1]), (name, err)
     assert not (tmp_path / "s").exists()
+
+
+def _coloured(per_class: int, classes: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images whose channel of their class is the brightest, class after class."""
+    labels = torch.arange(classes).repeat_interleave(per_class)
+    images = 0.3 * torch.rand(len(labels), classes, 4, 4)
+    images[torch.arange(len(labels)), labels] += 0.5
+    return images, labels
+
+
+@pytest.mark.parametrize(("mode", "enough"), [("by-class", 26), ("certified", 79)])
+def test_so_many_images_of_each_predicted_class_are_enough(mode: str, enough: int) -> None:
+    """What the page and the error promise, through the code path of the command."""
+    network = torch.nn.Sequential(
+        torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+        torch.nn.Linear(10, 10, bias=False),
+    )  # fmt: skip
+    network[3].weight.data = 20 * torch.eye(10)
+    build = partial(Monitor.build, network, _coloured(20), method="src", guarantee=mode)
+    for seed in range(3):
+        rule = build(_coloured(enough), seed=seed).judge.rule
+        assert int(rule.counts.min()) >= Guarantee(0.05, mode).minimum()  # type: ignore[arg-type]
+    with pytest.raises(CovcliError, match=f"at least {enough} calibration images of each"):
+        build(_coloured(enough - 1))
+    # A quarter of all images leaves some classes with too few scores, and the error says why.
+    marginal = Monitor.build(network, _coloured(20), _coloured(enough), method="src").judge
+    with pytest.raises(CovcliError, match=f"of each class if the signature is built with {mode}"):
+        marginal.calibration.rule(Guarantee(0.05, mode), marginal.signature.classes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("alpha", [5e-324, 1e-300, 1e-9, 1 / 3, 2 / 3, 0.1 + 0.2, 1 - 2**-53])
+@pytest.mark.parametrize("mode", MODES)
+def test_rates_at_the_ends_are_refused_or_kept(mode: str, alpha: float) -> None:
+    """No rate overflows, and p ≤ α in floating point means "untrusted", and nothing else does."""
+    guarantee = Guarantee(alpha, mode, max_error=alpha)  # type: ignore[arg-type]
+    for n in (1, 2, 8, 29, 300):
+        calibration = known(n)
+        try:
+            rule = make_rule(calibration.scores, calibration.predicted, 1, guarantee)
+            calibration.rule(dataclasses.replace(guarantee, max_error=None), ("only",))
+        except CovcliError as error:
+            assert "too few" in str(error)
+            assert guarantee.rank(n) == 0
+            continue
+        new = torch.arange(n + 1) - 0.5
+        only = torch.zeros(n + 1, dtype=torch.int64)
+        flagged, p_value = rule.untrusted(new, only), rule.p_value(new, only)
+        if guarantee.certain:
+            assert bool((p_value[flagged] <= alpha).all())
+        else:
+            assert torch.equal(flagged, p_value <= alpha)
+    labelled = dataclasses.replace(known(4), wrong=torch.ones(4, dtype=torch.bool))
+    with pytest.raises(CovcliError, match="needed"):
+        labelled.rule(Guarantee(0.4, "marginal", 1e-300), ("only",))
