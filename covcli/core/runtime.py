@@ -20,6 +20,19 @@ from covcli.core.version import __version__
 MOST_THREADS = 1024  # a library ends the process where it cannot start them
 
 
+def check_defaults() -> None:
+    """Raise a CovcliError if the program changed the type or device that torch's tensors get."""
+    if (kind := torch.get_default_dtype()) != torch.float32:
+        raise CovcliError(
+            f"torch's default type is {kind}", fix="call torch.set_default_dtype(torch.float32)"
+        )
+    if (device := torch.get_default_device()).type != "cpu":
+        raise CovcliError(
+            f"torch's default device is {device}",
+            fix="call covcli in a block `with torch.device('cpu'):`; the network may stay there",
+        )
+
+
 def choose_device(name: str) -> torch.device:
     """Return the device of a name; "auto" chooses CUDA, or else the CPU.
 
@@ -30,13 +43,14 @@ def choose_device(name: str) -> torch.device:
     Raises
     ------
     CovcliError
-        If torch does not know the name, or the device is not available.
+        If torch does not know the name, the device is not available, or as in `check_defaults`.
 
     Examples
     --------
     >>> choose_device("cpu")
     device(type='cpu')
     """
+    check_defaults()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
@@ -86,7 +100,8 @@ def seeded(seed: int) -> Iterator[None]:
     ...     print(torch.equal(first, torch.rand(2)))
     True
     """
-    with torch.random.fork_rng():
+    # Told the devices, torch does not warn that there are several.
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 

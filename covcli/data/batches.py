@@ -30,7 +30,8 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     Returns
     -------
     tuple
-        Images, float32 of shape (N, C, H, W), and labels, int64 of shape (N,), or None.
+        Images, float32 of shape (N, C, H, W), and labels, int64 of shape (N,), or None; both on
+        the CPU.
 
     Raises
     ------
@@ -54,7 +55,8 @@ def split_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
             where="the loader",
             fix="prepare images as the network takes them, by the dataset's transform",
         )
-    return images.float(), _labels(named, places[0], len(images))
+    labels = _labels(named, places[0], len(images))
+    return images.float().cpu(), None if labels is None else labels.cpu()
 
 
 def class_numbers(labels: Tensor, images: int) -> Tensor | None:

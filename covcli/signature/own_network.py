@@ -63,10 +63,6 @@ class OwnNetwork:
 
     def classifier(self, images: ImageSet) -> tuple[Classifier, tuple[str, ...]]:
         """Return a classifier of prepared images, and its class names."""
-        if (kind := torch.get_default_dtype()) != torch.float32:
-            raise CovcliError(
-                f"torch's default type is {kind}", fix="call torch.set_default_dtype(torch.float32)"
-            )
         source, network = images.source, self.network
         assert isinstance(source, PreparedSource)
         _, channels, height, width = source.sample.shape
@@ -177,6 +173,7 @@ def build_own(
     CovcliError
         If the data or the network is of another kind, or as in `covcli.build_signature`.
     """
+    runtime.check_defaults()
     images, held_out = labelled(trusted, "trusted"), prepared(calibration, "calibration")
     images = _without_shared(images, held_out)
     model, names = own.classifier(images)
@@ -250,11 +247,13 @@ def load_own(
     CovcliError
         If the file is not a signature of exactly this network.
     """
+    runtime.check_defaults()
     network = unwrapped(network)
     check_watchable(network)
     signature, calibration, record = signatures.load(signature_file)
-    place = place_of(network) if device is None else runtime.choose_device(device)
-    model = Classifier(signature.model, network)
+    here = place_of(network)
+    place = here if device is None else runtime.choose_device(device)
+    model = Classifier(signature.model, network).to(here)
     signature.check_model(model.eval(), signature_file)
     guarantee = calibration.guarantee.changed(request)
     return Judge.of(model.to(place), signature.to(place), calibration, guarantee), record

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from covcli.core import runtime
 from covcli.core.errors import CovcliError
 from covcli.core.progress import Silent
 from covcli.data.batches import class_numbers
@@ -217,6 +218,7 @@ class AttachedLoss:
                 module.training = True
 
     def _fit(self, trusted: Any) -> None:
+        runtime.check_defaults()
         images = labelled(trusted, "trusted").spread(SIGNATURE_IMAGES)
         model, _ = self._own.classifier(images)
         signature, _, _ = fit_signature(model, images, self._how, Silent())

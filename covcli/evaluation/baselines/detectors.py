@@ -349,6 +349,7 @@ def gram(trusted: FittingImages) -> Detector:
     detector.to(network.device)
     with seeded(0):  # the detector holds out a tenth of the images at random
         detector.fit(FittingLoader(fitted, size, "fitting gram"))
+    detector.to(network.device)  # what it was fitted to is on the CPU, and inputs would follow it
     if not all(bool(high.isfinite().all()) for orders in detector.feature_max for high in orders):
         raise CovcliError("activations whose tenth power overflows", where="--baseline gram")
     return lambda batch: torch.cat([detector.predict(part) for part in batch.inputs.split(size)])
