@@ -164,12 +164,14 @@ class _Pass:
     """The recorded outputs of the current pass, and memory for the units of the next pass."""
 
     listening: bool = False
+    begun: bool = False
     parts: dict[str, list[Tensor]] = field(default_factory=dict)
     units: Tensor | None = None
     spare: Tensor | None = None
 
     def clear(self) -> None:
         """Discard the recorded outputs."""
+        self.begun = False
         self.parts.clear()
         self.units = None
 
@@ -347,7 +349,11 @@ class Recorder:
         self._stays = False
 
     def stay(self) -> None:
-        """Keep the hooks registered until `leave`; outside `with` blocks they do nothing."""
+        """Keep the hooks registered until `leave`; outside `with` blocks they do nothing.
+
+        Each block records one pass then. A second one, of a hook that runs the network within that
+        pass, raises a CovcliError: the outputs of the two would be mixed.
+        """
         self._stays = True
         self._outputs.attach()
 
@@ -359,6 +365,7 @@ class Recorder:
     def begin(self) -> None:
         """Begin to record, as a `with` block does."""
         seen = self._passes.state
+        self._refuse_nested(seen.listening)
         seen.clear()
         seen.listening = True
         if not self._stays:
@@ -384,7 +391,14 @@ class Recorder:
         self._passes.state.spare = neurons
 
     def _listens(self) -> bool:
-        return self._passes.state.listening
+        seen = self._passes.state
+        self._refuse_nested(seen.begun)
+        seen.begun = seen.listening
+        return seen.listening
+
+    def _refuse_nested(self, nested: bool) -> None:
+        if self._stays and nested:
+            raise CovcliError("is run again within its own pass", where="the network")
 
     def _note(self, point: Point, output: Tensor) -> None:
         """Store a hook's output: neurons, or for contributions the activations until `take`."""

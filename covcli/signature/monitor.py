@@ -366,11 +366,14 @@ class WeightsWatch:
 
 def _tensor(images: object) -> Tensor:
     """Return a tensor or an array as a dense tensor."""
+    if np.ma.is_masked(images):
+        _refuse("got an array of which values are masked", "fill them: images.filled(value)")
     if isinstance(images, np.ndarray) and images.dtype.kind in "biuf":
         native = images.astype(images.dtype.newbyteorder("="), order="C")
         if native.dtype.itemsize <= 8:
             return torch.from_numpy(native)
-    if not isinstance(images, Tensor) or images.layout != torch.strided or images.is_meta:
+    dense = isinstance(images, Tensor) and images.layout == torch.strided and not images.is_nested
+    if not isinstance(images, Tensor) or not dense or images.is_meta:
         kind = getattr(images, "dtype", type(images).__name__)
         _refuse(f"got {kind}", "pass a dense tensor or a NumPy array of numbers")
     return images

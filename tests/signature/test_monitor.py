@@ -148,6 +148,47 @@ def normalising_network() -> Classifier:
     return Classifier(ModelSpec("x", 10, (3, 32, 32), (0.5,) * 3, (0.25,) * 3), network)
 
 
+@pytest.mark.parametrize("by", ["the monitor", "another monitor", "the network"])
+def test_a_pass_within_a_pass_is_refused_and_does_not_pass_for_it(
+    monitor: Monitor, by: str
+) -> None:
+    """A hook of the program runs the same network on as many other images."""
+    images, others = pixels(4), pixels(4).flip(1)
+    expected = monitor(images).score
+    again = {
+        "the monitor": lambda: monitor(others),
+        "another monitor": lambda: Monitor(monitor.judge, monitor.record)(others),
+        "the network": lambda: monitor.model(others.float() / 255),
+    }[by]
+    busy = []
+
+    def hook(*_: object) -> None:
+        if not busy:
+            busy.append(1)
+            again()
+
+    handle = next(monitor.model.network.children()).register_forward_hook(hook)
+    with pytest.raises(CovcliError, match="is run again within its own pass"):
+        monitor(images)
+    handle.remove()
+    assert torch.equal(monitor(images).score, expected)
+
+
+def test_a_pass_that_was_broken_off_leaves_nothing(monitor: Monitor) -> None:
+    """Ctrl-C in a notebook; torch calls no hook for it."""
+    expected = monitor(pixels(4)).score
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handle = list(monitor.model.network.modules())[-1].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        monitor(pixels(4))
+    handle.remove()
+    monitor.model(pixels(2).float() / 255)
+    assert torch.equal(monitor(pixels(4)).score, expected)
+
+
 def test_a_network_that_is_set_to_training_is_refused_and_its_statistics_stay() -> None:
     model, digits = normalising_network(), datasets.load("digits?limit=100", "test")
     signature, *_ = fit_signature(model, digits, How(make_method("src"), threshold=0.0), Silent())
@@ -243,6 +284,8 @@ BAD: dict[str, tuple[str, Callable[[torch.Tensor], object]]] = {
     "path": ("str", lambda x: "photo.png"),
     "sparse": ("dense", lambda x: (x / 255).to_sparse()),
     "meta": ("dense", lambda x: (x / 255).to("meta")),
+    "nested": ("dense", lambda x: torch.nested.nested_tensor([*(x / 255)])),
+    "masked": ("masked", lambda x: np.ma.masked_less(x.numpy(), 128)),
 }
 
 
