@@ -227,6 +227,7 @@ def bad_commands(run: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
                        "cannot be created"),
         "no network": ([*train, "cifar10", "--data-dir", str(tmp_path)], "could not be downloaded"),
         "plugin": ([*train, "digits", "--plugin", "/no.py"], "no such file"),
+        "broken plugin": ([*train, "digits", "--plugin", str(text)], "cannot be run (NameError"),
         "no checkpoint": ([*sign, "/no.pt"], "no such file"),
         "folder as checkpoint": ([*sign, str(tmp_path)], "is no regular file"),
         "text as checkpoint": ([*sign, str(text)], "is not a PyTorch checkpoint"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from covcli.commands.options import CommonOptions, OutputOptions, PluginOptions
-from covcli.core.errors import CovcliError
+from covcli.core.errors import CovcliError, is_memory_error
 from covcli.core.opening import is_file
 
 if TYPE_CHECKING:
@@ -78,8 +78,6 @@ class Work:
 @contextmanager
 def working(output: OutputOptions, device: str = "cpu", seed: int = 0) -> Iterator[Work]:
     """Set up the process for a command, and show its progress while it runs."""
-    import runpy
-
     from covcli.core import distributed, runtime, signals
     from covcli.core.progress import reporter
 
@@ -89,14 +87,30 @@ def working(output: OutputOptions, device: str = "cpu", seed: int = 0) -> Iterat
     distributed.start(device)
     runtime.configure(seed, output.threads if isinstance(output, CommonOptions) else 0)
     for plugin in output.plugin if isinstance(output, PluginOptions) else ():
-        if not is_file(plugin):
-            raise CovcliError("no such file", where=f"--plugin {plugin}")
-        runpy.run_path(str(plugin))
+        _run_plugin(plugin)
     if isinstance(output, CommonOptions):
         _read_images(output)
     first = distributed.is_first()
     with reporter(output.quiet or not first) as progress:
         yield Work(output, progress, interrupts, first)
+
+
+def _run_plugin(plugin: Path) -> None:
+    """Run a plugin; raise a CovcliError if it is missing or raises an error itself."""
+    import runpy
+
+    where = f"--plugin {plugin}"
+    if not is_file(plugin):
+        raise CovcliError("no such file", where=where)
+    try:
+        runpy.run_path(str(plugin))
+    except CovcliError:
+        raise
+    except (Exception, SystemExit) as error:
+        if is_memory_error(error):
+            raise
+        what = f"cannot be run ({type(error).__name__}: {error})"
+        raise CovcliError(what, where=where, fix="--debug shows its line") from error
 
 
 def _read_images(options: CommonOptions) -> None:

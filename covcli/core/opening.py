@@ -4,6 +4,7 @@ Reading a pipe, a device or a socket could block or never end. Writing through a
 attacker planted could overwrite another file.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -112,13 +113,23 @@ def open_regular(path: Path, *, inside: Path | None = None) -> BufferedReader:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise IrregularError("is no regular file", where=path)
-        held = 512 * getattr(status, "st_blocks", 0)  # 0 where the file system does not report it
-        if held and status.st_size > allowance(held):
+        held = 512 * getattr(status, "st_blocks", 0)
+        if status.st_size > allowance(held) and (held or _is_hole(handle)):
             raise CovcliError("claims to be far larger than it is", where=path)
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
         raise
+
+
+def _is_hole(handle: int) -> bool:
+    """Return whether a file stores nothing: some file systems report no blocks of any file."""
+    try:
+        os.lseek(handle, 0, os.SEEK_DATA)
+    except (OSError, AttributeError) as error:
+        return isinstance(error, OSError) and error.errno == errno.ENXIO
+    os.lseek(handle, 0, os.SEEK_SET)
+    return False
 
 
 def open_own(path: Path) -> BufferedWriter:

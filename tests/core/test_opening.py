@@ -81,9 +81,12 @@ def test_only_regular_files_are_read(
     assert name in str(error)
 
 
-def test_a_file_full_of_holes_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [b"x" * 4096, b""])
+def test_a_file_full_of_holes_is_refused_before_memory_is_taken(
+    tmp_path: Path, start: bytes
+) -> None:
     path = tmp_path / "x.safetensors"
-    path.write_bytes(b"x" * 4096)
+    path.write_bytes(start)
     os.truncate(path, 1 << 40)
     for read in (checkpoints.load, signature.load, files.read_json):
         with pytest.raises(CovcliError, match="far larger than it is"):
