@@ -114,7 +114,7 @@ class Pool:
         observed = Observed(evidence, softmax_score(logits), logits.argmax(1), None)
         fitting = fits(count, seed)
         outliers = self._outliers(method, rows, fitting, seed) if method.experts else []
-        arrangement = Arrangement(self.blocks[name], len(LOGIT_EVIDENCE[method.logit_evidence]))
+        arrangement = Arrangement(self.blocks[name], LOGIT_EVIDENCE[method.logit_evidence])
         return calibrate(observed, fitting, outliers, arrangement=arrangement, plain=method.plain)
 
     def _outliers(self, method: Method, rows: Tensor, fitting: Tensor, seed: int) -> list[Tensor]:

@@ -55,7 +55,7 @@ class Ensemble(Method):
     Examples
     --------
     >>> Ensemble(shrinkage=0.1).spec()
-    'ensemble?shrinkage=0.1&logits=energy&generalists=each'
+    'ensemble?shrinkage=0.1&logits=both&generalists=each'
     """
 
     name: ClassVar[str] = "ensemble"
@@ -63,7 +63,7 @@ class Ensemble(Method):
     experts: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
     shrinkage: float = Gauss.shrinkage
-    logits: str = "energy"
+    logits: str = "both"
     generalists: str = "each"
 
     def __post_init__(self) -> None:

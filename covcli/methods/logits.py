@@ -41,13 +41,14 @@ def energy(logits: Tensor) -> Tensor:
     return -torch.logsumexp(logits.double(), 1)
 
 
+READS: Mapping[str, Read] = {"doubt": doubt, "energy": energy}
 # The columns of evidence, by the value of a method's parameter `logits`.
-LOGIT_EVIDENCE: Mapping[str, tuple[Read, ...]] = {
-    "both": (doubt, energy), "doubt": (doubt,), "energy": (energy,), "none": (),
+LOGIT_EVIDENCE: Mapping[str, tuple[str, ...]] = {
+    "both": ("doubt", "energy"), "doubt": ("doubt",), "energy": ("energy",), "none": (),
 }  # fmt: skip
 
 
 def read_logits(name: str, logits: Tensor) -> Tensor:
     """Return the columns that a name in LOGIT_EVIDENCE stands for, float64 of shape (B, L)."""
-    columns = [read(logits) for read in LOGIT_EVIDENCE[name]]
+    columns = [READS[column](logits) for column in LOGIT_EVIDENCE[name]]
     return torch.stack(columns, 1) if columns else logits.new_zeros(len(logits), 0).double()

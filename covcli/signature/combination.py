@@ -27,10 +27,13 @@ RIDGE = 0.003
 LOUDEST = 8.0
 # No standardised voice reaches this level.
 NEVER = 1e6
-# The weight of the logits beside the other evidence, as a log, and the upper limit of their rarity:
-# the trusted images with the smallest logits must not exceed foreign images.
-LOGITS_GAIN = -0.5
-LOGITS_CAP = 2.0
+# What the logits add to the score, as logs. The energy counts together with the distances: the sum
+# of both rarities, of which that of the energy is limited, times a factor, plus a gain.
+PAIR = 0.6
+PAIR_GAIN = -0.75
+ENERGY_CAP = 4.0
+# The upper limit of the rarity of the doubt: doubtful trusted images must not exceed foreign ones.
+DOUBT_CAP = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,17 +45,17 @@ class Arrangement:
     blocks
         The begin and end of the columns of each generalist; empty for one generalist of all.
     logits
-        The number of columns of the logits; they are the last ones.
+        The names of the columns of the logits, "doubt" or "energy"; they are the last ones.
     """
 
     blocks: tuple[tuple[int, int], ...] = ()
-    logits: int = 0
+    logits: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, method: Method, points: int) -> "Arrangement":
         """Return the arrangement of a method's evidence at so many coverage points."""
         blocks = tuple((kind * points, (kind + 1) * points) for kind in method.generalist_kinds)
-        return cls(blocks, len(LOGIT_EVIDENCE[method.logit_evidence]))
+        return cls(blocks, tuple(LOGIT_EVIDENCE[method.logit_evidence]))
 
     def generalists(self, columns: int) -> Tensor:
         """Return the columns of each generalist, 1 or 0, float64 of shape (G, columns)."""
@@ -73,10 +76,12 @@ class Combination:
     surrogate outliers. The outputs of the generalists and the experts are called voices. They are
     standardised too, and their soft maximum with T = 0.4 is close to their maximum.
 
-    Without columns of the logits, this is the score. With them, the soft maximum and each column
-    of the logits are transformed to their rarity among trusted images, see `Tails`. a is the
-    rarity of the soft maximum, and b the mean rarity of the logits' columns, at most LOGITS_CAP.
-    The score is log(exp(a) + exp(b + LOGITS_GAIN)).
+    Without columns of the logits, this is the score. With them, the soft maximum, the last
+    generalist (of the distances, in `ensemble`) and each column of the logits are transformed to
+    their rarity among trusted images, see `Tails`. With a, d, e and u the rarities of the soft
+    maximum, the last generalist, the energy and the doubt, the score is
+    log(exp(a) + exp(PAIR·(d + min(e, ENERGY_CAP)) + PAIR_GAIN) + exp(min(u, DOUBT_CAP))). A term
+    whose column is missing is left out.
 
     Attributes
     ----------
@@ -90,8 +95,11 @@ class Combination:
         Mean and deviation of each voice, the generalists' first, float64 of shape (G + E,).
     floor
         The lowest score of the fitting images; it is subtracted.
+    logits
+        The names of the columns of the logits.
     tails
-        The rarity of the soft maximum and of each column of the logits; None without any.
+        The rarity of the soft maximum, the last generalist and each column of the logits; None
+        without columns of the logits.
     """
 
     center: Tensor
@@ -101,6 +109,7 @@ class Combination:
     level: Tensor
     spread: Tensor
     floor: float
+    logits: tuple[str, ...] = ()
     tails: Tails | None = None
 
     def shares(self, evidence: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +127,7 @@ class Combination:
             shape (B, P). The share of a voice is the derivative of the soft maximum with respect
             to it. A generalist's share is divided among the columns in the same way, an expert's
             in proportion to the terms of its sum. An image's shares sum to 1, or with columns of
-            the logits to the share of a in the score.
+            the logits to 1 minus the share of the logits.
         """
         columns = evidence[:, : len(self.center)]
         z = (columns - self.center) / self.scale
@@ -131,9 +140,14 @@ class Combination:
             terms = (self.weights * z[:, None]).clamp_min(0) + torch.finfo(z.dtype).tiny
             of_expert = of_voice[:, count:, None] * terms / terms.sum(2, keepdim=True)
             shares = shares + of_expert.sum(1)
-        if self.tails is not None:
-            a, b = self._rarities(evidence)
-            shares = shares * torch.sigmoid(a - b)[:, None]
+        if self.tails is None:
+            return z, shares
+        terms, paired = self._terms(evidence)
+        of_term = torch.softmax(terms, 1)
+        shares = of_term[:, :1] * shares
+        if "energy" in self.logits:
+            place = 1 + self.logits.index("energy")
+            shares = shares + (of_term[:, place] * paired)[:, None] * general[:, -1]
         return z, shares
 
     def score(self, evidence: Tensor) -> Tensor:
@@ -147,24 +161,39 @@ class Combination:
             float64 of shape (B, P), or (B, P + L) with L columns of the logits at the end.
         """
         if self.tails is None:
-            return self._loudest(evidence) - self.floor
-        return torch.logaddexp(*self._rarities(evidence)) - self.floor
+            return self._loudest(evidence)[0] - self.floor
+        return torch.logsumexp(self._terms(evidence)[0], 1) - self.floor
 
-    def _rarities(self, evidence: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a and b, float64 of shape (B,) each."""
+    def _terms(self, evidence: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the terms of the score, logs of shape (B, 1 + L), and the distances' share.
+
+        That is the last generalist's share of the sum that it forms with the energy, shape (B,).
+        """
         assert self.tails is not None
-        columns, logits = evidence.split([len(self.center), len(self.tails.knots) - 1], 1)
-        values = torch.cat([self._loudest(columns)[:, None], logits], 1)
-        a, *bs = self.tails.rarity(values).unbind(1)
-        return a, (sum(bs[1:], bs[0]) / len(bs)).clamp_max(LOGITS_CAP) + LOGITS_GAIN
+        columns, logits = evidence.split([len(self.center), len(self.logits)], 1)
+        values = torch.cat([torch.stack(self._loudest(columns), 1), logits], 1)
+        a, distance, *rarities = self.tails.rarity(values).unbind(1)
+        terms, paired = [a], torch.zeros_like(a)
+        for name, rarity in zip(self.logits, rarities, strict=True):
+            if name == "doubt":
+                terms.append(rarity.clamp_max(DOUBT_CAP))
+                continue
+            energy = rarity.clamp_max(ENERGY_CAP)
+            terms.append(PAIR * (distance + energy) + PAIR_GAIN)
+            heard = distance.clamp_min(0)
+            paired = heard / (heard + energy.clamp_min(0)).clamp_min(torch.finfo(a.dtype).tiny)
+        return torch.stack(terms, 1), paired
 
-    def _loudest(self, evidence: Tensor) -> Tensor:
-        """Return the soft maximum of the voices of evidence (B, P), float64 of shape (B,)."""
+    def _loudest(self, evidence: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the soft maximum of the voices of evidence (B, P), and the last generalist.
+
+        The latter times a factor and plus a constant. Both float64 of shape (B,).
+        """
         offset, slope, excluded, experts, gain, shift, last = self._folded
         z = torch.addcmul(offset, evidence, slope)
         general = torch.logsumexp(z[:, None] + excluded, 2)
         voices = torch.cat([general * gain, z @ experts], 1)
-        return torch.logsumexp(voices - shift, 1) * VOICES - last
+        return torch.logsumexp(voices - shift, 1) * VOICES - last, general[:, -1]
 
     @cached_property
     def _folded(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float]:
@@ -217,7 +246,7 @@ def fit_combination(
     arrangement
         The meaning of the columns; the last L are of the logits.
     """
-    every, columns = evidence, evidence.shape[1] - arrangement.logits
+    every, columns = evidence, evidence.shape[1] - len(arrangement.logits)
     evidence, generalists = every[:, :columns], arrangement.generalists(columns)
     center = evidence.mean(0)
     # A column of a range method that is constant on all n images changes with a probability of
@@ -235,9 +264,9 @@ def fit_combination(
         level, spread = voices.mean(0), torch.where(voices.std(0) > 0, voices.std(0), 1.0)
     combination = Combination(center, scale, generalists, weights, level, spread, 0.0)
     if arrangement.logits:
-        voice = combination.score(evidence)[:, None]
-        tails = Tails.fit(torch.cat([voice, every[:, columns:]], 1))
-        combination = replace(combination, tails=tails)
+        heard = torch.stack(combination._loudest(evidence), 1)
+        tails = Tails.fit(torch.cat([heard, every[:, columns:]], 1))
+        combination = replace(combination, logits=arrangement.logits, tails=tails)
     return replace(combination, floor=float(combination.score(every).min()))
 
 

@@ -39,7 +39,7 @@ GROUP_BYTES = 16 << 20
 MOST_ROWS = 1024
 # The number of trusted images copied with noise, and of surrogates of each kind.
 NOISY_IMAGES = 128
-SURROGATE_IMAGES = 48
+SURROGATE_IMAGES = 64
 # The smallest number of fitting images for experts. On a VGG19 for CIFAR-10 (seven far and attacked
 # sets, 20 draws) they add nothing to the mean AUROC with 14 images, 0.5 points with 20 and 0.7
 # with 100.

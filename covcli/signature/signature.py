@@ -18,7 +18,7 @@ from covcli.core.errors import CovcliError
 from covcli.core.files import fingerprint, write_bytes
 from covcli.core.opening import open_regular, reading
 from covcli.methods import Layout, Method, Scorer, State, make_method
-from covcli.methods.logits import read_logits
+from covcli.methods.logits import LOGIT_EVIDENCE, read_logits
 from covcli.methods.state import GRANULARITIES, Granularity, Reduction, check_tensors
 from covcli.models.architectures import Classifier, ModelSpec, Precision, precision
 from covcli.models.points import Point
@@ -33,7 +33,7 @@ RANKING = ("fitting", "scores", "softmax", "predicted")
 
 TAILS = ("knots", "slopes")
 
-SIGNATURE_SCHEMA = 5  # up to 4, with the sums that merging needs in place of a condensed state
+SIGNATURE_SCHEMA = 6  # 5 had other experts and another combination with the logits
 # A signature takes at most a tenth of the weights' bytes, of which so many are for the record and a
 # calibration on a thousand images. The least room of a state is for networks that are tiny.
 PART, RECORDED, LEAST_ROOM = 10, 50_000, 128 << 10
@@ -130,7 +130,7 @@ class Signature:
         return self._with_logits(self.scorer.soft(neurons, classes), logits)
 
     def _with_logits(self, evidence: Tensor, logits: Tensor) -> Tensor:
-        if self.arrangement.logits == 0:
+        if not self.arrangement.logits:
             return evidence
         return torch.cat([evidence, read_logits(self.method.logit_evidence, logits)], 1)
 
@@ -256,12 +256,11 @@ def load(path: Path) -> tuple[Signature, Calibration, Record]:
         state = _state(layout, tensors, "state", metadata["reductions"])
         sums = metadata["sums"]
         scales = {name: tensors[f"combination.{name}"] for name in COMBINATION}
-        tails = (
-            Tails(*(tensors[f"tails.{n}"] for n in TAILS))
-            if method.logit_evidence != "none"
-            else None
+        logits = LOGIT_EVIDENCE[method.logit_evidence]
+        tails = Tails(*(tensors[f"tails.{n}"] for n in TAILS)) if logits else None
+        combination = Combination(
+            floor=float(metadata["floor"]), logits=logits, tails=tails, **scales
         )
-        combination = Combination(floor=float(metadata["floor"]), tails=tails, **scales)
         ranking = {name: tensors[f"calibration.{name}"] for name in RANKING}
         guarantee = _read_guarantee(metadata["guarantee"])
         wrong = tensors.get("calibration.wrong")
@@ -335,7 +334,7 @@ def _check_combination(combination: Combination, signature: Signature) -> None:
         raise ValueError("a calibration without scale")
     if not math.isfinite(combination.floor) or bool((combination.weights < 0).any()):
         raise ValueError("an invalid combination")
-    _check_tails(combination.tails, signature.arrangement.logits)
+    _check_tails(combination.tails, len(signature.arrangement.logits))
 
 
 def _check_ranking(calibration: Calibration, classes: int) -> None:
@@ -363,7 +362,7 @@ def _check_tails(tails: Tails | None, columns: int) -> None:
     if tails is None:
         return
     for tensor in (tails.knots, tails.slopes):
-        if tensor.shape != (1 + columns, len(SHARES)) or tensor.dtype != torch.float64:
+        if tensor.shape != (2 + columns, len(SHARES)) or tensor.dtype != torch.float64:
             raise ValueError("tails of other columns")
         if not bool(tensor.isfinite().all()):
             raise ValueError("tails that are not finite")

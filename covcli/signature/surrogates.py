@@ -45,17 +45,6 @@ def blur(image: Tensor, generator: np.random.Generator) -> Tensor:
     return blurred
 
 
-def inversion(image: Tensor, generator: np.random.Generator) -> Tensor:
-    """Return the negative of an image, uint8 of shape (C, H, W).
-
-    Examples
-    --------
-    >>> inversion(torch.tensor([[[0, 255]]], dtype=torch.uint8), None).tolist()
-    [[[255, 0]]]
-    """
-    return 255 - image
-
-
 def tiles(across: int) -> Distort:
     """Return a function that shuffles the `across` × `across` tiles of an image.
 
@@ -81,7 +70,7 @@ def tiles(across: int) -> Distort:
 
 
 DISTORTIONS: Mapping[str, Distort] = {
-    "noise": noise, "blur": blur, "inversion": inversion, "tiles-4": tiles(4), "tiles-8": tiles(8),
+    "noise": noise, "blur": blur, "tiles-4": tiles(4), "tiles-8": tiles(8),
 }  # fmt: skip
 # A trusted image compared with a class that it does not belong to: its inner layers do not fit the
 # prediction, as under an attack.
@@ -90,7 +79,6 @@ OTHER_CLASS = "other-class"
 EXPERTS: Mapping[str, tuple[str, ...]] = {
     "noise": ("noise",),
     "blur": ("blur",),
-    "inversion": ("inversion",),
     "tiles": ("tiles-4", "tiles-8"),
     "deceit": ("noise", OTHER_CLASS),
 }
@@ -180,7 +168,7 @@ def distorted(images: ImageSet, kind: str) -> ImageSet:
     images
         The set.
     kind
-        A key of DISTORTIONS: "noise", "blur", "inversion", "tiles-4" or "tiles-8".
+        A key of DISTORTIONS: "noise", "blur", "tiles-4" or "tiles-8".
 
     Examples
     --------

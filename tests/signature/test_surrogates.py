@@ -38,7 +38,6 @@ def test_distortions_do_what_they_say() -> None:
     added = distortions["noise"].double() - original.double()
     assert float(added.std()) == pytest.approx(8, rel=0.02)
     assert float(added.mean()) == pytest.approx(0, abs=0.1)
-    assert torch.equal(distortions["inversion"], 255 - original)
     assert float(distortions["blur"].double().std()) < 0.4 * float(original.double().std())
     for kind in ("tiles-4", "tiles-8"):
         side = 32 // int(kind[-1])

@@ -1,6 +1,7 @@
 """How rare a value is: quantiles of what was fitted, an exponential tail, and what the score is."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -58,44 +59,59 @@ def test_the_logits_say_what_softmax_and_energy_say() -> None:
     p = np.exp(logits.numpy())
     np.testing.assert_allclose(doubt(logits).exp(), 1 - (p / p.sum(1, keepdims=True)).max(1))
     np.testing.assert_allclose(energy(logits), -np.log(p.sum(1)))
-    for name, reads in LOGIT_EVIDENCE.items():
-        assert read_logits(name, logits).shape == (50, len(reads))
+    for name, names in LOGIT_EVIDENCE.items():
+        assert read_logits(name, logits).shape == (50, len(names))
     saturated = torch.tensor([[1e4, 0.0], [0.0, 0.0]])
     assert bool(read_logits("both", saturated).isfinite().all())
 
 
-def test_the_score_is_the_sum_of_both_rarities_of_which_the_logits_end_at_a_cap() -> None:
+@pytest.mark.parametrize("names", [("doubt", "energy"), ("doubt",), ("energy",)])
+def test_the_score_adds_up_what_is_rare(names: tuple[str, ...]) -> None:
+    """Three terms: all voices; the energy together with the last generalist; the doubt."""
     generator = np.random.default_rng(3)
-    fitted = generator.normal(size=(400, 5))
-    combined = fit_combination(torch.from_numpy(fitted), [], Arrangement(logits=2))
-    rows = generator.normal(0, 3, (300, 5))
-    voice = fit_combination(torch.from_numpy(fitted[:, :3]), [])
+    fitted = generator.normal(size=(400, 3 + len(names)))
+    blocks = ((0, 1), (1, 3))
+    combined = fit_combination(torch.from_numpy(fitted), [], Arrangement(blocks, names))
+    rows = generator.normal(0, 3, (300, 3 + len(names)))
+    voice = fit_combination(torch.from_numpy(fitted[:, :3]), [], Arrangement(blocks))
     assert torch.equal(combined.center, voice.center)
 
-    def rare(values: np.ndarray, among: np.ndarray) -> np.ndarray:
-        return Tails.fit(columns(among)).rarity(columns(values))[:, 0].numpy()
+    def rare(read: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
+        return Tails.fit(columns(read(fitted))).rarity(columns(read(x)))[:, 0].numpy()
+
+    def loudest(x: np.ndarray) -> np.ndarray:
+        return voice.score(torch.from_numpy(x[:, :3])).numpy()
+
+    def distance(x: np.ndarray) -> np.ndarray:
+        z = (x[:, 1:3] - fitted[:, 1:3].mean(0)) / fitted[:, 1:3].std(0, ddof=1)
+        return np.log(np.exp(z / combination.COLUMNS).mean(1))
 
     def score(x: np.ndarray) -> np.ndarray:
-        loud = [voice.score(torch.from_numpy(v[:, :3])).numpy() for v in (x, fitted)]
-        b = (rare(x[:, 3], fitted[:, 3]) + rare(x[:, 4], fitted[:, 4])) / 2
-        b = np.minimum(b, combination.LOGITS_CAP) + combination.LOGITS_GAIN
-        return np.logaddexp(rare(*loud), b)
+        total = np.exp(rare(loudest, x))
+        for place, name in enumerate(names, 3):
+            b = rare(lambda y, place=place: y[:, place], x)
+            if name == "energy":
+                b = 0.6 * (rare(distance, x) + np.minimum(b, 4)) - 0.75
+            total += np.exp(b if name == "energy" else np.minimum(b, 1))
+        return np.log(total)
 
     expected = score(rows) - score(fitted).min()
     np.testing.assert_allclose(combined.score(torch.from_numpy(rows)).numpy(), expected, atol=1e-9)
     _, shares = combined.shares(torch.from_numpy(rows))
+    assert bool((shares >= 0).all())
     heard = shares.sum(1).numpy()
-    assert ((heard > 0) & (heard < 1)).all()
-    loudest = rows.copy()
-    loudest[:, :3] = 50.0
-    assert float(combined.shares(torch.from_numpy(loudest))[1].sum(1).min()) > 0.99
+    assert ((heard > 0) & (heard < 1 + 1e-9)).all()
+    assert heard.min() < 0.5
+    loud = rows.copy()
+    loud[:, :3] = 50.0
+    assert float(combined.shares(torch.from_numpy(loud))[1].sum(1).min()) > 0.9
 
 
 def test_what_the_logits_add_has_a_gradient() -> None:
     """An attack that knows the score must be able to lower it by the logits as well."""
     generator = np.random.default_rng(4)
     combined = fit_combination(
-        torch.from_numpy(generator.normal(size=(100, 4))), [], Arrangement(logits=1)
+        torch.from_numpy(generator.normal(size=(100, 4))), [], Arrangement(logits=("energy",))
     )
     evidence = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
     combined.score(evidence).sum().backward()
