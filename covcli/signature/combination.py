@@ -19,7 +19,7 @@ from covcli.methods.logits import LOGIT_EVIDENCE
 from covcli.signature.tails import Tails
 
 # Temperatures of the soft maximum, over the columns and over the voices.
-COLUMNS = 2.0
+COLUMNS = 1.5
 VOICES = 0.4
 # The factor of an expert's squared weights, added to its mean logistic loss.
 RIDGE = 0.003
@@ -30,10 +30,10 @@ NEVER = 1e6
 # What the logits add to the score, as logs. The energy counts together with the distances: the sum
 # of both rarities, of which that of the energy is limited, times a factor, plus a gain.
 PAIR = 0.6
-PAIR_GAIN = -0.75
+PAIR_GAIN = -0.5
 ENERGY_CAP = 4.0
 # The upper limit of the rarity of the doubt: doubtful trusted images must not exceed foreign ones.
-DOUBT_CAP = 1.0
+DOUBT_CAP = 1.25
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Combination:
     """Combines the evidence columns to one score.
 
     Each column is standardised with trusted images. A generalist is the soft maximum
-    T·log(mean(exp(z/T))) of all columns, or of one block of them, with T = 2. It is between the
+    T·log(mean(exp(z/T))) of all columns, or of one block of them, with T = 1.5. It is between the
     mean, on which a single large column has little effect, and the maximum. Each expert is a
     weighted sum with weights of at least 0, fitted to separate trusted images from one kind of
     surrogate outliers. The outputs of the generalists and the experts are called voices. They are

@@ -27,6 +27,7 @@ from covcli.reporting.report import report
 from covcli.signature import judge as judges
 from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureConfig, SignatureResult, build_signature
+from covcli.signature.combination import COLUMNS
 from covcli.training.train import TrainResult, split_rows
 
 detectors = pytest.importorskip("pytorch_ood.detector")
@@ -159,7 +160,7 @@ def test_calibrated_it_is_the_soft_maximum_of_standardised_logs(
 
     def score(logs: np.ndarray) -> np.ndarray:
         z = (logs - known.mean(0)) / known.std(0, ddof=1)
-        return 2 * np.log(np.exp(z / 2).mean(1))
+        return COLUMNS * np.log(np.exp(z / COLUMNS).mean(1))
 
     # A standardisation of the only voice, and the lowest score as 0, change no order.
     own, lowest = score(known), score(known).min()

@@ -33,6 +33,7 @@ from covcli.reporting.sections import SECTIONS
 from covcli.reporting.terminal import show_evaluation
 from covcli.signature import signature as signatures
 from covcli.signature.build import SignatureConfig, SignatureResult, build_signature
+from covcli.signature.combination import COLUMNS
 from covcli.signature.judge import Judge
 from covcli.signature.signature import Signature
 from covcli.training.train import TrainResult
@@ -102,14 +103,14 @@ def check_naively(
         cost = [c.double().mean().item() for c in costs[e.row].split(sizes.tolist())]
         scales = calibration.combination
         z = (np.log(cost + 1 / sizes) - scales.center.numpy()) / scales.scale.numpy()
-        share = np.exp(z / 2) / np.exp(z / 2).sum()
+        share = np.exp(z / COLUMNS) / np.exp(z / COLUMNS).sum()
         ranking = np.argsort(-share, kind="stable")
         names = [signature.points[j].name for j in ranking]
         assert [p.name for p in e.points] == names
         np.testing.assert_allclose([p.z for p in e.points], z[ranking], rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose([p.share for p in e.points], share[ranking], rtol=1e-3)
         assert sum(p.share for p in e.points) == pytest.approx(1)
-        score = 2 * np.log(np.exp(z / 2).mean()) - scales.floor
+        score = COLUMNS * np.log(np.exp(z / COLUMNS).mean()) - scales.floor
         assert e.score == pytest.approx(score, abs=1e-3)
         ranked = calibration.scores.numpy()
         assert e.p_value == (1 + (ranked >= e.score).sum()) / (len(ranked) + 1)

@@ -110,7 +110,7 @@ def naive_score(evidence: np.ndarray, fitted: np.ndarray) -> np.ndarray:
     def soft_maximum(rows: np.ndarray) -> np.ndarray:
         least = math.log(2) / math.sqrt(len(fitted) + 2)
         z = (rows - fitted.mean(0)) / np.maximum(fitted.std(0, ddof=1), least)
-        return 2 * np.log(np.exp(z / 2).mean(1))
+        return COLUMNS * np.log(np.exp(z / COLUMNS).mean(1))
 
     return soft_maximum(evidence) - soft_maximum(fitted).min()
 

@@ -91,8 +91,8 @@ def test_the_score_adds_up_what_is_rare(names: tuple[str, ...]) -> None:
         for place, name in enumerate(names, 3):
             b = rare(lambda y, place=place: y[:, place], x)
             if name == "energy":
-                b = 0.6 * (rare(distance, x) + np.minimum(b, 4)) - 0.75
-            total += np.exp(b if name == "energy" else np.minimum(b, 1))
+                b = 0.6 * (rare(distance, x) + np.minimum(b, 4)) - 0.5
+            total += np.exp(b if name == "energy" else np.minimum(b, 1.25))
         return np.log(total)
 
     expected = score(rows) - score(fitted).min()
