@@ -26,7 +26,7 @@ WORDING = {
     "Input should be less than inf": "must be finite",
     "Input should be": "must be",
     f"Input is not a valid path for {Path}": "must be a path",
-    "Input is not a valid path": "must be a path",  # pydantic before 2.10
+    "Input is not a valid path": "must be a path",  # an older pydantic's
     "Field required": "is missing",
 }
 

@@ -82,8 +82,8 @@ class Coding:
 
     def _encoded(self, rows: Tensor, rounding: Round) -> Tensor:
         given = rows.double().cpu()
-        steps = (given / _units(self.exponent) - self.base.double()).clamp_min(0)
-        codes = rounding(steps if self.power == 1 else steps.sqrt()).clamp_(0, LAST)
+        steps = (given / _units(self.exponent)).sub_(self.base.double()).clamp_min_(0)
+        codes = rounding(steps if self.power == 1 else steps.sqrt_()).clamp_(0, LAST)
         # The subtraction above may have rounded a value that lies very near to a code.
         if rounding is torch.floor:
             codes -= (self._exactly(codes) > given).double()
@@ -98,7 +98,8 @@ class Coding:
         return torch.cat([part.clamp_(-most, most).float() for part in parts])
 
     def _exactly(self, codes: Tensor) -> Tensor:
-        return (self.base.double() + codes**self.power) * _units(self.exponent)
+        grown = codes.square() if self.power == 2 else codes
+        return grown.add(self.base.double()).mul_(_units(self.exponent))
 
 
 def _pieces(rows: Tensor) -> tuple[Tensor, ...]:

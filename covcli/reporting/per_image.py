@@ -118,7 +118,7 @@ def read_scores(path: Path) -> dict[str, ImageScores]:
         text = io.BytesIO(file_checks.read_gzip(path, inside=path.parent))
         table = pd.read_csv(
             text, keep_default_na=False, dtype={"set": str, FILE: str}, encoding=ENCODING[0],
-            encoding_errors=ENCODING[1],
+            encoding_errors=ENCODING[1], float_precision="round_trip",
         )  # fmt: skip
         if "unsure" not in table:  # a file of an earlier version
             table["unsure"] = 0
