@@ -8,6 +8,7 @@ the distance to the predicted class is computed at every coverage point, with a 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from covcli.methods.base import METHODS, Method, Scorer, add_counts
-from covcli.methods.layout import Layout, in_order
+from covcli.methods.layout import Layout
 from covcli.methods.moments import bits, common_peaks, expected_moments, moments, rescaled
 from covcli.methods.normal import (
     StoredModel,
@@ -183,10 +184,13 @@ class GaussScorer(Scorer):
     unit: Tensor
     read: Tensor
     stored: Tensor
+    order: Tensor
 
     def __init__(self, layout: Layout, model: StoredModel) -> None:
         device = model.mean.device
         groups = _grouped(layout.values)
+        taken = [span for group in groups for span in _spans(layout, group)]
+        order = torch.tensor([point for group in groups for point in group.points]).argsort()
         slots = _slots(layout, groups).to(device)
         read = slots >= 0
         units = model.deviation * torch.cat(_per_value(model.rest.sqrt(), layout))
@@ -197,14 +201,19 @@ class GaussScorer(Scorer):
             "places": columns.clone(),
             "counts": torch.tensor(layout.values, dtype=torch.float64, device=device),
             "unit": units[slots].where(read, torch.inf),  # so that what pads is 0
-            "read": columns[slots],
+            "read": torch.cat([torch.arange(*span) for span in taken]).to(device),
             "stored": read.nonzero()[:, 0][slots[read].argsort()],
+            "order": order.to(device),
         }
         super().__init__(layout, buffers)
-        self.order = [point for group in groups for point in group.points]
         runs = list(_runs(model, groups))
         self.runs = nn.ModuleList(runs)
         self.widths = [run.width for run in runs]
+        # The same columns as slices: which parts to take of the neurons, cut at their ends.
+        edges = sorted({0, layout.neurons}.union(*taken))
+        self.cut = [end - begin for begin, end in pairwise(edges)]
+        self.kept = [i for begin, end in taken
+                     for i in range(edges.index(begin), edges.index(end))]  # fmt: skip
 
     def forward(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return log(d²/V) of each point, float64 of shape (B, L)."""
@@ -212,14 +221,21 @@ class GaussScorer(Scorer):
 
     def measure(self, neurons: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return log(d²/V), made finite, and the displacement along the directions, (B, L) each."""
-        apart = neurons.index_select(1, self.read) - self.mean.index_select(0, classes)
+        apart = self._values(neurons) - self.mean.index_select(0, classes)
         values = (apart / self.unit).clamp(-FARTHEST, FARTHEST)
         parts = zip(self.runs, values.split_with_sizes(self.widths, 1), strict=True)
         squares, along = zip(*(run(part) for run, part in parts), strict=True)
         limits = torch.finfo(torch.float64)
-        costs = in_order(squares, self.order, 0).T / self.counts
-        displaced = in_order(along, self.order, 0).transpose(0, 1).flatten(1)
+        costs = torch.cat(squares).index_select(0, self.order).T / self.counts
+        displaced = torch.cat(along).index_select(0, self.order).transpose(0, 1).flatten(1)
         return torch.log(costs.clamp(limits.tiny, limits.max)), displaced.double()
+
+    def _values(self, neurons: Tensor) -> Tensor:
+        """Return the values, in the order of the groups and padded."""
+        if not torch.compiler.is_compiling():
+            return neurons.index_select(1, self.read)
+        parts = neurons.split_with_sizes(self.cut, 1)  # ONNX Runtime copies slices much faster
+        return torch.cat([parts[i] for i in self.kept], 1)
 
     def costs(self, neurons: Tensor, classes: Tensor) -> Tensor:
         """Return each value's squared distance in units of its deviation; 0 for maxima."""
@@ -286,6 +302,19 @@ def _slots(layout: Layout, groups: Sequence[WidthGroup]) -> Tensor:
         slots += [pad(own[point], (0, group.width - len(own[point])), value=-1)
                   for point in group.points]  # fmt: skip
     return torch.cat(slots)
+
+
+def _spans(layout: Layout, group: WidthGroup) -> Iterator[tuple[int, int]]:
+    """Yield the columns that a group of points reads, begin and end; any others pad a value."""
+    ends = list(accumulate(layout.sizes))
+    for point in group.points:
+        size, own = layout.sizes[point], layout.values[point]
+        begin = ends[point] - size
+        if group.width <= size:
+            yield begin, begin + group.width
+        else:
+            yield begin, begin + own
+            yield begin, begin + group.width - own
 
 
 def _per_value(of_points: Tensor, layout: Layout) -> list[Tensor]:

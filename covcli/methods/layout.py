@@ -1,5 +1,6 @@
 """Layout: the assignment of neurons to coverage points."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,6 +72,16 @@ class Layout:
     def means(self, values: Tensor) -> Tensor:
         """Return the mean over each point's neurons of values (B, N), float64 of shape (B, L)."""
         return self._by_width(values, lambda block: _sums(block).double() / block.shape[2])
+
+    @property
+    def step(self) -> int:
+        """The largest width into which every point can be divided."""
+        return max(1, math.gcd(*self.sizes))
+
+    def membership(self) -> Tensor:
+        """Return the point of each run of `step` neurons: 1 or 0, float64 of shape (N/step, L)."""
+        runs = torch.tensor([size // self.step for size in self.sizes])
+        return torch.eye(len(self.sizes), dtype=torch.float64).repeat_interleave(runs, 0)
 
     def blocks(self, values: Tensor) -> Iterator[Tensor]:
         """Yield the values (B, N) of each run of consecutive points of equal width.

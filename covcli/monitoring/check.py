@@ -1,5 +1,6 @@
 """check: a verdict on each image of files, folders, data sets or a list, as the images are read."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from torch import Tensor
 from covcli.core import distributed, run_folders
 from covcli.core.errors import CovcliError
 from covcli.core.opening import exists
-from covcli.core.signals import Interrupted, Interrupts
+from covcli.core.signals import Interrupts
 from covcli.evaluation.explain import by_point
 from covcli.models.points import Recorder
 from covcli.models.sweep import batch_size, forward, to_network
@@ -34,6 +35,7 @@ from covcli.signature.newest import find_files
 
 __all__ = ["Check", "CheckConfig", "CheckedImage", "check", "checking"]
 POINTS = 3  # coverage points that `why` names
+REFRESH_SECONDS = 15.0  # the interval at which the drift state and metrics are written
 
 
 def check(config: CheckConfig) -> Iterator[CheckedImage]:
@@ -69,10 +71,11 @@ def check(config: CheckConfig) -> Iterator[CheckedImage]:
 
 @contextmanager
 def checking(config: CheckConfig, interrupts: Interrupts | None = None) -> Iterator["Check"]:
-    """Load and validate the inputs of a check, and write the drift state at its end.
+    """Load and validate the inputs of a check, and write the drift state, also at its end.
 
-    If a signal or the caller ends the check early, the state is written too. It then includes the
-    images that were yielded. After an error, the state is unchanged.
+    The state includes the images that were yielded, also if a signal, the caller or an error ends
+    the check early. It is written every 15 seconds as well, for the case that the process is
+    killed.
 
     Parameters
     ----------
@@ -96,8 +99,9 @@ def checking(config: CheckConfig, interrupts: Interrupts | None = None) -> Itera
         job = Check(config, checkpoint, signature, judge, named, _watch(config, judge), signals)
         try:
             yield job
-        except (Interrupted, GeneratorExit):
-            job.keep()
+        except BaseException:
+            if job.tally.verdicts:
+                job.keep()
             raise
         job.keep()
 
@@ -158,6 +162,7 @@ class Check:
         size = self.config.batch_size or batch_size(shape, points)
         readers = self.named.chunks(size, shape)
         chunks = ahead(islice(readers, distributed.rank(), None, ranks))
+        due = time.monotonic() + REFRESH_SECONDS
         with Recorder(judge.model.network, points, judge.signature.granularity) as recorder:
             while True:
                 chunk = next(chunks, None)
@@ -168,6 +173,9 @@ class Check:
                 with self.interrupts.deferred():
                     for images in parts:
                         yield self._counted(images)
+                        if time.monotonic() >= due:
+                            self.keep()
+                            due = time.monotonic() + REFRESH_SECONDS
 
     def summary(self) -> CheckSummary:
         """Return a summary of the results that were yielded so far."""

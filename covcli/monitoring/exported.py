@@ -193,12 +193,9 @@ class SnappingCalibration(Calibration):
     def score(self, evidence: Tensor) -> Tensor:
         """Return the score of evidence (B, P), float64 of shape (B,); see `Calibration.score`."""
         score = super().score(evidence)
-        place = torch.searchsorted(self.scores, score)
-        above = self.scores[place.clamp_max(len(self.scores) - 1)]
-        below = self.scores[(place - 1).clamp_min(0)]
-        for near in (below, above):
-            score = torch.where((score - near).abs() <= self.reach, near, score)
-        return score
+        nearest = (score[:, None] - self.scores).abs().argmin(1)
+        near = self.scores.index_select(0, nearest)
+        return torch.where((score - near).abs() <= self.reach, near, score)
 
 
 class MonitorGraph(nn.Module):

@@ -1,8 +1,10 @@
 """The ONNX form of an exported monitor: written by torch and onnxscript, run by ONNX Runtime."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import groupby
 from typing import IO, Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from covcli.monitoring.exported import KEY, quiet, refusal
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 LARGEST = 2**31 - 2**20  # the limit of a Protocol Buffers file, minus some space for the graph
 OPSET = 18
+BLOCK = 16  # ONNX Runtime keeps activations of a multiple of so many channels in its own layout
 FLOAT, INT64 = 1, 7  # of onnx.TensorProto.DataType
 
 
@@ -105,8 +108,15 @@ def _translations() -> dict[Any, Any]:
     def axes(*dims: int) -> Any:
         return op.Constant(value_ints=list(dims))
 
+    def constant(values: np.ndarray) -> Any:
+        return op.Constant(value=helper.from_array(values))
+
     def number(value: float, kind: Any) -> Any:
-        return op.Constant(value=helper.from_array(np.asarray(value, kind.numpy())))
+        return constant(np.asarray(value, kind.numpy()))
+
+    def split(values: Any, widths: Sequence[int]) -> list[Any]:
+        parts = op.SplitToSequence(values, axes(*widths), axis=1)
+        return [op.SequenceAt(parts, op.Constant(value_int=i)) for i in range(len(widths))]
 
     def scalar(value: Any, dtype: int = FLOAT, **_placement: Any) -> Any:
         if isinstance(value, bool | int | float):
@@ -136,13 +146,39 @@ def _translations() -> dict[Any, Any]:
             return pooled(values, op.GlobalMaxPool, keepdim)
         return op.ReduceMax(values, axes(*dim), keepdims=int(keepdim))
 
+    def token_mean(values: Any, keepdim: bool) -> Any:
+        """Return the means over all dimensions but the first and the last, by a product."""
+        *positions, width = values.shape[1:]
+        count = math.prod(positions)
+        row = np.full((1, count), 1 / count, np.float32)
+        tokens = values if len(positions) == 1 else op.Reshape(values, axes(0, count, width))
+        shape = [0, *([1] * len(positions) if keepdim else []), width]
+        return op.Reshape(op.MatMul(constant(row), tokens), axes(*shape))
+
     def mean(values: Any, dim: Any = None, keepdim: bool = False, dtype: int | None = None) -> Any:
         if dtype not in (None, values.dtype):
             values = op.Cast(values, to=dtype)
         if _whole_channels(values, dim or ()):
             return pooled(values, op.GlobalAveragePool, keepdim)
+        if _tokens(values, dim or ()):
+            return token_mean(values, keepdim)
         every = axes(*(dim or range(len(values.shape))))
         return op.ReduceMean(values, every, keepdims=int(keepdim))
+
+    def average(values: Any, kernel: Any, stride: Any = (), padding: Any = 0, *more: Any) -> Any:
+        """Average; over whole channels without asking for ONNX Runtime's own layout."""
+        if tuple(kernel) == tuple(values.shape[2:]) and not np.any(padding):
+            return op.GlobalAveragePool(values)
+        usual = library("onnxscript.function_libs.torch_lib.ops.nn").aten_avg_pool2d
+        return usual(values, kernel, stride, padding, *more)
+
+    def squared(values: Any) -> Any:
+        """Return x if the values are x·x, or these in double precision; else None."""
+        node = values.producer()
+        if node is not None and node.op_type == "Cast":
+            node = node.inputs[0].producer()
+        is_square = node is not None and node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
+        return node.inputs[0] if is_square else None
 
     def total(values: Any, dim: Any = None, keepdim: bool = False, dtype: int | None = None) -> Any:
         """Sum floats in their own precision, and convert the sums to another one."""
@@ -150,12 +186,26 @@ def _translations() -> dict[Any, Any]:
         every, keep = axes(*(dim or range(whole))), int(keepdim)
         if values.dtype.name not in ("FLOAT", "DOUBLE"):
             values = op.Cast(values, to=INT64 if dtype is None else dtype)
-        node = values.producer()
-        if node is not None and node.op_type == "Mul" and node.inputs[0] is node.inputs[1]:
-            summed = op.ReduceSumSquare(node.inputs[0], every, keepdims=keep)
+        root = squared(values)
+        if root is not None:
+            dtype = values.dtype if dtype is None else dtype
+            summed = op.ReduceSumSquare(root, every, keepdims=keep)
         else:
             summed = op.ReduceSum(values, every, keepdims=keep)
-        return summed if dtype in (None, values.dtype) else op.Cast(summed, to=dtype)
+        return summed if dtype in (None, summed.dtype) else op.Cast(summed, to=dtype)
+
+    def joined(parts: Sequence[Any], dim: int = 0) -> Any:
+        """Concatenate; of pooled channels first those that ONNX Runtime has in its own layout."""
+        parts = [part for part in parts if part.shape != (0,)]  # which torch ignores
+        if dim != 1 or any(len(part.shape) != 4 or part.shape[2:] != (1, 1) for part in parts):
+            return op.Concat(*parts, axis=dim)
+        runs = [(own, list(run)) for own, run in groupby(parts, lambda p: p.shape[1] % BLOCK == 0)]
+        if len(runs) == 1:
+            return op.Concat(*parts, axis=1)
+        widths = [sum(part.shape[1] for part in run) for own, run in runs if own]
+        first = op.Concat(*(part for own, run in runs if own for part in run), axis=1)
+        again = iter(split(first, widths))
+        return op.Concat(*(p for own, run in runs for p in ([next(again)] if own else run)), axis=1)
 
     def order(values: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
         """Sort; TopK always puts the lower index first among equal values."""
@@ -173,7 +223,7 @@ def _translations() -> dict[Any, Any]:
         aten.clamp_max.default: lambda values, end: clamp(values, max=end),
         aten.searchsorted.Tensor: below, aten.amax.default: largest,
         aten.pow.Tensor_Scalar: power, aten.sort.stable: order, aten.mean.dim: mean,
-        aten.sum.dim_IntList: total,
+        aten.sum.dim_IntList: total, aten.cat.default: joined, aten.avg_pool2d.default: average,
     }  # fmt: skip
 
 
@@ -181,6 +231,18 @@ def _whole_channels(values: Any, dim: Sequence[int]) -> bool:
     """Return whether float32 activations (B, C, H, W) are reduced over height and width."""
     rank = len(values.shape)
     return rank == 4 and sorted(d % rank for d in dim) == [2, 3] and values.dtype.name == "FLOAT"
+
+
+def _tokens(values: Any, dim: Sequence[int]) -> bool:
+    """Return whether float32 tokens (B, ..., C), of a fixed number, are reduced to one."""
+    rank, sizes = len(values.shape), values.shape[1:]
+    inner = sorted(d % rank for d in dim) == list(range(1, rank - 1))
+    return (
+        inner
+        and rank > 2
+        and values.dtype.name == "FLOAT"
+        and all(isinstance(n, int) for n in sizes)
+    )
 
 
 def packed(proto: Any, document: str | None = None) -> bytes:

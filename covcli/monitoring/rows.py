@@ -15,13 +15,12 @@ from covcli.core import distributed, output
 from covcli.core.errors import CovcliError, one_line
 from covcli.core.files import plain
 from covcli.core.wrapping import wrapped
-from covcli.monitoring.check import Check
+from covcli.monitoring.check import REFRESH_SECONDS, Check
 from covcli.monitoring.config import RowFormat
 from covcli.monitoring.prometheus import write_metrics
 from covcli.monitoring.results import CheckedImage, CheckSummary
 from covcli.reporting.terminal import columns, say
 
-REFRESH_SECONDS = 15.0  # the interval at which metrics are written
 # A cell that begins like this is a formula to a spreadsheet, which may run programs.
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 PLAIN = (

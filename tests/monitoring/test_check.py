@@ -24,7 +24,8 @@ from covcli.data import datasets
 from covcli.data.decoding import decode
 from covcli.data.images import adapt
 from covcli.evaluation.explain import explain
-from covcli.monitoring.check import CheckConfig, CheckedImage, check
+from covcli.monitoring.check import CheckConfig, CheckedImage, check, checking
+from covcli.monitoring.drift import read_status
 from covcli.monitoring.results import CheckSummary
 from covcli.signature import judge as judges
 from covcli.signature.monitor import Monitor
@@ -463,3 +464,32 @@ def test_a_caller_that_stops_early_keeps_what_was_handed_out(run: Path, tmp_path
     whole = check(config(run, "digits?split=test&limit=40", drift=0.01, batch_size=4))
     values = [image.log10_martingale for image in whole]
     assert [image.log10_martingale for image in [*first, *rest]] == values
+
+
+def test_a_check_that_is_killed_or_fails_keeps_what_it_has_told(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, seen = tmp_path / "state", []
+    some = config(run, "digits?split=test", drift=0.01, drift_state=state, batch_size=4)
+
+    def one_that_fails() -> None:
+        with checking(some) as job:
+            for number, _images in enumerate(job.batches()):
+                seen.append(read_status(state).images if state.exists() else None)
+                if number == 3:
+                    raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="disk is full"):
+        one_that_fails()
+    assert seen == [None] * 4  # no 15 seconds have passed
+    assert read_status(state).images == 16
+    monkeypatch.setattr("covcli.monitoring.check.REFRESH_SECONDS", 0.0)
+    with pytest.raises(OSError, match="disk is full"):
+        one_that_fails()
+    # What a kill would leave: the images of the batches before, whose rows are written.
+    assert seen[4:] == [16, 20, 24, 28]
+    assert read_status(state).images == 32
+    empty = config(run, "digits?limit=9", drift=0.01, drift_state=tmp_path / "none")
+    with pytest.raises(OSError, match="before"), checking(empty):
+        raise OSError("before the first image")
+    assert not (tmp_path / "none").exists()
