@@ -8,11 +8,13 @@ image and the ranking images are scored by a rule that was fitted on neither.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from covcli.core.errors import CovcliError
+from covcli.core.placement import placed
 from covcli.methods.logits import doubt
 from covcli.signature.combination import Arrangement, Combination, fit_combination, plain_mean
 from covcli.signature.error_bound import doubt_threshold, least_answers
@@ -23,9 +25,11 @@ from covcli.signature.guarantee import (
     Rule,
     make_rule,
 )
+from covcli.signature.ties import Ties
 
 FIT_EVERY = 4
 MINIMUM_IMAGES = 8
+LEAST_DOUBT = math.nextafter(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,17 @@ class Calibration:
     guarantee: Guarantee = DEFAULT_GUARANTEE
 
     def score(self, evidence: Tensor) -> Tensor:
-        """Return the score of evidence (B, columns), float64 of shape (B,)."""
-        return self.combination.score(evidence)
+        """Return the score of evidence (B, columns), float64 of shape (B,).
+
+        A score that several calibration images share is returned for scores that differ from it by
+        rounding, so that equal images have equal scores in every batch; see `Ties`.
+        """
+        return self.ties.joined(self.combination.score(evidence))
+
+    @cached_property
+    def ties(self) -> Ties:
+        """The scores that several calibration images share, on the device of the scores."""
+        return placed(Ties.among(self.scores), self.scores.device)
 
     def rule(self, guarantee: Guarantee, classes: tuple[str, ...]) -> Rule:
         """Return the rule with the thresholds that keep a guarantee.
@@ -123,8 +136,11 @@ class Calibration:
             sizes = torch.bincount(kinds, minlength=classes).tolist()
             groups = list(groups[0][order].split(sizes))
         failure = (1 - CONFIDENCE) / len(groups)
+        levels = self.softmax.clamp_min(LEAST_DOUBT).log()
+        shared = Ties.among(levels)
+        levels = shared.joined(levels)
         found = [
-            doubt_threshold(self.softmax[mine], self.wrong[mine], max_error, failure)
+            _below_ties(doubt_threshold(levels[mine], self.wrong[mine], max_error, failure), shared)
             for mine in groups
         ]
         doubts = torch.tensor(found, dtype=torch.float64).expand(classes).clone()
@@ -176,6 +192,16 @@ class Calibration:
                 images_for(least),
                 drawn=self.guarantee.each_class,
             )
+
+
+def _below_ties(level: float, shared: Ties) -> float:
+    """Return the doubt below which answers pass, from its logarithm.
+
+    Where it is a doubt that several images share, rounding must not take theirs below it.
+    """
+    if level in shared.values.tolist():
+        level -= 2 * shared.reach
+    return math.exp(level) if math.isfinite(level) else level
 
 
 def softmax_score(logits: Tensor) -> Tensor:
@@ -330,6 +356,7 @@ def calibrate(
         else fit_combination(evidence[fitting], outliers, arrangement)
     )
     scores = combination.score(evidence[~fitting])
+    scores = Ties.among(scores).joined(scores)
     order = scores.argsort(stable=True)
     ranking = (~fitting).nonzero()[:, 0][order]
     return Calibration(
