@@ -211,7 +211,8 @@ def _scale_transparent_grey(image: ImageFile.ImageFile) -> None:
     """Scale the transparent level of a grey PNG of 2 or 4 bits: PIL scales only the pixels."""
     level = image.info.get("transparency")
     if image.format == "PNG" and image.mode == "L" and isinstance(level, int) and image.tile:
-        highest = {"L;2": 3, "L;4": 15}.get(str(image.tile[0].args), 0)
+        arguments = image.tile[0][3]  # a plain tuple before Pillow 11
+        highest = {"L;2": 3, "L;4": 15}.get(str(arguments), 0)
         if level <= highest:
             image.info["transparency"] = level * 255 // max(highest, 1)
 

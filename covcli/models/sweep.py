@@ -293,7 +293,7 @@ def _faster(model: Classifier, work: Callable[[Tensor], object]) -> Precision:
         began = time.perf_counter()
         work(images)
         if images.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(images.device)  # not the current device
         times[precision] = time.perf_counter() - began
     model.precision = chosen
     return min(MEASURED, key=lambda precision: times[precision])
