@@ -232,7 +232,10 @@ class Ratio:
 
 
 def interleaved(
-    variants: Mapping[str, Work], repetitions: int, warm_up: bool = True
+    variants: Mapping[str, Work],
+    repetitions: int,
+    warm_up: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Run the variants in turn, again and again; return the seconds of each in each repetition."""
     if warm_up:
@@ -241,9 +244,9 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repetitions):
         for name, work in variants.items():
-            began = time.perf_counter()
+            began = clock()
             work()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return seconds
 
 

@@ -146,11 +146,13 @@ def list_points(options: PointsOptions, output: PluginOptions) -> None:
     from covcli.reporting import terminal
 
     foreign = Foreign(options.model, preprocess=options.preprocess, logits=options.logits)
-    with working(output):
+    with working(output) as work:
         result = list_points(
             options.checkpoint, foreign, options.classes, options.granularity, options.points,
             options.every,
         )  # fmt: skip
+    if not work.first:
+        return
     if output.json:
         terminal.print_json(result)
     else:
@@ -303,8 +305,10 @@ def list_registries(output: PluginOptions, kind: Kind = None) -> None:
     from covcli.monitoring.registries import list_registered
     from covcli.reporting import terminal
 
-    with working(output):
+    with working(output) as work:
         result = list_registered([] if kind is None else [kind])
+    if not work.first:
+        return
     if output.json:
         terminal.print_json(result)
     else:
@@ -392,8 +396,10 @@ def compare_releases(options: CompareOptions, output: OutputOptions) -> None:
     from covcli.reporting import terminal
 
     bounds = Bounds.parse(options.fail_over)
-    with working(output, seed=options.seed):
+    with working(output, seed=options.seed) as work:
         result = compare(options.before, options.after, bounds, options.seed)
+    if not work.first:
+        return
     if options.output is not None:
         report_comparison(result, options.output, options.force)
     if output.json:

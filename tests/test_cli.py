@@ -15,6 +15,7 @@ import torch
 from conftest import PLUGIN
 
 from covcli import __main__ as boundary
+from covcli.core import distributed
 from covcli.models import checkpoint as checkpoints
 
 TINY = ["--trusted", "digits", "--model", "tiny", "--plugin", str(PLUGIN), "--learning-rate", "0.1"]
@@ -467,3 +468,18 @@ def test_no_command_cuts_a_word_or_leaves_the_width_of_the_terminal(
         assert "…" not in out + err, arguments
         lines = [line.rstrip() for line in re.split("[\r\n]", out + err)]
         assert [line for line in lines if len(line) > width and " " in line] == [], arguments
+
+
+def test_only_the_first_rank_prints_and_writes(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "is_first", lambda: False)
+    files, signature = set(run.rglob("*")), f"{run}/signature-mrc.safetensors"
+    for command in (
+        ["list", "methods"],
+        ["points", f"{run}/checkpoint.pt"],
+        ["compare", signature, signature, "--output", f"{run}/changes"],
+        ["export", "--signature", signature, "--format", "torch"],
+    ):
+        assert call(capsys, *command, "--quiet") == (0, "", ""), command
+    assert set(run.rglob("*")) == files

@@ -3,6 +3,7 @@
 import io
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from covcli.core import file_checks, files, run_folders, runtime
+from covcli.core import distributed, file_checks, files, run_folders, runtime
 from covcli.core.choices import ExportFormat
 from covcli.core.errors import CovcliError
 from covcli.core.opening import open_regular, reading
@@ -164,7 +165,8 @@ def export(
     form = _format(config)
     beside = run_folders.short(signature_file.parent) / f"monitor{ENDINGS[form]}"
     path = config.output or beside
-    with run_folders.writing(path, config.force):
+    first = distributed.is_first()  # other ranks only keep it company
+    with run_folders.writing(path, config.force) if first else nullcontext():
         judge, record = judges.load(checkpoint, signature_file, GuaranteeRequest.of(config))
         images = _images(config, record)
         graph = MonitorGraph(judge, config.input)
@@ -175,8 +177,9 @@ def export(
         monitor = _described(judge, graph, form, signature_file, verification)
         with signals.deferred():
             content = packed.content(monitor.packed())
-        files.write_bytes(path, content)
-    return ExportResult(path, path.stat().st_size, monitor)
+        if first:
+            files.write_bytes(path, content)
+    return ExportResult(path, len(content), monitor)
 
 
 def _format(config: ExportConfig) -> ExportFormat:
