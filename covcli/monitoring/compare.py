@@ -122,7 +122,8 @@ def compare(
     Raises
     ------
     CovcliError
-        If a file is missing, damaged or of another kind, or there is nothing to compare.
+        If a file is missing, damaged or of another kind, or there is nothing to compare, or to
+        bound.
 
     Examples
     --------
@@ -148,6 +149,7 @@ def compare(
             f"has nothing that {before} has too", where=after,
             fix="name two signatures, two evaluations, or two run folders",
         )  # fmt: skip
+    _refuse_idle(bounds, signed, measured)
     return ReleaseComparison(
         Path(before), Path(after), signed, measured, _exceeded(signed, measured, bounds)
     )
@@ -201,22 +203,38 @@ def _belongs(result: documents.EvaluationResult, scores: Path) -> bool:
     return recorded is None or recorded == digest_file(scores)
 
 
+def _refuse_idle(bounds: Bounds, signed: object, measured: object) -> None:
+    """Raise a CovcliError if bounds are given, and none of them bounds anything."""
+    given = {POINTS: bounds.points, FIGURES: bounds.figures}
+    idle = {POINTS: signed is None, FIGURES: measured is None}
+    named = [name for name, bound in given.items() if bound is not None]
+    if named and all(idle[name] for name in named):
+        kind = "signatures" if named[0] == POINTS else "evaluations"
+        raise CovcliError(
+            f"bounds nothing: there are no two {kind}",
+            where=f"--fail-over {named[0]}={given[named[0]]:g}",
+        )
+
+
 def _exceeded(
     signed: SignatureChange | None, measured: EvaluationChange | None, bounds: Bounds
 ) -> list[str]:
+    """Return a line for each exceeded bound, and for what it cannot be shown of."""
     lines = []
     if bounds.points is not None and signed is not None:
         change = signed.changes[0]
         lines += [
             f"{point.name} moved by {point.moved:.3g} ({change.distance}), over {bounds.points:g}"
             for point in change.points
-            if point.moved > bounds.points
+            if not point.moved <= bounds.points
         ]
+        lines += [f"{name} is only in the first signature" for name in signed.only_before]
     if bounds.figures is not None and measured is not None:
         lines += [
             f"{change.figure} of {change.set} got worse by {change.worse_by:.4f}, over "
             f"{bounds.figures:g}"
             for change in measured.figures
-            if change.worse_by > bounds.figures
+            if not change.worse_by <= bounds.figures
         ]
+        lines += [f"{name} is only in the first evaluation" for name in measured.only_before]
     return lines

@@ -395,6 +395,11 @@ def test_two_runs_are_compared_and_bounds_end_the_pipeline(evaluated: Path) -> N
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: none: no such file")
     assert compare(evaluated, other, Bounds.parse(["figures=0"])).exceeded == []
+    document = json.loads((other / "evaluation.json").read_text())
+    gone = document["untrusted"].pop()["name"]  # a gate must not pass because a set is missing
+    (other / "evaluation.json").write_text(json.dumps(document))
+    lines = compare(evaluated, other, Bounds.parse(["figures=1"])).exceeded
+    assert lines == [f"{gone} is only in the first evaluation"]
     for one, two, reason in (
         (evaluated, PLUGIN, "not a covcli signature"),
         (evaluated / "signature-mrc.safetensors", other / "evaluation.json", "has nothing that"),
@@ -417,6 +422,14 @@ def test_bounds_are_told_by_name() -> None:
     assert Bounds.parse(["points=0.1"]) == Bounds(0.1, None)
     with pytest.raises(CovcliError, match="cannot be read"):
         Bounds.parse(["-1"])
+
+
+def test_a_bound_of_nothing_is_refused(run: Path) -> None:
+    signature = run / "signature-mrc.safetensors"
+    for texts in (["0.1"], ["points=0.1"], ["figures=0.1", "points=0.1"]):
+        assert compare(signature, signature, Bounds.parse(texts)).exceeded == []
+    with pytest.raises(CovcliError, match="bounds nothing: there are no two evaluations"):
+        compare(signature, signature, Bounds.parse(["figures=0.1"]))
 
 
 def test_a_comparison_is_reported_once(run: Path, tmp_path: Path) -> None:
