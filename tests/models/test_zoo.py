@@ -70,7 +70,9 @@ def test_a_timm_network_is_built_and_found_again() -> None:
 )
 def test_names_that_cannot_be_are_refused(name: str, said: str) -> None:
     if name.startswith("timm"):
-        pytest.importorskip("timm")
+        timm = pytest.importorskip("timm")
+        if "border" in said and not timm.is_model(name.removeprefix("timm:")):
+            pytest.skip("an older timm has no such network")
     with pytest.raises(CovcliError, match=said):
         architecture(name)
 
