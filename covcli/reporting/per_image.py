@@ -4,6 +4,7 @@ This module writes and reads both files. samples.npz holds the pixels of a few i
 and of the explained images.
 """
 
+import csv
 import gzip
 import io
 from collections.abc import Mapping
@@ -95,8 +96,10 @@ def pack_scores(sets: Mapping[str, ImageScores]) -> bytes:
         none = {name: np.full(len(of.predicted), "") for name, of in sets.items()}
         names = [none[name] if of.file is None else of.file for name, of in sets.items()]
         whole[FILE] = np.concatenate([np.asarray(part, np.object_) for part in names])
-    text = whole.to_csv(index=False).encode(*ENCODING)
-    return gzip.compress(text, mtime=0)
+    text = whole.to_csv(index=False)
+    if "\r" in text:  # of a name, which is not quoted for its sake, but would end the line
+        text = whole.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
+    return gzip.compress(text.encode(*ENCODING), mtime=0)
 
 
 def read_scores(path: Path) -> dict[str, ImageScores]:
