@@ -398,10 +398,10 @@ def compare_releases(options: CompareOptions, output: OutputOptions) -> None:
     bounds = Bounds.parse(options.fail_over)
     with working(output, seed=options.seed) as work:
         result = compare(options.before, options.after, bounds, options.seed)
+        if work.first and options.output is not None:
+            report_comparison(result, options.output, options.force)
     if not work.first:
         return
-    if options.output is not None:
-        report_comparison(result, options.output, options.force)
     if output.json:
         terminal.print_json(result)
     else:

@@ -7,6 +7,7 @@ import traceback
 from typing import Any
 
 from covcli.core import output, signals
+from covcli.core.environment import whole_number
 from covcli.core.errors import CovcliError, ExitCode, is_memory_error, one_line
 from covcli.core.signals import Interrupted
 
@@ -22,8 +23,6 @@ def run(arguments: list[str] | None = None) -> None:
     output.keep()
     output.forget_wrong_sizes()
     logging.lastResort = logging.NullHandler()  # hide log lines of libraries
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # hide torch's warnings on each rank
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with signals.watched():
         try:
             code = _run(args, "--debug" in args)
@@ -41,6 +40,8 @@ def run(arguments: list[str] | None = None) -> None:
 
 def _run(args: list[str], debug: bool) -> int:
     try:
+        if whole_number("WORLD_SIZE", 1) > 1:  # hide torch's warnings on each rank
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from covcli.cli import app
 
         returned = app(args=args, prog_name="covcli", standalone_mode=False)

@@ -1,8 +1,8 @@
 """Yes-or-no questions to the user. Without a terminal, the answer is no."""
 
-import os
 import sys
 
+from covcli.core.environment import whole_number
 from covcli.core.errors import one_line
 
 _may_ask = False
@@ -19,7 +19,7 @@ def agrees(question: str) -> bool:
     """Return whether the user answers yes; False without a terminal or with several ranks."""
     if question in _answers:
         return _answers[question]
-    only_rank = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    only_rank = whole_number("WORLD_SIZE", 1) == 1
     if not (_may_ask and only_rank and sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     sys.stderr.write(f"{one_line(question)} [y/N] ")

@@ -4,7 +4,6 @@ All ranks run the same program and compute the same results. Only the first rank
 prints. Without torchrun there is one rank, and no function here communicates.
 """
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from torch import distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from covcli.core.environment import whole_number
+from covcli.core.errors import CovcliError
 from covcli.core.signals import Interrupted
 
 T = TypeVar("T")
@@ -62,9 +63,20 @@ def start(device: str) -> None:
         The name of the device that will compute. CUDA tensors are reduced by nccl, others by gloo.
     """
     global _team
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _team.size > 1:
+    ranks = whole_number("WORLD_SIZE", 1)
+    if ranks == 1 or _team.size > 1:
         return
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    if whole_number("RANK", ranks) >= ranks:
+        raise CovcliError(
+            f"is not below WORLD_SIZE, {ranks}, or not set", where="RANK",
+            fix="start covcli by torchrun, or unset WORLD_SIZE",
+        )  # fmt: skip
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    except ValueError as error:  # the master's address is missing, or its port is no number
+        raise CovcliError(
+            str(error), where="torch.distributed", fix="start covcli by torchrun"
+        ) from None
     backend = "cpu:gloo,cuda:nccl" if _is_cuda(device) else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     _team = Team(rank, size, store)
@@ -111,7 +123,7 @@ def alone() -> Iterator[None]:
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Run the block first on one rank of each machine, so that the others reuse its downloads."""
-    late = int(os.environ.get("LOCAL_RANK", "0")) > 0
+    late = whole_number("LOCAL_RANK", 0) > 0
     if late:
         highest(0)
     yield

@@ -113,5 +113,5 @@ def first_few(names: Sequence[str], most: int) -> str:
 def is_memory_error(error: BaseException) -> bool:
     """Return whether an error means that memory is exhausted; libraries report it differently."""
     return isinstance(error, MemoryError) or any(
-        sign in str(error) for sign in ("out of memory", "allocate memory")
+        sign in str(error) for sign in ("out of memory", "allocate memory", "bad_alloc")
     )

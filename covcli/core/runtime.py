@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torchvision
 
+from covcli.core.environment import whole_number
 from covcli.core.errors import CovcliError
 from covcli.core.version import __version__
 
@@ -124,7 +125,7 @@ def provenance(device: torch.device, seed: int) -> dict[str, Any]:
         "command": shlex.join(sys.argv),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "ranks": whole_number("WORLD_SIZE", 1),
         "seed": seed,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -160,7 +160,8 @@ def watched() -> Iterator[None]:
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(receiver,), daemon=True).start()
+    with contextlib.suppress(RuntimeError):  # no thread can be started: nobody watches
+        threading.Thread(target=_watch, args=(receiver,), daemon=True).start()
     try:
         yield
     finally:
