@@ -320,18 +320,26 @@ class Fpr95:
 
         With fewer than 72 untrusted images, no score bounds the 5% quantile from below with 97.5%
         confidence. With 50 or more, the smallest score does with 92.3%, and the upper limit is the
-        exact limit of the share flagged there. With fewer than 50, the upper limit is 1.
+        exact limit of the share flagged there. With fewer than 50, the upper limit is 1. If scores
+        are equal, the share jumps from one threshold to the next, and at each limit of the
+        threshold its own exact limit counts.
         """
         sorted_scores, m, n = np.sort(untrusted), len(untrusted), len(trusted)
         missed = int(m - np.argmax(np.arange(1, m + 1) / m >= 0.95) - 1)
         flagged = trusted >= sorted_scores[missed]
         value = float(flagged.mean())
+        tied = len(np.unique(trusted)) < n or len(np.unique(untrusted)) < m
+
+        def limit(rank: int, side: int) -> float:
+            caught = int((trusted >= sorted_scores[rank - 1]).sum())
+            jumped = tied and caught != int(flagged.sum())
+            return binomial_interval(caught, n)[side] if jumped else caught / n
+
         first, last = threshold_ranks(m)
-        low = float((trusted >= sorted_scores[last - 1]).mean()) if last <= m else 0.0
+        low = limit(last, 0) if last <= m else 0.0
         binomial = Span(*binomial_interval(int(flagged.sum()), n))
         if first:
-            high = float((trusted >= sorted_scores[first - 1]).mean())
-            return cls(flagged, binomial, Span(low, high), True)
+            return cls(flagged, binomial, Span(low, limit(first, 1)), True)
         caught = int((trusted >= sorted_scores[0]).sum())
         high = binomial_interval(caught, n)[1] if m >= FEWEST else 1.0
         return cls(flagged, Span(binomial.low, value), Span(low, high), False)

@@ -58,6 +58,8 @@ def summary(result: EvaluationResult) -> str:
             markdown.table(tables.overview(result)),
             markdown.escape(tables.false_alarms(result)),
             markdown.escape(tables.highest_class(result)),
+            markdown.escape(tables.errors_found(result) or ""),
+            markdown.escape(tables.accepted(result) or ""),
             markdown.escape(result.guarantee.statement),
             "#### What was checked",
             markdown.table(tables.checked(result)),

@@ -220,6 +220,24 @@ def accepted(result: EvaluationResult) -> str | None:
     )
 
 
+def errors_found(result: EvaluationResult, intervals: bool = False) -> str | None:
+    """Return a sentence about how well wrong answers are found; None without any.
+
+    The parameters are those of `overview`.
+    """
+    word = interval if intervals else _value
+    errors = result.trusted.errors
+    if errors is None:
+        return None
+    areas = (f"{name} {word(errors[name].auroc)}%" for name in ("coverage", "softmax"))
+    advice = " --max-error bounds how many answers that pass are wrong, by softmax."
+    return (
+        f"The network is wrong on {errors['coverage'].wrong} of {result.trusted.images} trusted "
+        f"images; AUROC of its wrong answers among them: {', '.join(areas)}."
+        f"{advice if result.trusted.accepted is None else ''}"
+    )
+
+
 def highest_class(result: EvaluationResult) -> str:
     """Return a sentence about the predicted class with the highest false-alarm rate."""
     worst = _highest(result)[0]

@@ -73,8 +73,9 @@ def show_evaluation(result: "EvaluationResult", verbose: bool = False) -> None:
         _show(console, gates)
     _show(console, tables.overview(result, verbose))
     _show(console, f"In per cent. {tables.FPR95_NOTE}")
-    if (accepted := tables.accepted(result)) is not None:
-        _show(console, accepted)
+    for line in (tables.errors_found(result, verbose), tables.accepted(result)):
+        if line is not None:
+            _show(console, line)
     if verbose:
         _show_all(console, result)
     _show(console, result.guarantee.statement)

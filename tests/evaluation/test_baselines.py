@@ -303,3 +303,12 @@ def test_images_that_changed_since_are_refused(run: Path, tmp_path: Path) -> Non
     file.unlink()
     with pytest.raises(CovcliError, match="leave --baseline out"):
         evaluate(config, Silent())
+
+
+def test_ash_is_refused_where_it_prunes_every_feature(network: Network) -> None:
+    narrow = Network(network.model)
+    narrow.last = nn.Linear(9, 10)
+    none = torch.empty(0, dtype=torch.int64)
+    trusted = FittingImages(narrow, datasets.load("digits?limit=2", "test"), none, Silent())
+    with pytest.raises(CovcliError, match="ash: prunes all of 9 features"):
+        BASELINES.get("ash").fit(trusted)

@@ -224,3 +224,25 @@ def test_few_out_of_order_means_few_of_either_kind() -> None:
     assert isinstance(placements, Placements)
     assert not Curves(order, order + 100).placements().few
     assert FEW <= 100
+
+
+@pytest.mark.parametrize("shift", [2.3, 3.3])
+@pytest.mark.parametrize("images", [80, 300])
+def test_fpr95_of_tied_scores_is_covered(shift: float, images: int) -> None:
+    """Scores are halves, as those that count neurons: the share jumps between thresholds."""
+    halves = np.arange(-20, 30) / 2
+    chances = [
+        norm.cdf(halves + 0.25 - mean) - norm.cdf(halves - 0.25 - mean) for mean in (0, shift)
+    ]
+    below = np.cumsum(chances[1]) - chances[1]
+    threshold = int(np.flatnonzero(below <= 0.05)[-1])  # 95% reach it, and not the next
+    truth = chances[0][threshold:].sum()
+    generator = np.random.default_rng(8)
+    held = 0
+    for _ in range(400):
+        trusted, untrusted = (
+            generator.choice(halves, images, p=chance / chance.sum()) for chance in chances
+        )
+        estimate = Fpr95.of(trusted, untrusted).estimate()
+        held += estimate.low - 1e-12 <= truth <= estimate.high + 1e-12
+    assert held >= 0.92 * 400

@@ -1,5 +1,7 @@
 """The terminal: a verdict first, and nothing cut whatever the width."""
 
+from dataclasses import replace
+
 import pytest
 from example import STATEMENT, outcome, result
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +10,7 @@ from rich.cells import cell_len
 
 from covcli.core.errors import one_line
 from covcli.reporting import tables
-from covcli.reporting.documents import EvaluationResult
+from covcli.reporting.documents import Estimate, EvaluationResult, OwnErrors
 from covcli.reporting.terminal import show_evaluation
 
 NAMES = ["mnist?limit=1000", "noise:gaussian?limit=500", "attack:pgd?limit=200&eps=8/255"]
@@ -46,6 +48,23 @@ def test_a_row_a_set_fits_80_columns_and_60_stack(shown) -> None:
     assert text == "images 1000 · AUROC 96.4 · softmax AUROC 87.7 · FPR95 15.6 · detected at α 76.5"
     assert "[" not in "".join(wide + narrow)
     assert "96.4 [95.4, 97.4]" in " ".join(shown(result(NAMES), 80, verbose=True))
+
+
+def test_how_well_wrong_answers_are_found_is_told_beside_the_guarantee_for_them(shown) -> None:
+    evaluation = result(NAMES)
+    found = {
+        name: OwnErrors(
+            9, Estimate(value, value - 0.1, value + 0.1), *[Estimate(0.1, 0, 1)] * 2, []
+        )
+        for name, value in (("coverage", 0.75), ("softmax", 0.86), ("knn", 0.6))
+    }
+    wrong = replace(evaluation, trusted=replace(evaluation.trusted, errors=found))
+    text = " ".join(shown(wrong, 400))
+    images = evaluation.trusted.images
+    assert f"wrong on 9 of {images} trusted images" in text
+    assert "coverage 75.0%, softmax 86.0%. --max-error bounds" in text
+    none = replace(evaluation, trusted=replace(evaluation.trusted, errors=None))
+    assert "--max-error" not in " ".join(shown(none, 400))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -230,7 +230,16 @@ def ash(trusted: FittingImages) -> Detector:
     Djurisic et al., "Extremely Simple Activation Shaping for Out-of-Distribution Detection",
     ICLR 2023: 95% is its share for CIFAR-10, where the library prunes 65%. At the input of the
     last linear layer, in the form (B, D, 1, 1) that the library documents for pooled features.
+    It was made for features that are not negative, as after a ReLU.
+
+    Raises
+    ------
+    CovcliError
+        If all features would be pruned.
     """
+    width = _weights(trusted)[0].shape[1]
+    if round(ASH_PRUNED * width) == width:
+        raise CovcliError(f"prunes all of {width} features", where="--baseline ash")
     detector = library().ASH(nn.Identity(), _head(trusted), percentile=ASH_PRUNED)
     return lambda batch: detector.predict_feature_maps(_features(batch)[:, :, None, None])
 
