@@ -17,7 +17,7 @@ from pathlib import Path
 PLUGIN = Path(__file__).resolve().with_name("tiny_model.py")
 RUN = "runs/tiny"
 WORK = f"""
-train --trusted digits --model tiny --epochs 3 --calibration-split 0.2 --name tiny --plugin {PLUGIN}
+train --trusted digits --model tiny --epochs 6 --calibration-split .25 --name tiny --plugin {PLUGIN}
 build-signature {RUN}/checkpoint.pt --plugin {PLUGIN}
 build-signature {RUN}/checkpoint.pt --method src --output b.st --plugin {PLUGIN}
 evaluate --untrusted photos?limit=50 --untrusted attack:adaptive-pgd?limit=5 --plugin {PLUGIN}
