@@ -200,6 +200,9 @@ def test_bombs_and_broken_images_are_refused(tmp_path: Path) -> None:
         "[" * 100_000,
         '{"a": NaN}',
         "[1e999",
+        "[1e999]",
+        "[-1e400]",
+        "[" + "9" * 400 + "]",
         "\udcff".encode("utf-8", "replace"),
     ],
 )

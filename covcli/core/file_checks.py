@@ -3,6 +3,7 @@
 import ast
 import gzip
 import json
+import math
 import os
 import struct
 import zipfile
@@ -157,8 +158,20 @@ def safetensors_metadata(content: bytes) -> dict[str, str]:
     return metadata
 
 
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError("a number is beyond all floats")
+    return value
+
+
+def _whole(digits: str) -> int:
+    _finite(digits)
+    return int(digits)
+
+
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON; raise a ValueError for a repeated key, NaN or infinity."""
+    """Parse JSON; raise a ValueError for a repeated key, NaN, or a number beyond all floats."""
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON number")
@@ -170,6 +183,9 @@ def parse_json(text: str | bytes) -> Any:
         return document
 
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(
+            text, object_pairs_hook=unique, parse_constant=refuse, parse_float=_finite,
+            parse_int=_whole,
+        )  # fmt: skip
     except RecursionError:
         raise ValueError("nested too deeply") from None
