@@ -110,8 +110,13 @@ def first_few(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+# How libraries other than Python say that memory, or threads, are exhausted; the last is oneDNN's.
+EXHAUSTED = (
+    "out of memory", "allocate memory", "bad_alloc", "can't start new thread",
+    "could not create a primitive",
+)  # fmt: skip
+
+
 def is_memory_error(error: BaseException) -> bool:
     """Return whether an error means that memory is exhausted; libraries report it differently."""
-    return isinstance(error, MemoryError) or any(
-        sign in str(error) for sign in ("out of memory", "allocate memory", "bad_alloc")
-    )
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in EXHAUSTED)
