@@ -35,6 +35,7 @@ from covcli.data.registry import say_once
 T = TypeVar("T")
 STDIN = "-"
 BLOCK = 1 << 16  # bytes of a list that are read at once
+LONGEST_NAME = 1 << 20  # bytes; no file system knows names of a hundredth of that
 PATIENCE = 1.0  # seconds without a new name after which the names of a list are processed
 ARCHIVES = ("npz", "csv")  # endings of files that hold many images, and the datasets of them
 UTF8_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"  # starts a text file of some Windows programs
@@ -189,7 +190,7 @@ def read_list(descriptor: int) -> Listed:
     Raises
     ------
     CovcliError
-        If it cannot be read, is in UTF-16, or a list of lines contains NUL.
+        If it cannot be read, is in UTF-16, a list of lines contains NUL, or a name has no end.
     """
     ending, rest, first = b"", b"", True
     try:
@@ -207,6 +208,8 @@ def read_list(descriptor: int) -> Listed:
                 )
             *whole, rest = (rest + block).split(ending) if ending else (rest + block,)
             yield from filter(None, (_name(line, ending) for line in whole))
+            if len(rest) > LONGEST_NAME:
+                raise CovcliError("a name is longer than a megabyte", where="the list on stdin")
             first = False
     except OSError as error:
         raise CovcliError(f"cannot be read ({error.strerror})", where="stdin") from None

@@ -25,6 +25,7 @@ from covcli.data.decoding import decode
 from covcli.data.images import adapt
 from covcli.evaluation.explain import explain
 from covcli.monitoring.check import CheckConfig, CheckedImage, check, checking
+from covcli.monitoring.chunks import read_list
 from covcli.monitoring.drift import read_status
 from covcli.monitoring.results import CheckSummary
 from covcli.signature import judge as judges
@@ -493,3 +494,13 @@ def test_a_check_that_is_killed_or_fails_keeps_what_it_has_told(
     with pytest.raises(OSError, match="before"), checking(empty):
         raise OSError("before the first image")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_list_whose_name_never_ends_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list").write_bytes(b"x.png\n" + b"x" * (3 << 20))
+    with (tmp_path / "list").open("rb") as file:
+        names = read_list(file.fileno())
+        assert next(name for name in names if name) == "x.png"
+        with pytest.raises(CovcliError, match="longer than a megabyte"):
+            list(names)
+        assert os.lseek(file.fileno(), 0, os.SEEK_CUR) < 2 << 20  # the rest is not read
