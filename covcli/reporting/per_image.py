@@ -119,9 +119,10 @@ def read_scores(path: Path) -> dict[str, ImageScores]:
     """
     with reading(path, "cannot be read as a table of scores"):
         text = io.BytesIO(file_checks.read_gzip(path, inside=path.parent))
+        # As words at first: NumPy reads every bit of a number, older parsers of pandas do not.
         table = pd.read_csv(
-            text, keep_default_na=False, dtype={"set": str, FILE: str}, encoding=ENCODING[0],
-            encoding_errors=ENCODING[1], float_precision="round_trip",
+            text, keep_default_na=False, dtype=str, encoding=ENCODING[0],
+            encoding_errors=ENCODING[1],
         )  # fmt: skip
         if "unsure" not in table:  # a file of an earlier version
             table["unsure"] = 0
