@@ -28,6 +28,8 @@ from covcli.signature.build import SignatureConfig, SignatureResult, build_signa
 from covcli.training.train import TrainConfig, TrainResult, train
 
 PLUGIN = Path(__file__).parent / "tiny_model.py"
+# To import them registers a device for the rest of the process; see `test_devices.py`.
+collect_ignore = ["simulated_device.py", "device_worker.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,6 +70,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     runtime.configure(0, 0)
+
+
+def hears_hang_up() -> None:
+    """Begin a process as a terminal does; under `nohup` this one ignores SIGHUP."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PLUGIN
+from conftest import PLUGIN, hears_hang_up
 
 from covcli import __main__ as boundary
 from covcli.core import distributed
@@ -334,7 +334,9 @@ def test_an_interrupted_training_says_so_and_can_be_resumed(
     tmp_path: Path, number: signal.Signals, code: int, word: str
 ) -> None:
     command = [sys.executable, "-m", "covcli", "train", *TINY, "--epochs", "1000"]
-    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=hears_hang_up
+    )
     assert running.stderr is not None
     assert running.stderr.readline().startswith("epoch 1/1000")
     running.send_signal(number)

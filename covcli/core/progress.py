@@ -185,6 +185,7 @@ def reporter(quiet: bool) -> Iterator[Bar | Lines]:
     else:
         handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(message)s"))
+    level = logger.level
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
     logger.addHandler(handler)
     shows = warnings.showwarning
@@ -194,6 +195,7 @@ def reporter(quiet: bool) -> Iterator[Bar | Lines]:
     finally:
         warnings.showwarning = shows
         logger.removeHandler(handler)
+        logger.setLevel(level)
         shown.close()
 
 

@@ -100,3 +100,13 @@ def test_a_log_tells_of_runs_before_the_first_image_is_done(
         "making attack:cw: 0/100, 300 runs of the network since",
         "making attack:cw: 70/100, 1 images/s, 34 s left",
     ]
+
+
+def test_a_quiet_command_leaves_the_log_of_its_program_as_it_was(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log = logging.getLogger("covcli")
+    with reporter(quiet=True):
+        log.warning("unheard")
+    log.warning("heard")
+    assert [record.message for record in caplog.records] == ["heard"]

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PLUGIN
+from conftest import PLUGIN, hears_hang_up
 
 import covcli
 from covcli.core import files, run_folders, signals
@@ -72,7 +72,7 @@ with signals.watched():
 
 def blocked(patience: float, how: str, state: str = "") -> subprocess.Popen[str]:
     running = subprocess.Popen(
-        [sys.executable, "-c", WATCHED, str(patience), how, state],
+        [sys.executable, "-c", WATCHED, str(patience), how, state], preexec_fn=hears_hang_up,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert running.stdout is not None

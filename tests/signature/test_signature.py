@@ -108,7 +108,7 @@ def test_a_crafted_signature_or_checkpoint_is_refused(run: Path) -> None:
         assert "pydantic" not in str(caught.value)
     for key, value in (("floor", 10**400), ("floor", "x"), ("granularity", 3), ("precision", {})):
         signatures.save_signature(path, tensors, {**metadata, key: value})
-        with pytest.raises(CovcliError, match="is inconsistent"):
+        with pytest.raises(CovcliError, match=r"is inconsistent|is not a covcli signature"):
             signatures.load(path)
     for name in tensors:
         for kind in (torch.complex64, torch.bool, torch.float16):
