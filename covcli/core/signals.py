@@ -180,7 +180,8 @@ def _watch(receiver: socket.socket) -> None:
                     return
                 # A program may handle more signals. A terminal that closes sends SIGHUP twice.
                 arrived += [n for n in numbers if n in SIGNALS and not (arrived and n == _HANG_UP)]
-                first = first if first or not arrived else time.monotonic()
+                if arrived and not first:
+                    first = time.monotonic()
             patience = PATIENCE if _current is None else _current.patience
             if len(arrived) >= ENOUGH or (arrived and time.monotonic() - first > patience):
                 _end(arrived[0])

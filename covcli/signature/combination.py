@@ -4,7 +4,7 @@ The evidence from the logits joins last, on a common scale: the rarity among tru
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -34,6 +34,7 @@ PAIR_GAIN = -0.5
 ENERGY_CAP = 4.0
 # The upper limit of the rarity of the doubt: doubtful trusted images must not exceed foreign ones.
 DOUBT_CAP = 1.25
+CAPS = {"energy": ENERGY_CAP, "doubt": DOUBT_CAP}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Arrangement:
     def of(cls, method: Method, points: int) -> "Arrangement":
         """Return the arrangement of a method's evidence at so many coverage points."""
         blocks = tuple((kind * points, (kind + 1) * points) for kind in method.generalist_kinds)
-        return cls(blocks, tuple(LOGIT_EVIDENCE[method.logit_evidence]))
+        return cls(blocks, LOGIT_EVIDENCE[method.logit_evidence])
 
     def generalists(self, columns: int) -> Tensor:
         """Return the columns of each generalist, 1 or 0, float64 of shape (G, columns)."""
@@ -142,12 +143,14 @@ class Combination:
             shares = shares + of_expert.sum(1)
         if self.tails is None:
             return z, shares
-        terms, paired = self._terms(evidence)
-        of_term = torch.softmax(terms, 1)
+        a, distance, logits = self._rarities(evidence)
+        of_term = torch.softmax(_terms(a, distance, logits), 1)
         shares = of_term[:, :1] * shares
-        if "energy" in self.logits:
-            place = 1 + self.logits.index("energy")
-            shares = shares + (of_term[:, place] * paired)[:, None] * general[:, -1]
+        if "energy" in logits:
+            heard = distance.clamp_min(0)
+            both = (heard + logits["energy"].clamp_min(0)).clamp_min(torch.finfo(a.dtype).tiny)
+            part = of_term[:, 1 + self.logits.index("energy")] * (heard / both)
+            shares = shares + part[:, None] * general[:, -1]
         return z, shares
 
     def score(self, evidence: Tensor) -> Tensor:
@@ -162,27 +165,19 @@ class Combination:
         """
         if self.tails is None:
             return self._loudest(evidence)[0] - self.floor
-        return torch.logsumexp(self._terms(evidence)[0], 1) - self.floor
+        return torch.logsumexp(_terms(*self._rarities(evidence)), 1) - self.floor
 
-    def _terms(self, evidence: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the terms of the score, logs of shape (B, 1 + L), and the distances' share.
+    def _rarities(self, evidence: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the rarities of the soft maximum, the last generalist and, limited, the logits.
 
-        That is the last generalist's share of the sum that it forms with the energy, shape (B,).
+        Each float64 of shape (B,).
         """
         assert self.tails is not None
         columns, logits = evidence.split([len(self.center), len(self.logits)], 1)
         values = torch.cat([torch.stack(self._loudest(columns), 1), logits], 1)
-        a, distance, *rarities = self.tails.rarity(values).unbind(1)
-        terms, paired = [a], torch.zeros_like(a)
-        for name, rarity in zip(self.logits, rarities, strict=True):
-            if name == "doubt":
-                terms.append(rarity.clamp_max(DOUBT_CAP))
-                continue
-            energy = rarity.clamp_max(ENERGY_CAP)
-            terms.append(PAIR * (distance + energy) + PAIR_GAIN)
-            heard = distance.clamp_min(0)
-            paired = heard / (heard + energy.clamp_min(0)).clamp_min(torch.finfo(a.dtype).tiny)
-        return torch.stack(terms, 1), paired
+        a, distance, *others = self.tails.rarity(values).unbind(1)
+        named = zip(self.logits, others, strict=True)
+        return a, distance, {name: each.clamp_max(CAPS[name]) for name, each in named}
 
     def _loudest(self, evidence: Tensor) -> tuple[Tensor, Tensor]:
         """Return the soft maximum of the voices of evidence (B, P), and the last generalist.
@@ -304,6 +299,15 @@ def fit_expert(trusted: Tensor, outliers: Tensor) -> Tensor:
     with threadpool_limits(1):  # the rounding of sums depends on the number of threads
         fit = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
     return torch.from_numpy(fit.x[:-1].copy())
+
+
+def _terms(a: Tensor, distance: Tensor, logits: Mapping[str, Tensor]) -> Tensor:
+    """Return the terms of the score from the rarities, logs of shape (B, 1 + L)."""
+    others = [
+        PAIR * (distance + each) + PAIR_GAIN if name == "energy" else each
+        for name, each in logits.items()
+    ]
+    return torch.stack([a, *others], 1)
 
 
 def _voices(z: Tensor, generalists: Tensor, weights: Tensor) -> Tensor:
